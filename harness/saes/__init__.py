@@ -1,0 +1,23 @@
+"""TopK and Switch sparse autoencoders: what is computed, in which order, with hand-written gradients."""
+
+from harness.saes.init import geometric_median, initial_params, match_norm
+from harness.saes.normalize import Normalizer, make_normalizer
+from harness.saes.sae import Params, Sae, default_aux_k, resolve_sae
+from harness.saes.step import DeadLatents, Stats, find_dead, forward, step
+
+__all__ = [
+    "DeadLatents",
+    "Normalizer",
+    "Params",
+    "Sae",
+    "Stats",
+    "default_aux_k",
+    "find_dead",
+    "forward",
+    "geometric_median",
+    "initial_params",
+    "make_normalizer",
+    "match_norm",
+    "resolve_sae",
+    "step",
+]

@@ -1,0 +1,137 @@
+"""What a kernel set must provide. Kernels are local: they know nothing of ranks, schedules or losses.
+
+TopK is a Switch SAE with one expert, so there is one set of operations, over *groups*: group g owns the tokens
+`token_offsets[g] : token_offsets[g+1]` and the latents `row_offsets[g] : row_offsets[g+1]`, and every token selects
+among its own group's latents only.
+
+Shapes: tokens and k as usual, d = d_model, rows = the local latents. Products accumulate in float32 or better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Codes(NamedTuple):
+    """The active latents of each token, value descending, equal values by ascending index."""
+
+    values: Float[Tensor, "tokens k"]
+    index: Int[Tensor, "tokens k"]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which consecutive tokens choose among which consecutive latents."""
+
+    token_offsets: Int[Tensor, " groups_plus_1"]
+    row_offsets: tuple[int, ...]
+
+    @cached_property
+    def spans(self) -> list[tuple[slice, slice]]:
+        """(tokens, rows) of each group as host slices; on a GPU this waits for the device, once per batch."""
+        tokens = self.token_offsets.tolist()
+        rows = self.row_offsets
+        return [(slice(tokens[g], tokens[g + 1]), slice(rows[g], rows[g + 1])) for g in range(len(rows) - 1)]
+
+
+class Reduce(Protocol):
+    """Sums a partial reconstruction over the shards, in place, and returns it."""
+
+    def __call__(self, partial: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]: ...
+
+
+class AdamState(NamedTuple):
+    """First and second moment of one parameter, of its shape and dtype."""
+
+    mean: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What one optimiser update needs beside the parameter."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+    """1 for the first update; enters the bias corrections."""
+    scale: Float[Tensor, ""] | None = None
+    """Factor on the gradient (clipping), on the device; None is 1."""
+    project: bool = False
+    """First remove the gradient's component parallel to each (unit) row."""
+    unit_rows: bool = False
+    """Afterwards scale each row to unit norm."""
+
+
+class Ops(Protocol):
+    """A kernel set. Implementations are modules: `reference`, `cpu`, `triton`."""
+
+    def select(
+        self,
+        x: Float[Tensor, "tokens d"],
+        W_enc: Float[Tensor, "rows d"],
+        b_enc: Float[Tensor, " rows"] | None,
+        k: int,
+        groups: Groups,
+    ) -> Codes:
+        """The k largest of x·W_encᵀ + b_enc of each token's group, before any ReLU; equal values go to the lowest
+        index. `index` counts local rows. A group with fewer than k rows pads with −inf at its first row."""
+        ...
+
+    def reconstruct(
+        self,
+        codes: Codes,
+        W_dec: Float[Tensor, "rows d"],
+        x: Float[Tensor, "tokens d"],
+        scale: Float[Tensor, " tokens"] | None,
+        groups: Groups,
+        reduce: Reduce | None = None,
+    ) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, "tokens k"], Float[Tensor, " tokens"]]:
+        """(residual, dz, squared error) of x̂ = scale·Σ_j z_j W_dec[j].
+
+        residual = x − x̂; dz[t, j] = ⟨residual_t, W_dec[index_tj]⟩ where z > 0, else 0 (its factor −2·scale/(V·B)
+        belongs to the loss and is applied by the caller); squared error = ‖residual_t‖². Without `reduce` a kernel
+        may fuse the three.
+        """
+        ...
+
+    def weight_grads(
+        self,
+        codes: Codes,
+        dz: Float[Tensor, "tokens k"],
+        x: Float[Tensor, "tokens d"],
+        residual: Float[Tensor, "tokens d"],
+        groups: Groups,
+        out: tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"], Float[Tensor, " rows"]],
+    ) -> None:
+        """Writes out = (Σ_t dz_tj·x_t, Σ_t z_tj·residual_t, Σ_t dz_tj) per latent j: the gradients of W_enc, W_dec
+        and b_enc, with all loss factors already in `codes.values` and `dz`."""
+        ...
+
+    def fired(self, codes: Codes, rows: int) -> Int[Tensor, " rows"]:
+        """How many tokens each local latent was active on (z > 0)."""
+        ...
+
+    def project(self, param: Float[Tensor, "rows d"], grad: Float[Tensor, "rows d"]) -> None:
+        """Remove from `grad`, in place, the component parallel to each row of `param`, whose rows have norm 1."""
+        ...
+
+    def update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: AdamState,
+        hyper: Hyper,
+        ok: Bool[Tensor, ""],
+        low_precision: Tensor | None = None,
+    ) -> None:
+        """One Adam update in place: optional projection, Adam, optional unit norm, optional low-precision copy.
+        Where `ok` is false nothing changes; no host synchronisation."""
+        ...

@@ -1,0 +1,39 @@
+"""The few collectives a training step needs. Implementations know nothing of SAEs.
+
+A mesh is `dp` replicas × `shard` ranks: the ranks of one replica see the same tokens and share its latents.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Axis = Literal["shard", "dp", "all"]
+
+
+class Shards(Protocol):
+    """This rank's place in the mesh, and the exchanges over it."""
+
+    dp_rank: int
+    dp: int
+    shard_rank: int
+    shard: int
+
+    def rows(self, count: int) -> slice:
+        """Which of `count` rows (latents, or experts) this rank owns; `count` is divisible by `shard`."""
+        ...
+
+    def keep(self, values: Float[Tensor, "tokens width"], k: int) -> Int[Tensor, " tokens"]:
+        """How many of its descending candidates each token keeps, so that over all shards exactly the k largest
+        are kept; equal values are kept on the lowest shard first."""
+        ...
+
+    def sum_(self, tensor: Tensor, over: Axis) -> Tensor:
+        """Sum in place over an axis of the mesh; returns `tensor`."""
+        ...
+
+    def agree(self, bits: int) -> int:
+        """Bitwise OR of a small non-negative integer over all ranks."""
+        ...

@@ -1,0 +1,30 @@
+"""One process: the null object of the mesh."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from harness.parallel.interface import Axis
+
+
+class Solo:
+    """A mesh of one rank: it owns every row, keeps its own top k, and sums over nobody."""
+
+    dp_rank = 0
+    dp = 1
+    shard_rank = 0
+    shard = 1
+
+    def rows(self, count: int) -> slice:
+        return slice(0, count)
+
+    def keep(self, values: Float[Tensor, "tokens width"], k: int) -> Int[Tensor, " tokens"]:
+        tokens, width = values.shape
+        return values.new_full((tokens,), min(k, width)).long()
+
+    def sum_(self, tensor: Tensor, over: Axis) -> Tensor:
+        return tensor
+
+    def agree(self, bits: int) -> int:
+        return bits

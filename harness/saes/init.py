@@ -1,0 +1,85 @@
+"""Initial weights: a function of the seed and the sample of activations, not of the mesh."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from harness.ops import Ops
+from harness.parallel import Shards
+from harness.saes.sae import Params, Sae
+from harness.saes.step import forward
+
+_ROWS_PER_SEED = 1024
+"""Rows are drawn in blocks with a generator each, so that a shard draws only its own and gets the same numbers."""
+
+
+def geometric_median(
+    x: Float[Tensor, "rows d"], tolerance: float = 1e-6, most_iterations: int = 200
+) -> Float[Tensor, " d"]:
+    """The point with the least mean distance to the rows, in float64 (Weiszfeld's iteration).
+
+    Stops when it moves by less than `tolerance` of the rows' mean distance.
+    """
+    x = x.double()
+    median = x.mean(dim=0)
+    for _ in range(most_iterations):
+        distance = (x - median).norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        weight = 1 / distance
+        moved = (weight @ x) / weight.sum()
+        step = float((moved - median).norm())
+        median = moved
+        if step <= tolerance * float(distance.mean()):
+            break
+    return median
+
+
+def _generator(seed: int, purpose: int, block: int) -> torch.Generator:
+    # a fixed mixing of three small integers; torch spreads the result over its whole state
+    mixed = (seed * 0x9E3779B97F4A7C15 + purpose * 0xBF58476D1CE4E5B9 + block * 0x94D049BB133111EB) % (1 << 63)
+    return torch.Generator().manual_seed(mixed)
+
+
+def _unit_rows(seed: int, rows: slice, d_model: int) -> Float[Tensor, "rows d"]:
+    first, last = rows.start // _ROWS_PER_SEED, -(-rows.stop // _ROWS_PER_SEED)
+    blocks = [
+        torch.randn(_ROWS_PER_SEED, d_model, dtype=torch.float64, generator=_generator(seed, 1, block))
+        for block in range(first, last)
+    ]
+    start = rows.start - first * _ROWS_PER_SEED
+    drawn = torch.cat(blocks)[start : start + rows.stop - rows.start]
+    return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+def initial_params(
+    sae: Sae, center: Float[Tensor, " d"], seed: int, shards: Shards, device: torch.device, dtype: torch.dtype
+) -> Params:
+    """Encoder rows equal to decoder rows, which are random with norm 1; b_dec and b_r at `center`, the geometric
+    median of the normalised sample, as two tensors; router rows uniform in ±1/√d; b_enc zero."""
+    directions = _unit_rows(seed, shards.rows(sae.n_latents), sae.d_model).to(device, dtype)
+    params = {"W_enc": directions, "W_dec": directions.clone(), "b_dec": center.to(device, dtype, copy=True)}
+    if sae.enc_bias:
+        params["b_enc"] = torch.zeros(directions.shape[0], device=device, dtype=dtype)
+    if sae.routed:
+        bound = 1 / math.sqrt(sae.d_model)
+        router = torch.rand(sae.n_experts, sae.d_model, dtype=torch.float64, generator=_generator(seed, 2, 0))
+        params["W_r"] = ((2 * router - 1) * bound).to(device, dtype)
+        params["b_r"] = center.to(device, dtype, copy=True)
+    return {name: params[name] for name in sae.layout()}
+
+
+def match_norm(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], shards: Shards, ops: Ops) -> None:
+    """Scale the encoder so that reconstructions have the norm of the centred inputs (Gao et al. 2024, appendix A.1).
+
+    Without encoder bias the reconstruction is linear in the encoder's scale, so one look at a sample suffices.
+    """
+    run = forward(sae, params, params, x, shards, ops)
+    reconstruction = (run.centred - run.residual).square().sum()
+    inputs = run.centred.square().sum()
+    both = torch.stack([inputs, reconstruction])
+    if sae.routed:
+        shards.sum_(both, "shard")
+    params["W_enc"] *= (both[0] / both[1]).sqrt()

@@ -1,0 +1,230 @@
+"""One training step of one SAE: loss and all gradients, by hand (no autograd), on any mesh.
+
+L = mean_tokens ‖x − x̂‖²/V + α·AuxK + λ·E·Σ_i f_i·P_i   (design: "Maths, fixed once").
+Tokens are averaged over the *global* batch. For TopK the ranks of a replica hold the same tokens and a part of the
+latents; for Switch they hold whole experts and so disjoint tokens. That is the only difference in what is summed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from harness.ops import Codes, Groups, Ops, Reduce
+from harness.parallel import Axis, Shards
+from harness.saes.router import Routing, route, router_grads
+from harness.saes.sae import Params, Sae
+
+
+@dataclass(frozen=True)
+class DeadLatents:
+    """The latents AuxK may use, renewed every few steps."""
+
+    rows: Int[Tensor, " dead"]
+    """Local rows, ascending."""
+    row_offsets: tuple[int, ...]
+    """Where each local group's dead latents begin in `rows`."""
+    k: int
+    """min(configured k_aux, number of dead latents in the largest group, over all shards for TopK)."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a step measured, over the global batch; device tensors in the parameters' precision."""
+
+    loss: Float[Tensor, ""]
+    fvu: Float[Tensor, ""]
+    """Σ‖x − x̂‖² / (V·tokens): the training value, from before the update."""
+    aux_loss: Float[Tensor, ""]
+    """AuxK, before α."""
+    balance: Float[Tensor, ""]
+    """E·Σ f_i·P_i, before λ; 1 when balanced."""
+    l0: Float[Tensor, ""]
+    """Mean number of latents with z > 0."""
+    router_entropy: Float[Tensor, ""]
+    """Mean over tokens, in nats."""
+    expert_share: Float[Tensor, " experts"]
+    fired: Int[Tensor, " rows"]
+    """Tokens of the global batch that each local latent fired on."""
+
+
+def find_dead(sae: Sae, silent: Int[Tensor, " rows"], threshold: float, shards: Shards) -> DeadLatents | None:
+    """Latents silent for at least `threshold` tokens; None if there are none anywhere, or AuxK is off.
+
+    Waits for the device, so it is called every few steps only.
+    """
+    if sae.aux_alpha == 0:
+        return None
+    dead = silent >= threshold
+    groups = shards.rows(sae.n_experts)
+    per_group = dead.view(groups.stop - groups.start if sae.routed else 1, -1).sum(dim=1)
+    # a TopK selects among the dead latents of all shards, a Switch token among those of its expert
+    available = per_group.max() if sae.routed else shards.sum_(per_group.sum(), "shard")
+    *counts, most = torch.cat([per_group, available[None]]).tolist()
+    if not shards.agree(int(most > 0)):
+        return None
+    offsets = (0, *itertools.accumulate(counts))
+    return DeadLatents(dead.nonzero().squeeze(1), offsets, max(1, min(sae.aux_k, most)))
+
+
+def _active(sae: Sae, codes: Codes, k: int, shards: Shards) -> Codes:
+    """ReLU, and only those candidates that are among the k largest over all shards."""
+    values = codes.values.relu()
+    if not sae.routed:
+        kept = shards.keep(codes.values, k)
+        place = torch.arange(values.shape[1], device=values.device)
+        values = values * (place < kept[:, None])
+    return Codes(values, codes.index)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What the forward pass leaves for the gradients, for the own tokens."""
+
+    routing: Routing
+    centred: Float[Tensor, "own d"]
+    """x − b_dec."""
+    codes: Codes
+    """Active latents: values after ReLU."""
+    residual: Float[Tensor, "own d"]
+    """x − x̂."""
+    dz: Float[Tensor, "own k"]
+    squared: Float[Tensor, " own"]
+    """‖x − x̂‖² per token."""
+
+
+def _reduce(sae: Sae, shards: Shards) -> Reduce | None:
+    """How partial reconstructions become whole: summed over shards for TopK; Switch's are whole."""
+    if sae.routed or shards.shard == 1:
+        return None
+    return lambda partial: shards.sum_(partial, "shard")
+
+
+def forward(
+    sae: Sae, params: Params, compute: Params, x: Float[Tensor, "tokens d"], shards: Shards, ops: Ops
+) -> Forward:
+    """Route, encode, decode: z = ReLU(top_k(W_enc(x − b_dec) + b_enc)), x̂ = scale·W_decᵀz + b_dec."""
+    routing = route(sae, params, x, shards)
+    centred = routing.take(x - params["b_dec"])
+    low = centred.to(compute["W_enc"].dtype)
+    codes = ops.select(low, compute["W_enc"], params.get("b_enc"), sae.k, routing.groups)
+    codes = _active(sae, codes, sae.k, shards)
+    residual, dz, squared = ops.reconstruct(
+        codes, compute["W_dec"], centred, routing.scale, routing.groups, _reduce(sae, shards)
+    )
+    return Forward(routing, centred, codes, residual, dz, squared)
+
+
+def _scaled(values: Float[Tensor, "own k"], factor: float | Tensor, scale: Float[Tensor, " own"] | None) -> Tensor:
+    values = values * factor
+    return values if scale is None else values * scale[:, None]
+
+
+def step(
+    sae: Sae,
+    params: Params,
+    compute: Params,
+    x: Float[Tensor, "tokens d"],
+    shards: Shards,
+    ops: Ops,
+    dead: DeadLatents | None,
+    grads: Params,
+) -> Stats:
+    """Loss of one batch and, written into `grads`, the gradient of every parameter over the global batch.
+
+    `params` are the master weights, `compute` the W_enc and W_dec that products use (a low-precision copy, or the
+    same tensors), `x` this replica's normalised tokens. `grads` has an entry for each parameter and always one for
+    b_enc, since b_dec's gradient is made from it. No host synchronisation with one expert.
+    """
+    own_tokens: Axis = "all" if sae.routed else "dp"
+    global_tokens = x.shape[0] * shards.dp
+    run = forward(sae, params, compute, x, shards, ops)
+    routing, codes, residual = run.routing, run.codes, run.residual
+    low = run.centred.to(compute["W_enc"].dtype)
+    factor = -2.0 / (sae.variance * global_tokens)
+
+    out = (grads["W_enc"], grads["W_dec"], grads["b_enc"])
+    weighted = Codes(_scaled(codes.values, factor, routing.scale), codes.index)
+    ops.weight_grads(weighted, _scaled(run.dz, factor, routing.scale), low, residual, routing.groups, out)
+    aux_loss = residual.new_zeros(())
+    if dead is not None:
+        aux_loss = _aux(sae, params, compute, low, run, dead, global_tokens, own_tokens, shards, ops, grads)
+
+    # the ranks of a TopK replica hold the same residual: it is counted on one of them
+    decoder_part = factor * residual.sum(dim=0) if sae.routed or shards.shard_rank == 0 else 0.0
+    grads["b_dec"].copy_(decoder_part - grads["b_enc"] @ params["W_enc"])
+    sums = torch.stack([run.squared.sum(), residual.new_zeros(())])
+    share = residual.new_ones(1)
+    if sae.routed:
+        scale_grad = factor * (codes.values * run.dz).sum(dim=1)
+        router_grads(sae, params, routing.take(x), routing, scale_grad, global_tokens, grads)
+        assert routing.probabilities is not None and routing.share is not None
+        share = routing.share
+        sums[1] = torch.special.entr(routing.probabilities).sum()
+        sums = torch.cat([sums, routing.probabilities.sum(dim=0)])
+    for name, cut in sae.layout().items():
+        shards.sum_(grads[name], "dp" if cut == "latent_rows" else "all")
+
+    sums = shards.sum_(sums, own_tokens)
+    active = shards.sum_((codes.values > 0).sum(), "all")
+    fvu = sums[0] / (sae.variance * global_tokens)
+    balance = sae.n_experts * (share * sums[2:] / global_tokens).sum() if sae.routed else share.new_ones(())
+    return Stats(
+        loss=fvu + sae.aux_alpha * aux_loss + sae.balance_weight * balance,
+        fvu=fvu,
+        aux_loss=aux_loss,
+        balance=balance,
+        l0=active.to(residual.dtype) / global_tokens,
+        router_entropy=sums[1] / global_tokens,
+        expert_share=share,
+        fired=shards.sum_(ops.fired(codes, params["W_enc"].shape[0]), "dp"),
+    )
+
+
+def _aux(
+    sae: Sae,
+    params: Params,
+    compute: Params,
+    low: Float[Tensor, "own d"],
+    run: Forward,
+    dead: DeadLatents,
+    global_tokens: int,
+    own_tokens: Axis,
+    shards: Shards,
+    ops: Ops,
+    grads: Params,
+) -> Float[Tensor, ""]:
+    """AuxK (Gao et al. 2024, appendix A.2): reconstruct the residual e from the k_aux largest dead latents.
+
+    Σ‖ê − e‖² / Σ‖e − mean e‖² over the global batch, e and the denominator without gradient, 0/0 → 0. The same
+    operations as the main path, on the gathered dead rows; for Switch within the routed expert, ê scaled by p
+    without gradient. Adds α times its gradient to W_enc, W_dec and b_enc.
+    """
+    routing, target = run.routing, run.residual
+    groups = Groups(routing.groups.token_offsets, dead.row_offsets)
+    W_enc, W_dec = compute["W_enc"][dead.rows], compute["W_dec"][dead.rows]
+    b_enc = params["b_enc"][dead.rows] if sae.enc_bias else None
+    codes = _active(sae, ops.select(low, W_enc, b_enc, dead.k, groups), dead.k, shards)
+    error, dz, squared = ops.reconstruct(codes, W_dec, target, routing.scale, groups, _reduce(sae, shards))
+
+    moments = torch.cat([target.sum(dim=0), target.square().sum()[None], squared.sum()[None]])
+    moments = shards.sum_(moments, own_tokens)
+    spread = moments[-2] - moments[:-2].square().sum() / global_tokens
+    inverse = torch.where(spread > 0, 1 / spread, 0.0)
+
+    factor = -2.0 * sae.aux_alpha * inverse
+    weighted = Codes(_scaled(codes.values, factor, routing.scale), codes.index)
+    count = dead.rows.shape[0]
+    out = (
+        grads["W_enc"].new_empty(count, sae.d_model),
+        grads["W_dec"].new_empty(count, sae.d_model),
+        grads["b_enc"].new_empty(count),
+    )
+    ops.weight_grads(weighted, _scaled(dz, factor, routing.scale), low, error, groups, out)
+    for name, grad in zip(("W_enc", "W_dec", "b_enc"), out, strict=True):
+        grads[name].index_add_(0, dead.rows, grad)
+    return moments[-1] * inverse
