@@ -1,0 +1,136 @@
+"""Study files (`sweeps/*.yaml`): a question, the grids that answer it, and the law to fit.
+
+Keys of a study: `question`, `title`, `law`, `sweep` (directory under `out`; default the study's name), `overrides`
+(common to all grids) and `grids`, a list of {`name`, `overrides`, `only`, `min_latents_per_expert_over_k`}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.errors import UserError
+from harness.jobs.grid import Candidate, expand, keep_only, keep_wide_experts
+
+STUDY_DIR = Path(__file__).resolve().parents[2] / "sweeps"
+
+
+@dataclass(frozen=True)
+class Grid:
+    name: str
+    overrides: tuple[str, ...]
+    """Hydra overrides, sweeps included; the study's common ones first."""
+    only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Key → values: cells with another value are left out."""
+    min_latents_per_expert_over_k: float = 0.0
+    """Cells with n/E below this many times k are left out; 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    question: str
+    title: str
+    law: str
+    sweep: str
+    grids: tuple[Grid, ...]
+
+
+def study_names() -> list[str]:
+    return sorted(path.stem for path in STUDY_DIR.glob("*.yaml"))
+
+
+def load_study(name_or_path: str) -> Study:
+    """Read a study by name (from `sweeps/`) or by path to a YAML file. Raises `UserError`."""
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = STUDY_DIR / f"{name_or_path}.yaml"
+        if not path.is_file():
+            raise UserError(
+                f"there is no study '{name_or_path}'; available: {', '.join(study_names())}, or a path to a .yaml file"
+            )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the study file {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"the study file {path} is not YAML: {' '.join(str(error).split())}") from error
+    _check(content, path, {"question", "title", "law", "sweep", "overrides", "grids"}, "study")
+    common = _strings(content.get("overrides"), path, "overrides")
+    grids = content.get("grids")
+    if not isinstance(grids, list) or not grids:
+        raise UserError(f"{path}: a study needs `grids`, a list of at least one grid")
+    return Study(
+        name=path.stem,
+        question=str(content.get("question", "")),
+        title=str(content.get("title", path.stem)),
+        law=str(content.get("law", "sae_nk")),
+        sweep=str(content.get("sweep", path.stem)),
+        grids=tuple(_grid(entry, common, path, number) for number, entry in enumerate(grids, start=1)),
+    )
+
+
+def _grid(entry: Any, common: tuple[str, ...], path: Path, number: int) -> Grid:
+    _check(entry, path, {"name", "overrides", "only", "min_latents_per_expert_over_k"}, f"grid {number}")
+    only = entry.get("only") or {}
+    if not isinstance(only, dict) or not all(isinstance(values, list) for values in only.values()):
+        raise UserError(f"{path}: `only` of grid {number} must map a key to a list of values")
+    ratio = entry.get("min_latents_per_expert_over_k", 0)
+    if not isinstance(ratio, int | float):
+        raise UserError(f"{path}: min_latents_per_expert_over_k of grid {number} must be a number, not {ratio!r}")
+    own = _strings(entry.get("overrides"), path, f"overrides of grid {number}")
+    return Grid(str(entry.get("name", number)), (*common, *own), only, float(ratio))
+
+
+def _check(content: Any, path: Path, known: set[str], what: str) -> None:
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a {what} is a mapping, see sweeps/quick.yaml for an example")
+    if unknown := sorted(set(content) - known):
+        raise UserError(f"{path}: unknown key {unknown[0]!r} in the {what}; known: {', '.join(sorted(known))}")
+
+
+def _strings(value: Any, path: Path, what: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"{path}: {what} must be a list of overrides such as 'sae.k=8,16'")
+    return tuple(value)
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def replace_overrides(grids: Sequence[Grid], overrides: Sequence[str]) -> list[Grid]:
+    """Put overrides of the command line into the grids of a study.
+
+    One replaces the same key in the grids that set it (so `sae.n_experts=4` reaches the Switch grid only); a key that
+    no grid sets goes to all of them.
+    """
+    set_by = [{_key(text) for text in grid.overrides} for grid in grids]
+    anywhere = set().union(*set_by)
+    result = []
+    for grid, keys in zip(grids, set_by, strict=True):
+        chosen = [text for text in overrides if _key(text) in keys or _key(text) not in anywhere]
+        replaced = {_key(text) for text in chosen}
+        kept = [text for text in grid.overrides if _key(text) not in replaced]
+        result.append(Grid(grid.name, (*kept, *chosen), grid.only, grid.min_latents_per_expert_over_k))
+    return result
+
+
+def study_candidates(study: Study, overrides: Sequence[str]) -> list[Candidate]:
+    """All cells of a study with the command line's overrides put in, filtered by each grid's own rules.
+
+    Call inside `hydra_session`. Cells that several grids ask for occur several times. Raises `UserError`.
+    """
+    common = [text for text in overrides if _key(text) != "sweep"]
+    sweep = [text for text in overrides if _key(text) == "sweep"] or [f"sweep={study.sweep}"]
+    candidates: list[Candidate] = []
+    for grid in replace_overrides(study.grids, common):
+        found = keep_only(expand([*grid.overrides, *sweep]), grid.only)
+        candidates += keep_wide_experts(found, grid.min_latents_per_expert_over_k)
+    return candidates
