@@ -1,0 +1,8 @@
+"""`python -m analysis fit|report …`. Exit codes: 0 done (notes may apply), 1 no fit possible, 2 a wrong request."""
+
+import sys
+
+from analysis.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

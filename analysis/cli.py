@@ -1,0 +1,142 @@
+"""The command line of the analysis: `fit` and `report`.
+
+Exit codes: 0 a result (notes may apply), 1 no fit is possible (the note says why), 2 a wrong request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis.fit import fit
+from analysis.laws import LAWS
+from analysis.load import load
+from analysis.result import FitResult, Status
+from analysis.table import ROLES, RunTable
+from harness.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong requests as one line, exit code 2."""
+
+    def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except UserError as problem:
+        print(f"analysis: {problem}", file=sys.stderr)
+        return 2
+    except OSError as problem:
+        print(f"analysis: {problem.filename or ''}: {problem.strerror or problem}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m analysis", description="Scaling laws from records of runs.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    one = commands.add_parser("fit", help="fit a law to runs", description="Fit a law to runs and print or store it.")
+    _add_sources(one)
+    _add_fit_options(one)
+    one.add_argument("--out", type=Path, help="write the fit as JSON")
+    one.set_defaults(run=_fit)
+    two = commands.add_parser("report", help="write report.html beside the runs of a sweep")
+    two.add_argument("sweep", type=Path, help="sweep directory, e.g. runs/quick")
+    two.add_argument("--law", choices=sorted(LAWS), help="the law to fit (default: the study's, or what the grid allows)")
+    two.set_defaults(run=_report)
+    return parser
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        nargs="+",
+        help="sweep directory, .csv/.tsv/.parquet table, or wandb:entity/project/group; several are stacked",
+    )
+    for role in ROLES:
+        parser.add_argument(f"--{role}", metavar="COLUMN", help=f"column that holds {role}")
+    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="only these runs")
+    parser.add_argument(
+        "--drop-largest-loss", type=int, default=0, metavar="N", help="leave out the N runs with the largest loss"
+    )
+
+
+def _add_fit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--law", default="sae_nk", help=f"one of: {', '.join(LAWS)}")
+    parser.add_argument("--robust", choices=["huber"], help="robust loss instead of least squares")
+    parser.add_argument("--delta", type=float, default=1e-3, help="δ of the Huber loss, in units of ln(loss)")
+    parser.add_argument("--weights", default="auto", choices=["auto", "seeds", "none"])
+    parser.add_argument("--ci", default="profile", choices=["profile", "wald", "bootstrap"])
+    parser.add_argument("--level", type=float, default=0.95, help="confidence level")
+    parser.add_argument("--starts", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random starts and resamples")
+
+
+def table_from(args: argparse.Namespace) -> RunTable:
+    """The runs that a command line asks for."""
+    roles = {role: column for role in ROLES if (column := getattr(args, role)) is not None}
+    table = load(args.source, roles)
+    for condition in args.where:
+        column, mark, value = condition.partition("=")
+        if not mark:
+            raise UserError(f"--where {condition!r} is not COLUMN=VALUE")
+        table = table.where("", **{column: value})
+    if args.drop_largest_loss:
+        loss = table.values("loss")
+        if args.drop_largest_loss >= len(loss):
+            raise UserError(f"--drop-largest-loss {args.drop_largest_loss} would leave none of {len(loss)} runs")
+        rank = (-loss).argsort(kind="stable").argsort()
+        table = table.keep(rank >= args.drop_largest_loss, f"one of the {args.drop_largest_loss} largest losses")
+    return table
+
+
+def fit_from(args: argparse.Namespace, table: RunTable) -> FitResult:
+    """The fit that a command line asks for."""
+    return fit(
+        table,
+        args.law,
+        robust=args.robust,
+        delta=args.delta,
+        weights=args.weights,
+        ci=args.ci,
+        level=args.level,
+        starts=args.starts,
+        seed=args.seed,
+    )
+
+
+def _fit(args: argparse.Namespace) -> int:
+    if args.law not in LAWS:
+        raise UserError(f"law {args.law!r} is not known; choose one of: {', '.join(LAWS)}")
+    table = table_from(args)
+    result = fit_from(args, table)
+    if args.out is not None:
+        result.to_json(args.out)
+    if result.status is Status.FAILED:
+        print(f"no fit of {result.law.name} to {table.name}:", file=sys.stderr)
+        for entry in result.notes:
+            print(f"  {entry}", file=sys.stderr)
+        return 1
+    print(result.summary())
+    if len(table.excluded):
+        print(f"left out: {len(table.excluded)} run(s)")
+        for reason, count in table.excluded["reason"].value_counts().items():
+            print(f"  {count} × {reason}")
+    print(f"written: {args.out}" if args.out else json.dumps(result.as_dict()["params"]))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from analysis.report import summary_table, write_report
+
+    path = write_report(args.sweep, law=args.law)
+    print(summary_table(args.sweep))
+    print(f"report: {path}")
+    return 0

@@ -1,0 +1,69 @@
+"""Checks of a table before a law is fitted to it: can it be fitted, and what will stand in the way."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis.laws import Law
+from analysis.notes import SEVERITIES, Note, note
+from analysis.table import POPULATION, RunTable
+
+DEAD_RANGE = 0.05
+DEAD_MOST = 0.10
+
+
+def check_table(table: RunTable, law: Law) -> list[Note]:
+    """Notes on the data and the design for one law, most severe first; an "error" means that no fit is possible."""
+    notes = [*table.notes, *_counts(table, law), *_data(table)]
+    notes.sort(key=lambda entry: -SEVERITIES.index(entry.severity))
+    return notes
+
+
+def _counts(table: RunTable, law: Law) -> list[Note]:
+    notes = []
+    points, size = len(table), len(law.params)
+    for role in law.inputs:
+        levels = table.frame[table.roles[role]].nunique() if table.has(role) else 0
+        needed = law.min_levels.get(role, 2)
+        if levels < needed:
+            text = f"{law.name} needs at least {needed} values of {table.roles.get(role, role)}, found {levels}"
+            notes.append(note("too_few_levels", "error", text))
+    if points <= size:
+        text = f"{points} usable run(s) for the {size} parameters of {law.name}; at least {size + 1} are needed"
+        notes.append(note("too_few_points", "error", text))
+    elif points < size + 3:
+        text = f"{points} runs for {size} parameters leave {points - size} degree(s) of freedom: intervals are wide"
+        notes.append(note("too_few_points", "warning", text))
+    columns = [table.roles[role] for role in law.inputs if table.has(role)]
+    if points and columns and not table.frame.duplicated(columns).any():
+        notes.append(note("single_seed", "info", "no cell was repeated with another seed: noise is judged by the fit"))
+    return notes
+
+
+def _data(table: RunTable) -> list[Note]:
+    frame, notes = table.frame, []
+    if not len(frame):
+        return notes
+    if table.has("converged") and frame[table.roles["converged"]].notna().any():
+        converged = frame[table.roles["converged"]].fillna(False).astype(bool)
+        if not converged.all():
+            severity = "warning" if converged.any() else "info"
+            text = f"{int((~converged).sum())} of {len(frame)} runs are not converged"
+            notes.append(note("unconverged_run", severity, text))
+    if table.has("dead"):
+        dead = np.array(frame[table.roles["dead"]], dtype=float)
+        dead = dead[np.isfinite(dead)]
+        if len(dead) and (np.ptp(dead) > DEAD_RANGE or dead.max() > DEAD_MOST):
+            text = f"dead latents range from {100 * dead.min():.1f} % to {100 * dead.max():.1f} %"
+            notes.append(note("mixed_dead_latents", "warning", text))
+    different = [name for name in POPULATION if name in frame and frame[name].astype(str).nunique() > 1]
+    if different:
+        shown = "; ".join(f"{name}: {', '.join(sorted(frame[name].astype(str).unique())[:4])}" for name in different)
+        notes.append(note("mixed_population", "warning", f"the runs differ in more than their size ({shown})"))
+    if table.has("n") and table.has("flops") and len(frame) > 3:
+        log_n, log_c = np.log(table.values("n")), np.log(table.values("flops"))
+        design = np.stack([np.ones_like(log_n), log_n], axis=1)
+        left = log_c - design @ np.linalg.lstsq(design, log_c, rcond=None)[0]
+        if np.ptp(log_n) > 0 and np.std(left) < 0.02 * np.std(log_c):
+            notes.append(note("confounded_n_flops", "info", "FLOPs follow from n alone in these runs"))
+    return notes

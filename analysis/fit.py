@@ -1,0 +1,209 @@
+"""`fit`: a law to a table of runs, by least squares on ln(loss) from many starts.
+
+Method and its evidence: docs/analysis.md. In short: logs are centred inside; starts come from variable projection and
+from chance; intervals are profile-F; repeats of cells give weights; whatever is doubtful becomes a note.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from analysis.bootstrap import cluster_bootstrap, percentile_intervals
+from analysis.design import check_table
+from analysis.intervals import covariance, profile, wald
+from analysis.laws import Array, Law, get
+from analysis.nested import compare_nested
+from analysis.notes import SEVERITIES, Note
+from analysis.problem import Problem, pose, starting_points
+from analysis.quality import check_fit
+from analysis.result import FitResult, Status, failed
+from analysis.solve import Optimum, minimise
+from analysis.table import RunTable
+from analysis.weights import SeedNoise, seed_noise
+from harness.errors import UserError
+
+SIGNIFICANT_SLOPE = 0.1
+"""`weights="auto"` weights only when the noise depends on scale with this p-value: with few repeats the slope of the
+noise is itself noise, and weighting by it would do harm."""
+
+
+def fit(
+    table: RunTable,
+    law: str | Law = "sae_nk",
+    *,
+    space: str = "log",
+    robust: str | None = None,
+    delta: float = 1e-3,
+    weights: str = "auto",
+    ci: str = "profile",
+    level: float = 0.95,
+    starts: int = 64,
+    seed: int = 0,
+    evaluations: int = 2000,
+    resamples: int = 1000,
+) -> FitResult:
+    """Fit a law to the usable runs of a table.
+
+    Args:
+        law: A name of `analysis.laws.LAWS`, or a `Law`.
+        space: `log`: residuals of ln(loss) (relative errors); `linear`: of the loss itself.
+        robust: None, or `huber` with `delta` in units of the residuals.
+        weights: `auto`: by the variance between seeds where repeats at three or more scales show that it depends on
+            scale; `seeds`: the same without that condition; `none`.
+        ci: `profile` (F, default), `wald`, or `bootstrap` (resampling whole runs; the only one for `huber`, where
+            `profile` falls back to it).
+        level: Confidence level of every interval.
+        starts: Starts of the optimiser; `seed` fixes the random ones.
+        resamples: Bootstrap resamples.
+
+    Returns a `FitResult`; when no fit is possible its status is `failed` and its notes say why. Raises `UserError` for
+    a request that makes no sense.
+    """
+    chosen = get(law) if isinstance(law, str) else law
+    _check_request(space, robust, weights, ci, level, starts)
+    table = _first_population(table, chosen)
+    for role in (*chosen.inputs, "loss"):
+        table.column(role)
+    notes = check_table(table, chosen)
+    if any(entry.severity == "error" for entry in notes):
+        return failed(chosen, notes, len(table))
+    inputs = {role: table.values(role) for role in chosen.inputs}
+    y = table.values("loss")
+    noise = seed_noise(inputs, y, chosen.scale_input)
+    weight, weighting = _weights(noise, inputs[chosen.scale_input], weights)
+    problem = pose(chosen, inputs, y, weight, space)
+    runs = [str(run) for run in table.column("run").to_numpy()[problem.order]]
+    huber = delta if robust == "huber" else None
+    optimum = minimise(problem, starting_points(problem, starts, seed), huber, evaluations)
+    if not np.isfinite(optimum.objective):
+        raise UserError(f"{chosen.name} cannot be evaluated on these data; look at their units")
+    method = "bootstrap" if huber is not None and ci == "profile" else ci
+    result = _assemble(chosen, problem, optimum, method, level, runs, huber, resamples, seed)
+    result.notes = sort_notes([*notes, *check_fit(problem, optimum, result.intervals, noise, runs)])
+    result.status = _status(result)
+    result.robust = f"huber, delta={delta:g}" if huber is not None else None
+    result.columns = {role: table.roles[role] for role in (*chosen.inputs, "loss")}
+    result.domain = {role: (float(values.min()), float(values.max())) for role, values in inputs.items()}
+    result.weighting = weighting
+    result.data_hash = _hash(problem)
+    if chosen.nested and huber is None:
+        result.nested = compare_nested(chosen, problem, inputs, y, weight, optimum)
+    return result
+
+
+def sort_notes(notes: list[Note]) -> list[Note]:
+    """Most severe first, each once."""
+    return sorted(dict.fromkeys(notes), key=lambda entry: -SEVERITIES.index(entry.severity))
+
+
+def _check_request(space: str, robust: str | None, weights: str, ci: str, level: float, starts: int) -> None:
+    for name, value, allowed in (
+        ("space", space, ("log", "linear")),
+        ("robust", robust, (None, "huber")),
+        ("weights", weights, ("auto", "seeds", "none")),
+        ("ci", ci, ("profile", "wald", "bootstrap")),
+    ):
+        if value not in allowed:
+            raise UserError(f"{name}={value!r} is not known; choose one of: {', '.join(map(str, allowed))}")
+    if not 0.5 <= level < 1:
+        raise UserError(f"level={level} must lie between 0.5 and 1")
+    if starts < 1:
+        raise UserError(f"starts={starts} must be at least 1")
+
+
+def _first_population(table: RunTable, law: Law) -> RunTable:
+    """One architecture at a time: a table that mixes them is fitted to TopK, or to the one with most runs."""
+    if "sae" not in table.frame or "experts" in law.inputs:
+        return table
+    kinds = table.frame["sae"].astype(str).value_counts()
+    if len(kinds) > 1:
+        chosen = "topk" if "topk" in kinds.index else str(kinds.index[0])
+        table = table.where(f"another architecture than {chosen}; choose it with --where sae=…", sae=chosen)
+    return table
+
+
+def _weights(noise: SeedNoise | None, x: Array, how: str) -> tuple[Array | None, dict[str, float]]:
+    if how == "none" or noise is None or noise.scales < 3 or noise.pure_error <= 0:
+        return None, {}
+    if how == "auto" and noise.p_constant > SIGNIFICANT_SLOPE:
+        return None, {}
+    weight = noise.weights(np.log(x))
+    return weight, {"slope": noise.slope, "centre": noise.centre, "mean": float(weight.mean())}
+
+
+def _assemble(
+    law: Law,
+    problem: Problem,
+    optimum: Optimum,
+    ci: str,
+    level: float,
+    runs: list[str],
+    huber: float | None,
+    resamples: int,
+    seed: int,
+) -> FitResult:
+    theta = optimum.theta
+    residual = problem.residual(theta)
+    rss, dof = float(np.sum(residual**2)), problem.points - problem.size
+    variance = rss / dof if dof > 0 else float("nan")
+    theta_cov = covariance(problem, theta, variance)
+    matrix, offset = problem.raw_map()
+    if ci == "bootstrap":
+        draws = cluster_bootstrap(problem, theta, np.array(runs), resamples, seed, huber)
+        theta_cov = np.cov(draws.T).reshape(problem.size, problem.size)
+        ends = percentile_intervals(draws @ matrix.T, level)
+    else:
+        ends = []
+        for row in matrix:
+            with np.errstate(invalid="ignore"):
+                se = float(np.sqrt(row @ theta_cov @ row))
+            if dof < 1:
+                ends.append((None, None))
+            elif ci == "wald":
+                ends.append(wald(float(row @ theta), se, dof, level))
+            else:
+                ends.append(profile(problem, theta, rss, row, se, level))
+    intervals = {}
+    for name, shift, (low, high) in zip(law.params, offset, ends, strict=True):
+        intervals[name] = tuple(
+            None if end is None else float(np.exp(end + shift)) if name in law.exp_params else float(end + shift)
+            for end in (low, high)
+        )
+    return FitResult(
+        law=law,
+        theta=theta,
+        means=problem.means,
+        y_mean=problem.y_mean,
+        theta_cov=theta_cov,
+        intervals=intervals,
+        rss=rss,
+        dof=dof,
+        points=problem.points,
+        notes=[],
+        status=Status.OK,
+        level=level,
+        ci=ci,
+        space=problem.space,
+        reached=optimum.reached,
+        starts=optimum.starts,
+        problem=problem,
+        runs=runs,
+    )
+
+
+def _status(result: FitResult) -> Status:
+    if any(entry.severity == "error" for entry in result.notes):
+        return Status.UNRELIABLE
+    if any(None in interval for interval in result.intervals.values()):
+        return Status.OPEN
+    return Status.OK
+
+
+def _hash(problem: Problem) -> str:
+    """sha256 of the numbers that were fitted, in canonical order."""
+    digest = hashlib.sha256(problem.law.name.encode())
+    for part in (problem.phi, problem.y, problem.root_weight):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""Covariance, Wald and profile-F intervals of any linear combination of the coefficients.
+
+Profile: hold c·θ at a value v, optimise everything else, and compare F(v) = (RSS(v) − RSS) / s² with its critical value.
+An end beyond which the fit never becomes worse than that is *open* (None): the data do not bound it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import fdtri, stdtrit
+
+from analysis.laws import Array
+from analysis.problem import Problem
+from analysis.solve import constrained
+
+FARTHEST = 30.0
+"""How far from the estimate (in exponents or log amplitudes) an end is looked for before it is called open."""
+
+NOISELESS = 1e-8
+"""Root-mean-square residual below which only rounding is left and a profile would measure that."""
+
+
+def covariance(problem: Problem, theta: Array, variance: float) -> Array:
+    """variance·(JᵀJ)⁻¹ in centred coordinates; inf on the diagonal of what the data do not determine at all."""
+    jac = problem.jacobian(theta)
+    scale = np.linalg.norm(jac, axis=0)
+    lost = ~(scale > 1e-12 * max(float(scale.max()), 1e-300))
+    cov = np.full((problem.size, problem.size), np.nan)
+    keep = np.flatnonzero(~lost)
+    if len(keep):
+        _, s, vt = np.linalg.svd(jac[:, keep] / scale[keep], full_matrices=False)
+        s = np.maximum(s, 1e-13 * s[0])
+        half = (vt.T / s) / scale[keep][:, None]
+        cov[np.ix_(keep, keep)] = variance * half @ half.T
+    cov[lost, lost] = np.inf
+    return cov
+
+
+def condition(problem: Problem, theta: Array) -> float:
+    """Condition number of the centred, column-scaled Jacobian; inf when a column is zero."""
+    jac = problem.jacobian(theta)
+    scale = np.linalg.norm(jac, axis=0)
+    if not np.all(scale > 1e-12 * scale.max()):
+        return float("inf")
+    s = np.linalg.svd(jac / scale, compute_uv=False)
+    return float(s[0] / s[-1]) if s[-1] > 0 else float("inf")
+
+
+def critical_f(dof: int, level: float) -> float:
+    """F quantile with (1, dof) degrees of freedom."""
+    return float(fdtri(1, dof, level))
+
+
+def critical_t(dof: int, level: float) -> float:
+    """Two-sided t quantile."""
+    return float(stdtrit(dof, 0.5 + level / 2))
+
+
+def wald(estimate: float, se: float, dof: int, level: float) -> tuple[float | None, float | None]:
+    """estimate ± t·se; open when se is not finite."""
+    if not np.isfinite(se):
+        return None, None
+    half = critical_t(dof, level) * se
+    return estimate - half, estimate + half
+
+
+def profile_f(
+    problem: Problem, theta: Array, rss: float, contrast: Array, value: float, start: Array | None = None
+) -> tuple[float, Array]:
+    """(F, theta) with contrast·theta held at `value` and all else optimised."""
+    unit = contrast / np.linalg.norm(contrast)
+    fixed = unit * (value / np.linalg.norm(contrast))
+    basis = np.linalg.svd(unit[None, :])[2][1:].T
+    dof = problem.points - problem.size
+    end, objective = constrained(problem, theta if start is None else start, fixed, basis)
+    return (objective - rss) / (rss / dof), end
+
+
+def profile(
+    problem: Problem, theta: Array, rss: float, contrast: Array, se: float, level: float
+) -> tuple[float | None, float | None]:
+    """Profile-F interval of contrast·theta (raw offset not included); None for an open end."""
+    dof = problem.points - problem.size
+    if dof < 1:
+        return None, None
+    estimate = float(contrast @ theta)
+    if np.sqrt(rss / problem.points) < NOISELESS:
+        return wald(estimate, se, dof, level)
+    root = np.sqrt(critical_f(dof, level))
+    step = root * se if np.isfinite(se) and 0 < se * root < FARTHEST / 4 else 0.5
+    low, high = (_end(problem, theta, rss, contrast, estimate, sign * step, root) for sign in (-1.0, 1.0))
+    return low, high
+
+
+def _end(
+    problem: Problem, theta: Array, rss: float, contrast: Array, estimate: float, step: float, root: float
+) -> float | None:
+    """Where √F first reaches `root` on one side: expand until bracketed, then regula falsi (Illinois)."""
+    inner, inner_g, end = 0.0, -root, theta
+    outer = step
+    reach = max(FARTHEST, 3.0 * abs(step))
+    unit = contrast / (contrast @ contrast)
+    while True:
+        f, end = profile_f(problem, theta, rss, contrast, estimate + outer, end + unit * (outer - inner))
+        outer_g = np.sqrt(max(f, 0.0)) - root
+        if outer_g > 0 or abs(outer) >= reach:
+            break
+        grown = outer * (1.7 if outer_g < -0.3 * root else 1.15)
+        inner, inner_g, outer = outer, outer_g, np.sign(step) * min(abs(grown), reach)
+    if not outer_g > 0:
+        return None
+    inner_end = end
+    for _ in range(40):
+        if abs(outer_g) < 1e-7 * root or abs(outer - inner) < 1e-12 * reach:
+            break
+        middle = outer - outer_g * (outer - inner) / (outer_g - inner_g)
+        f, inner_end = profile_f(problem, theta, rss, contrast, estimate + middle, inner_end + unit * (middle - outer))
+        g = np.sqrt(max(f, 0.0)) - root
+        if abs(g) < 1e-6 * root:
+            return estimate + middle
+        if g * outer_g < 0:
+            inner, inner_g = outer, outer_g
+        else:
+            inner_g *= 0.5
+        outer, outer_g = middle, g
+    return estimate + outer

@@ -1,0 +1,231 @@
+"""The laws: what they say, which parameters they have, and their analytic Jacobians.
+
+Every law here but one is a sum of exponentials of linear forms in the logs of its inputs,
+
+    y = Σ_t exp(Σ_j θ_j · φ_tj(ln x)),      φ a monomial in the logs, e.g. ln k · ln n,
+
+so one formula gives value and Jacobian of all of them: with w_t the share of term t in y, ∂ ln y / ∂θ_j = Σ_t w_t φ_tj.
+Amplitudes and floors are positive and enter as their logarithm; `exp_params` names those reported as exp(θ).
+
+Fits run in *centred* coordinates, u = ln x − mean(ln x): the same law with other coefficients, far better conditioned.
+`centring_matrix` is the exact linear map from centred to raw coefficients.
+
+Sources: L(n, k) — Gao et al. 2024; E + A·N^−α + B·D^−β — Hoffmann et al. 2022; the smoothly broken power law —
+Caballero et al. 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Monomial = tuple[str, ...]
+"""Which logs are multiplied: () is a constant, ("k", "n") is ln k · ln n."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One product sign · θ_param · Π ln x over `monomial` inside a term's exponent."""
+
+    param: str
+    monomial: Monomial = ()
+    sign: float = 1.0
+
+
+@dataclass(frozen=True)
+class Law:
+    """A sum of exponentials of linear forms in the logs of `inputs`."""
+
+    name: str
+    formula: str
+    inputs: tuple[str, ...]
+    """Roles of the independent variables, e.g. ("n", "k")."""
+    terms: tuple[tuple[Entry, ...], ...]
+    exp_params: tuple[str, ...] = ()
+    """Parameters reported as exp of the fitted coefficient: amplitudes and floors."""
+    floor: int | None = None
+    """Index of the term that does not vanish as the scale grows."""
+    scale_input: str = "n"
+    """The input whose growth should lower y; extrapolation and hold-outs go along it."""
+    nested: tuple[str, ...] = ()
+    """Names of simpler forms that this law contains."""
+    min_levels: Mapping[str, int] = field(default_factory=dict)
+    """Fewest distinct values of each input with which every parameter can be estimated."""
+
+    @cached_property
+    def params(self) -> tuple[str, ...]:
+        """Names in order of first appearance; the order of `cov`."""
+        return tuple(dict.fromkeys(entry.param for term in self.terms for entry in term))
+
+    def features(self, logs: Mapping[str, Array]) -> Array:
+        """φ (terms, points, params) at the given logs of the inputs."""
+        points = len(logs[self.inputs[0]])
+        phi = np.zeros((len(self.terms), points, len(self.params)))
+        for t, term in enumerate(self.terms):
+            for entry in term:
+                product = np.full(points, entry.sign)
+                for name in entry.monomial:
+                    product = product * logs[name]
+                phi[t, :, self.params.index(entry.param)] += product
+        return phi
+
+    def centring_matrix(self, means: Mapping[str, float]) -> Array:
+        """M (params, params): raw θ = M @ centred θ, up to `centring_offset`.
+
+        Expands Π (ln x − mean) into monomials of ln x; every lower monomial of a term must be among its entries.
+        """
+        size = len(self.params)
+        matrix = np.zeros((size, size))
+        for term in self.terms:
+            home = {tuple(sorted(entry.monomial)): entry for entry in term}
+            for entry in term:
+                for kept, coefficient in _expand(entry.monomial, means).items():
+                    if coefficient == 0.0:
+                        continue
+                    target = home[kept]
+                    row, column = self.params.index(target.param), self.params.index(entry.param)
+                    matrix[row, column] = target.sign * entry.sign * coefficient
+        return matrix
+
+    def centring_offset(self, y_mean: float) -> Array:
+        """What centring ln y adds to the raw constants."""
+        offset = np.zeros(len(self.params))
+        for term in self.terms:
+            for entry in term:
+                if not entry.monomial:
+                    offset[self.params.index(entry.param)] = entry.sign * y_mean
+        return offset
+
+    def log_value(self, theta: Array, phi: Array) -> Array:
+        """ln y (points,) for coefficients theta (params,)."""
+        return np.logaddexp.reduce(phi @ theta, axis=0)
+
+    def jacobian(self, theta: Array, phi: Array) -> Array:
+        """∂ ln y / ∂ theta (points, params)."""
+        logs = phi @ theta
+        shares = np.exp(logs - np.logaddexp.reduce(logs, axis=0))
+        return np.einsum("tn,tnp->np", shares, phi)
+
+    def reported(self, raw: Array) -> Array:
+        """Raw coefficients as they are printed: amplitudes and floors as exp. Overflow becomes inf."""
+        out = raw.astype(float).copy()
+        for i, name in enumerate(self.params):
+            if name in self.exp_params:
+                with np.errstate(over="ignore", under="ignore"):
+                    out[i] = np.exp(raw[i])
+        return out
+
+
+def _expand(monomial: Monomial, means: Mapping[str, float]) -> dict[Monomial, float]:
+    """Π over `monomial` of (ln x − mean) as {monomial in ln x: coefficient}."""
+    expansion: dict[Monomial, float] = {(): 1.0}
+    for name in monomial:
+        longer: dict[Monomial, float] = {}
+        for kept, coefficient in expansion.items():
+            grown = tuple(sorted((*kept, name)))
+            longer[grown] = longer.get(grown, 0.0) + coefficient
+            longer[kept] = longer.get(kept, 0.0) - coefficient * means[name]
+        expansion = longer
+    return expansion
+
+
+_BILINEAR = (Entry("alpha"), Entry("beta_k", ("k",)), Entry("beta_n", ("n",)), Entry("gamma", ("k", "n")))
+_ADDITIVE = _BILINEAR[:3]
+_FLOOR_K = (Entry("zeta"), Entry("eta", ("k",)))
+_POWER = (Entry("A"), Entry("a", ("x",), -1.0))
+
+LAWS: dict[str, Law] = {
+    law.name: law
+    for law in (
+        Law("power", "A·x^−a", ("x",), (_POWER,), ("A",), scale_input="x", min_levels={"x": 2}),
+        Law(
+            "power_floor",
+            "E + A·x^−a",
+            ("x",),
+            ((Entry("E"),), _POWER),
+            ("E", "A"),
+            floor=0,
+            scale_input="x",
+            nested=("power",),
+            min_levels={"x": 3},
+        ),
+        Law(
+            "sae_nk",
+            "exp(alpha + beta_k·ln k + beta_n·ln n + gamma·ln k·ln n) + exp(zeta + eta·ln k)",
+            ("n", "k"),
+            (_BILINEAR, _FLOOR_K),
+            floor=1,
+            nested=("sae_nk_constant_floor", "sae_nk_no_interaction", "sae_nk_no_floor"),
+            min_levels={"n": 3, "k": 2},
+        ),
+        Law(
+            "sae_nk_constant_floor",
+            "exp(alpha + beta_k·ln k + beta_n·ln n + gamma·ln k·ln n) + exp(zeta)",
+            ("n", "k"),
+            (_BILINEAR, (Entry("zeta"),)),
+            floor=1,
+            min_levels={"n": 3, "k": 2},
+        ),
+        Law(
+            "sae_nk_no_interaction",
+            "exp(alpha + beta_k·ln k + beta_n·ln n) + exp(zeta + eta·ln k)",
+            ("n", "k"),
+            (_ADDITIVE, _FLOOR_K),
+            floor=1,
+            min_levels={"n": 3, "k": 2},
+        ),
+        Law(
+            "sae_nk_no_floor",
+            "exp(alpha + beta_k·ln k + beta_n·ln n + gamma·ln k·ln n)",
+            ("n", "k"),
+            (_BILINEAR,),
+            min_levels={"n": 2, "k": 2},
+        ),
+        Law(
+            "chinchilla",
+            "E + A·N^−alpha + B·D^−beta",
+            ("n", "d"),
+            ((Entry("E"),), (Entry("A"), Entry("alpha", ("n",), -1.0)), (Entry("B"), Entry("beta", ("d",), -1.0))),
+            ("E", "A", "B"),
+            floor=0,
+            min_levels={"n": 3, "d": 3},
+        ),
+        Law(
+            "bilinear_experts",
+            "E + exp(a·ln n + b·ln experts + c·ln n·ln experts + d)",
+            ("n", "experts"),
+            (
+                (Entry("E"),),
+                (
+                    Entry("a", ("n",)),
+                    Entry("b", ("experts",)),
+                    Entry("c", ("experts", "n")),
+                    Entry("d"),
+                ),
+            ),
+            ("E",),
+            floor=0,
+            min_levels={"n": 3, "experts": 2},
+        ),
+        Law(
+            "tokens_to_convergence",
+            "D0·n^p",
+            ("n",),
+            ((Entry("D0"), Entry("p", ("n",))),),
+            ("D0",),
+            min_levels={"n": 2},
+        ),
+    )
+}
+
+
+def get(name: str) -> Law:
+    """The law of that name; `ValueError` lists the known ones."""
+    if name not in LAWS:
+        raise ValueError(f"law {name!r} is not known; choose one of: {', '.join(LAWS)}")
+    return LAWS[name]

@@ -1,0 +1,231 @@
+"""Sources of runs: a sweep directory, a CSV or Parquet table, a pandas frame, or W&B."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.table import SWEEP_ROLES, RunTable
+from harness.errors import UserError
+
+UNITS = {
+    "tokens": "tokens",
+    "unique_tokens": "tokens",
+    "flops": "FLOP",
+    "flops_executed": "FLOP",
+    "wall_s": "s",
+    "tokens_per_s": "tokens/s",
+    "peak_memory_bytes": "bytes",
+}
+
+CELL_KEYS = (
+    "sae.n_latents",
+    "sae.k",
+    "sae.n_experts",
+    "sae.architecture",
+    "train.seed",
+    "train.lr",
+    "train.lr_factor",
+    "train.tokens",
+    "train.flops",
+)
+"""Configuration keys in which the cells of one sweep are meant to differ."""
+
+_ACTIVATION_COLUMNS = {"model": "activations.model", "hook": "activations.hook", "layer": "activations.layer"}
+
+
+def load(
+    source: str | os.PathLike[str] | pd.DataFrame | Sequence[str],
+    roles: Mapping[str, str] | None = None,
+) -> RunTable:
+    """Read runs from a source and give them roles.
+
+    Args:
+        source: A sweep directory, a run directory, a `.csv`, `.tsv` or `.parquet` file, `wandb:entity/project/group`,
+            a pandas frame, or a list of these (stacked).
+        roles: Role → column; overrides the defaults, which are those of a sweep directory. For other sources only
+            the named roles and those defaults whose column exists are used.
+
+    Raises `UserError` when the source cannot be read.
+    """
+    if isinstance(source, pd.DataFrame):
+        return _with_roles(source, roles, "table")
+    if not isinstance(source, str | os.PathLike):
+        tables = [load(part, roles) for part in source]
+        return tables[0] if len(tables) == 1 else _stack(tables)
+    text = str(source)
+    if text.startswith("wandb:"):
+        from analysis.load_wandb import read_group
+
+        return _with_roles(read_group(text.removeprefix("wandb:")), roles, text, UNITS)
+    path = Path(text)
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; name a sweep directory, a CSV or Parquet file, or wandb:entity/project/group"
+        )
+    if path.is_dir():
+        return read_sweep(path, roles)
+    return _with_roles(_read_file(path), roles, path.name)
+
+
+def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTable:
+    """Every run of a sweep directory, the unfinished ones included (they are listed as left out)."""
+    candidates = [directory] if (directory / "result.json").exists() else sorted(directory.iterdir())
+    runs = [path for path in candidates if path.is_dir() and _is_run(path)]
+    if not runs:
+        raise UserError(f"{directory} holds no run (no folder with config.yaml or result.json in it)")
+    rows = [_row(path) for path in runs]
+    frame = pd.DataFrame(rows)
+    _spread(frame, [row.pop("config", None) for row in rows])
+    frame = frame.drop(columns="config", errors="ignore")
+    for column in SWEEP_ROLES.values():
+        if column not in frame:
+            frame[column] = np.nan if column != "status" else None
+    table = RunTable(frame, {**SWEEP_ROLES, **(roles or {})}, dict(UNITS), name=str(directory.name))
+    table.directories = {str(run): path for run, path in zip(frame["run_id"], runs, strict=True)}
+    return table
+
+
+def curve(directory: Path) -> pd.DataFrame:
+    """All lines of a run's `metrics.jsonl` (one row a line); a torn last line is ignored. Empty when there is none."""
+    path = directory / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+    return pd.DataFrame(lines)
+
+
+def evaluations(table: RunTable) -> pd.DataFrame:
+    """Held-out points of all usable runs: run, step, tokens, flops, loss, and whether the lr was constant so far.
+
+    For a run without `metrics.jsonl` only its final point is known.
+    """
+    loss = table.roles["loss"]
+    parts: list[pd.DataFrame] = []
+    for _, row in table.frame.iterrows():
+        run = str(row[table.roles["run"]])
+        final = {key: row.get(key) for key in ("tokens", "flops")} | {"loss": row[loss]}
+        lines = curve(table.directories[run]) if run in table.directories else pd.DataFrame()
+        if loss in lines and {"tokens", "flops"} <= set(lines):
+            part = lines[lines[loss].notna()][["tokens", "flops", loss]].rename(columns={loss: "loss"})
+            part = part[part["tokens"] < row.get("tokens", np.inf)]
+            part = pd.concat([part, pd.DataFrame([final])], ignore_index=True)
+        else:
+            part = pd.DataFrame([final])
+        decayed = float(row.get("train.decay_fraction") or 0.0) > 0
+        parts.append(part.assign(run=run, constant_lr=not decayed))
+    if not parts:
+        return pd.DataFrame(columns=["run", "tokens", "flops", "loss", "constant_lr"])
+    return pd.concat(parts, ignore_index=True).astype({"tokens": float, "flops": float, "loss": float})
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "result.json").exists() or (path / "config.yaml").exists()
+
+
+def _row(path: Path) -> dict[str, Any]:
+    """`result.json` of a run; for one that has none, or a damaged one, a row that says so."""
+    result = path / "result.json"
+    blank = {"run_id": path.name}
+    if not result.exists():
+        return blank | {"status": "unfinished", "error": "no result.json (still running, or interrupted)"}
+    try:
+        content = json.loads(result.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        return blank | {"status": "unreadable", "error": f"result.json: {problem}"}
+    if not isinstance(content, dict):
+        return blank | {"status": "unreadable", "error": "result.json is not an object"}
+    return blank | content
+
+
+def _spread(frame: pd.DataFrame, configs: list[Any]) -> None:
+    """Add the configuration keys that differ between runs, and those that name the population, as columns."""
+    flat = pd.DataFrame([_flatten(config) if isinstance(config, dict) else {} for config in configs])
+    for column in flat:
+        if column.startswith(("sae.", "train.", "activations.", "stream.")):
+            frame[column] = flat[column]
+    for short, long in _ACTIVATION_COLUMNS.items():
+        if long in flat and short not in frame:
+            frame[short] = flat[long]
+    if "sae.normalize" in flat:
+        frame["normalize"] = flat["sae.normalize"]
+
+
+def varied(table: RunTable) -> list[str]:
+    """Configuration keys, beyond those a grid is made of, in which the usable runs differ."""
+    names = []
+    for column in table.frame.columns:
+        if "." in column and column not in CELL_KEYS and table.frame[column].astype(str).nunique() > 1:
+            names.append(column)
+    return names
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return flat
+
+
+def _read_file(path: Path) -> pd.DataFrame:
+    """A CSV, TSV or Parquet file as a frame; `UserError` when it is none of them or holds no table."""
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".tsv", ".txt", ".parquet"):
+        raise UserError(f"{path}: unknown kind of table {suffix!r}; use .csv, .tsv or .parquet")
+    try:
+        if suffix == ".parquet":
+            frame = pd.read_parquet(path)
+        else:
+            frame = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", comment="#", skipinitialspace=True)
+    except pd.errors.EmptyDataError:
+        raise UserError(f"{path} is empty") from None
+    except pd.errors.ParserError as problem:
+        raise UserError(f"{path} cannot be read as a table: {str(problem).strip()}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8; save it as CSV in UTF-8, or as Parquet") from None
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path} cannot be read: {str(problem).splitlines()[0]}") from None
+    frame.columns = [str(column).strip() for column in frame.columns]
+    if frame.shape[1] == 1 and any(mark in str(frame.columns[0]) for mark in ";\t|"):
+        raise UserError(f"{path}: one column {frame.columns[0]!r}; columns must be separated by commas (or use .tsv)")
+    if frame.empty:
+        raise UserError(f"{path} has a header but no rows")
+    return frame
+
+
+def _with_roles(
+    frame: pd.DataFrame, roles: Mapping[str, str] | None, name: str, units: Mapping[str, str] | None = None
+) -> RunTable:
+    """Named roles, then the default ones whose column happens to exist."""
+    chosen = {role: column for role, column in SWEEP_ROLES.items() if column in frame.columns}
+    taken = set((roles or {}).values())
+    chosen = {role: column for role, column in chosen.items() if column not in taken}
+    chosen |= roles or {}
+    return RunTable(frame, chosen, dict(units or {}), name=name)
+
+
+def _stack(tables: list[RunTable]) -> RunTable:
+    """Several tables as one; their roles must agree."""
+    first = tables[0]
+    for other in tables[1:]:
+        if other.roles != first.roles:
+            raise UserError(f"{first.name} and {other.name} name different columns; give --n, --k, --loss … explicitly")
+    frame = pd.concat([table.frame for table in tables], ignore_index=True)
+    out = RunTable(frame, dict(first.roles), dict(first.units), name=" + ".join(t.name for t in tables))
+    out.excluded = pd.concat([t.excluded for t in (*tables, out) if len(t.excluded)] or [out.excluded])
+    out.notes = [entry for table in (*tables, out) for entry in table.notes]
+    out.directories = {run: path for table in tables for run, path in table.directories.items()}
+    return out

@@ -1,0 +1,75 @@
+"""What can be wrong with data, a design or a fit: typed notes instead of silence or bare exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+SEVERITIES = ("info", "warning", "error")
+
+REMEDIES = {
+    # design
+    "too_few_points": "run more cells, or fit a law with fewer parameters",
+    "too_few_levels": "add more values of that variable, or fit a law that does not use it",
+    "confounded_n_flops": "vary tokens at fixed n; until then n and FLOPs cannot be told apart",
+    "single_seed": "repeat at least three cells with a second seed, so that noise can be separated from misfit",
+    "degenerate_design": "widen the grid, or fit a nested form with fewer parameters",
+    # data
+    "nonfinite_loss": "look at the runs named as left out; they did not enter the fit",
+    "nonpositive_loss": "a loss of zero or less has no logarithm; check its column and its units",
+    "duplicate_run": "the first of each was kept; check how the table was put together",
+    "unconverged_run": "train longer (train.until=convergence), or read the law as one at fixed tokens",
+    "mixed_dead_latents": "dead latents bend the law: lower the learning rate or strengthen AuxK where they are many",
+    "mixed_population": "fit one population at a time (--where COLUMN=VALUE)",
+    # fit
+    "floor_not_identified": "add larger n: the span covered does not separate the floor from the power law",
+    "parameter_at_bound": "the data push this parameter to the edge of its range; fit the nested form without it",
+    "start_equals_solution": "the optimiser did not move: the estimate is a guess, not a fit; raise the evaluations",
+    "optimum_not_reproduced": "raise the number of starts; the best of them was reached by too few",
+    # quality
+    "structured_residuals": "the residuals have a pattern: the form is wrong, or the runs are not comparable",
+    "lack_of_fit": "residuals exceed the noise between seeds: try another form or look for a second variable",
+    "outlier_driven": "check the named runs; fit with robust='huber' and compare",
+    "extrapolation": "run cells nearer to the target before relying on this number",
+    "isoflop_edge": "add sizes beyond the edge, so that the minimum is bracketed",
+    "isoflop_nonconvex": "repeat the noisy cells of that budget",
+    "frontier_owned_by_end": "train the smaller runs longer, or the larger ones to more tokens",
+}
+"""What to do about each code; the codes are the whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """One finding: `code` is for programs, `message` says what was found, `remedy` what to do about it."""
+
+    code: str
+    severity: str
+    message: str
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.code in REMEDIES, f"unknown note code {self.code}"
+        assert self.severity in SEVERITIES, f"unknown severity {self.severity}"
+        if not self.remedy:
+            object.__setattr__(self, "remedy", REMEDIES[self.code])
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.code}: {self.message} — {self.remedy}"
+
+
+def note(code: str, severity: str, message: str) -> Note:
+    """A note with the standard remedy of its code."""
+    return Note(code, severity, message)
+
+
+def has(notes: Iterable[Note], code: str) -> bool:
+    """Whether a note of that code is among `notes`."""
+    return any(entry.code == code for entry in notes)
+
+
+def worst(notes: Iterable[Note]) -> str:
+    """The highest severity among `notes`; "info" when there are none."""
+    return max((entry.severity for entry in notes), key=SEVERITIES.index, default="info")

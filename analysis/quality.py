@@ -1,0 +1,155 @@
+"""Checks of a finished fit: identified, reached again, free of pattern, within the noise, owed to no single run."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import fdtrc, stdtr
+
+from analysis.intervals import NOISELESS, condition
+from analysis.laws import Array
+from analysis.notes import Note, note
+from analysis.problem import Problem
+from analysis.solve import Optimum
+from analysis.weights import SeedNoise
+
+Interval = tuple[float | None, float | None]
+
+NO_FLOOR = 1e-6
+"""Share of the smallest loss below which a fitted floor counts as none."""
+
+
+def check_fit(
+    problem: Problem,
+    optimum: Optimum,
+    intervals: dict[str, Interval],
+    noise: SeedNoise | None,
+    runs: list[str],
+) -> list[Note]:
+    """Notes on a fit. `runs` are the names of the points, in the problem's order."""
+    return [
+        *_convergence(optimum),
+        *_identified(problem, optimum.theta, intervals),
+        *_design(problem, optimum.theta),
+        *_residuals(problem, optimum, noise, runs),
+    ]
+
+
+def _convergence(optimum: Optimum) -> list[Note]:
+    notes = []
+    if not optimum.moved:
+        notes.append(note("start_equals_solution", "error", "the solution equals its start, and is no minimum"))
+    hits = round(optimum.reached * optimum.starts)
+    if optimum.starts >= 8 and (hits < 2 or optimum.reached < 0.03):
+        text = f"only {hits} of {optimum.starts} starts reached the best objective"
+        notes.append(note("optimum_not_reproduced", "warning", text))
+    return notes
+
+
+def _identified(problem: Problem, theta: Array, intervals: dict[str, Interval]) -> list[Note]:
+    law, notes = problem.law, []
+    if law.floor is not None:
+        names = list(dict.fromkeys(entry.param for entry in law.terms[law.floor]))
+        opened = [name for name in names if name in intervals and None in intervals[name]]
+        if opened:
+            text = f"the data do not bound {' and '.join(opened)}: the interval is open"
+            notes.append(note("floor_not_identified", "warning", text))
+        floor = problem.phi[law.floor] @ theta
+        if np.max(floor - problem.y) < np.log(NO_FLOOR):
+            text = f"the best floor is zero ({', '.join(names)} run to the edge): the fit is that without a floor"
+            notes.append(note("parameter_at_bound", "warning", text))
+    return notes
+
+
+def _design(problem: Problem, theta: Array) -> list[Note]:
+    number = condition(problem, theta)
+    if number > 300:
+        severity = "error" if number > 1e3 else "warning"
+        return [note("degenerate_design", severity, f"condition of the centred, scaled Jacobian is {number:.3g}")]
+    return []
+
+
+def _residuals(problem: Problem, optimum: Optimum, noise: SeedNoise | None, runs: list[str]) -> list[Note]:
+    notes = []
+    residual = problem.residual(optimum.theta)
+    dof = problem.points - problem.size
+    if dof < 4 or np.sqrt(np.mean(residual**2)) < NOISELESS:
+        return notes
+    patterns = [name for name in problem.law.inputs if _pattern(problem, optimum.theta, residual, name) < 0.005]
+    if patterns:
+        text = f"residuals bend along {' and '.join(patterns)} (p < 0.005)"
+        notes.append(note("structured_residuals", "warning", text))
+    if noise is not None and noise.dof >= 2 and noise.cells > problem.size:
+        p = _lack_of_fit(problem, residual)
+        if p < 0.01:
+            text = f"residuals exceed the noise between seeds of {100 * noise.sd:.2g} % (F test, p = {p:.1g})"
+            notes.append(note("lack_of_fit", "warning", text))
+    t, worst = _studentised(problem, optimum.theta, residual)
+    p = 2 * problem.points * float(stdtr(dof - 1, -abs(t)))
+    if p < 0.01:
+        text = f"{runs[worst]} lies {abs(t):.1f} standard deviations from the fit of the others"
+        notes.append(note("outlier_driven", "warning", text))
+    return notes
+
+
+def _log_input(problem: Problem, name: str) -> Array:
+    """Centred log of an input, read back from the features; zeros when no feature holds it alone."""
+    for t, term in enumerate(problem.law.terms):
+        for entry in term:
+            if entry.monomial == (name,):
+                owners = [e for e in term if e.param == entry.param]
+                if len(owners) == 1:
+                    return problem.phi[t][:, problem.law.params.index(entry.param)] * entry.sign
+    return np.zeros(problem.points)
+
+
+def _pattern(problem: Problem, theta: Array, residual: Array, name: str) -> float:
+    """p-value of a cubic in ln(input) added to the fit, linearised."""
+    u = _log_input(problem, name)
+    levels = len(np.unique(np.round(u, 9)))
+    if levels < 4:
+        return 1.0
+    u = u / max(float(np.max(np.abs(u))), 1e-12)
+    added = np.stack([u**power for power in (2, 3)], axis=1) * problem.root_weight[:, None]
+    return _added_p(problem.jacobian(theta), added, residual)
+
+
+def _added_p(base: Array, added: Array, residual: Array) -> float:
+    def rss(design: Array) -> tuple[float, int]:
+        q, r = np.linalg.qr(design)
+        rank = int(np.linalg.matrix_rank(r))
+        return float(np.sum((residual - q @ (q.T @ residual)) ** 2)), rank
+
+    small, few = rss(base)
+    large, many = rss(np.column_stack([base, added]))
+    dof = len(residual) - many
+    if many <= few or dof < 3 or large <= 0:
+        return 1.0
+    return float(fdtrc(many - few, dof, (small - large) / (many - few) / (large / dof)))
+
+
+def _lack_of_fit(problem: Problem, residual: Array) -> float:
+    """p-value of the pure-error F test: residual mean squares between against within repeated cells."""
+    flat = np.round(problem.phi.transpose(1, 0, 2).reshape(problem.points, -1), 9)
+    _, cell = np.unique(flat, axis=0, return_inverse=True)
+    cell = np.ravel(cell)
+    weight = problem.root_weight**2
+    mean = np.bincount(cell, problem.root_weight * residual) / np.bincount(cell, weight)
+    within = float(np.sum((residual - problem.root_weight * mean[cell]) ** 2))
+    cells = int(cell.max()) + 1
+    between = float(np.sum(residual**2)) - within
+    dof_between, dof_within = cells - problem.size, problem.points - cells
+    if dof_between < 1 or dof_within < 1 or within <= 0:
+        return 1.0
+    return float(fdtrc(dof_between, dof_within, (between / dof_between) / (within / dof_within)))
+
+
+def _studentised(problem: Problem, theta: Array, residual: Array) -> tuple[float, int]:
+    """Largest externally studentised residual and its point."""
+    q, _ = np.linalg.qr(problem.jacobian(theta))
+    leverage = np.minimum(np.sum(q**2, axis=1), 1 - 1e-9)
+    dof = problem.points - problem.size
+    rss = float(np.sum(residual**2))
+    left = np.maximum(rss - residual**2 / (1 - leverage), 1e-300) / (dof - 1)
+    t = residual / np.sqrt(left * (1 - leverage))
+    worst = int(np.argmax(np.abs(t)))
+    return float(t[worst]), worst

@@ -1,0 +1,106 @@
+"""Finding the optimum: Levenberg–Marquardt (MINPACK) from many starts, and a record of how many of them got there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares, leastsq
+
+from analysis.laws import Array
+from analysis.problem import Problem
+
+SAME_OPTIMUM = 1e-5
+"""Relative excess of the objective within which two solutions count as one."""
+
+
+@dataclass(frozen=True)
+class Optimum:
+    theta: Array
+    objective: float
+    """Σ r² (least squares), or twice the Huber cost."""
+    reached: float
+    """Share of the starts that ended at this objective."""
+    moved: bool
+    """False when the solution equals its start although the gradient there is not zero."""
+    starts: int
+
+
+def minimise(problem: Problem, starts: list[Array], huber: float | None = None, evaluations: int = 2000) -> Optimum:
+    """The best solution over all starts.
+
+    Args:
+        huber: δ of the Huber loss on the residuals; None is least squares.
+        evaluations: Most evaluations of the residuals per start.
+    """
+    ends = [solve(problem, start, huber, evaluations) for start in starts]
+    objectives = np.array([objective for _, objective in ends])
+    best = int(np.argmin(objectives))
+    theta, objective = ends[best]
+    slack = SAME_OPTIMUM * objective + 1e-18 * problem.points
+    reached = float(np.mean(objectives <= objective + slack))
+    moved = bool(np.max(np.abs(theta - starts[best])) > 1e-10) or _stationary(problem, theta, huber)
+    return Optimum(theta, float(objective), reached, moved, len(starts))
+
+
+def solve(problem: Problem, start: Array, huber: float | None = None, evaluations: int = 2000) -> tuple[Array, float]:
+    """(theta, objective) reached from one start; (start, inf) where the residuals are not finite."""
+    if not np.all(np.isfinite(problem.residual(start))):
+        return start, float("inf")
+    if huber is not None:
+        end = least_squares(
+            problem.residual,
+            start,
+            problem.jacobian,
+            loss="huber",
+            f_scale=huber,
+            x_scale="jac",
+            xtol=1e-14,
+            ftol=1e-14,
+            gtol=1e-14,
+            max_nfev=evaluations,
+        )
+        return end.x, 2.0 * float(end.cost)
+    return _least_squares(problem.residual, problem.jacobian, start, evaluations)
+
+
+def constrained(
+    problem: Problem, start: Array, fixed: Array, basis: Array, evaluations: int = 200
+) -> tuple[Array, float]:
+    """Least squares over theta = fixed + basis @ φ; returns (theta, Σ r²). `start` is projected onto that set."""
+    if basis.shape[1] == 0:
+        return fixed, float(np.sum(problem.residual(fixed) ** 2))
+    phi, objective = _least_squares(
+        lambda free: problem.residual(fixed + basis @ free),
+        lambda free: problem.jacobian(fixed + basis @ free) @ basis,
+        basis.T @ (start - fixed),
+        evaluations,
+    )
+    return fixed + basis @ phi, objective
+
+
+def _least_squares(residual, jacobian, start: Array, evaluations: int) -> tuple[Array, float]:
+    if not np.all(np.isfinite(residual(start))):
+        return start, float("inf")
+    with np.errstate(all="ignore"):
+        end, _, info, _, _ = leastsq(
+            residual,
+            start,
+            Dfun=jacobian,
+            full_output=True,
+            ftol=1e-13,
+            xtol=1e-13,
+            gtol=0.0,
+            maxfev=evaluations,
+        )
+    objective = float(np.sum(info["fvec"] ** 2))
+    return (end, objective) if np.isfinite(objective) else (start, float("inf"))
+
+
+def _stationary(problem: Problem, theta: Array, huber: float | None) -> bool:
+    """Whether the gradient is zero relative to what the residuals and columns could make of it."""
+    residual, jac = problem.residual(theta), problem.jacobian(theta)
+    if huber is not None:
+        residual = np.clip(residual, -huber, huber)
+    scale = np.linalg.norm(jac, axis=0) * np.linalg.norm(residual) + 1e-300
+    return bool(np.max(np.abs(jac.T @ residual) / scale) < 1e-6) or bool(np.linalg.norm(residual) < 1e-9)

@@ -1,0 +1,224 @@
+"""`RunTable`: runs as rows, with roles for the columns and a reason for every run that is left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.notes import Note, note
+from harness.errors import UserError
+
+SWEEP_ROLES = {
+    "n": "n_latents",
+    "k": "k",
+    "experts": "n_experts",
+    "d": "tokens",
+    "loss": "fvu",
+    "loss_se": "fvu_se",
+    "flops": "flops",
+    "seed": "seed",
+    "run": "run_id",
+    "status": "status",
+    "converged": "converged",
+    "dead": "dead_frac",
+    "l0": "l0",
+    "params": "params",
+    "lr": "lr",
+}
+"""Roles of the columns of a sweep directory (the keys of `result.json`)."""
+
+POSITIVE_ROLES = ("n", "k", "experts", "d", "flops", "x")
+"""Roles whose logarithm the laws take."""
+
+ROLES = (*SWEEP_ROLES, "x")
+
+POPULATION = ("sae", "n_experts", "d_model", "model", "hook", "layer", "store_id", "normalize")
+"""Columns in which runs of one law must agree; other laws or other populations are fitted apart."""
+
+
+@dataclass
+class RunTable:
+    """Runs to be fitted: `frame` holds the usable ones, `excluded` the others with a `reason`.
+
+    Args:
+        frame: One row a run. Columns are used through `roles`; others are carried along.
+        roles: Role → column, e.g. {"n": "n_latents", "loss": "fvu"}. Known roles: see `ROLES`.
+        units: Column → unit, for axes and reports, e.g. {"flops": "FLOP"}.
+
+    Construction checks every value that a role needs and moves the rows that cannot be used to `excluded`: it raises
+    `UserError` only for a request that makes no sense (a role without its column, a column without any number).
+    """
+
+    frame: pd.DataFrame
+    roles: dict[str, str] = field(default_factory=lambda: dict(SWEEP_ROLES))
+    units: dict[str, str] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    name: str = "table"
+    excluded: pd.DataFrame = field(init=False)
+    directories: dict[str, Path] = field(default_factory=dict)
+    """run → its directory, when the table came from a sweep directory; curves are read from there, when asked for."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.roles) - set(ROLES))
+        if unknown:
+            raise UserError(f"unknown role {unknown[0]!r}; known are: {', '.join(ROLES)}")
+        frame = self.frame.copy().reset_index(drop=True)
+        for role, column in self.roles.items():
+            if column not in frame.columns:
+                columns = ", ".join(map(str, frame.columns[:20])) or "none at all"
+                raise UserError(f"{self.name}: no column {column!r} (for --{role}); it has: {columns}")
+        if frame.columns.duplicated().any():
+            twice = sorted({str(c) for c in frame.columns[frame.columns.duplicated()]})
+            raise UserError(f"{self.name}: the column {twice[0]!r} appears twice; rename one")
+        if "run" not in self.roles:
+            frame["run"] = [f"row {i + 1}" for i in range(len(frame))]
+            self.roles = {**self.roles, "run": "run"}
+        self.frame = frame
+        self.notes = list(self.notes)
+        reasons = self._reasons()
+        self.excluded = frame[reasons != ""].assign(reason=reasons[reasons != ""]).reset_index(drop=True)
+        self.frame = frame[reasons == ""].reset_index(drop=True)
+        for role in (*POSITIVE_ROLES, "loss"):
+            if role in self.roles:
+                self.frame[self.roles[role]] = self.frame[self.roles[role]].astype(float)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def has(self, role: str) -> bool:
+        return role in self.roles
+
+    def column(self, role: str) -> pd.Series:
+        """The usable rows' values of a role; `UserError` names the missing role."""
+        if role not in self.roles:
+            raise UserError(f"{self.name}: no column is named for {role!r}; name it with --{role} COLUMN")
+        return self.frame[self.roles[role]]
+
+    def values(self, role: str) -> np.ndarray:
+        """`column(role)` as float64 (runs,)."""
+        return self.column(role).to_numpy(dtype=float)
+
+    def label(self, role: str) -> str:
+        """Column name of a role with its unit, for axes."""
+        column = self.roles[role]
+        return f"{column} [{self.units[column]}]" if column in self.units else column
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    def where(self, reason: str = "", /, **conditions: Any) -> RunTable:
+        """The runs whose columns equal the given values; the others are listed as excluded with `reason`."""
+        keep = np.ones(len(self.frame), dtype=bool)
+        for column, value in conditions.items():
+            if column not in self.frame.columns:
+                raise UserError(f"{self.name}: no column {column!r} to choose by; it has: {', '.join(self.frame)}")
+            keep &= _equals(self.frame[column], value)
+        chosen = ", ".join(f"{c}={v}" for c, v in conditions.items())
+        return self.keep(keep, reason or f"not {chosen}")
+
+    def keep(self, mask: np.ndarray, reason: str) -> RunTable:
+        """The runs where `mask` holds; the others are listed as excluded with `reason`."""
+        out = self.but()
+        dropped = self.frame[~mask].assign(reason=reason)
+        parts = [part for part in (self.excluded, dropped) if len(part)]
+        out.frame = self.frame[mask].reset_index(drop=True)
+        out.excluded = pd.concat(parts, ignore_index=True) if parts else self.excluded.copy()
+        return out
+
+    def but(self, **changes: Any) -> RunTable:
+        """A shallow copy, already checked, with other attributes."""
+        out = object.__new__(RunTable)
+        out.__dict__.update(self.__dict__)
+        out.notes = list(self.notes)
+        out.__dict__.update(changes)
+        return out
+
+    # -- checking -----------------------------------------------------------------------------------------------------
+
+    def check(self, law: str) -> list[Note]:
+        """Design report: what about these runs stands in the way of that law (notes, most severe first)."""
+        from analysis.design import check_table
+        from analysis.laws import get
+
+        return check_table(self, get(law))
+
+    def _reasons(self) -> pd.Series:
+        """Why each row cannot be used; "" where it can. Adds the notes of §data."""
+        frame = self.frame
+        reasons = pd.Series("", index=frame.index, dtype=object)
+
+        def mark(mask: Any, text: Any) -> None:
+            free = np.asarray(mask) & (reasons == "").to_numpy()
+            reasons[free] = text[free] if isinstance(text, pd.Series) else text
+
+        if "status" in self.roles:
+            status = frame[self.roles["status"]].astype(object)
+            detail = _details(frame)
+            mark(status != "done", "status " + status.astype(str) + detail)
+        for role in POSITIVE_ROLES:
+            if role in self.roles:
+                column = self.roles[role]
+                numbers = _numbers(frame[column])
+                text = frame[column].astype(object).map(lambda v: f"{v!r}"[:40])
+                bad = ~np.isfinite(numbers) | (numbers <= 0)
+                mark(bad, f"{column} is " + text + ", not a positive number")
+                frame[column] = numbers
+        if "loss" in self.roles:
+            column = self.roles["loss"]
+            numbers = _numbers(frame[column])
+            text = frame[column].astype(object).map(lambda v: f"{v!r}"[:40])
+            free = (reasons == "").to_numpy()
+            nonfinite, nonpositive = free & ~np.isfinite(numbers), free & (numbers <= 0)
+            mark(nonfinite, f"{column} is " + text + ", not a finite number")
+            mark(nonpositive, f"{column} is " + text + ", not positive")
+            for code, mask in (("nonfinite_loss", nonfinite), ("nonpositive_loss", nonpositive)):
+                if mask.any():
+                    self.notes.append(note(code, "warning", f"{int(mask.sum())} run(s) left out: {column} {code[:-5]}"))
+            frame[column] = numbers
+        names = frame[self.roles["run"]].astype(str)
+        again = names.duplicated(keep="first") & (reasons == "")
+        if "run" in self.roles and again.any():
+            mark(again, "the same run name appears above")
+            first = names[again].iloc[0]
+            self.notes.append(note("duplicate_run", "warning", f"{int(again.sum())} row(s) repeat a run, e.g. {first}"))
+        if self.roles["run"] == "run" and names.str.startswith("row ").all():
+            same = frame.drop(columns="run").astype(str).duplicated(keep="first") & (reasons == "")
+            if same.any():
+                mark(same, "identical to a row above")
+                text = f"{int(same.sum())} row(s) are identical to another, e.g. {names[same].iloc[0]}"
+                self.notes.append(note("duplicate_run", "warning", text))
+        return reasons
+
+
+def _numbers(series: pd.Series) -> np.ndarray:
+    """Float64 values; what is no number becomes NaN."""
+    if series.dtype == bool:
+        return np.full(len(series), np.nan)
+    return pd.to_numeric(series, errors="coerce").to_numpy(dtype=float)
+
+
+def _equals(series: pd.Series, value: Any) -> np.ndarray:
+    """Elementwise equality that lets "8" on a command line match 8 in a column."""
+    if isinstance(value, str):
+        try:
+            return (_numbers(series) == float(value)) | (series.astype(str) == value).to_numpy()
+        except ValueError:
+            return (series.astype(str) == value).to_numpy()
+    return (series == value).to_numpy()
+
+
+def _details(frame: pd.DataFrame) -> pd.Series:
+    """What the record says about a run that is not done: the step of the divergence or the error."""
+    text = pd.Series("", index=frame.index, dtype=object)
+    if "diverged_at_step" in frame:
+        known = frame["diverged_at_step"].notna()
+        text[known] = frame.loc[known, "diverged_at_step"].map(lambda step: f" at step {int(step):,}")
+    if "error" in frame:
+        known = frame["error"].notna() & (frame["error"].astype(str) != "")
+        text[known] = text[known] + ": " + frame.loc[known, "error"].astype(str).str.split("\n").str[0].str[:160]
+    return text
