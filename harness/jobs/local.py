@@ -1,0 +1,188 @@
+"""Run jobs one after the other in this process: each store is opened once, torch and the language model load once."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from harness.jobs import rundir
+from harness.jobs.plan import Job
+from harness.jobs.state import claim_path
+from harness.record.claim import try_claim
+from harness.record.files import write_json_atomic
+from harness.record.progress import Progress, duration
+from harness.record.provenance import collect, command_line, now
+from harness.record.signals import INTERRUPTED_EXIT_CODE, Interrupted, StopFlag, stop_on_signals
+
+SOME_NOT_DONE = 1
+WAIT_S = 2.0
+"""Between looks at a run that another process works on."""
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFull(Exception):
+    """No space: going on with other cells would only fail in the same way."""
+
+
+def run_jobs(jobs: Sequence[Job]) -> int:
+    """Train what is not done, cheap cells first, and report each in a line. Returns the exit code of the contract.
+
+    A cell that raises is recorded as failed and the others go on; one that failed earlier is tried again. A cell that
+    another live process works on is left to it and waited for at the end.
+    """
+    sources: dict[str, Any] = {}
+    with stop_on_signals() as stop:
+        try:
+            statuses = _run_all(jobs, sources, stop)
+        except Interrupted:
+            _say("interrupted; the same command goes on where it stopped")
+            return INTERRUPTED_EXIT_CODE
+        except DiskFull as full:
+            _say(f"error: {full}; free some space and run the same command again, it goes on where it stopped")
+            return SOME_NOT_DONE
+    counts = Counter(statuses.values())
+    _say(f"{counts['done']} of {len(jobs)} cells done" + _unlucky(counts))
+    return 0 if counts["done"] == len(jobs) else SOME_NOT_DONE
+
+
+def _unlucky(counts: Counter[str]) -> str:
+    parts = [f", {counts[name]} {name}" for name in ("diverged", "failed") if counts[name]]
+    return "".join(parts)
+
+
+def _run_all(jobs: Sequence[Job], sources: dict[str, Any], stop: StopFlag) -> dict[str, str]:
+    """Status of every job by run_id. Raises `Interrupted`."""
+    statuses = {job.run_id: job.status for job in jobs if job.status in rundir.FINAL}
+    if statuses:
+        _say(f"{len(statuses)} of {len(jobs)} cells already done")
+    if retried := sum(job.status == "failed" for job in jobs):
+        _say(f"{retried} failed earlier and will be tried again")
+    waiting = deque(job for job in jobs if job.run_id not in statuses)
+    progress, elsewhere, told = Progress(), 0, False
+    while waiting:
+        if stop.requested:
+            raise Interrupted
+        job = waiting.popleft()
+        status = _claimed_run(job, sources, stop, progress)
+        if status is not None:
+            statuses[job.run_id] = status
+            elsewhere = 0
+            continue
+        waiting.append(job)
+        elsewhere += 1
+        if elsewhere >= len(waiting):
+            if not told:
+                _say(f"{len(waiting)} cells are being trained by another process; waiting for it")
+                told = True
+            _wait(stop)
+    return statuses
+
+
+def _wait(stop: StopFlag) -> None:
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end and not stop.requested:
+        time.sleep(0.05)
+
+
+def _claimed_run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Progress) -> str | None:
+    """Train the job unless a live process has it (then None). Returns its final status."""
+    try:
+        rundir.freeze(job.run_dir, job.config)
+        with try_claim(claim_path(job.run_dir)) as held:
+            if not held:
+                return None
+            if (state := _finished(job)) is not None:
+                return state
+            return _run(job, sources, stop, progress)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise DiskFull(f"no space left on the device of {job.run_dir.parent}") from error
+        raise
+
+
+def _finished(job: Job) -> str | None:
+    """The status of a run that ended since the plan was made; a failure is set aside, to be tried again."""
+    result = rundir.read_result(job.run_dir)
+    if result is None:
+        return None
+    if result["status"] in rundir.FINAL:
+        return str(result["status"])
+    rundir.set_failure_aside(job.run_dir)
+    return None
+
+
+def _run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Progress) -> str:
+    from harness.train.run import run_cell
+
+    config, started = job.config, now()
+    source = _source(job, sources, stop)
+    with_log = rundir.attempt_log(job.run_dir, f"{job.run_id}: {command_line()}")
+    mesh = {"dp": config.mesh.dp, "shard": config.mesh.shard}
+    try:
+        with with_log as log:
+            provenance = collect(store_id=job.store.id, ops=config.ops, mesh=mesh)
+            write_json_atomic(job.run_dir / "provenance.json", provenance)
+            logging.getLogger("harness.attempt").info("on %s", provenance["machine"]["host"])
+            begin = time.monotonic()
+            result = run_cell(job.run_dir, config, source, stop, progress)
+    except Interrupted:
+        progress.finish("")
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            progress.finish("")
+            raise
+        rundir.write_failure(job.run_dir, config, job.run_id, error, started, now())
+        progress.finish(f"{describe(job)}: FAILED: {rundir.describe(error)} (log: {log})")
+        return "failed"
+    progress.finish(outcome_line(job, result, time.monotonic() - begin))
+    return str(result["status"])
+
+
+def _source(job: Job, sources: dict[str, Any], stop: StopFlag) -> Any:
+    """The open activation source of a job; harvested if it is missing. Raises `UserError`, `Interrupted`."""
+    if job.store.id not in sources:
+        from harness.activations import open_source
+
+        try:
+            sources[job.store.id] = open_source(job.config.activations, Path(job.config.out), progress=True, stop=stop)
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise
+            raise UserError(str(error)) from error
+    return sources[job.store.id]
+
+
+def describe(job: Job) -> str:
+    """n, k, E and seed of a cell, in few characters."""
+    sae = job.config.sae
+    experts = f" E={sae.n_experts}" if sae.architecture == "switch" else ""
+    return f"{sae.architecture} n={sae.n_latents} k={sae.k}{experts} seed={job.config.train.seed}"
+
+
+def outcome_line(job: Job, result: dict[str, Any], seconds: float) -> str:
+    """What came out of a cell: fvu ± standard error, dead share, speed, time."""
+    if result["status"] == "diverged":
+        return f"{describe(job)}: DIVERGED at step {result.get('diverged_at_step')} ({duration(seconds)})"
+    parts = [_number("fvu", result.get("fvu"), ".4f")]
+    if result.get("fvu_se") is not None:
+        parts[0] += f" ± {result['fvu_se']:.4f}"
+    parts.append(_number("dead", result.get("dead_frac"), ".1%"))
+    parts.append(_number("", result.get("tokens_per_s"), ",.0f") + " tok/s")
+    return f"{describe(job)}: {', '.join(parts)}, {duration(seconds)}"
+
+
+def _number(name: str, value: float | None, spec: str) -> str:
+    return f"{name} {'-' if value is None else format(value, spec)}".strip()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

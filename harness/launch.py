@@ -1,0 +1,203 @@
+"""`python -m harness.launch OVERRIDES…`: a grid of runs, from Hydra overrides or a study file to results.
+
+Exit codes: 0 every cell done, 1 a cell failed or diverged, 2 a wrong request, 75 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.config import Config, to_container
+from harness.errors import UserError
+from harness.jobs import compose, grid, plan
+from harness.jobs.study import Study, load_study, study_candidates, study_names
+from harness.record.files import write_json_atomic
+from harness.record.provenance import command_line, now
+
+WRONG_REQUEST = 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for."""
+
+    overrides: Sequence[str] = ()
+    study: Study | None = None
+    only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Cells with other values at these keys are left out."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    exit_code: int
+    sweep_dirs: tuple[Path, ...]
+    """Where the runs are, one directory per `sweep=`."""
+
+
+def cells_of(request: Request) -> list[grid.Cell]:
+    """Expand and check a request; `train.precision` is resolved. Raises `UserError`."""
+    with compose.hydra_session():
+        if request.study is not None:
+            candidates = study_candidates(request.study, request.overrides)
+        else:
+            candidates = grid.expand(request.overrides)
+        candidates = grid.keep_only(candidates, request.only)
+        if not candidates:
+            raise UserError("no cell is left: the overrides and the study's own filters exclude every combination")
+        cells = grid.build_cells(candidates)
+    return [grid.Cell(cell.label, plan.resolve_precision(cell.config)) for cell in cells]
+
+
+def prepare(request: Request, *, dry_run: bool) -> list[plan.Job]:
+    """Cells, stores and names of a request, cheap jobs first. Raises `UserError`; writes nothing."""
+    cells = cells_of(request)
+    if narrow := grid.narrow_cells(cells):
+        shown = "; ".join(narrow[:5]) + (f" and {len(narrow) - 5} more" if len(narrow) > 5 else "")
+        say(f"warning: {len(narrow)} of {len(cells)} cells have k > n/(4·experts), few latents to choose from: {shown}")
+    stores = plan.find_stores([cell.config.activations for cell in cells], tolerant=dry_run)
+    for store in stores.values():
+        if store.id == plan.UNRESOLVED:
+            say(f"note: the activation store is unresolved here, names and states are provisional: {store.problem}")
+    jobs = plan.make_jobs(cells, stores)
+    if len(jobs) < len(cells):
+        say(f"{len(cells) - len(jobs)} of {len(cells)} cells ask for the same run as another one")
+    return jobs
+
+
+def launch(request: Request, *, dry_run: bool = False) -> Outcome:
+    """Do what `request` asks; with `dry_run` only show it. Raises `UserError` for a wrong request."""
+    jobs = prepare(request, dry_run=dry_run)
+    sweep_dirs = tuple(dict.fromkeys(job.run_dir.parent for job in jobs))
+    if dry_run:
+        print(plan.table(jobs))
+        return Outcome(0, sweep_dirs)
+    for directory in sweep_dirs:
+        make_writable(directory)
+        write_study(directory, request, [job for job in jobs if job.run_dir.parent == directory])
+    from harness.jobs.local import run_jobs
+
+    return Outcome(run_jobs(jobs), sweep_dirs)
+
+
+def make_writable(directory: Path) -> None:
+    """Make `directory` and be sure that files can be written there. Raises `UserError`."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}; choose another out=DIR") from error
+
+
+def write_study(sweep_dir: Path, request: Request, jobs: Sequence[plan.Job]) -> None:
+    """`study.json` of a sweep: what is asked, and every run that was ever asked for in this directory."""
+    path = sweep_dir / "study.json"
+    earlier: list[str] = []
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it and run the same command again") from error
+    study = request.study
+    about = {
+        "name": study.name if study else sweep_dir.name,
+        "question": study.question if study else "",
+        "title": study.title if study else sweep_dir.name,
+        "law": study.law if study else "sae_nk",
+    }
+    runs = list(dict.fromkeys([*earlier, *(job.run_id for job in jobs)]))
+    write_json_atomic(path, {**about, "command": command_line(), "time": now(), "runs": runs})
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def parse_only(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """`KEY=A,B` filters of the command line, values read as YAML scalars."""
+    only: dict[str, list[Any]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals or not values:
+            raise UserError(f"--only {text}: write KEY=VALUE or KEY=A,B")
+        only[key] = [yaml.safe_load(value) for value in values.split(",")]
+    return only
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m harness.launch",
+        description="Train a grid of sparse autoencoders; what is done already is not trained again.",
+        epilog="Exit codes: 0 every cell done, 1 one failed or diverged, 2 wrong request, 75 interrupted (resumable).",
+        allow_abbrev=False,
+    )
+    result.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="Hydra overrides; KEY=A,B sweeps, e.g. sae=topk,switch sae.n_latents=2048,4096 sae.k=16 sweep=mine",
+    )
+    result.add_argument("--study", metavar="NAME|FILE", help=f"a study file: {', '.join(study_names())}, or a path")
+    result.add_argument(
+        "--only", action="append", default=[], metavar="KEY=A,B", help="keep only cells with these values"
+    )
+    result.add_argument("--dry-run", action="store_true", help="show cells, costs and what is done; write nothing")
+    result.add_argument(
+        "--cfg", choices=["job", "hydra", "all"], help="print the composed configuration of the first cell and leave"
+    )
+    result.add_argument(
+        "--info", nargs="?", const="all", metavar="WHAT", help="print configuration groups, their options and studies"
+    )
+    result.add_argument("-m", "--multirun", action="store_true", help="accepted from habit; sweeps need no flag here")
+    result.add_argument("--traceback", action="store_true", help="show the traceback of a wrong request")
+    return result
+
+
+def print_info() -> None:
+    print(f"configuration directory: {compose.CONF_DIR}")
+    for name, options in compose.groups().items():
+        print(f"{name}: {', '.join(options)}")
+    print(f"studies: {', '.join(study_names())}")
+
+
+def print_config(config: Config) -> None:
+    print(yaml.safe_dump(to_container(config), sort_keys=False), end="")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.info:
+        print_info()
+        return 0
+    study = load_study(arguments.study) if arguments.study else None
+    request = Request(arguments.overrides, study, parse_only(arguments.only))
+    if arguments.cfg:
+        print_config(cells_of(request)[0].config)
+        return 0
+    return launch(request, dry_run=arguments.dry_run).exit_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_intermixed_args(argv)
+    try:
+        return run(arguments)
+    except UserError as error:
+        if arguments.traceback:
+            raise
+        say(f"error: {error}")
+        return WRONG_REQUEST
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""`metrics.jsonl`: one JSON object per line, the complete record of a run; dashboards mirror it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.record.files import write_text_atomic
+
+
+class MetricsFile:
+    """Appends lines to `metrics.jsonl`; each is written through to the file at once.
+
+    Values that JSON does not have (NaN, infinity) become null. Open it after `cut_after` when a run is resumed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Return when everything appended is on the disk; called before a checkpoint that relies on it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines of a record; empty when there is none. A torn last line (a kill while writing) is left out.
+
+    Raises `ValueError` naming the line when a line before the last is not JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    content = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            content.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is damaged ({error}); the record cannot be read") from error
+    return content
+
+
+def last(path: Path, tail_bytes: int = 8192) -> dict[str, Any]:
+    """The newest value of every key in the last few kilobytes of a record; empty when there is none.
+
+    Cheap enough to ask of thousands of runs.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            start = max(file.tell() - tail_bytes, 0)
+            file.seek(start)
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    newest: dict[str, Any] = {}
+    for line in lines[1 if start else 0 :]:
+        try:
+            newest.update(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # being written this moment
+    return newest
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the lines of steps later than `step`, and a torn last line: the run goes on from a checkpoint at `step`."""
+    if not path.exists():
+        return
+    kept = [line for line in read(path) if line["step"] <= step]
+    write_text_atomic(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
