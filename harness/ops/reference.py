@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from harness.budget import DENSE_ROWS_PER_K
 from harness.ops.interface import AdamState, Codes, Groups, Hyper, Reduce
 
 NAME = "reference"
-
-DENSE_ROWS_PER_K = 12
-"""A group with at most this many latents per active one is cheaper as dense products (facts: 10–13 on a CPU)."""
 
 _BLOCK_ELEMENTS = 1 << 21
 """Tiles hold about this many numbers, so that they stay in a CPU's cache and are bounded everywhere."""

@@ -16,6 +16,8 @@ Axis = Literal["shard", "dp", "all"]
 class Shards(Protocol):
     """This rank's place in the mesh, and the exchanges over it."""
 
+    rank: int
+    """0 on one process; the rank that writes."""
     dp_rank: int
     dp: int
     shard_rank: int

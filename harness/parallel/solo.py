@@ -11,6 +11,7 @@ from harness.parallel.interface import Axis
 class Solo:
     """A mesh of one rank: it owns every row, keeps its own top k, and sums over nobody."""
 
+    rank = 0
     dp_rank = 0
     dp = 1
     shard_rank = 0

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 def fsync_directory(directory: Path) -> None:
@@ -34,3 +38,21 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, content: Any) -> None:
     """`write_text_atomic` of indented JSON; NaN and infinity are refused, JSON has none."""
     write_text_atomic(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def fsync_file(path: Path) -> None:
+    """Return when the content of `path` is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors of any device to a safetensors file; a reader sees the old content or the new."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+        fsync_file(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    fsync_directory(path.parent)

@@ -2,7 +2,7 @@
 
 from harness.saes.init import geometric_median, initial_params, match_norm
 from harness.saes.normalize import Normalizer, make_normalizer
-from harness.saes.sae import Params, Sae, default_aux_k, resolve_sae
+from harness.saes.sae import Params, Sae, resolve_sae
 from harness.saes.step import DeadLatents, Stats, find_dead, forward, step
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Params",
     "Sae",
     "Stats",
-    "default_aux_k",
     "find_dead",
     "forward",
     "geometric_median",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from harness.budget import aux_k
 from harness.config import SaeConfig
 
 Params = dict[str, Tensor]
@@ -53,11 +53,6 @@ class Sae:
         return cuts
 
 
-def default_aux_k(d_model: int) -> int:
-    """The power of two nearest to d_model/2 (Gao et al. 2024, appendix A.2)."""
-    return 2 ** round(math.log2(max(1, d_model / 2)))
-
-
 def resolve_sae(config: SaeConfig, d_model: int, variance: float, raw_variance: float) -> Sae:
     """Fill in what depends on the activations.
 
@@ -74,6 +69,6 @@ def resolve_sae(config: SaeConfig, d_model: int, variance: float, raw_variance: 
         enc_bias=config.enc_bias,
         variance=variance,
         aux_alpha=config.aux_alpha,
-        aux_k=config.aux_k or default_aux_k(d_model),
+        aux_k=aux_k(config, d_model),
         balance_weight=balance if config.architecture == "switch" else 0.0,
     )

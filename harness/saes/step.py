@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from harness.ops import Codes, Groups, Ops, Reduce
@@ -30,6 +30,8 @@ class DeadLatents:
     """Where each local group's dead latents begin in `rows`."""
     k: int
     """min(configured k_aux, number of dead latents in the largest group, over all shards for TopK)."""
+    total: int
+    """Dead latents on all shards."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +54,23 @@ class Stats:
     """Tokens of the global batch that each local latent fired on."""
 
 
-def find_dead(sae: Sae, silent: Int[Tensor, " rows"], threshold: float, shards: Shards) -> DeadLatents | None:
-    """Latents silent for at least `threshold` tokens; None if there are none anywhere, or AuxK is off.
+def find_dead(sae: Sae, dead: Bool[Tensor, " rows"], shards: Shards) -> DeadLatents | None:
+    """The dead among the local latents by group; None if there are none anywhere, or AuxK is off.
 
     Waits for the device, so it is called every few steps only.
     """
     if sae.aux_alpha == 0:
         return None
-    dead = silent >= threshold
     groups = shards.rows(sae.n_experts)
     per_group = dead.view(groups.stop - groups.start if sae.routed else 1, -1).sum(dim=1)
     # a TopK selects among the dead latents of all shards, a Switch token among those of its expert
-    available = per_group.max() if sae.routed else shards.sum_(per_group.sum(), "shard")
-    *counts, most = torch.cat([per_group, available[None]]).tolist()
-    if not shards.agree(int(most > 0)):
+    total = shards.sum_(per_group.sum(), "shard")
+    available = per_group.max() if sae.routed else total
+    *counts, most, everywhere = torch.cat([per_group, available[None], total[None]]).tolist()
+    if not everywhere:
         return None
     offsets = (0, *itertools.accumulate(counts))
-    return DeadLatents(dead.nonzero().squeeze(1), offsets, max(1, min(sae.aux_k, most)))
+    return DeadLatents(dead.nonzero().squeeze(1), offsets, max(1, min(sae.aux_k, most)), everywhere)
 
 
 def _active(sae: Sae, codes: Codes, k: int, shards: Shards) -> Codes:

@@ -29,7 +29,7 @@ def random_params(sae: Sae, generator: torch.Generator) -> dict[str, torch.Tenso
 
 def assert_step_equals_dense(sae: Sae, params, x, silent, ops_name="reference", tolerance=1e-9) -> None:
     ops = choose_ops(ops_name)
-    dead = find_dead(sae, silent, 10, Solo())
+    dead = find_dead(sae, silent >= 10, Solo())
     grads = {name: torch.full_like(value, torch.nan) for name, value in params.items()}
     grads.setdefault("b_enc", torch.full((sae.n_latents,), torch.nan, dtype=x.dtype))
     stats = step(sae, params, params, x, Solo(), ops, dead, grads)

@@ -1,0 +1,134 @@
+"""Parameters, FLOPs, bytes and tokens of a cell: pure formulas, each with its reason. No torch.
+
+A multiply-add counts as 2 FLOPs. `flops_per_token` is the closed form of the scientific configuration: the sparse
+algorithm with a nominal AuxK, whatever kernels run and however many latents are dead, so that it can serve as an axis.
+`flops_executed_per_token` counts what our step really computes. Harvesting is accounted for apart.
+"""
+
+from __future__ import annotations
+
+import math
+
+from harness.config import Config, SaeConfig
+
+DENSE_ROWS_PER_K = 12
+"""A group of at most this many latents per active one is cheaper as dense products (10–13 on a CPU)."""
+
+ADAM_FLOPS = 12
+"""Per parameter: two moments (3 + 4), bias-corrected step with a square root and a division (5)."""
+
+UNIT_NORM_FLOPS = 7
+"""Per decoder weight: removing the parallel gradient (4) and renormalising the row (3)."""
+
+
+def aux_k(sae: SaeConfig, d_model: int) -> int:
+    """k_aux as configured, or the power of two nearest to d_model/2 (Gao et al. 2024, appendix A.2)."""
+    return sae.aux_k or 2 ** round(math.log2(max(1.0, d_model / 2)))
+
+
+def params(sae: SaeConfig, d_model: int) -> int:
+    """Number of trained parameters: two matrices, biases, and the router of a Switch SAE."""
+    router = (sae.n_experts + 1) * d_model if sae.architecture == "switch" else 0
+    return 2 * sae.n_latents * d_model + (sae.n_latents if sae.enc_bias else 0) + d_model + router
+
+
+def _optimizer(sae: SaeConfig, d_model: int, batch_tokens: int) -> float:
+    per_step = ADAM_FLOPS * params(sae, d_model) + UNIT_NORM_FLOPS * sae.n_latents * d_model
+    return per_step / batch_tokens
+
+
+def _router(sae: SaeConfig, d_model: int) -> float:
+    # logits, and their gradient with respect to W_r
+    return 4.0 * d_model * sae.n_experts if sae.architecture == "switch" else 0.0
+
+
+def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int) -> dict[str, float]:
+    """Closed-form training FLOPs per token, by part.
+
+    Only the routed expert's n/E latents are encoded. Each use of the k active latents costs 2·k·d: decode once, and
+    three times for the gradients (dz, W_dec, W_enc). AuxK uses min(k_aux, n/E) latents four times in the same way;
+    their pre-activations come with the encoder.
+    """
+    width = sae.n_latents // sae.n_experts
+    aux = min(aux_k(sae, d_model), width) if sae.aux_alpha else 0
+    return {
+        "encoder": 2.0 * d_model * width,
+        "selection": float(width),
+        "decode": 2.0 * sae.k * d_model,
+        "gradients": 6.0 * sae.k * d_model,
+        "auxk": 8.0 * aux * d_model,
+        "router": _router(sae, d_model),
+        "optimizer": _optimizer(sae, d_model, batch_tokens),
+    }
+
+
+def _per_use(width: float, k: float, d_model: int) -> float:
+    """FLOPs per token of one product over the active latents: dense over a narrow group, else sparse."""
+    return 2.0 * d_model * (width if width <= DENSE_ROWS_PER_K * k else k)
+
+
+def flops_executed_per_token(sae: SaeConfig, d_model: int, batch_tokens: int, n_dead: float) -> dict[str, float]:
+    """What a step computes when `n_dead` latents are dead, by part; per token, averaged over experts.
+
+    AuxK encodes the dead latents of the token's group again and is free when nothing is dead.
+    """
+    width = sae.n_latents // sae.n_experts
+    use = _per_use(width, sae.k, d_model)
+    dead = n_dead / sae.n_experts
+    aux = 0.0
+    if sae.aux_alpha and n_dead:
+        aux = 2.0 * d_model * dead + 4 * _per_use(dead, min(aux_k(sae, d_model), dead), d_model)
+    return {
+        "encoder": 2.0 * d_model * width,
+        "selection": float(width),
+        "decode": use,
+        "gradients": 3 * use,
+        "auxk": aux,
+        "router": _router(sae, d_model),
+        "optimizer": _optimizer(sae, d_model, batch_tokens),
+    }
+
+
+def switch2024_flops_per_token(sae: SaeConfig, d_model: int) -> float:
+    """The convention of Mudide et al. 2024, §4: 4·n·d per token, over the experts; backward and router ignored."""
+    return 4.0 * sae.n_latents * d_model / sae.n_experts
+
+
+def six_per_parameter_flops_per_token(sae: SaeConfig, d_model: int) -> float:
+    """The language-model convention, 6 FLOPs per parameter and token, as if everything were dense."""
+    return 6.0 * params(sae, d_model)
+
+
+CONVENTIONS = {
+    "switch2024": switch2024_flops_per_token,
+    "six_per_parameter": six_per_parameter_flops_per_token,
+}
+"""Cruder counts used in papers, by name."""
+
+
+def total_steps(config: Config, d_model: int) -> int:
+    """Steps that the budget buys (with `until=convergence`: at most): whole batches, at least one."""
+    train = config.train
+    per_token = sum(flops_per_token(config.sae, d_model, train.batch_tokens).values())
+    tokens = min(train.tokens or math.inf, train.flops / per_token if train.flops else math.inf)
+    return max(1, int(tokens // train.batch_tokens))
+
+
+def memory_bytes(config: Config, d_model: int) -> dict[str, int]:
+    """Bytes of one rank by part: weights with gradients and optimiser, and what a step holds per token."""
+    train, sae = config.train, config.sae
+    word = 8 if train.precision == "fp64" else 4
+    copies = 2 if train.precision == "bf16" else 0
+    averages = word if train.ema else 0
+    per_param = 4 * word + copies + averages
+    tokens = train.batch_tokens // config.mesh.dp
+    rows = params(sae, d_model) // config.mesh.shard
+    # raw batch, normalised, centred, residual; codes: two values and an index per active latent
+    activations = tokens * (4 * d_model * word + sae.k * (2 * word + 8) * 2)
+    return {"weights": rows * per_param, "activations": activations}
+
+
+def learning_rate(config: Config) -> float:
+    """Peak learning rate: given, or c·2e-4/√(n/2¹⁴) with n the total number of latents."""
+    train = config.train
+    return train.lr or train.lr_factor * 2e-4 / math.sqrt(config.sae.n_latents / 2**14)

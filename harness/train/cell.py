@@ -1,0 +1,123 @@
+"""One cell of a grid while it trains: a member, its run directory, and what goes into the record between steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.activations import ActivationSource, Stream
+from harness.activations.synthetic import recovered
+from harness.config import Config
+from harness.ops import Ops
+from harness.parallel import Shards
+from harness.record.checkpoint import Checkpoint, save_checkpoint
+from harness.record.metrics import MetricsFile
+from harness.record.progress import Progress
+from harness.record.signals import StopFlag
+from harness.record.tracker import Tracker
+from harness.saes import Params
+from harness.train.evaluate import Evaluation, evaluate
+from harness.train.member import Member
+from harness.train.schedule import evaluation_steps, has_converged
+
+
+@dataclass
+class Cell:
+    run_id: str
+    run_dir: Path
+    config: Config
+    source: ActivationSource
+    member: Member
+    metrics: MetricsFile
+    tracker: Tracker
+    progress: Progress
+    ops: Ops
+    evaluations: dict[int, float] = field(default_factory=dict)
+    """fvu of the first `eval_rows` held-out rows by completed steps: the curve that decides on convergence."""
+    status: str = ""
+    """Empty while it trains, then `done` or `diverged`."""
+    final: Evaluation | None = None
+    converged: bool = False
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.status)
+
+    def open_stream(self, shards: Shards) -> Stream:
+        device = self.member.params["W_dec"].device
+        train = self.config.train
+        return self.source.stream(self.config.stream.seed, train.batch_tokens, device, shards.dp_rank, shards.dp)
+
+    def between_steps(self, shards: Shards, stop: StopFlag) -> None:
+        """Log, evaluate and end, whatever is due at this step; what was done at this step is not done again."""
+        member = self.member
+        at_end = member.done >= member.last
+        evaluation_due = at_end or member.done in evaluation_steps(self.config, member.last)
+        if member.summed_steps and (evaluation_due or member.done % self.config.train.log_every_steps == 0):
+            self._record(member.log_line(shards))
+            if member.diverged_at() is not None:
+                self.status = "diverged"
+                return
+        if not evaluation_due:
+            return
+        evaluation = None
+        if not at_end and member.done not in self.evaluations:
+            evaluation = self._evaluate(shards, stop, whole=False)
+            if evaluation is None:
+                return
+        if at_end or self._reached_convergence():
+            self.final = self._evaluate(shards, stop, whole=True)
+            if self.final is None:
+                return
+            self.converged = has_converged(self.config, self.evaluations, member.done)
+            self.status = "done"
+            evaluation = self.final
+        if evaluation is not None:
+            line = asdict(evaluation)
+            line["eval_rows"] = line.pop("rows")
+            if evaluation.fvu_raw is None:
+                del line["fvu_raw"]
+            self._record(member.position() | line | self.recovery())
+
+    def _reached_convergence(self) -> bool:
+        until = self.config.train.until
+        return until == "convergence" and has_converged(self.config, self.evaluations, self.member.done)
+
+    def _evaluate(self, shards: Shards, stop: StopFlag, whole: bool) -> Evaluation | None:
+        """Held-out error of the first `eval_rows` rows, which goes into `evaluations`, or with `whole` of all rows;
+        None if stopped."""
+        member, begun = self.member, time.monotonic()
+        limits = (self.config.train.eval_rows, self.source.heldout_rows) if whole else (self.config.train.eval_rows,)
+        result = evaluate(member.sae, self.weights(), self.source, member.normalizer, limits, shards, self.ops, stop)
+        member.eval_s += time.monotonic() - begun
+        if result is None:
+            return None
+        self.evaluations[member.done] = result[0].fvu
+        return result[-1]
+
+    def weights(self) -> Params:
+        """The weights that count: the moving average if there is one."""
+        return self.member.optimizer.averaged(self.member.done)
+
+    def recovery(self) -> dict[str, float]:
+        """How much of a known dictionary the decoder has found; nothing where there is none."""
+        truth = self.source.dictionary
+        return {} if truth is None else recovered(self.weights()["W_dec"].float().cpu(), truth)
+
+    def _record(self, line: dict[str, Any]) -> None:
+        self.metrics.append(line)
+        self.tracker.log(line)
+        self.progress.update(line["tokens"], line)
+
+    def save(self, shards: Shards) -> None:
+        """Checkpoint: tensors, counters, and the evaluations so far."""
+        self.metrics.sync()
+        extra = {"scalars": self.member.scalars(), "evaluations": list(self.evaluations.items())}
+        save_checkpoint(self.run_dir / "checkpoints", self.member.done, self.member.tensors(), extra, self.run_id)
+
+    def restore(self, found: Checkpoint, shards: Shards) -> None:
+        """Go on from a checkpoint."""
+        self.member.restore(found.tensors, found.extra["scalars"], shards)
+        self.evaluations = dict(found.extra["evaluations"])

@@ -1,0 +1,234 @@
+"""One SAE in training: weights, optimiser, dead counters, and what it accumulates between two log lines."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from harness import budget
+from harness.activations import ActivationSource
+from harness.config import Config
+from harness.ops import Ops
+from harness.parallel import Shards
+from harness.saes import (
+    DeadLatents,
+    Normalizer,
+    Params,
+    Sae,
+    Stats,
+    find_dead,
+    geometric_median,
+    initial_params,
+    make_normalizer,
+    match_norm,
+    resolve_sae,
+    step,
+)
+from harness.train.optim import Optimizer
+from harness.train.schedule import lr_at
+
+MASTER = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+INIT_ROWS = 4096
+"""Rows of the store's sample that set the encoder's initial scale."""
+
+_SUMS = ("loss", "fvu_train", "aux_loss", "balance", "l0", "router_entropy", "grad_norm", "n_dead")
+
+
+@dataclass
+class Member:
+    """State of one run that shares its stream with others (usually with none)."""
+
+    config: Config
+    sae: Sae
+    normalizer: Normalizer
+    optimizer: Optimizer
+    last: int
+    """Steps that the budget buys."""
+    silent: Tensor
+    """Tokens since each local latent last fired, global tokens, int64."""
+    fire_counts: Tensor
+    """Tokens each local latent fired on since the start, int64."""
+    dead: Tensor
+    """Which local latents AuxK uses until the next refresh, bool."""
+    sums: Tensor
+    """Sums over the steps since the last log line, float64: see `_SUMS`, then each expert's share."""
+    bad_step: Tensor
+    """Number of completed steps when the loss first was not finite; −1 while all is well. int64."""
+    done: int = 0
+    summed_steps: int = 0
+    wall_s: float = 0.0
+    """Seconds of all attempts up to `clock`."""
+    clock: float = 0.0
+    eval_s: float = 0.0
+    """The part of `wall_s` that went into evaluations."""
+    flops_executed: float = 0.0
+    _mark: tuple[int, float] = (0, 0.0)
+    """(completed steps, seconds of pure training) at the last log line or start, for tokens/s."""
+    _dead_latents: DeadLatents | None = None
+
+    @property
+    def params(self) -> Params:
+        return self.optimizer.params
+
+    @property
+    def tokens(self) -> int:
+        return self.done * self.config.train.batch_tokens
+
+    def elapsed(self) -> float:
+        """Seconds of training, evaluation included, over all attempts."""
+        now = time.monotonic()
+        self.wall_s, self.clock = self.wall_s + now - self.clock, now
+        return self.wall_s
+
+    def trained_s(self) -> float:
+        """Seconds of training, evaluations excluded, over all attempts."""
+        return self.elapsed() - self.eval_s
+
+    def train_step(self, raw: Float[Tensor, "tokens d"], shards: Shards, ops: Ops) -> None:
+        """One step on this replica's rows of the batch. No host synchronisation outside the AuxK refresh."""
+        train, sae = self.config.train, self.sae
+        if self.done % self.config.sae.aux_refresh_steps == 0:
+            self.dead.copy_(self.silent >= self.config.sae.dead_after_tokens)
+            self._dead_latents = find_dead(sae, self.dead, shards)
+        x = self.normalizer(raw, self.params["W_dec"].dtype)
+        optimizer = self.optimizer
+        stats = step(sae, self.params, optimizer.compute, x, shards, ops, self._dead_latents, optimizer.grads)
+        well = stats.loss.isfinite() & (self.bad_step < 0)
+        lr = lr_at(self.config, self.done, self.last)
+        well, norm = optimizer.apply(lr, self.done + 1, well, shards)
+        self.bad_step.copy_(torch.where(well | (self.bad_step >= 0), self.bad_step, self.done))
+        self.silent.add_(train.batch_tokens).masked_fill_(stats.fired > 0, 0)
+        self.fire_counts.add_(stats.fired)
+        self._accumulate(stats, norm)
+        self.done += 1
+
+    def _accumulate(self, stats: Stats, norm: Tensor | None) -> None:
+        n_dead = 0 if self._dead_latents is None else self._dead_latents.total
+        zero = stats.loss.new_zeros(())
+        values = [stats.loss, stats.fvu, stats.aux_loss, stats.balance, stats.l0, stats.router_entropy]
+        values += [zero if norm is None else norm, zero + n_dead]
+        self.sums += torch.cat([torch.stack(values), stats.expert_share]).to(self.sums.dtype)
+        self.summed_steps += 1
+        executed = budget.flops_executed_per_token(
+            self.config.sae, self.sae.d_model, self.config.train.batch_tokens, n_dead
+        )
+        self.flops_executed += sum(executed.values()) * self.config.train.batch_tokens
+
+    def flops(self) -> float:
+        """Closed-form FLOPs so far."""
+        train = self.config.train
+        return self.tokens * sum(budget.flops_per_token(self.config.sae, self.sae.d_model, train.batch_tokens).values())
+
+    def position(self) -> dict[str, Any]:
+        """The axes every line of the record carries."""
+        return {
+            "step": self.done,
+            "tokens": self.tokens,
+            "flops": self.flops(),
+            "flops_executed": self.flops_executed,
+            "wall_s": self.elapsed(),
+        }
+
+    def dead_frac(self, shards: Shards) -> float | None:
+        """Share of latents silent over the last `dead_window_tokens`; None while the run is shorter than that."""
+        window = self.config.train.dead_window_tokens
+        if self.tokens < window:
+            return None
+        return float(shards.sum_((self.silent >= window).sum(), "shard")) / self.sae.n_latents
+
+    def log_line(self, shards: Shards) -> dict[str, Any]:
+        """Means over the steps since the last line, which begin anew. Waits for the device."""
+        means = dict(zip(_SUMS, (self.sums[: len(_SUMS)] / self.summed_steps).tolist(), strict=True))
+        share = self.sums[len(_SUMS) :] / self.summed_steps
+        line = self.position()
+        (marked_steps, marked_s), self._mark = self._mark, (self.done, self.trained_s())
+        rate = (self._mark[0] - marked_steps) * self.config.train.batch_tokens / max(self._mark[1] - marked_s, 1e-9)
+        line |= means
+        line |= {
+            "dead_frac": self.dead_frac(shards),
+            "lr": lr_at(self.config, self.done - 1, self.last),
+            "tokens_per_s": rate,
+        }
+        if self.sae.routed:
+            line |= {
+                "expert_load_max": float(share.max()) * self.sae.n_experts,
+                "expert_load_min": float(share.min()) * self.sae.n_experts,
+                # published measure of collapse: E·Σ f², 1 when balanced
+                "imbalance": float(share.square().sum()) * self.sae.n_experts,
+            }
+        else:
+            del line["balance"], line["router_entropy"]
+        if not self.config.train.clip_norm:
+            del line["grad_norm"]
+        self.sums.zero_()
+        self.summed_steps = 0
+        return line
+
+    def diverged_at(self) -> int | None:
+        """Completed steps when the loss stopped being finite, or None. Waits for the device."""
+        step = int(self.bad_step)
+        return None if step < 0 else step
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that influence the trajectory or the record."""
+        return self.optimizer.state() | {
+            "silent": self.silent,
+            "fire_counts": self.fire_counts,
+            "dead": self.dead,
+            "sums": self.sums,
+            "bad_step": self.bad_step,
+        }
+
+    def scalars(self) -> dict[str, Any]:
+        return {
+            "done": self.done,
+            "summed_steps": self.summed_steps,
+            "wall_s": self.elapsed(),
+            "eval_s": self.eval_s,
+            "flops_executed": self.flops_executed,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any], shards: Shards) -> None:
+        """Go on from a checkpoint's tensors and scalars."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+        self.done, self.summed_steps = scalars["done"], scalars["summed_steps"]
+        self.wall_s, self.eval_s = scalars["wall_s"], scalars["eval_s"]
+        self.flops_executed = scalars["flops_executed"]
+        self._mark = (self.done, self.wall_s - self.eval_s)
+        self.optimizer.refresh_copies()
+        self._dead_latents = find_dead(self.sae, self.dead, shards)
+
+
+def make_member(config: Config, source: ActivationSource, device: torch.device, shards: Shards, ops: Ops) -> Member:
+    """A member at step 0: normalisation and V from the store, initial weights from `train.seed`."""
+    train = config.train
+    layernorm = config.sae.normalize == "layernorm"
+    raw, statistics = source.statistics(False), source.statistics(layernorm)
+    normalizer = make_normalizer(config.sae.normalize, source.d_model, raw.mean_sq_norm)
+    sae = resolve_sae(config.sae, source.d_model, statistics.variance / normalizer.scale**2, raw.variance)
+    dtype = MASTER[train.precision]
+    sample = normalizer(source.sample(), torch.float64)
+    params = initial_params(sae, geometric_median(sample), train.seed, shards, device, dtype)
+    if config.sae.match_init_norm:
+        match_norm(sae, params, sample[:INIT_ROWS].to(device, dtype), shards, ops)
+    rows = params["W_enc"].shape[0]
+    return Member(
+        config=config,
+        sae=sae,
+        normalizer=normalizer,
+        optimizer=Optimizer(sae, params, train, COMPUTE[train.precision], ops),
+        last=budget.total_steps(config, source.d_model),
+        silent=torch.zeros(rows, dtype=torch.int64, device=device),
+        fire_counts=torch.zeros(rows, dtype=torch.int64, device=device),
+        dead=torch.zeros(rows, dtype=torch.bool, device=device),
+        sums=torch.zeros(len(_SUMS) + sae.n_experts, dtype=torch.float64, device=device),
+        bad_step=torch.tensor(-1, device=device),
+        clock=time.monotonic(),
+    )

@@ -1,0 +1,86 @@
+"""The order of an update (design): project W_dec's gradient, clip the global norm, Adam, unit norm, EMA."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from harness.config import TrainConfig
+from harness.ops import AdamState, Hyper, Ops
+from harness.parallel import Shards
+from harness.saes import Params, Sae
+
+UNIT_ROWS = "W_dec"
+"""The parameter whose rows have norm 1."""
+
+
+class Optimizer:
+    """Adam over the parameters of one SAE, with the weights' low-precision copies and their moving average."""
+
+    def __init__(self, sae: Sae, params: Params, config: TrainConfig, compute_dtype: torch.dtype, ops: Ops) -> None:
+        self.sae, self.params, self.config, self.ops = sae, params, config, ops
+        self.grads: Params = {name: torch.zeros_like(value) for name, value in params.items()}
+        # b_dec's gradient is made from b_enc's, so there is one even without an encoder bias
+        self.grads.setdefault("b_enc", params["W_enc"].new_zeros(params["W_enc"].shape[0]))
+        self.moments = {name: AdamState(torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items()}
+        self.average: Params = {n: torch.zeros_like(p) for n, p in params.items()} if config.ema else {}
+        self.compute: Params = {name: params[name].to(compute_dtype) for name in ("W_enc", "W_dec")}
+
+    def refresh_copies(self) -> None:
+        """Bring the low-precision copies up to date after the parameters were loaded."""
+        for name, copy in self.compute.items():
+            copy.copy_(self.params[name])
+
+    def apply(
+        self, lr: float, number: int, finite: Bool[Tensor, ""], shards: Shards
+    ) -> tuple[Bool[Tensor, ""], Float[Tensor, ""] | None]:
+        """Update number `number` (from 1). Withheld, on the device, where `finite` is false or the gradient norm is
+        not finite. Returns whether it was made, and the gradient norm before clipping if there is a limit."""
+        config, norm, scale = self.config, None, None
+        if config.clip_norm:
+            self.ops.project(self.params[UNIT_ROWS], self.grads[UNIT_ROWS])
+            norm = self._gradient_norm(shards)
+            scale = (config.clip_norm / norm).clamp(max=1.0)
+            finite = finite & norm.isfinite()
+        for name, param in self.params.items():
+            unit = name == UNIT_ROWS
+            hyper = Hyper(
+                lr=lr,
+                beta1=config.adam_beta1,
+                beta2=config.adam_beta2,
+                eps=config.adam_eps,
+                step=number,
+                scale=scale,
+                project=unit and not config.clip_norm,
+                unit_rows=unit,
+            )
+            copy = self.compute.get(name)
+            low_precision = None if copy is param else copy
+            self.ops.update(param, self.grads[name], self.moments[name], hyper, finite, low_precision)
+        for name, average in self.average.items():
+            average.lerp_(self.params[name], finite.to(average.dtype) * (1 - config.ema))
+        return finite, norm
+
+    def _gradient_norm(self, shards: Shards) -> Float[Tensor, ""]:
+        squares = {"latent_rows": [], "replicated": []}
+        for name, cut in self.sae.layout().items():
+            squares[cut].append(self.grads[name].square().sum())
+        local = shards.sum_(torch.stack(squares["latent_rows"]).sum(), "shard")
+        return (local + torch.stack(squares["replicated"]).sum()).sqrt()
+
+    def averaged(self, updates: int) -> Params:
+        """The weights to evaluate and save: the bias-corrected average, decoder rows at norm 1 again; without an
+        average, or before the first update, the weights themselves."""
+        if not self.average or not updates:
+            return self.params
+        corrected = {name: value / (1 - self.config.ema**updates) for name, value in self.average.items()}
+        corrected[UNIT_ROWS] /= corrected[UNIT_ROWS].norm(dim=1, keepdim=True)
+        return corrected
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything the trajectory depends on, by name; the tensors themselves, not copies."""
+        tensors = {f"params.{name}": value for name, value in self.params.items()}
+        for name, moments in self.moments.items():
+            tensors |= {f"adam_mean.{name}": moments.mean, f"adam_square.{name}": moments.square}
+        return tensors | {f"average.{name}": value for name, value in self.average.items()}

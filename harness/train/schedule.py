@@ -1,0 +1,54 @@
+"""What happens at which step: learning rate, evaluations, convergence. Pure functions of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from harness.budget import learning_rate
+from harness.config import Config
+
+HALVINGS_PER_DOUBLING = 4
+"""With `until=convergence`: evaluations per doubling of the tokens."""
+
+FIRST_EVALUATION_STEP = 16
+"""No evaluation of a convergence run comes before this step."""
+
+
+def lr_at(config: Config, step: int, last: int) -> float:
+    """Learning rate of step `step` (from 0) of `last`: linear warm-up, constant, linear decay to zero."""
+    train = config.train
+    factor = 1.0
+    if train.warmup_tokens:
+        factor = min(factor, (step + 1) * train.batch_tokens / train.warmup_tokens)
+    decay_steps = train.decay_fraction * last
+    if decay_steps:
+        factor = min(factor, (last - step) / decay_steps)
+    return learning_rate(config) * factor
+
+
+def evaluation_steps(config: Config, last: int) -> frozenset[int]:
+    """Numbers of completed steps after which the held-out rows are looked at, `last` excluded.
+
+    Evenly spaced in log tokens, two per doubling (four with `until=convergence`), so that every evaluation but the
+    first few has one at half its tokens.
+    """
+    if config.train.until == "convergence":
+        steps = (round(last * 2 ** (-j / HALVINGS_PER_DOUBLING)) for j in range(1, 200))
+        return frozenset(s for s in steps if FIRST_EVALUATION_STEP <= s < last)
+    steps = (round(last * 2 ** (-j / 2)) for j in range(1, config.train.eval_points + 1))
+    return frozenset(s for s in steps if 0 < s < last)
+
+
+def has_converged(config: Config, evaluations: Mapping[int, float], done: int) -> bool:
+    """Whether held-out fvu improved by less than ε, relative, over the last doubling of tokens.
+
+    `evaluations` maps completed steps to fvu, always of the same rows. Never true with a decaying learning rate
+    (it ends where it ends), nor while the earlier of the two points lies in the warm-up.
+    """
+    train = config.train
+    if train.decay_fraction or done not in evaluations:
+        return False
+    half = min(evaluations, key=lambda step: abs(step - done / 2))
+    if abs(half - done / 2) > 1 or half * train.batch_tokens < train.warmup_tokens:
+        return False
+    return evaluations[done] > (1 - train.convergence_epsilon) * evaluations[half]
