@@ -1,0 +1,222 @@
+"""From documents to contexts: which token ids the language model sees, and which of their positions become rows.
+
+Everything after this file works on the contexts it wrote, so a resumed harvest needs neither text nor hub again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from harness.activations.text import Document, documents
+from harness.config import ActivationsConfig
+from harness.errors import UserError
+from harness.record.signals import Interrupted, StopFlag
+
+SPLITS = ("train", "heldout")
+HELDOUT_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Share of the documents, chosen by content hash, that is held out: the smallest that serves. A document held out
+at one share is held out at every larger one."""
+HELDOUT_DOCUMENTS = 32
+"""No held-out document gives more than 1/32 of the held-out rows, so that a few long ones do not decide fvu."""
+_TOKENIZE_CHARACTERS = 1 << 20
+
+
+class Special(NamedTuple):
+    """What the tokenizer puts around every context, and which ids never become rows."""
+
+    prefix: list[int]
+    suffix: list[int]
+    dropped: list[int]
+
+
+def special_tokens(tokenizer: Any) -> Special:
+    """Found by asking the tokenizer, so that it holds for any of them.
+
+    The id for unknown words stays a row unless it doubles as another special token: it stands for content.
+    """
+    probe = "word"
+    bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    full = tokenizer(probe)["input_ids"]
+    starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
+    if not bare or not starts:
+        raise UserError("the tokenizer encodes text differently with and without special tokens; it is not supported")
+    prefix, suffix = full[: starts[0]], full[starts[0] + len(bare) :]
+    names = ("bos", "eos", "cls", "sep", "pad", "mask")
+    named = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
+    return Special(prefix, suffix, sorted({*prefix, *suffix, *(token for token in named if token is not None)}))
+
+
+class Contexts(NamedTuple):
+    """The contexts of one split, in the order of their documents."""
+
+    ids: Int[np.ndarray, " tokens"]
+    """Token ids of all contexts, one after the other, special tokens included; on disk."""
+    offsets: Int[np.ndarray, " contexts_plus_1"]
+    """Where each context begins in `ids`."""
+    rows: Int[np.ndarray, " contexts_plus_1"]
+    """Where the rows of each context begin among the rows of the split."""
+    document: Int[np.ndarray, " contexts"]
+    """The document each context comes from, numbered in reading order."""
+
+    @property
+    def count(self) -> int:
+        return len(self.document)
+
+    @property
+    def total_rows(self) -> int:
+        return int(self.rows[-1])
+
+
+def kept_positions(
+    ids: Int[np.ndarray, " length"], dropped: Iterable[int], drop_first: bool
+) -> Bool[np.ndarray, " length"]:
+    """Which positions of one context become rows: not the special tokens, and not position 0 if so configured."""
+    kept = ~np.isin(ids, list(dropped))
+    if drop_first:
+        kept[:1] = False
+    return kept
+
+
+class Cut(NamedTuple):
+    """What was read and how it was divided."""
+
+    heldout_share: float
+    documents: int
+    """Documents that gave rows, both splits."""
+    text_exhausted: bool
+    """The text ended before both splits had the rows asked for."""
+    largest_id: int
+
+
+def cut_contexts(
+    cfg: ActivationsConfig, tokenizer: Any, special: Special, revision: str, directory: Path, stop: StopFlag
+) -> Cut:
+    """Read documents until both splits have the rows asked for or the text ends; write the contexts to `directory`.
+
+    Training rows never come from a held-out document. Raises `UserError` when a split would be empty.
+    """
+    wanted = {"train": round(cfg.tokens), "heldout": round(cfg.heldout_tokens)}
+    if cfg.context <= len(special.prefix) + len(special.suffix):
+        raise UserError(f"activations.context={cfg.context} has no room beside the special tokens; raise it")
+    needed = wanted["heldout"] / sum(wanted.values())
+    shares = [share for share in HELDOUT_SHARES if share >= needed] or [HELDOUT_SHARES[-1]]
+    for share in shares:
+        cut, rows = _cut_at(cfg, tokenizer, special, revision, directory, stop, wanted, share)
+        if rows["heldout"] >= wanted["heldout"] or share == shares[-1]:
+            break
+    if not all(rows.values()):
+        empty = "held-out" if rows["train"] else "training"
+        raise UserError(
+            f"activations.text={cfg.text}: the text is too small, {cut.documents} documents leave no {empty} rows; "
+            f"give more or longer text"
+        )
+    return cut
+
+
+def _cut_at(
+    cfg: ActivationsConfig,
+    tokenizer: Any,
+    special: Special,
+    revision: str,
+    directory: Path,
+    stop: StopFlag,
+    wanted: dict[str, int],
+    share: float,
+) -> tuple[Cut, dict[str, int]]:
+    writers = {split: _Writer(directory, split, wanted[split]) for split in SPLITS}
+    most = {"train": wanted["train"], "heldout": max(1, wanted["heldout"] // HELDOUT_DOCUMENTS)}
+    piece = cfg.context - len(special.prefix) - len(special.suffix)
+    used = 0
+    try:
+        open_documents = _undecided(documents(cfg, revision), writers, share)
+        for batch in _batched(open_documents):
+            if stop.requested:
+                raise Interrupted
+            texts = [document.text for _, document in batch]
+            encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            for (split, _), ids in zip(batch, encoded, strict=True):
+                before = writers[split].total_rows
+                for start in range(0, len(ids), piece):
+                    context = np.array([*special.prefix, *ids[start : start + piece], *special.suffix], np.int32)
+                    kept = int(kept_positions(context, special.dropped, cfg.drop_first_position).sum())
+                    room = before + most[split] - writers[split].total_rows
+                    if not writers[split].add(context, min(kept, room), used):
+                        break
+                used += writers[split].total_rows > before
+    finally:
+        for writer in writers.values():
+            writer.close()
+    exhausted = any(not writer.full for writer in writers.values())
+    largest = max(writer.largest_id for writer in writers.values())
+    return Cut(share, used, exhausted, largest), {split: writers[split].total_rows for split in SPLITS}
+
+
+def _undecided(read: Iterable[Document], writers: dict[str, _Writer], share: float) -> Iterator[tuple[str, Document]]:
+    """Documents of splits that are not full yet, with their split; ends when both are full."""
+    for document in read:
+        if all(writer.full for writer in writers.values()):
+            return
+        split = "heldout" if int.from_bytes(document.digest[:8], "big") < share * 2**64 else "train"
+        if not writers[split].full:
+            yield split, document
+
+
+def _batched(read: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    """Batches of about a million characters: enough to keep a parallel tokenizer busy."""
+    batch: list[tuple[str, Document]] = []
+    characters = 0
+    for item in read:
+        batch.append(item)
+        characters += len(item[1].text)
+        if characters >= _TOKENIZE_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _Writer:
+    """Appends contexts of one split to disk until it has its rows."""
+
+    def __init__(self, directory: Path, split: str, wanted: int) -> None:
+        self._directory, self._split, self._wanted = directory, split, wanted
+        self._file = (directory / f"{split}.ids").open("wb")
+        self._offsets, self._rows, self._document = [0], [0], []
+        self.largest_id = 0
+
+    @property
+    def total_rows(self) -> int:
+        return self._rows[-1]
+
+    @property
+    def full(self) -> bool:
+        return self.total_rows >= self._wanted
+
+    def add(self, context: Int[np.ndarray, " length"], rows: int, document: int) -> bool:
+        """Take up to `rows` rows of a context; False when it is not needed any more."""
+        rows = min(rows, self._wanted - self.total_rows)
+        if rows < 1:
+            return not self.full
+        context.tofile(self._file)
+        self._offsets.append(self._offsets[-1] + len(context))
+        self._rows.append(self._rows[-1] + rows)
+        self._document.append(document)
+        self.largest_id = max(self.largest_id, int(context.max()))
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        table = {"offsets": self._offsets, "rows": self._rows, "document": self._document}
+        for name, values in table.items():
+            np.array(values, np.int64).tofile(self._directory / f"{self._split}.{name}")
+
+
+def open_contexts(directory: Path, split: str) -> Contexts:
+    """The contexts that `cut_contexts` wrote."""
+    table = (np.fromfile(directory / f"{split}.{name}", np.int64) for name in ("offsets", "rows", "document"))
+    return Contexts(np.memmap(directory / f"{split}.ids", np.int32, "r"), *table)

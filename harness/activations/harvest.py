@@ -1,0 +1,259 @@
+"""Harvesting: run the language model over the contexts and leave a complete store behind.
+
+The work is cut into units of fixed contexts. A unit's rows depend on nothing but the unit, each row's place in the
+store is a computed permutation of its number, so the store is the same however many workers made it and however
+often they were killed. Three steps, each safe to repeat: `prepare` (text to contexts, and the plan), `forward_units`
+(contexts to unit files), `assemble` (unit files to shuffled shards, in `harness.activations.assemble`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from harness.activations.contexts import SPLITS, Contexts, cut_contexts, kept_positions, open_contexts, special_tokens
+from harness.activations.identity import digest, recipe
+from harness.activations.model import HookedModel, load_model, load_tokenizer, locate, resolve_precision
+from harness.activations.shuffle import permute
+from harness.config import ActivationsConfig
+from harness.errors import UserError
+from harness.record.files import write_json_atomic
+from harness.record.signals import Interrupted, StopFlag
+
+UNIT_TOKENS = 32_768
+"""Tokens of a work unit: what a kill costs at most."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+OnRows = Callable[[int], None]
+"""Called with the number of rows that were just computed."""
+
+
+class Plan(NamedTuple):
+    """What is fixed before the first forward, so that a resumed harvest continues the same one."""
+
+    id: str
+    recipe: dict[str, Any]
+    d_model: int
+    precision: str
+    lm_batch: int
+    context: int
+    dtype: str
+    seed: int
+    drop_first: bool
+    dropped_ids: list[int]
+    prefix_tokens: int
+    suffix_tokens: int
+    rows: dict[str, int]
+    contexts: dict[str, int]
+    text: dict[str, Any]
+    model_class: str
+    flops_per_token: float
+
+    def units(self, split: str) -> int:
+        return math.ceil(self.contexts[split] / self.contexts_per_unit)
+
+    @property
+    def contexts_per_unit(self) -> int:
+        return max(32, UNIT_TOKENS // self.context)
+
+
+def harvest_device() -> torch.device:
+    """The first GPU if there is one: the language model is the expensive part."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_plan(directory: Path) -> Plan | None:
+    """The plan of an unfinished harvest, if one was made."""
+    path = directory / "plan.json"
+    return Plan(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Plan, HookedModel]:
+    """Load the model; on the first attempt also cut the text into contexts, check the disk and write the plan."""
+    location = locate(cfg)
+    device = harvest_device()
+    plan = read_plan(directory)
+    precision = plan.precision if plan else resolve_precision(cfg, device)
+    hooked = load_model(cfg, location, precision, device)
+    if plan:
+        return plan, hooked
+    tokenizer = load_tokenizer(location)
+    special = special_tokens(tokenizer)
+    settings = recipe(cfg)
+    cut = cut_contexts(cfg, tokenizer, special, settings["text"].get("commit", ""), directory, stop)
+    vocabulary = hooked.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    if cut.largest_id >= vocabulary:
+        raise UserError(
+            f"the tokenizer of {cfg.model} gives id {cut.largest_id}, its model has {vocabulary} embeddings; "
+            f"model and tokenizer do not belong together"
+        )
+    contexts = {split: open_contexts(directory, split) for split in SPLITS}
+    probe = torch.from_numpy(np.array(contexts["train"].ids[: contexts["train"].offsets[1]], np.int64))
+    with hooked.computing():
+        width = hooked.activations(probe[None].to(device), None).shape[-1]
+    plan = Plan(
+        id=digest(settings),
+        recipe=settings,
+        d_model=width,
+        precision=precision,
+        lm_batch=cfg.lm_batch,
+        context=cfg.context,
+        dtype=cfg.dtype,
+        seed=cfg.seed,
+        drop_first=cfg.drop_first_position,
+        dropped_ids=special.dropped,
+        prefix_tokens=len(special.prefix),
+        suffix_tokens=len(special.suffix),
+        rows={split: contexts[split].total_rows for split in SPLITS},
+        contexts={split: contexts[split].count for split in SPLITS},
+        text={name: value for name, value in cut._asdict().items() if name != "largest_id"},
+        model_class=hooked.name,
+        flops_per_token=hooked.flops_per_token,
+    )
+    _check_disk(plan, directory)
+    (directory / "units").mkdir(exist_ok=True)
+    write_json_atomic(directory / "plan.json", plan._asdict())
+    return plan, hooked
+
+
+def _check_disk(plan: Plan, directory: Path) -> None:
+    """Room for the units and, beside them, the shards."""
+    rows = sum(plan.rows.values())
+    needed = round(2.05 * rows * plan.d_model * DTYPES[plan.dtype].itemsize) + 16 * rows + 2**20
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"harvesting needs {needed / 1e9:.2f} GB in {directory.parent} and {free / 1e9:.2f} GB are free; "
+            f"set activations.dir to a larger disk or lower activations.tokens"
+        )
+
+
+def unit_path(directory: Path, split: str, unit: int) -> Path:
+    return directory / "units" / f"{split}-{unit:06d}.safetensors"
+
+
+def forward_units(
+    plan: Plan,
+    hooked: HookedModel,
+    directory: Path,
+    stop: StopFlag,
+    on_rows: OnRows,
+    worker: int = 0,
+    workers: int = 1,
+) -> None:
+    """Compute the units that are missing, of those with number ≡ `worker` modulo `workers`.
+
+    Raises `Interrupted` between two forwards when asked to stop; the units written so far stay.
+    """
+    for split in SPLITS:
+        contexts = open_contexts(directory, split)
+        for unit in range(worker, plan.units(split), workers):
+            path = unit_path(directory, split, unit)
+            if path.is_file():
+                continue
+            first = unit * plan.contexts_per_unit
+            last = min(first + plan.contexts_per_unit, contexts.count)
+            rows = _unit_rows(plan, hooked, contexts, first, last, stop, on_rows)
+            numbers = np.arange(contexts.rows[first], contexts.rows[last])
+            place = permute(numbers, contexts.total_rows, "store", plan.seed, split)
+            order = np.argsort(place)
+            tensors = {"x": rows[torch.from_numpy(order)], "place": torch.from_numpy(place[order])}
+            if split == "heldout":
+                document = np.repeat(contexts.document[first:last], np.diff(contexts.rows[first : last + 1]))
+                tensors["document"] = torch.from_numpy(document[order])
+            beside = path.with_suffix(f".{worker}.tmp")
+            safetensors.torch.save_file(tensors, beside)
+            beside.replace(path)  # not synced: a torn unit after a power cut is found by `assemble` and made again
+
+
+def _unit_rows(
+    plan: Plan,
+    hooked: HookedModel,
+    contexts: Contexts,
+    first: int,
+    last: int,
+    stop: StopFlag,
+    on_rows: OnRows,
+) -> Float[Tensor, "rows d"]:
+    """Rows of the contexts `first` … `last`−1, in their order, in the storage dtype."""
+    base = int(contexts.rows[first])
+    rows = torch.empty(int(contexts.rows[last]) - base, plan.d_model, dtype=DTYPES[plan.dtype])
+    with hooked.computing():
+        for batch in _length_batches(contexts, first, last, plan.lm_batch):
+            if stop.requested:
+                raise Interrupted
+            lengths = (contexts.offsets[batch + 1] - contexts.offsets[batch]).tolist()
+            tokens = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
+            mask = torch.zeros_like(tokens)
+            kept = torch.zeros_like(tokens, dtype=torch.bool)
+            for line, (context, length) in enumerate(zip(batch, lengths, strict=True)):
+                ids = np.array(contexts.ids[contexts.offsets[context] : contexts.offsets[context + 1]])
+                positions = np.flatnonzero(kept_positions(ids, plan.dropped_ids, plan.drop_first))
+                tokens[line, :length] = torch.from_numpy(ids)
+                mask[line, :length] = 1
+                kept[line, positions[: contexts.rows[context + 1] - contexts.rows[context]]] = True
+            padded = min(lengths) < max(lengths)
+            value = hooked.activations(tokens.to(hooked.device), mask.to(hooked.device) if padded else None)
+            found = value[kept.to(value.device)].to(rows.dtype).cpu()
+            if not torch.isfinite(found).all():
+                raise UserError(
+                    f"the model gives values that {plan.dtype} cannot hold (not finite); set activations.dtype=bf16 "
+                    f"or fp32, or activations.lm_precision=fp32"
+                )
+            into = np.concatenate([np.arange(contexts.rows[c], contexts.rows[c + 1]) for c in batch]) - base
+            rows[torch.from_numpy(into)] = found
+            on_rows(len(found))
+    return rows
+
+
+def _length_batches(contexts: Contexts, first: int, last: int, size: int) -> Iterator[np.ndarray]:
+    """Contexts of similar length together, so that little padding is computed."""
+    lengths = contexts.offsets[first + 1 : last + 1] - contexts.offsets[first:last]
+    order = first + np.argsort(-lengths, kind="stable")
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def rows_done(plan: Plan, directory: Path) -> int:
+    """Rows in the unit files that exist: where a progress bar resumes."""
+    done = 0
+    for split in SPLITS:
+        contexts = open_contexts(directory, split)
+        for unit in range(plan.units(split)):
+            if unit_path(directory, split, unit).is_file():
+                first = unit * plan.contexts_per_unit
+                last = min(first + plan.contexts_per_unit, contexts.count)
+                done += int(contexts.rows[last] - contexts.rows[first])
+    return done
+
+
+def describe(cfg: ActivationsConfig, plan: Plan) -> dict[str, Any]:
+    """What trackers and exports want to know about the rows; kept in the manifest."""
+    settings = dataclasses.asdict(cfg)
+    names = ("kind", "model", "hook", "layer", "context", "text", "dtype", "seed", "drop_first_position")
+    described = {name: settings[name] for name in names}
+    if cfg.text == "hub":
+        described |= {"dataset": cfg.dataset, "split": cfg.split}
+    return {
+        **described,
+        "model_class": plan.model_class,
+        "precision": plan.precision,
+        "lm_batch": plan.lm_batch,
+        "prefix_tokens": plan.prefix_tokens,
+        "suffix_tokens": plan.suffix_tokens,
+        "dropped_ids": plan.dropped_ids,
+        "heldout_share": plan.text["heldout_share"],
+        "documents": plan.text["documents"],
+        "text_exhausted": plan.text["text_exhausted"],
+    }

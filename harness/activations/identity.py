@@ -1,0 +1,104 @@
+"""The name of a store: a hash of everything that decides its rows, computed without a forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from harness.activations.hub import resolve_commit
+from harness.activations.model import Location, locate, weight_files
+from harness.activations.text import file_digest, text_files
+from harness.config import ActivationsConfig
+from harness.errors import UserError
+
+RECIPE_VERSION = 1
+"""Raise it when the same settings would give other rows (another order, another cut)."""
+TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model")
+
+
+def store_id(cfg: ActivationsConfig) -> str:
+    """16 hex digits: equal exactly if the rows are meant to be equal. Cached per distinct configuration.
+
+    For a language model it covers the model (hub commit, or hash of the local files), hook, tokenizer, text,
+    context, positions, seed, dtype and row counts. Raises `UserError` if model or text cannot be found.
+    """
+    return digest(recipe(cfg))
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """The hash of a recipe."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def store_root(cfg: ActivationsConfig, out: Path) -> Path:
+    """The directory that holds the stores: `activations.dir`, or `_activations` in the output directory."""
+    return Path(cfg.dir).expanduser() if cfg.dir else out / "_activations"
+
+
+def recipe(cfg: ActivationsConfig) -> dict[str, Any]:
+    """What `store_id` hashes, readable; it is kept in the manifest."""
+    return json.loads(_recipe(json.dumps(dataclasses.asdict(cfg), sort_keys=True)))
+
+
+@functools.lru_cache(maxsize=256)
+def _recipe(settings: str) -> str:
+    container = json.loads(settings)
+    from harness.config import SyntheticConfig
+
+    cfg = ActivationsConfig(**{**container, "synthetic": SyntheticConfig(**container["synthetic"])})
+    common = {"version": RECIPE_VERSION, "kind": cfg.kind, "seed": cfg.seed, "dtype": cfg.dtype}
+    if cfg.kind == "synthetic":
+        rows = {"heldout_tokens": round(cfg.heldout_tokens)}
+        return json.dumps({**common, **rows, "synthetic": container["synthetic"]})
+    location = locate(cfg)
+    return json.dumps(
+        {
+            **common,
+            "model": _model_identity(location),
+            "hook": cfg.hook,
+            "layer": cfg.layer,
+            "text": _text_identity(cfg),
+            "context": cfg.context,
+            "drop_first_position": cfg.drop_first_position,
+            "tokens": round(cfg.tokens),
+            "heldout_tokens": round(cfg.heldout_tokens),
+        }
+    )
+
+
+def _model_identity(location: Location) -> dict[str, str]:
+    """The hub name and commit, or the hash of configuration, tokenizer and weights. A path is no identity."""
+    if not location.is_local:
+        return {"hub": location.source, "commit": location.commit}
+    directory = Path(location.source)
+    weights = weight_files(directory)
+    if not weights:
+        raise UserError(f"activations.model={location.source}: the directory has no *.safetensors or *.bin weights")
+    others = [path for path in sorted(directory.iterdir()) if path.is_file() and TOKENIZER_FILES.fullmatch(path.name)]
+    return {
+        "weights": _digest_of([directory / "config.json", *weights]),
+        "tokenizer": _digest_of(others),
+    }
+
+
+def _text_identity(cfg: ActivationsConfig) -> dict[str, str]:
+    if cfg.text != "hub":
+        contents = sorted(file_digest(path) for path in text_files(cfg))
+        hashed = hashlib.sha256("\n".join(contents).encode()).hexdigest()
+        return {"source": cfg.text, "sha256": hashed, "field": cfg.text_field if cfg.text == "files" else ""}
+    directory = Path(cfg.dataset).expanduser()
+    settings = {"source": "hub", "config": cfg.dataset_config, "split": cfg.split, "field": cfg.text_field}
+    if directory.is_dir():
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        return {**settings, "sha256": _digest_of(files)}
+    return {**settings, "dataset": cfg.dataset, "commit": resolve_commit("dataset", cfg.dataset, cfg.dataset_revision)}
+
+
+def _digest_of(files: list[Path]) -> str:
+    lines = [f"{path.name} {file_digest(path)}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

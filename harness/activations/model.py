@@ -1,0 +1,229 @@
+"""A `transformers` model that runs up to a named hook point and stops there."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from harness.activations.hub import HUB_ERRORS, online, quiet, resolve_commit, unreachable
+from harness.config import ActivationsConfig
+from harness.errors import UserError
+
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "output.dense")
+"""Where a block keeps its MLP; `output.dense` is BERT's, before the residual and its LayerNorm."""
+ATTENTION_NAMES = ("self_attn", "attention.output.dense", "attn", "attention", "self_attention", "linear_attn")
+
+
+class Location(NamedTuple):
+    """Where a model is loaded from."""
+
+    source: str
+    """A local directory or a hub name."""
+    commit: str
+    """Resolved hub commit; empty for a directory."""
+
+    @property
+    def is_local(self) -> bool:
+        return not self.commit
+
+
+def locate(cfg: ActivationsConfig) -> Location:
+    """Find the model named by `cfg.model`: `package:NAME`, a directory, or a hub repository."""
+    if cfg.model.startswith("package:"):
+        return Location(str(_package_directory(cfg.model.removeprefix("package:"))), "")
+    directory = Path(cfg.model).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"activations.model={cfg.model}: the directory has no config.json of a transformers model")
+        return Location(str(directory), "")
+    return Location(cfg.model, resolve_commit("model", cfg.model, cfg.revision))
+
+
+def _package_directory(package: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"activations.model=package:{package}: no such package; pip install {package.replace('_', '-')}"
+        )
+    for root in map(Path, spec.submodule_search_locations):
+        for config in sorted(root.rglob("config.json"), key=lambda path: len(path.parts)):
+            if weight_files(config.parent):
+                return config.parent
+    raise UserError(f"activations.model=package:{package}: the package carries no transformers model")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a local model's weights: safetensors if there are any."""
+    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+
+
+def load_tokenizer(location: Location) -> Any:
+    """The model's tokenizer, without its limit on lengths (we cut contexts ourselves)."""
+    import transformers
+
+    with quiet(), _loading(location, "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(location.source, **_where(location))
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+class HookedModel(NamedTuple):
+    """A model and the module behind one of its hook points."""
+
+    model: nn.Module
+    module: nn.Module
+    device: torch.device
+    precision: str
+    """`fp32` or `bf16`: what the forward computes in."""
+    name: str
+    """Class of the model, e.g. `BertModel`."""
+    flops_per_token: float
+    """2 per weight of the blocks that run, plus 4·context·d per block for attention; embeddings not counted."""
+
+    @torch.no_grad()
+    def activations(
+        self,
+        tokens: Int[Tensor, "contexts length"],
+        mask: Int[Tensor, "contexts length"] | None,
+    ) -> Float[Tensor, "contexts length d"]:
+        """The hook point's value; nothing after it is computed. `mask` is 1 on tokens and 0 on padding."""
+
+        def stop_here(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+        handle = self.module.register_forward_hook(stop_here)
+        try:
+            self.model(input_ids=tokens, attention_mask=mask)
+        except _Reached as reached:
+            return reached.value
+        finally:
+            handle.remove()
+        raise UserError(f"the forward of {self.name} does not pass the hooked module; choose another activations.hook")
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Autocast for a series of forwards: inside it, each weight is rounded to bf16 once and kept."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
+
+class _Reached(Exception):
+    """Leaves the forward at the hook with its value."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+def load_model(cfg: ActivationsConfig, location: Location, precision: str, device: torch.device) -> HookedModel:
+    """Load the model and find the hook. Raises `UserError` for a model, layer or hook that does not exist."""
+    import transformers
+
+    arguments = {**_where(location), "dtype": torch.float32, "output_loading_info": True}
+    with quiet(), _loading(location, "model"):
+        try:
+            model, info = transformers.AutoModel.from_pretrained(location.source, **arguments)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(location.source, **arguments)
+    model.eval()
+    name, blocks = find_blocks(model)
+    if cfg.layer >= len(blocks):
+        raise UserError(
+            f"activations.layer={cfg.layer}: {cfg.model} has {len(blocks)} blocks, numbered 0 to {len(blocks) - 1}"
+        )
+    absent = [key for key in info["missing_keys"] if _runs(key, name, cfg.layer)]
+    if absent:
+        raise UserError(f"activations.model={cfg.model}: the checkpoint has no weights for {absent[0]} (and others)")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and cfg.context > limit:
+        raise UserError(f"activations.context={cfg.context} is longer than the model's {limit} positions; lower it")
+    block = blocks[cfg.layer]
+    module = block if cfg.hook == "resid_post" else _submodule(cfg, block)
+    weights = sum(p.numel() for b in blocks[: cfg.layer + 1] for p in b.parameters() if p.dim() >= 2)
+    attention = 4 * cfg.context * model.config.get_text_config().hidden_size * (cfg.layer + 1)
+    return HookedModel(
+        model.to(device), module, device, precision, type(model).__name__, float(2 * weights + attention)
+    )
+
+
+def resolve_precision(cfg: ActivationsConfig, device: torch.device) -> str:
+    """`auto`: bf16 on a GPU and on processors with bf16 arithmetic (AVX-512 BF16, AMX), where it is faster."""
+    if cfg.lm_precision != "auto":
+        return cfg.lm_precision
+    return "bf16" if device.type == "cuda" or _cpu_computes_bf16() else "fp32"
+
+
+@functools.cache
+def _cpu_computes_bf16() -> bool:
+    # torch has no public query for it; on other systems than Linux bf16 has to be asked for.
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()) is not None
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of transformer blocks and its name: the outermost ModuleList with one entry per hidden layer."""
+    count = model.config.get_text_config().num_hidden_layers  # pyright: ignore
+    candidates = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not candidates:
+        raise UserError(f"{type(model).__name__} has no list of {count} blocks; this architecture is not supported")
+    return min(candidates, key=lambda found: found[0].count("."))
+
+
+def _submodule(cfg: ActivationsConfig, block: nn.Module) -> nn.Module:
+    modules = dict(block.named_modules())
+    for name in MLP_NAMES if cfg.hook == "mlp_out" else ATTENTION_NAMES:
+        if name in modules:
+            return modules[name]
+    children = ", ".join(name for name, _ in block.named_children())
+    raise UserError(
+        f"activations.hook={cfg.hook}: block {cfg.layer} of {cfg.model} has none (its parts: {children}); use resid_post"
+    )
+
+
+def _runs(key: str, blocks: str, layer: int) -> bool:
+    """Whether a weight is used before the hook: it is an embedding, or lies in a block up to `layer`."""
+    if key.startswith(f"{blocks}."):
+        return int(key.removeprefix(f"{blocks}.").split(".")[0]) <= layer
+    return re.search(r"embed|wte|wpe", key) is not None
+
+
+def _where(location: Location) -> dict[str, Any]:
+    if location.is_local:
+        return {"local_files_only": True}
+    return {"revision": location.commit, "local_files_only": not online()}
+
+
+@contextmanager
+def _loading(location: Location, what: str) -> Iterator[None]:
+    """Turn what `transformers` raises for a wrong or damaged model into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (*HUB_ERRORS, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if not location.is_local and isinstance(error, HUB_ERRORS) and not online():
+            raise unreachable(f"the {what} of {location.source!r}", error) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load the {what} of {location.source}: {reason}") from error

@@ -1,0 +1,98 @@
+"""Opening a source: the store is harvested first if it does not exist, by one process while others wait."""
+
+from __future__ import annotations
+
+import errno
+import io
+import shutil
+from pathlib import Path
+
+from harness.activations.assemble import TornUnits, assemble, remove_scratch
+from harness.activations.harvest import describe, forward_units, prepare, rows_done
+from harness.activations.identity import store_id, store_root
+from harness.activations.source import ActivationSource
+from harness.activations.store import Store, is_complete
+from harness.config import ActivationsConfig
+from harness.errors import UserError
+from harness.record.claim import Owner, claim
+from harness.record.progress import Progress
+from harness.record.signals import StopFlag
+
+
+def open_source(cfg: ActivationsConfig, out: Path, *, progress: bool, stop: StopFlag) -> ActivationSource:
+    """The rows that `cfg` describes; a missing store is harvested into `store_root(cfg, out)` first.
+
+    A harvest that was interrupted goes on; one that another process is making is waited for. Raises `UserError` for
+    what the user can cause (unknown model, unreadable text, no room, a damaged shard), `Interrupted` on request.
+    """
+    if cfg.kind == "synthetic":
+        from harness.activations.synthetic import Synthetic
+
+        return Synthetic(cfg, store_id(cfg))
+    root = store_root(cfg, out)
+    directory = root / store_id(cfg)
+    if not is_complete(directory):
+        try:
+            _harvest_once(cfg, directory, Progress() if progress else Progress(io.StringIO()), stop)
+        except OSError as error:
+            raise _explained(error, root) from error
+    return Store(directory)
+
+
+def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, stop: StopFlag) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+
+    def on_wait(owner: Owner | None) -> None:
+        progress.note(f"waiting: {owner or 'another process'} is harvesting the same activations")
+
+    with claim(directory.with_suffix(".lock"), wait=True, stop=stop, on_wait=on_wait):
+        if is_complete(directory):
+            return
+        if directory.exists():
+            raise UserError(f"{directory} has no manifest.json, so it is no store; delete it to harvest it again")
+        partial = directory.with_suffix(".partial")
+        partial.mkdir(exist_ok=True)
+        if not is_complete(partial):
+            harvest(cfg, partial, progress, stop)
+        remove_scratch(partial)
+        partial.rename(directory)
+
+
+def harvest(cfg: ActivationsConfig, partial: Path, progress: Progress, stop: StopFlag) -> None:
+    """Bring the unfinished store in `partial` to its end: afterwards its manifest exists."""
+    progress.note(f"harvesting {cfg.model}, {cfg.hook} of layer {cfg.layer}, over {cfg.text} text")
+    plan, hooked = prepare(cfg, partial, stop)
+    wanted = {"train": round(cfg.tokens), "heldout": round(cfg.heldout_tokens)}
+    for split, rows in plan.rows.items():
+        if rows < wanted[split]:
+            progress.note(f"the text ends after {rows:,} of {wanted[split]:,} {split} rows; going on with these")
+    while True:
+        done = rows_done(plan, partial)
+        progress.start("harvest", sum(plan.rows.values()), done)
+
+        def on_rows(rows: int) -> None:
+            nonlocal done
+            done += rows
+            progress.update(done, {})
+
+        try:
+            forward_units(plan, hooked, partial, stop, on_rows)
+            assemble(plan, partial, cfg.shard_rows, describe(cfg, plan), stop)
+        except TornUnits as torn:
+            progress.finish(f"units damaged by a crash are made again: {torn}")
+            continue
+        except BaseException:
+            progress.finish("")
+            raise
+        rows = plan.rows
+        progress.finish(f"harvested {rows['train']:,} training and {rows['heldout']:,} held-out rows")
+        return
+
+
+def _explained(error: OSError, root: Path) -> OSError | UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(root).free
+        return UserError(f"the disk of {root} is full ({free / 1e6:.0f} MB free); free some or set activations.dir")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"cannot write activations to {root}: {error.strerror}; set activations.dir or out")
+    return error

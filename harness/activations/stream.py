@@ -1,0 +1,230 @@
+"""Batches of a store: batch t is a pure function of (store, stream seed, t), read from memory-mapped shards."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from harness.activations.shuffle import permutation
+
+BLOCK_ROWS = 8192
+"""Later epochs permute blocks of this many rows, then the rows of each block: one sequential read per block."""
+PREFETCHED = 4
+_INTEGERS = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.int32, torch.int64: np.int64}
+_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+
+
+def map_tensor(path: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file, memory-mapped: nothing is read until it is used."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header_bytes))[name]
+    dtype = _NAMES[entry["dtype"]]
+    # Copy-on-write, as torch warns about arrays it may not write to; nobody writes.
+    raw = np.memmap(path, _INTEGERS[dtype], "c", 8 + header_bytes + entry["data_offsets"][0], tuple(entry["shape"]))
+    return torch.from_numpy(raw).view(dtype)
+
+
+class Rows:
+    """The rows of all shards as one long tensor that is never in memory as a whole."""
+
+    def __init__(self, shards: list[Tensor]) -> None:
+        self._shards = shards
+        self._starts = list(itertools.accumulate((len(shard) for shard in shards), initial=0))
+        self.total = self._starts[-1]
+        self.d_model = shards[0].shape[1]
+        self.dtype = shards[0].dtype
+
+    def slices(self, start: int, end: int) -> Iterator[Tensor]:
+        """Rows `start` … `end`−1 as views of the shards they lie in."""
+        shard = bisect.bisect_right(self._starts, start) - 1
+        while start < end:
+            stop = min(end, self._starts[shard + 1])
+            yield self._shards[shard][start - self._starts[shard] : stop - self._starts[shard]]
+            start, shard = stop, shard + 1
+
+    def read(self, start: int, end: int) -> Tensor:
+        return torch.cat(list(self.slices(start, end)))
+
+
+class Order:
+    """Which rows of the store stand at which positions of the endless stream.
+
+    Position p belongs to epoch p // total. Epoch 0 is the store as it is, shuffled once for all; later epochs permute
+    its blocks, and the rows of each block, by (seed, epoch, block).
+    """
+
+    def __init__(self, total: int, seed: int) -> None:
+        self._total, self._seed = total, seed
+        self._blocks = functools.lru_cache(maxsize=2)(self._make_blocks)
+
+    def _make_blocks(self, epoch: int) -> tuple[Int[np.ndarray, " blocks"], Int[np.ndarray, " blocks_plus_1"]]:
+        """Blocks of an epoch in their order, and the position in the epoch where each begins."""
+        count = -(-self._total // BLOCK_ROWS)
+        order = permutation(count, "blocks", self._seed, epoch)
+        sizes = np.minimum(BLOCK_ROWS, self._total - order * BLOCK_ROWS)
+        return order, np.concatenate([[0], np.cumsum(sizes)])
+
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Cut positions `start` … `end`−1 into (epoch, block, first, last) within one block of one epoch each.
+
+        Epoch 0 comes uncut as (0, −1, first row, last row)."""
+        while start < end:
+            epoch, at = divmod(start, self._total)
+            until = min(end - start + at, self._total)
+            if epoch == 0:
+                yield 0, -1, at, until
+            else:
+                order, begins = self._blocks(epoch)
+                number = int(np.searchsorted(begins, at, side="right")) - 1
+                until = min(until, int(begins[number + 1]))
+                yield epoch, int(order[number]), at - int(begins[number]), until - int(begins[number])
+            start += until - at
+
+    def within(self, epoch: int, block: int) -> Int[np.ndarray, " rows"]:
+        """Order of the rows of one block in one later epoch."""
+        rows = min(BLOCK_ROWS, self._total - block * BLOCK_ROWS)
+        return permutation(rows, "rows", self._seed, epoch, block)
+
+
+class StoreBatches:
+    """Computes the rows of a stream at given positions. Keeps the last permuted blocks; the result never depends
+    on what was asked before."""
+
+    def __init__(self, rows: Rows, seed: int) -> None:
+        self._rows, self._order = rows, Order(rows.total, seed)
+        self._permuted = functools.lru_cache(maxsize=2)(self._permute_block)
+
+    def _permute_block(self, epoch: int, block: int) -> Tensor:
+        start = block * BLOCK_ROWS
+        rows = self._rows.read(start, min(start + BLOCK_ROWS, self._rows.total))
+        return rows[torch.from_numpy(self._order.within(epoch, block))]
+
+    def __call__(self, start: int, end: int, out: Tensor) -> None:
+        filled = 0
+        for epoch, block, first, last in self._order.pieces(start, end):
+            found = [self._permuted(epoch, block)[first:last]] if epoch else self._rows.slices(first, last)
+            for rows in found:
+                out[filled : filled + len(rows)] = rows
+                filled += len(rows)
+
+
+class Stream:
+    """One rank's share of the batches of a stream.
+
+    `fill(start, end, out)` writes the rows at stream positions `start` … `end`−1 into `out` and is a pure function;
+    it is called from one thread at a time.
+    """
+
+    def __init__(
+        self,
+        fill: Callable[[int, int, Tensor], None],
+        d_model: int,
+        dtype: torch.dtype,
+        batch_tokens: int,
+        device: torch.device,
+        dp_rank: int,
+        dp: int,
+    ) -> None:
+        if batch_tokens % dp:
+            raise ValueError(f"train.batch_tokens={batch_tokens} is not divisible by mesh.dp={dp}; choose a multiple")
+        self._fill, self._device = fill, device
+        self._batch_tokens, self._rank, self._rows = batch_tokens, dp_rank, batch_tokens // dp
+        self._shape, self._dtype = (self._rows, d_model), dtype
+        self._pinned = device.type == "cuda"
+        self._lock = threading.Lock()
+        self._prefetchers: list[_Prefetcher] = []
+
+    def batch(self, step: int) -> Float[Tensor, "rows d"]:
+        """Rows [r·B/dp, (r+1)·B/dp) of batch `step`, in the storage dtype, on the device."""
+        return self._to_device(self._host_batch(step))
+
+    def batches(self, start_step: int) -> Iterator[Float[Tensor, "rows d"]]:
+        """`batch(start_step)`, `batch(start_step + 1)`, … without end, prepared ahead by one background thread."""
+        prefetcher = _Prefetcher(self._host_batch, start_step)
+        self._prefetchers.append(prefetcher)
+        try:
+            while (rows := prefetcher.next()) is not None:
+                yield self._to_device(rows)
+        finally:
+            prefetcher.close()
+
+    def close(self) -> None:
+        """Stop the background thread; `batches` iterators end."""
+        for prefetcher in self._prefetchers:
+            prefetcher.close()
+        self._prefetchers.clear()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _host_batch(self, step: int) -> Tensor:
+        start = step * self._batch_tokens + self._rank * self._rows
+        out = torch.empty(self._shape, dtype=self._dtype, pin_memory=self._pinned)
+        with self._lock:
+            self._fill(start, start + self._rows, out)
+        return out
+
+    def _to_device(self, rows: Tensor) -> Tensor:
+        # torch keeps a pinned buffer from being reused until the copy from it is done.
+        return rows.to(self._device, non_blocking=True) if self._pinned else rows
+
+
+class _Prefetcher:
+    """One thread that keeps a few batches ready. An error in it is raised by `next`."""
+
+    def __init__(self, make: Callable[[int], Tensor], start_step: int) -> None:
+        self._make = make
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=PREFETCHED)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(start_step,), name="stream", daemon=True)
+        self._thread.start()
+
+    def next(self) -> Tensor | None:
+        while not self._end.is_set():
+            try:
+                found = self._ready.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            if isinstance(found, BaseException):
+                raise found
+            return found
+        return None
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _work(self, step: int) -> None:
+        while not self._end.is_set():
+            try:
+                made: Any = self._make(step)
+            except Exception as error:  # handed to the reader, which raises it
+                made = error
+            while not self._end.is_set():
+                try:
+                    self._ready.put(made, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(made, Exception):
+                return
+            step += 1

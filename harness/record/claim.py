@@ -1,0 +1,198 @@
+"""Claiming a directory or a piece of work, so that two processes never do it at once.
+
+A claim is a small file that names its owner (host, process id and start time) and whose modification time its owner
+renews. A dead owner on the same host is recognised at once, one on another host by a modification time that is no
+longer renewed. The file system's own clock is the reference, so hosts need not agree on the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from harness.record.signals import Interrupted, StopFlag
+
+HEARTBEAT_S = 10.0
+STALE_S = 120.0
+POLL_S = 0.5
+_START_TOLERANCE_S = 2.0
+
+
+class Owner(NamedTuple):
+    """Who holds a claim."""
+
+    host: str
+    machine: str
+    """Boot and process-id namespace, where the system tells: within one, a process id can be looked up."""
+    pid: int
+    started: float
+    """Start time of the process in seconds since 1970: a process id alone may have been reused."""
+    token: str
+    """Distinguishes two claims of one process."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class Claimed(OSError):
+    """Somebody else holds the claim."""
+
+    def __init__(self, path: Path, owner: Owner | None) -> None:
+        super().__init__(f"{path.name} is being worked on by {owner or 'another process'}")
+        self.path, self.owner = path, owner
+
+
+class Claim:
+    """A claim that is held. `lost` turns true if another process took it over: then leave the work alone."""
+
+    def __init__(self, path: Path, owner: Owner) -> None:
+        self._path, self._owner = path, owner
+        self._end = threading.Event()
+        self.lost = False
+        self._thread = threading.Thread(target=self._renew, name=f"claim {path.name}", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        self._end.set()
+        self._thread.join()
+        if _read(self._path) == self._owner:
+            self._path.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while not self._end.wait(HEARTBEAT_S):
+            try:
+                if _read(self._path) != self._owner:
+                    self.lost = True
+                    return
+                os.utime(self._path)
+            except OSError:
+                continue  # a file system that does not answer now may answer at the next beat
+
+
+@contextmanager
+def claim(
+    path: Path,
+    *,
+    wait: bool = False,
+    stop: StopFlag | None = None,
+    on_wait: Callable[[Owner | None], None] | None = None,
+) -> Iterator[Claim]:
+    """Hold the claim file `path` (its directory must exist) for the duration of the block.
+
+    Held by somebody alive: raises `Claimed`, or with `wait` calls `on_wait` once and waits for the release or the
+    owner's death; `Interrupted` when `stop` is requested meanwhile. The owner's death is noticed at once on the same
+    host, after `STALE_S` seconds from another.
+    """
+    owner = _this_process()
+    announced = False
+    while not _try(path, owner):
+        holder = _read(path)
+        if not wait:
+            raise Claimed(path, holder)
+        if not announced and on_wait is not None:
+            on_wait(holder)
+        announced = True
+        if stop is not None and stop.requested:
+            raise Interrupted
+        time.sleep(POLL_S)
+    held = Claim(path, owner)
+    try:
+        yield held
+    finally:
+        held.release()
+
+
+def _try(path: Path, owner: Owner) -> bool:
+    if _create(path, owner):
+        return True
+    if not _is_dead(path):
+        return False
+    # Of several processes that see the dead claim, the one that creates this file replaces it; the others look again.
+    takeover = path.with_name(f"{path.name}.takeover")
+    if not _create(takeover, owner):
+        if _is_dead(takeover):
+            takeover.unlink(missing_ok=True)
+        return False
+    try:
+        if not _is_dead(path):  # replaced between the two looks
+            return False
+        beside = path.with_name(f"{path.name}.{owner.token}")
+        beside.write_text(json.dumps(owner._asdict()))
+        beside.replace(path)
+        return True
+    finally:
+        takeover.unlink(missing_ok=True)
+
+
+def _create(path: Path, owner: Owner) -> bool:
+    try:
+        with path.open("x") as file:
+            file.write(json.dumps(owner._asdict()))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _read(path: Path) -> Owner | None:
+    """The owner; None when there is no claim, or its writer has not finished (or never did)."""
+    try:
+        return Owner(**json.loads(path.read_text()))
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def _is_dead(path: Path) -> bool:
+    owner = _read(path)
+    if owner is not None and owner.host == socket.gethostname() and owner.machine == _machine():
+        return not _runs(owner)
+    return _age(path) > STALE_S
+
+
+def _runs(owner: Owner) -> bool:
+    try:
+        process = psutil.Process(owner.pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return abs(process.create_time() - owner.started) < _START_TOLERANCE_S
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _age(path: Path) -> float:
+    """Seconds since the claim was renewed, by the clock of the file system it lies on."""
+    probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}.clock")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0  # released meanwhile: the next attempt creates it
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _this_process() -> Owner:
+    process = psutil.Process()
+    return Owner(socket.gethostname(), _machine(), process.pid, process.create_time(), uuid.uuid4().hex)
+
+
+def _machine() -> str:
+    parts = []
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if boot.is_file():
+        parts.append(boot.read_text().strip())
+    namespace = Path("/proc/self/ns/pid")
+    if namespace.is_symlink():
+        parts.append(str(namespace.readlink()))
+    return " ".join(parts)
