@@ -30,10 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parser().parse_args(arguments)
     try:
-        return args.run(args)
+        return args.handler(args)
     except UserError as problem:
         print(f"analysis: {problem}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        sys.stdout = None  # the reader of a pipe has gone; nothing is left to say
+        return 0
     except OSError as problem:
         print(f"analysis: {problem.filename or ''}: {problem.strerror or problem}", file=sys.stderr)
         return 2
@@ -46,11 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_sources(one)
     _add_fit_options(one)
     one.add_argument("--out", type=Path, help="write the fit as JSON")
-    one.set_defaults(run=_fit)
+    one.set_defaults(handler=_fit)
     two = commands.add_parser("report", help="write report.html beside the runs of a sweep")
     two.add_argument("sweep", type=Path, help="sweep directory, e.g. runs/quick")
     two.add_argument("--law", choices=sorted(LAWS), help="the law to fit (default: the study's, or what the grid allows)")
-    two.set_defaults(run=_report)
+    two.set_defaults(handler=_report)
     return parser
 
 
@@ -76,7 +79,7 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ci", default="profile", choices=["profile", "wald", "bootstrap"])
     parser.add_argument("--level", type=float, default=0.95, help="confidence level")
     parser.add_argument("--starts", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random starts and resamples")
+    parser.add_argument("--random-seed", type=int, default=0, help="seed of the random starts and resamples")
 
 
 def table_from(args: argparse.Namespace) -> RunTable:
@@ -108,7 +111,7 @@ def fit_from(args: argparse.Namespace, table: RunTable) -> FitResult:
         ci=args.ci,
         level=args.level,
         starts=args.starts,
-        seed=args.seed,
+        seed=args.random_seed,
     )
 
 

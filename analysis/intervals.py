@@ -95,32 +95,39 @@ def profile(
 def _end(
     problem: Problem, theta: Array, rss: float, contrast: Array, estimate: float, step: float, root: float
 ) -> float | None:
-    """Where √F first reaches `root` on one side: expand until bracketed, then regula falsi (Illinois)."""
-    inner, inner_g, end = 0.0, -root, theta
-    outer = step
+    """Where √F first reaches `root` on one side: expand until bracketed, then close in.
+
+    Every constrained fit starts from the solution at the inner side of the bracket: a start from beyond the interval
+    may sit in a basin where one term of the law has vanished.
+    """
+    inner, inner_g, start = 0.0, -root, theta
+    outer, outer_g = step, 0.0
     reach = max(FARTHEST, 3.0 * abs(step))
     unit = contrast / (contrast @ contrast)
+
+    def excess(at: float) -> tuple[float, Array]:
+        f, end = profile_f(problem, theta, rss, contrast, estimate + at, start + unit * (at - inner))
+        return float(np.sqrt(max(f, 0.0)) - root), end
+
     while True:
-        f, end = profile_f(problem, theta, rss, contrast, estimate + outer, end + unit * (outer - inner))
-        outer_g = np.sqrt(max(f, 0.0)) - root
-        if outer_g > 0 or abs(outer) >= reach:
+        outer_g, end = excess(outer)
+        if outer_g > 0:
             break
-        grown = outer * (1.7 if outer_g < -0.3 * root else 1.15)
-        inner, inner_g, outer = outer, outer_g, np.sign(step) * min(abs(grown), reach)
-    if not outer_g > 0:
-        return None
-    inner_end = end
-    for _ in range(40):
-        if abs(outer_g) < 1e-7 * root or abs(outer - inner) < 1e-12 * reach:
+        if abs(outer) >= reach:
+            return None
+        inner, inner_g, start = outer, outer_g, end
+        outer = np.sign(step) * min(abs(outer) * (1.7 if outer_g < -0.3 * root else 1.15), reach)
+    inner_weight, outer_weight = 1.0, 1.0
+    for _ in range(60):
+        if abs(outer - inner) < 1e-10 * max(abs(outer), abs(step)):
             break
-        middle = outer - outer_g * (outer - inner) / (outer_g - inner_g)
-        f, inner_end = profile_f(problem, theta, rss, contrast, estimate + middle, inner_end + unit * (middle - outer))
-        g = np.sqrt(max(f, 0.0)) - root
-        if abs(g) < 1e-6 * root:
+        share = inner_weight * inner_g / (inner_weight * inner_g - outer_weight * outer_g)
+        middle = inner + (outer - inner) * (share if outer_g < 2 * root else 0.5)
+        g, end = excess(middle)
+        if abs(g) < 1e-7 * root:
             return estimate + middle
-        if g * outer_g < 0:
-            inner, inner_g = outer, outer_g
+        if g > 0:
+            outer, outer_g, outer_weight, inner_weight = middle, g, 1.0, 0.5 * inner_weight
         else:
-            inner_g *= 0.5
-        outer, outer_g = middle, g
-    return estimate + outer
+            inner, inner_g, start, inner_weight, outer_weight = middle, g, end, 1.0, 0.5 * outer_weight
+    return estimate + 0.5 * (inner + outer)

@@ -16,7 +16,7 @@ import pandas as pd
 GPT4 = {"alpha": -0.50, "beta_k": 0.26, "beta_n": -0.017, "gamma": -0.042, "zeta": -1.32, "eta": -0.085}
 """Coefficients printed by Gao et al. 2024 for GPT-4 activations."""
 
-MINILM_LIKE = {"alpha": 1.05, "beta_k": 0.1, "beta_n": -0.2, "gamma": -0.035, "zeta": -1.9, "eta": -0.3}
+MINILM_LIKE = {"alpha": 0.0, "beta_k": -0.05, "beta_n": -0.2, "gamma": -0.035, "zeta": -2.6, "eta": -0.3}
 """Coefficients that give losses like those of the small probes (fvu 0.1–0.3 at n = 256 … 4096)."""
 
 D_MODEL = 384

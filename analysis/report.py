@@ -1,0 +1,283 @@
+"""`report.html` of a sweep: the law in words, pictures, tables, what was left out, provenance. Self-contained."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.cells import cell_rows, cell_text
+from analysis.fit import fit
+from analysis.frontier import frontier
+from analysis.laws import get
+from analysis.load import evaluations, read_sweep, varied
+from analysis.notes import Note, note
+from analysis.pictures import all_pictures
+from analysis.result import FitResult, Status
+from analysis.table import RunTable
+from analysis.versus import equal_n_and_flops
+from analysis.words import comparison_sentences, converged_words, interval, law_sentences, number
+from harness.errors import UserError
+from harness.record.files import write_text_atomic
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+@dataclass
+class Study:
+    """What a sweep says about itself."""
+
+    name: str
+    title: str
+    question: str = ""
+    law: str = "sae_nk"
+
+
+@dataclass
+class Findings:
+    """Everything that a report shows, before it is laid out."""
+
+    table: RunTable
+    """All usable runs."""
+    main: RunTable
+    """The population that the law is about: TopK where there is any."""
+    study: Study
+    fits: list[tuple[float | None, FitResult]] = field(default_factory=list)
+    """(k, fit): k is None for a law in n and k."""
+    failures: list[FitResult] = field(default_factory=list)
+    """Fits that were tried and not possible."""
+    curves: pd.DataFrame = field(default_factory=pd.DataFrame)
+    front: pd.DataFrame = field(default_factory=pd.DataFrame)
+    front_fit: FitResult | None = None
+    versus: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+
+
+def write_report(sweep_dir: str | Path, law: str | None = None) -> Path:
+    """Write `report.html` into a sweep directory and return its path.
+
+    A sweep with too little to fit still gets a report, which says what is missing. Raises `UserError` when the
+    directory holds no run at all.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    directory = Path(sweep_dir)
+    findings = gather(directory, law)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["num"] = number
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**_context(findings, directory))
+    path = directory / "report.html"
+    write_text_atomic(path, page)
+    return path
+
+
+def summary_table(sweep: str | Path | RunTable, limit: int = 40) -> str:
+    """A short text table of the cells of a sweep, for the terminal."""
+    table = sweep if isinstance(sweep, RunTable) else _read(Path(sweep))
+    return cell_text(table, limit)
+
+
+def gather(directory: Path, law: str | None = None) -> Findings:
+    """Read a sweep and fit what can be fitted."""
+    table = _read(directory)
+    study = read_study(directory)
+    if law is not None:
+        study.law = law
+    main = _main_population(table)
+    findings = Findings(table=table, main=main, study=study)
+    _fit_laws(findings)
+    findings.curves = evaluations(table)
+    findings.front = frontier(table, findings.curves)
+    if len(findings.front) > 4:
+        points = RunTable(findings.front, {"x": "flops", "loss": "loss"}, name="frontier")
+        attempt = fit(points, "power_floor", ci="wald", starts=32)
+        findings.front_fit = attempt if attempt.status in (Status.OK, Status.OPEN) else None
+    findings.versus = equal_n_and_flops(table)
+    findings.notes = list(dict.fromkeys(n for result in _all_fits(findings) for n in result.notes))
+    differing = varied(table)
+    if differing:
+        text = f"the runs also differ in {', '.join(differing[:6])}"
+        findings.notes.append(note("mixed_population", "warning", text))
+    return findings
+
+
+def read_study(directory: Path) -> Study:
+    """`study.json` or `study.yaml` of a sweep directory; a plain description of it when there is none."""
+    for name in ("study.json", "study.yaml"):
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            if name.endswith("json"):
+                content = json.loads(text)
+            else:
+                import yaml
+
+                content = yaml.safe_load(text)
+            known = {key: str(content[key]) for key in ("name", "title", "question", "law") if content.get(key)}
+        except (ValueError, AttributeError, OSError) as problem:
+            raise UserError(f"{path} cannot be read: {str(problem).splitlines()[0]}; mend or remove it") from None
+        get(known.get("law", "sae_nk"))
+        return Study(**{"name": directory.name, "title": directory.name} | known)
+    return Study(directory.name, f"Sweep {directory.resolve().name}")
+
+
+def _read(directory: Path) -> RunTable:
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; name a sweep directory, e.g. runs/quick")
+    return read_sweep(directory)
+
+
+def _main_population(table: RunTable) -> RunTable:
+    if "sae" not in table.frame or not len(table):
+        return table
+    counts = table.frame["sae"].astype(str).value_counts()
+    return table.where("another architecture", sae="topk" if "topk" in counts.index else str(counts.index[0]))
+
+
+def _fit_laws(findings: Findings) -> None:
+    """The study's law; where that is not possible, a floor law in n for each k that allows it."""
+    main, law = findings.main, findings.study.law
+    inputs = set(get(law).inputs)
+    if inputs <= {"n", "k"} and inputs != {"n"}:
+        result = fit(main, law)
+        if result.status is not Status.FAILED:
+            findings.fits.append((None, result))
+            return
+        findings.failures.append(result)
+    levels = sorted(set(main.values("k"))) if len(main) else []
+    for k in levels:
+        part = main.where(f"k is not {k:g}", k=k)
+        part = part.but(roles={**part.roles, "x": part.roles["n"]})
+        attempts = [fit(part, name) for name in ("power_floor", "power")]
+        best = next((attempt for attempt in attempts if attempt.status is not Status.FAILED), None)
+        if best is not None:
+            findings.fits.append((k, best))
+        else:
+            findings.failures.append(attempts[0])
+
+
+def _all_fits(findings: Findings) -> list[FitResult]:
+    return [result for _, result in findings.fits] + findings.failures
+
+
+def _context(findings: Findings, directory: Path) -> dict[str, Any]:
+    table, study = findings.table, findings.study
+    words = converged_words(table)
+    title = study.title
+    if words and "converged" not in title.lower():
+        title = f"{title} — {words}"
+    return {
+        "title": title,
+        "study": study,
+        "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "lead": _lead(findings),
+        "pictures": all_pictures(findings),
+        "laws": [_law_rows(k, result) for k, result in findings.fits],
+        "failures": _failure_rows(findings),
+        "versus": findings.versus,
+        "cells": cell_rows(table),
+        "anchors": _anchors(table),
+        "excluded": _excluded_rows(table),
+        "notes": [entry.as_dict() for entry in sorted(findings.notes, key=lambda e: e.severity == "info")],
+        "provenance": _provenance(table, directory),
+    }
+
+
+def _lead(findings: Findings) -> list[str]:
+    """The short text on top."""
+    table, main = findings.table, findings.main
+    lines = []
+    if not len(table):
+        return [
+            f"No run of this sweep can be used: all {len(table.excluded)} were left out (listed below). "
+            "Nothing was fitted."
+        ]
+    n, k, tokens = main.values("n"), main.values("k"), table.frame.get("tokens")
+    lines.append(
+        f"{len(table)} runs: n from {n.min():,.0f} to {n.max():,.0f}, k from {k.min():g} to {k.max():g}"
+        + (f", {number(float(tokens.min()))} to {number(float(tokens.max()))} tokens each" if _spreads(tokens) else "")
+        + (f", {number(float(tokens.max()))} tokens each" if tokens is not None and not _spreads(tokens) else "")
+        + f". Held-out fvu from {main.values('loss').min():.3g} to {main.values('loss').max():.3g}; the mean predictor has 1."
+    )
+    for level, result in findings.fits:
+        at = f"k = {level:g}: " if level is not None else ""
+        lines.extend(at + sentence for sentence in law_sentences(result, list(k)))
+    if not findings.fits:
+        lines.append("No law can be fitted to these runs; the section “What could not be fitted” says why.")
+    lines.extend(comparison_sentences(findings.versus))
+    if "topk" not in set(table.frame.get("sae", [])):
+        lines.append("There is no TopK run, so architectures cannot be compared.")
+    return lines
+
+
+def _spreads(values: Any) -> bool:
+    return values is not None and float(values.max()) > 1.01 * float(values.min())
+
+
+def _law_rows(k: float | None, result: FitResult) -> dict[str, Any]:
+    rows = [
+        {"name": name, "value": number(result.values[name], 4), "interval": interval(*result.intervals[name], digits=4)}
+        for name in result.law.params
+    ]
+    return {
+        "name": result.law.name,
+        "formula": result.law.formula,
+        "k": k,
+        "status": result.status.value,
+        "rows": rows,
+        "level": f"{100 * result.level:g} %",
+        "ci": result.ci,
+        "reached": f"{100 * result.reached:.0f} % of {result.starts}",
+        "weighted": bool(result.weighting),
+        "nested": [row for row in result.nested if k is None or "aicc" in row],
+    }
+
+
+def _failure_rows(findings: Findings) -> list[dict[str, str]]:
+    rows = []
+    for result in findings.failures:
+        for entry in result.notes:
+            if entry.severity == "error":
+                rows.append({"law": result.law.name, "why": entry.message, "remedy": entry.remedy})
+    return [dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)]
+
+
+def _anchors(table: RunTable) -> list[dict[str, Any]]:
+    """fvu of the mean predictor, and of PCA with k components, as the runs recorded it."""
+    found: dict[float, float] = {}
+    for entry in table.frame.get("pca_fvu", []):
+        if isinstance(entry, dict):
+            found |= {float(k): float(value) for k, value in entry.items() if value is not None}
+    best = table.frame.groupby(table.roles["k"])[table.roles["loss"]].min() if len(table) else {}
+    return [{"k": k, "pca": found[k], "best": best.get(k)} for k in sorted(found)]
+
+
+def _excluded_rows(table: RunTable) -> list[dict[str, str]]:
+    run = table.roles["run"]
+    return [{"run": str(row[run]), "reason": str(row["reason"])} for _, row in table.excluded.iterrows()]
+
+
+def _provenance(table: RunTable, directory: Path) -> list[tuple[str, str]]:
+    """Entries of the runs' `provenance.json` as (name, value); values in which runs differ are listed."""
+    seen: dict[str, list[str]] = {}
+    for run in table.directories.values():
+        path = run / "provenance.json"
+        if not path.exists():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        for key, value in content.items() if isinstance(content, dict) else ():
+            text = "; ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+            known = seen.setdefault(key, [])
+            if text not in known:
+                known.append(text)
+    shorten = lambda values: " | ".join(values[:3]) + (f" | … ({len(values)} different)" if len(values) > 3 else "")  # noqa: E731
+    return [("sweep", directory.resolve().name)] + [(key, shorten(values)) for key, values in sorted(seen.items())]

@@ -1,0 +1,114 @@
+"""Sentences about results: the law in words and numbers, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from analysis.notes import has
+from analysis.result import FitResult, Status
+from analysis.table import RunTable
+
+Slope = tuple[float, float | None, float | None]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for reading: 3 significant digits, thousands grouped, powers of ten from a million on."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e6 or abs(value) < 1e-4:
+        exponent = math.floor(math.log10(abs(value)))
+        mantissa = f"{value / 10**exponent:.{digits - 1}f}".rstrip("0").rstrip(".")
+        superscript = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        return f"{mantissa}·10{superscript}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def interval(low: float | None, high: float | None, digits: int = 3) -> str:
+    """[lo, hi]; an open end says so."""
+    if low is None and high is None:
+        return "[open]"
+    left = "[open" if low is None else f"[{number(low, digits)}"
+    right = "open]" if high is None else f"{number(high, digits)}]"
+    return f"{left}, {right}"
+
+
+def doubling(slope: Slope) -> str:
+    """What a doubling does to a quantity with that log-log slope: "13.1 % [12.4, 13.9]"."""
+    value, low, high = (None if end is None else 100 * (1 - 2**end) for end in slope)
+    ends = "" if low is None or high is None else f" [{high:.1f}, {low:.1f}]"
+    return f"{value:.1f} %{ends}"
+
+
+def law_sentences(result: FitResult, ks: Sequence[float]) -> list[str]:
+    """The law in words: how much a doubling of n helps at each k, the floor, the residuals."""
+    if result.status is Status.FAILED:
+        return []
+    part = "reducible loss" if result.law.floor is not None else "loss"
+    sentences = []
+    if "k" in result.law.inputs:
+        steps = [f"{doubling(result.slope('n', at={'k': k}))} at k = {k:g}" for k in _few(ks)]
+        sentences.append(f"Doubling n lowers the {part} by {_and(steps)}.")
+    elif result.law.inputs == ("x",):
+        sentences.append(f"Doubling {result.columns.get('x', 'x')} lowers the {part} by {doubling(result.slope('x'))}.")
+    if result.law.floor is not None:
+        sentences.append(_floor_sentence(result, ks))
+    if result.dof > 0:
+        spread = 100 * math.sqrt(result.variance)
+        sentences.append(f"Runs scatter by {spread:.2g} % around the law ({result.points} runs, {result.dof} dof).")
+    if result.status is Status.UNRELIABLE:
+        sentences.append("This fit is not reliable; see the notes before using its numbers.")
+    return sentences
+
+
+def _floor_sentence(result: FitResult, ks: Sequence[float]) -> str:
+    if has(result.notes, "floor_not_identified"):
+        return "A floor is not identified: these sizes do not tell whether the fall ends."
+    if "k" in result.law.inputs:
+        few = _few(ks)
+        inputs = {"k": np.array(few), "n": np.full(len(few), result.domain["n"][0])}
+        floors = result.floor({name: inputs[name] for name in result.law.inputs})
+        return f"It falls towards a floor of {_and([f'{v:.3g} at k = {k:g}' for k, v in zip(few, floors, strict=True)])}."
+    low, high = result.intervals["E"]
+    return f"It falls towards a floor of {result.values['E']:.3g} {interval(low, high)}."
+
+
+def comparison_sentences(rows: Sequence[dict]) -> list[str]:
+    """TopK against Switch at equal n and at equal FLOPs, as mean ratios of loss over the cells that allow it."""
+    sentences = []
+    for key, text in (("ratio_n", "the same n and k"), ("ratio_flops", "the same training FLOPs and k")):
+        ratios = np.array([row[key] for row in rows if row.get(key) is not None])
+        if len(ratios):
+            change = 100 * (math.exp(np.mean(np.log(ratios))) - 1)
+            word = "higher" if change >= 0 else "lower"
+            spread = f" (from {100 * (ratios.min() - 1):+.1f} to {100 * (ratios.max() - 1):+.1f} %)" if len(ratios) > 1 else ""
+            cells = f"{len(ratios)} cell{'s' if len(ratios) > 1 else ''}"
+            sentences.append(f"At {text}, Switch has {abs(change):.1f} % {word} fvu than TopK over {cells}{spread}.")
+    return sentences
+
+
+def converged_words(table: RunTable) -> str:
+    """"converged", "not converged" or "partly converged", from the runs themselves; "" when unknown."""
+    if not table.has("converged") or not len(table):
+        return ""
+    flags = table.column("converged")
+    if flags.isna().all():
+        return ""
+    flags = flags.fillna(False).astype(bool)
+    return "converged" if flags.all() else "partly converged" if flags.any() else "not converged"
+
+
+def _few(ks: Sequence[float]) -> list[float]:
+    """At most three values: the smallest, a middle one, the largest."""
+    ordered = sorted(set(ks))
+    return ordered if len(ordered) <= 3 else [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
