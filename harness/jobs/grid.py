@@ -19,7 +19,6 @@ from harness.errors import UserError
 from harness.jobs.compose import (
     checked_values,
     compose_settings,
-    groups,
     leaf_keys,
     nested_sections,
     one_line,
@@ -32,7 +31,7 @@ class Candidate(NamedTuple):
     """One combination of the grid, types checked, values not yet."""
 
     label: str
-    """The swept overrides, as one would type them."""
+    """The kind of SAE if it was chosen and the swept overrides, as one would type them."""
     settings: Mapping[str, Any]
     """Nested like `Config`; a value that was never given is `omegaconf.MISSING`."""
 
@@ -53,7 +52,7 @@ def expand(overrides: Sequence[str]) -> list[Candidate]:
     for override in parse_overrides(overrides):
         if not override.is_sweep_override():
             line = str(override.input_line)
-            structural.append([(line, line if override.key_or_group in groups() else "")])
+            structural.append([(line, line if override.key_or_group == "sae" else "")])
             continue
         texts, values = swept_values(override)
         if interpolated or override.type != OverrideType.CHANGE or override.key_or_group not in leaf_keys():

@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.jobs import rundir
 from harness.jobs.plan import Job
 from harness.jobs.state import claim_path
-from harness.record.claim import try_claim
+from harness.record.claim import Claimed, claim
 from harness.record.files import write_json_atomic
 from harness.record.progress import Progress, duration
 from harness.record.provenance import collect, command_line, now
@@ -96,12 +96,11 @@ def _claimed_run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Pr
     """Train the job unless a live process has it (then None). Returns its final status."""
     try:
         rundir.freeze(job.run_dir, job.config)
-        with try_claim(claim_path(job.run_dir)) as held:
-            if not held:
-                return None
-            if (state := _finished(job)) is not None:
-                return state
-            return _run(job, sources, stop, progress)
+        with claim(claim_path(job.run_dir)):
+            status = _finished(job)
+            return _run(job, sources, stop, progress) if status is None else status
+    except Claimed:
+        return None
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise DiskFull(f"no space left on the device of {job.run_dir.parent}") from error
@@ -132,7 +131,7 @@ def _run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Progress) 
             write_json_atomic(job.run_dir / "provenance.json", provenance)
             logging.getLogger("harness.attempt").info("on %s", provenance["machine"]["host"])
             begin = time.monotonic()
-            result = run_cell(job.run_dir, config, source, stop, progress)
+            result = run_cell(job.run_dir, config, source, stop, progress, rundir.attempts(job.run_dir))
     except Interrupted:
         progress.finish("")
         raise

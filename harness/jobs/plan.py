@@ -228,8 +228,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def si(value: float) -> str:
-    """A count with a decimal prefix: 3.15M."""
+    """A count in three digits with a decimal prefix: 3.15M."""
+    rounded = float(f"{value:.3g}")
     for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g}{unit}"
-    return f"{value:.3g}"
+        if rounded >= factor:
+            return f"{rounded / factor:.3g}{unit}"
+    return f"{rounded:.3g}"

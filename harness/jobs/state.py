@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.jobs.rundir import FINAL, read_result
 from harness.record import metrics
-from harness.record.claim import owner
+from harness.record.claim import holder
 
 STATES = ("pending", "running", "interrupted", "done", "diverged", "failed")
 
@@ -35,9 +35,9 @@ def claim_path(run_dir: Path) -> Path:
 def state_of(run_dir: Path) -> RunState:
     """Raises `UserError` when `result.json` is damaged."""
     result = read_result(run_dir)
-    holder = owner(claim_path(run_dir))
-    if holder is not None:
-        return RunState(run_dir.name, "running", None, holder.host)
+    owner = holder(claim_path(run_dir))
+    if owner is not None:
+        return RunState(run_dir.name, "running", None, owner.host)
     if result is not None:
         return RunState(run_dir.name, str(result.get("status", "failed")), result)
     started = (run_dir / "attempts").is_dir()

@@ -112,6 +112,12 @@ def claim(
         held.release()
 
 
+def holder(path: Path) -> Owner | None:
+    """The live owner of a claim, for showing; None when there is none or it is dead."""
+    owner = _read(path)
+    return None if owner is None or _is_dead(path) else owner
+
+
 def _try(path: Path, owner: Owner) -> bool:
     if _create(path, owner):
         return True

@@ -89,10 +89,12 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A time a person reads at a glance: `42s`, `3m05s`, `2h10m`."""
+    """A time a person reads at a glance: `42s`, `3m05s`, `2h10m`, `12d4h`."""
     whole = round(max(seconds, 0.0))
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    if whole < 100 * 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600}h"
