@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:  # analysis writes files too, and has no use for three seconds of torch
+    from torch import Tensor
 
 
 def fsync_directory(directory: Path) -> None:
@@ -50,6 +50,8 @@ def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors of any device to a safetensors file; a reader sees the old content or the new."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        from safetensors.torch import save_file
+
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
         fsync_file(beside)
         beside.replace(path)
