@@ -211,7 +211,8 @@ def _unit_rows(
                     f"the model gives values that {plan.dtype} cannot hold (not finite); set activations.dtype=bf16 "
                     f"or fp32, or activations.lm_precision=fp32"
                 )
-            into = np.concatenate([np.arange(contexts.rows[c], contexts.rows[c + 1]) for c in batch]) - base
+            spans = zip(contexts.rows[batch].tolist(), contexts.rows[batch + 1].tolist(), strict=True)
+            into = np.concatenate([np.arange(begin, end) for begin, end in spans]) - base
             rows[torch.from_numpy(into)] = found
             on_rows(len(found))
     return rows

@@ -16,7 +16,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from harness.errors import UserError
 
-HUB_ERRORS = (OSError, HfHubHTTPError.__bases__[0])
+HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
 """What a failed request raises: OSError, or the HTTP client's own base class, which need not be one."""
 PROBE_SECONDS = 5.0
 _PROBED_FILE = {"model": "config.json", "dataset": "README.md"}

@@ -134,11 +134,12 @@ def load_model(cfg: ActivationsConfig, location: Location, precision: str, devic
     arguments = {**_where(location), "dtype": torch.float32, "output_loading_info": True}
     with quiet(), _loading(location, "model"):
         try:
-            model, info = transformers.AutoModel.from_pretrained(location.source, **arguments)
+            loaded: Any = transformers.AutoModel.from_pretrained(location.source, **arguments)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(location.source, **arguments)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(location.source, **arguments)
+    model, info = loaded
     model.eval()
     name, blocks = find_blocks(model)
     if cfg.layer >= len(blocks):
@@ -196,7 +197,7 @@ def _submodule(cfg: ActivationsConfig, block: nn.Module) -> nn.Module:
             return modules[name]
     children = ", ".join(name for name, _ in block.named_children())
     raise UserError(
-        f"activations.hook={cfg.hook}: block {cfg.layer} of {cfg.model} has none (its parts: {children}); use resid_post"
+        f"activations.hook={cfg.hook}: block {cfg.layer} of {cfg.model} has none (parts: {children}); use resid_post"
     )
 
 

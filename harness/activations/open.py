@@ -12,6 +12,7 @@ from harness.activations.harvest import describe, forward_units, prepare, rows_d
 from harness.activations.identity import store_id, store_root
 from harness.activations.source import ActivationSource
 from harness.activations.store import Store, is_complete
+from harness.activations.synthetic import Synthetic
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.record.claim import Owner, claim
@@ -26,8 +27,6 @@ def open_source(cfg: ActivationsConfig, out: Path, *, progress: bool, stop: Stop
     what the user can cause (unknown model, unreadable text, no room, a damaged shard), `Interrupted` on request.
     """
     if cfg.kind == "synthetic":
-        from harness.activations.synthetic import Synthetic
-
         return Synthetic(cfg, store_id(cfg))
     root = store_root(cfg, out)
     directory = root / store_id(cfg)

@@ -118,7 +118,7 @@ def _matching_files(patterns: Iterable[str]) -> list[Path]:
     found: set[Path] = set()
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())
-        matches = [Path(name) for name in glob.glob(expanded, recursive=True)]
+        matches = [Path(name) for name in glob.glob(expanded, recursive=True)]  # noqa: PTH207 (absolute patterns)
         files = [path for path in matches if path.is_file()]
         if not files:
             raise UserError(f"activations.text_paths: no file matches {pattern!r} (from {Path.cwd()})")
@@ -184,6 +184,7 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str]:
 
 def _dataset_texts(cfg: ActivationsConfig, revision: str) -> Iterator[str]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     where = f"dataset {cfg.dataset!r}"
     with quiet():
@@ -197,7 +198,7 @@ def _dataset_texts(cfg: ActivationsConfig, revision: str) -> Iterator[str]:
             raise
         except HUB_ERRORS as error:
             raise unreachable(where, error) from error
-        except (ValueError, datasets.exceptions.DatasetsError) as error:
+        except (ValueError, DatasetsError) as error:
             # What `datasets` says of a wrong split, configuration or directory, on its first line.
             raise UserError(f"{where} (split {cfg.split!r}): {str(error).splitlines()[0]}") from error
 

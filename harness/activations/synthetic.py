@@ -1,0 +1,146 @@
+"""Rows from a known sparse dictionary: ground truth for recovery, endless, without a language model.
+
+    x = Σ_i s_i·m_i·f_i + noise
+
+with unit-norm features f_i ∈ R^d, s_i ~ Bernoulli(p_i), p_i = min(1, c·i^−zipf_exponent) with c such that Σ p_i is
+`active_features`, magnitudes m_i ~ U(½, 3/2), and Gaussian noise. More features than dimensions is superposition.
+Rows are made in blocks of 256, each from its own counter of a counter-based generator (Philox), so any row of the
+endless stream is known without the ones before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from harness.activations.assemble import layernorm_rows
+from harness.activations.harvest import DTYPES
+from harness.activations.shuffle import digest64
+from harness.activations.source import SAMPLE_ROWS, Statistics
+from harness.activations.stream import Stream
+from harness.config import ActivationsConfig
+from harness.errors import UserError
+
+BLOCK_ROWS = 256
+MAGNITUDE_SECOND_MOMENT = 13 / 12
+"""E m² of m ~ U(½, 3/2); E m = 1."""
+
+
+def zipf_probabilities(n_features: int, exponent: float, active: float) -> Float64[np.ndarray, " features"]:
+    """p_i = min(1, c·i^−exponent) with Σ p_i = active. Raises `UserError` unless 0 < active ≤ n_features."""
+    if not 0 < active <= n_features:
+        raise UserError(
+            f"activations.synthetic.active_features={active} must be above 0 and at most n_features={n_features}"
+        )
+    weights = np.arange(1, n_features + 1, dtype=np.float64) ** -exponent
+    # The m most frequent features are always on, where m is the smallest number that keeps the next one below 1.
+    for always in range(n_features):
+        scale = (active - always) / weights[always:].sum()
+        if scale * weights[always] <= 1:
+            return np.concatenate([np.ones(always), scale * weights[always:]])
+    return np.ones(n_features)
+
+
+class Synthetic:
+    """An `ActivationSource` that computes its rows. Every row is its own document."""
+
+    train_rows: int | None = None
+
+    def __init__(self, cfg: ActivationsConfig, identity: str) -> None:
+        spec = cfg.synthetic
+        for name in ("d_model", "n_features"):
+            if getattr(spec, name) < 1:
+                raise UserError(f"activations.synthetic.{name}={getattr(spec, name)} must be at least 1")
+        if not (spec.noise >= 0 and math.isfinite(spec.noise)):
+            raise UserError(f"activations.synthetic.noise={spec.noise} must be finite and not negative")
+        self.id = identity
+        self.d_model = spec.d_model
+        self.heldout_rows = round(cfg.heldout_tokens)
+        self.description: dict[str, Any] = {
+            "kind": "synthetic",
+            "seed": cfg.seed,
+            "dtype": cfg.dtype,
+            **dataclasses.asdict(spec),
+            "harvest_flops": 0.0,
+        }
+        self._seed, self._dtype = cfg.seed, DTYPES[cfg.dtype]
+        self._probability = zipf_probabilities(spec.n_features, spec.zipf_exponent, spec.active_features)
+        features = _generator(cfg.seed, "features", 0).standard_normal((spec.n_features, spec.d_model))
+        self._features = features / np.linalg.norm(features, axis=1, keepdims=True)
+        p = self._probability
+        self._signal_variance = float(MAGNITUDE_SECOND_MOMENT * p.sum() - np.square(p).sum())
+        self._sigma = spec.noise * math.sqrt(self._signal_variance / spec.d_model)
+
+    @property
+    def dictionary(self) -> Float[Tensor, "features d"]:
+        return torch.from_numpy(self._features).float()
+
+    def statistics(self, layernorm: bool) -> Statistics:
+        """Raw: exact, from the probabilities. After `layernorm`: of the fixed sample."""
+        if layernorm:
+            rows = layernorm_rows(self.sample().double())
+            mean = rows.mean(dim=0)
+            mean_sq_norm = float(rows.square().sum(dim=1).mean())
+            return Statistics(len(rows), mean, mean_sq_norm, mean_sq_norm - float(mean.square().sum()))
+        mean = torch.from_numpy(self._probability @ self._features)
+        variance = self._signal_variance + self.d_model * self._sigma**2
+        return Statistics(SAMPLE_ROWS, mean, variance + float(mean.square().sum()), variance)
+
+    def sample(self) -> Float[Tensor, "rows d"]:
+        return self._rows("sample", 0, 0, SAMPLE_ROWS).float()
+
+    def stream(self, seed: int, batch_tokens: int, device: torch.device, dp_rank: int = 0, dp: int = 1) -> Stream:
+        block = functools.lru_cache(maxsize=2)(functools.partial(self._block, "train", seed))
+
+        def fill(start: int, end: int, out: Tensor) -> None:
+            for number in range(start // BLOCK_ROWS, -(-end // BLOCK_ROWS)):
+                first, last = max(start, number * BLOCK_ROWS), min(end, (number + 1) * BLOCK_ROWS)
+                out[first - start : last - start] = block(number)[first - number * BLOCK_ROWS :][: last - first]
+
+        return Stream(fill, self.d_model, self._dtype, batch_tokens, device, dp_rank, dp)
+
+    def heldout(self, batch_rows: int) -> Iterator[tuple[Float[Tensor, "rows d"], Int[Tensor, " rows"]]]:
+        for start in range(0, self.heldout_rows, batch_rows):
+            end = min(start + batch_rows, self.heldout_rows)
+            yield self._rows("heldout", 0, start, end), torch.arange(start, end)
+
+    def _rows(self, purpose: str, seed: int, start: int, end: int) -> Float[Tensor, "rows d"]:
+        first = start // BLOCK_ROWS
+        blocks = [self._block(purpose, seed, number) for number in range(first, -(-end // BLOCK_ROWS))]
+        return torch.cat(blocks)[start - first * BLOCK_ROWS : end - first * BLOCK_ROWS]
+
+    def _block(self, purpose: str, seed: int, number: int) -> Float[Tensor, "rows d"]:
+        random = _generator(self._seed, (purpose, seed), number)
+        on = random.random((BLOCK_ROWS, len(self._probability)), np.float32) < self._probability.astype(np.float32)
+        row, feature = np.nonzero(on)
+        codes = np.zeros(on.shape, np.float32)
+        codes[row, feature] = random.random(len(row), np.float32) + np.float32(0.5)
+        noise = random.standard_normal((BLOCK_ROWS, self.d_model), np.float32) * np.float32(self._sigma)
+        return torch.from_numpy(codes @ self._features.astype(np.float32) + noise).to(self._dtype)
+
+
+def _generator(seed: int, purpose: object, counter: int) -> np.random.Generator:
+    key = digest64("synthetic", seed, purpose)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, counter, 0]))
+
+
+def recovered(
+    decoder: Float[Tensor, "n d"], dictionary: Float[Tensor, "features d"], block: int = 1024
+) -> dict[str, float]:
+    """How much of the true dictionary a decoder holds: `recovered`, the share of true features with a latent of
+    cosine above 0.9, and `mean_max_cosine`, the mean over true features of the largest cosine of any latent.
+
+    A zero row of the decoder has cosine 0 with everything.
+    """
+    latents = torch.nn.functional.normalize(decoder.detach().to(dictionary), dim=1)
+    truth = torch.nn.functional.normalize(dictionary, dim=1)
+    best = torch.cat([(rows @ latents.T).amax(dim=1) for rows in truth.split(block)])
+    return {"recovered": float((best > 0.9).float().mean()), "mean_max_cosine": float(best.mean())}
