@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(handler=_fit)
     two = commands.add_parser("report", help="write report.html beside the runs of a sweep")
     two.add_argument("sweep", type=Path, help="sweep directory, e.g. runs/quick")
-    two.add_argument("--law", choices=sorted(LAWS), help="the law to fit (default: the study's, or what the grid allows)")
+    two.add_argument("--law", choices=sorted(LAWS), help="default: the study's, or what the grid allows")
     two.set_defaults(handler=_report)
     return parser
 

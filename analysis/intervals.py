@@ -1,6 +1,6 @@
 """Covariance, Wald and profile-F intervals of any linear combination of the coefficients.
 
-Profile: hold c·θ at a value v, optimise everything else, and compare F(v) = (RSS(v) − RSS) / s² with its critical value.
+Profile: hold c·θ at a value v, optimise everything else, compare F(v) = (RSS(v) − RSS) / s² with its critical value.
 An end beyond which the fit never becomes worse than that is *open* (None): the data do not bound it.
 """
 
@@ -36,9 +36,8 @@ def covariance(problem: Problem, theta: Array, variance: float) -> Array:
     return cov
 
 
-def condition(problem: Problem, theta: Array) -> float:
-    """Condition number of the centred, column-scaled Jacobian; inf when a column is zero."""
-    jac = problem.jacobian(theta)
+def condition(jac: Array) -> float:
+    """Condition number of a Jacobian with its columns scaled to length one; inf when a column is zero."""
     scale = np.linalg.norm(jac, axis=0)
     if not np.all(scale > 1e-12 * scale.max()):
         return float("inf")

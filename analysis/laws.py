@@ -59,8 +59,9 @@ class Law:
 
     @cached_property
     def params(self) -> tuple[str, ...]:
-        """Names in order of first appearance; the order of `cov`."""
-        return tuple(dict.fromkeys(entry.param for term in self.terms for entry in term))
+        """Names, constants that are exponentiated first, else in order of appearance; the order of `cov`."""
+        names = dict.fromkeys(entry.param for term in self.terms for entry in term)
+        return tuple(sorted(names, key=lambda name: name not in self.exp_params))
 
     def features(self, logs: Mapping[str, Array]) -> Array:
         """φ (terms, points, params) at the given logs of the inputs."""

@@ -125,7 +125,8 @@ def evaluations(table: RunTable) -> pd.DataFrame:
         decayed = float(row.get("train.decay_fraction") or 0.0) > 0
         parts.append(part.assign(run=run, constant_lr=not decayed))
     if not parts:
-        return pd.DataFrame(columns=["run", "tokens", "flops", "loss", "constant_lr"])
+        empty = pd.DataFrame(columns=["tokens", "flops", "loss", "run", "constant_lr"])
+        return empty.astype({"tokens": float, "flops": float, "loss": float, "constant_lr": bool})
     return pd.concat(parts, ignore_index=True).astype({"tokens": float, "flops": float, "loss": float})
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from analysis import plot
 from analysis.result import FitResult
+from analysis.words import number
 
 if TYPE_CHECKING:
     from analysis.report import Findings
@@ -67,7 +68,8 @@ def _loss_flops(findings: Findings) -> dict[str, str] | None:
     caption += "Frontier: the lowest loss that any run had reached by then."
     if findings.front_fit is not None:
         values = findings.front_fit.values
-        caption += f" Fitted: {values['E']:.3g} + {values['A']:.3g}·C^−{values['a']:.3g} (C in FLOPs; for orientation)."
+        law = f"{number(values['E'])} + {number(values['A'])}·C^−{number(values['a'])}"
+        caption += f" Fitted: {law} (C in FLOPs; for orientation only)."
     return _picture(figure, "Loss against compute", caption, "Held-out fvu against training FLOPs with the frontier")
 
 

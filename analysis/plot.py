@@ -57,11 +57,19 @@ def log_axes(ax: Axes, x: str, y: str, x_values: np.ndarray | None = None, power
     return ax
 
 
+def add_legend(ax: Axes, ncols: int = 1) -> None:
+    """A legend without a box, where there is anything to name."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=8.5, ncols=ncols)
+
+
 def plain_log_ticks(ax: Axes) -> None:
     """Numbers like 0.2 instead of 2×10⁻¹ on the y axis, dense enough for a range below one decade."""
     low, high = ax.get_ylim()
     decades = np.log10(high / low) if low > 0 else 2
-    subs = (1, 2, 5) if decades > 0.8 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8) if decades > 0.3 else tuple(np.arange(1, 10, 0.5))
+    subs = (
+        (1, 2, 5) if decades > 0.8 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8) if decades > 0.3 else tuple(np.arange(1, 10, 0.5))
+    )
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
@@ -91,12 +99,11 @@ def loss_against_n(ax: Axes, table: RunTable, fits: Sequence[FitResult | tuple[f
             if np.all(np.isfinite(band["hi"])) and result.dof > 0:
                 ax.fill_between(grid, band["lo"], band["hi"], color=color, alpha=0.18, lw=0)
             floor = result.floor({name: inputs[name] for name in result.law.inputs})
-            if "floor_not_identified" not in {x.code for x in result.notes} and floor[0] > 0.3 * band["value"].min():
+            if "floor_not_identified" not in {x.code for x in result.notes} and floor[0] > 0.1 * band["value"].min():
                 ax.plot(grid, floor, color=color, lw=1.1, ls=":")
     _excluded(ax, table)
     log_axes(ax, "number of latents n", "held-out fvu", n, powers_of_two=True)
-    if len(levels) > 0:
-        ax.legend(frameon=False, fontsize=8.5, ncols=min(3, len(levels)))
+    add_legend(ax, ncols=min(3, max(len(levels), 1)))
     return ax
 
 
@@ -106,7 +113,7 @@ def _excluded(ax: Axes, table: RunTable) -> None:
     columns = [table.roles[role] for role in ("n", "loss")]
     if not len(out) or not set(columns) <= set(out):
         return
-    x, y = (pd.to_numeric(out[column], errors="coerce") for column in columns)
+    x, y = (pd.to_numeric(out[column], errors="coerce").astype(float) for column in columns)
     usable = (x > 0) & (y > 0) & np.isfinite(y)
     same = out["sae"].isin(table.frame["sae"].unique()) if "sae" in out and "sae" in table.frame else True
     usable = usable & same
@@ -169,7 +176,7 @@ def loss_against_flops(
     if hollow.any():
         ax.plot([], [], "o", mfc="white", mec="0.3", label="hollow: Switch")
     log_axes(ax, "training FLOPs", "held-out fvu")
-    ax.legend(frameon=False, fontsize=8, ncols=2)
+    add_legend(ax, ncols=2)
     return ax
 
 
@@ -195,7 +202,7 @@ def architectures(ax: Axes, table: RunTable, k: float, x: str, legend: bool = Tr
     log_axes(ax, label, "held-out fvu", part[table.roles["n"]].to_numpy(), powers_of_two=x == "n")
     ax.set_title(f"k = {k:g}", fontsize=10, loc="left")
     if legend:
-        ax.legend(frameon=False, fontsize=8.5)
+        add_legend(ax)
     return ax
 
 
@@ -207,7 +214,9 @@ def _populations(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     groups = []
     for key, part in frame.groupby(keys, dropna=False):
         sae, *experts = key if isinstance(key, tuple) else (key,)
-        name = "TopK" if sae == "topk" else f"Switch, {experts[0]:g} experts" if sae == "switch" and experts else str(sae)
+        name = (
+            "TopK" if sae == "topk" else f"Switch, {experts[0]:g} experts" if sae == "switch" and experts else str(sae)
+        )
         groups.append((name, part))
     return sorted(groups, key=lambda group: (group[0] != "TopK", group[0]))
 
@@ -236,5 +245,16 @@ def dead_latents(ax: Axes, table: RunTable) -> Axes:
     ax.set_ylim(bottom=0)
     if len(_populations(part)) > 1:
         ax.plot([], [], "o--", mfc="white", color="0.3", ms=5, label="hollow: Switch")
-    ax.legend(frameon=False, fontsize=8.5)
+    add_legend(ax)
     return ax
+
+
+def show(picture: Figure) -> None:
+    """Show a figure in a notebook."""
+    import io
+
+    from IPython.display import SVG, display
+
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format="svg")
+    display(SVG(buffer.getvalue()))

@@ -53,15 +53,24 @@ def _identified(problem: Problem, theta: Array, intervals: dict[str, Interval]) 
         if opened:
             text = f"the data do not bound {' and '.join(opened)}: the interval is open"
             notes.append(note("floor_not_identified", "warning", text))
-        floor = problem.phi[law.floor] @ theta
-        if np.max(floor - problem.y) < np.log(NO_FLOOR):
+        if _without_floor(problem, theta):
             text = f"the best floor is zero ({', '.join(names)} run to the edge): the fit is that without a floor"
             notes.append(note("parameter_at_bound", "warning", text))
     return notes
 
 
+def _without_floor(problem: Problem, theta: Array) -> bool:
+    """Whether the fitted floor is nowhere more than nothing."""
+    floor = problem.law.floor
+    return floor is not None and bool(np.max(problem.phi[floor] @ theta - problem.y) < np.log(NO_FLOOR))
+
+
 def _design(problem: Problem, theta: Array) -> list[Note]:
-    number = condition(problem, theta)
+    law = problem.law
+    keep = np.ones(problem.size, dtype=bool)
+    if law.floor is not None and _without_floor(problem, theta):
+        keep[[law.params.index(entry.param) for entry in law.terms[law.floor]]] = False
+    number = condition(problem.jacobian(theta)[:, keep])
     if number > 300:
         severity = "error" if number > 1e3 else "warning"
         return [note("degenerate_design", severity, f"condition of the centred, scaled Jacobian is {number:.3g}")]

@@ -35,6 +35,8 @@ class Study:
     title: str
     question: str = ""
     law: str = "sae_nk"
+    runs: tuple[str, ...] = ()
+    """Every run that was asked for, started or not."""
 
 
 @dataclass
@@ -123,14 +125,21 @@ def read_study(directory: Path) -> Study:
         except (ValueError, AttributeError, OSError) as problem:
             raise UserError(f"{path} cannot be read: {str(problem).splitlines()[0]}; mend or remove it") from None
         get(known.get("law", "sae_nk"))
-        return Study(**{"name": directory.name, "title": directory.name} | known)
+        study = Study(**{"name": directory.name, "title": directory.name} | known)
+        study.runs = tuple(map(str, content.get("runs") or ()))
+        return study
     return Study(directory.name, f"Sweep {directory.resolve().name}")
 
 
 def _read(directory: Path) -> RunTable:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; name a sweep directory, e.g. runs/quick")
-    return read_sweep(directory)
+    table = read_sweep(directory)
+    missing = [run for run in read_study(directory).runs if run not in table.directories]
+    if missing:
+        rows = pd.DataFrame({table.roles["run"]: missing, "reason": "asked for, not started"})
+        table.excluded = pd.concat([part for part in (table.excluded, rows) if len(part)], ignore_index=True)
+    return table
 
 
 def _main_population(table: RunTable) -> RunTable:

@@ -24,7 +24,12 @@ def equal_n_and_flops(table: RunTable) -> list[dict[str, Any]]:
     rows = []
     switch = logs[logs["sae"] == "switch"].groupby([k, n, "n_experts"])[["log_loss", "log_flops"]].mean()
     for (k_value, n_value, experts), cell in switch.iterrows():
-        row: dict[str, Any] = {"k": k_value, "n": n_value, "experts": experts, "switch": float(np.exp(cell["log_loss"]))}
+        row: dict[str, Any] = {
+            "k": k_value,
+            "n": n_value,
+            "experts": experts,
+            "switch": float(np.exp(cell["log_loss"])),
+        }
         row |= {"flops": float(np.exp(cell["log_flops"])), "topk_n": None, "ratio_n": None, "flops_saved": None}
         row |= {"topk_flops": None, "ratio_flops": None}
         if (k_value, n_value) in dense.index:

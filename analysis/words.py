@@ -74,7 +74,9 @@ def _floor_sentence(result: FitResult, ks: Sequence[float]) -> str:
         few = _few(ks)
         inputs = {"k": np.array(few), "n": np.full(len(few), result.domain["n"][0])}
         floors = result.floor({name: inputs[name] for name in result.law.inputs})
-        return f"It falls towards a floor of {_and([f'{v:.3g} at k = {k:g}' for k, v in zip(few, floors, strict=True)])}."
+        return (
+            f"It falls towards a floor of {_and([f'{v:.3g} at k = {k:g}' for k, v in zip(few, floors, strict=True)])}."
+        )
     low, high = result.intervals["E"]
     return f"It falls towards a floor of {result.values['E']:.3g} {interval(low, high)}."
 
@@ -87,14 +89,18 @@ def comparison_sentences(rows: Sequence[dict]) -> list[str]:
         if len(ratios):
             change = 100 * (math.exp(np.mean(np.log(ratios))) - 1)
             word = "higher" if change >= 0 else "lower"
-            spread = f" (from {100 * (ratios.min() - 1):+.1f} to {100 * (ratios.max() - 1):+.1f} %)" if len(ratios) > 1 else ""
+            spread = (
+                f" (from {100 * (ratios.min() - 1):+.1f} to {100 * (ratios.max() - 1):+.1f} %)".replace("-", "−")
+                if len(ratios) > 1
+                else ""
+            )
             cells = f"{len(ratios)} cell{'s' if len(ratios) > 1 else ''}"
             sentences.append(f"At {text}, Switch has {abs(change):.1f} % {word} fvu than TopK over {cells}{spread}.")
     return sentences
 
 
 def converged_words(table: RunTable) -> str:
-    """"converged", "not converged" or "partly converged", from the runs themselves; "" when unknown."""
+    """ "converged", "not converged" or "partly converged", from the runs themselves; "" when unknown."""
     if not table.has("converged") or not len(table):
         return ""
     flags = table.column("converged")

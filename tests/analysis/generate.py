@@ -16,7 +16,7 @@ import pandas as pd
 GPT4 = {"alpha": -0.50, "beta_k": 0.26, "beta_n": -0.017, "gamma": -0.042, "zeta": -1.32, "eta": -0.085}
 """Coefficients printed by Gao et al. 2024 for GPT-4 activations."""
 
-MINILM_LIKE = {"alpha": 0.0, "beta_k": -0.05, "beta_n": -0.2, "gamma": -0.035, "zeta": -2.6, "eta": -0.3}
+MINILM_LIKE = {"alpha": 0.02, "beta_k": -0.05, "beta_n": -0.2, "gamma": -0.035, "zeta": -2.6, "eta": -0.3}
 """Coefficients that give losses like those of the small probes (fvu 0.1–0.3 at n = 256 … 4096)."""
 
 D_MODEL = 384
@@ -36,9 +36,7 @@ def grid_frame(n, k, noise, seed=0, coefficients=GPT4, seeds=1, noise_slope=0.0)
     rows = pd.MultiIndex.from_product([n, k, range(seeds)], names=["n_latents", "k", "seed"]).to_frame(index=False)
     x = rows["n_latents"].to_numpy(dtype=float)
     sd = noise * (x / np.exp(np.log(x).mean())) ** noise_slope
-    rows["fvu"] = sae_nk(x, rows["k"].to_numpy(dtype=float), coefficients) * np.exp(
-        sd * rng.standard_normal(len(rows))
-    )
+    rows["fvu"] = sae_nk(x, rows["k"].to_numpy(dtype=float), coefficients) * np.exp(sd * rng.standard_normal(len(rows)))
     return rows
 
 
