@@ -1,0 +1,34 @@
+"""`python -m harness.export RUN_DIR --format saelens|sparsify|dictionary_learning --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.errors import UserError
+from harness.record.export import FORMATS, export
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.export", description="Write the SAE of a finished run in the format of another tool."
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    arguments = parser.parse_args(argv)
+    try:
+        warnings = export(arguments.run_dir, arguments.format, arguments.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
