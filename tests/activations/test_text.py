@@ -1,0 +1,146 @@
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from harness.activations.text import TXT_DOCUMENT_CHARACTERS, documents
+from harness.config import ActivationsConfig
+from harness.errors import UserError
+
+
+def files(*patterns: str, **settings: object) -> ActivationsConfig:
+    return ActivationsConfig(model="unused", text="files", text_paths=list(patterns), **settings)  # pyright: ignore
+
+
+def texts(cfg: ActivationsConfig) -> list[str]:
+    return [document.text for document in documents(cfg, "")]
+
+
+def write_all_formats(directory: Path) -> None:
+    (directory / "a.txt").write_text("plain text")
+    (directory / "b.jsonl").write_text('{"text": "first line"}\n\n{"text": "second line"}\n{"text": null}\n')
+    pyarrow.parquet.write_table(pa.table({"text": ["one row", "another row"]}), directory / "c.parquet")
+
+
+def test_stdlib_has_sources_and_reference_but_no_tests() -> None:
+    found = texts(ActivationsConfig(model="unused"))
+    assert len(found) > 500
+    assert any('"""Heap queue algorithm' in text for text in found)  # heapq.py
+    assert any(text.startswith("The \"assert\" statement") for text in found)  # pydoc_data.topics
+    assert not any("class TestHeap" in text for text in found)
+    assert len(set(found)) == len(found)
+
+
+def test_every_format_is_read(tmp_path: Path) -> None:
+    write_all_formats(tmp_path)
+    expected = {"plain text", "first line", "second line", "one row", "another row"}
+    assert set(texts(files(f"{tmp_path}/*"))) == expected
+    assert set(texts(files(f"{tmp_path}/**/*.jsonl"))) == {"first line", "second line"}
+
+
+def test_order_depends_on_content_and_seed_but_not_on_names(tmp_path: Path) -> None:
+    for name, order in (("x", range(20)), ("y", reversed(range(20)))):
+        (tmp_path / name).mkdir()
+        for place, number in enumerate(order):
+            (tmp_path / name / f"{place:02d}.txt").write_text(f"document {number}")
+    first = texts(files(f"{tmp_path}/x/*.txt"))
+    assert first == texts(files(f"{tmp_path}/y/*.txt"))
+    assert sorted(first) == sorted(texts(files(f"{tmp_path}/x/*.txt", seed=1)))
+    assert first != texts(files(f"{tmp_path}/x/*.txt", seed=1))
+
+
+def test_equal_documents_count_once_and_empty_ones_not_at_all(tmp_path: Path) -> None:
+    for name, text in (("a", "same"), ("b", "same"), ("c", " \n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    assert texts(files(f"{tmp_path}/*.txt")) == ["same"]
+
+
+def test_a_long_file_becomes_several_documents_cut_at_line_ends(tmp_path: Path) -> None:
+    text = "".join(f"line {number}\n" for number in range(20_000))
+    (tmp_path / "book.txt").write_text(text)
+    found = texts(files(f"{tmp_path}/book.txt"))
+    assert len(found) == -(-len(text) // TXT_DOCUMENT_CHARACTERS)
+    assert all(part.endswith("\n") and len(part) <= TXT_DOCUMENT_CHARACTERS for part in found)
+    assert sorted("".join(found).splitlines()) == sorted(text.splitlines())
+
+
+def test_a_lone_surrogate_does_not_stop_the_reading(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "broken \\ud800 pair"}')
+    assert texts(files(f"{tmp_path}/a.jsonl")) == ["broken ? pair"]
+
+
+def bad_text(tmp_path: Path, case: str) -> ActivationsConfig:
+    if case == "no match":
+        return files(f"{tmp_path}/*.txt")
+    if case == "suffix":
+        (tmp_path / "a.pdf").write_text("x")
+        return files(f"{tmp_path}/a.pdf")
+    if case == "encoding":
+        (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+        return files(f"{tmp_path}/a.txt")
+    if case == "json":
+        (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text"')
+        return files(f"{tmp_path}/a.jsonl")
+    if case == "not text":
+        (tmp_path / "a.jsonl").write_text('{"text": 3}')
+        return files(f"{tmp_path}/a.jsonl")
+    if case == "not parquet":
+        (tmp_path / "a.parquet").write_text("no parquet at all")
+        return files(f"{tmp_path}/a.parquet")
+    write_all_formats(tmp_path)
+    return files(f"{tmp_path}/{case}", text_field="body")
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no match", "no file matches"),
+        ("suffix", "is no .txt, .jsonl or .parquet file"),
+        ("encoding", "is not UTF-8"),
+        ("json", "line 2 is not JSON"),
+        ("not text", "holds int, not text"),
+        ("not parquet", "no readable Parquet"),
+        ("b.jsonl", "no field 'body' .it has text.; set activations.text_field"),
+        ("c.parquet", "no field 'body' .it has text.; set activations.text_field"),
+    ],
+)
+def test_unreadable_text_is_one_line_with_the_way_out(tmp_path: Path, case: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        texts(bad_text(tmp_path, case))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ActivationsConfig:
+    """A dataset that `datasets.load_dataset` takes from a directory, as it would from the hub."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    directory = tmp_path / "dataset"
+    directory.mkdir()
+    rows = [json.dumps({"text": f"row {number}", "id": number}) for number in range(30)]
+    (directory / "train.jsonl").write_text("\n".join(rows))
+    return ActivationsConfig(model="unused", text="hub", dataset=str(directory))
+
+
+def test_a_dataset_is_read_through_the_datasets_library(dataset: ActivationsConfig) -> None:
+    assert set(texts(dataset)) == {f"row {number}" for number in range(30)}
+
+
+def test_a_wrong_field_or_split_of_a_dataset_is_named(dataset: ActivationsConfig) -> None:
+    with pytest.raises(UserError, match=r"no field 'body' \(it has text, id\)"):
+        texts(dataclasses.replace(dataset, text_field="body"))
+    with pytest.raises(UserError, match="split 'validation'") as caught:
+        texts(dataclasses.replace(dataset, split="validation"))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreachable_hub_fails_fast_with_one_line() -> None:
+    started = time.monotonic()
+    cfg = ActivationsConfig(model="unused", text="hub", dataset="somebody/something")
+    with pytest.raises(UserError, match=r"hub .* cannot be reached.*give a local directory") as caught:
+        texts(cfg)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 15
