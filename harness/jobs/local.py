@@ -49,7 +49,8 @@ def run_jobs(jobs: Sequence[Job]) -> int:
             _say(f"error: {full}; free some space and run the same command again, it goes on where it stopped")
             return SOME_NOT_DONE
     counts = Counter(statuses.values())
-    _say(f"{counts['done']} of {len(jobs)} cells done" + _unlucky(counts))
+    if counts["done"] < len(jobs) or any(job.status != "done" for job in jobs):
+        _say(f"{counts['done']} of {len(jobs)} cells done" + _unlucky(counts))
     return 0 if counts["done"] == len(jobs) else SOME_NOT_DONE
 
 
@@ -62,7 +63,8 @@ def _run_all(jobs: Sequence[Job], sources: dict[str, Any], stop: StopFlag) -> di
     """Status of every job by run_id. Raises `Interrupted`."""
     statuses = {job.run_id: job.status for job in jobs if job.status in rundir.FINAL}
     if statuses:
-        _say(f"{len(statuses)} of {len(jobs)} cells already done")
+        share = "all" if len(statuses) == len(jobs) else f"{len(statuses)} of"
+        _say(f"{share} {len(jobs)} cells already done")
     if retried := sum(job.status == "failed" for job in jobs):
         _say(f"{retried} failed earlier and will be tried again")
     waiting = deque(job for job in jobs if job.run_id not in statuses)

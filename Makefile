@@ -1,0 +1,66 @@
+# Every target works as the first command after a clone. No logic here: variables are passed on, empty ones ignored.
+#   make sweep WIDTH=256,512,1024 K=8,16 ARCH=topk,switch EXPERTS=8 TOKENS=1e6 SEEDS=0,1 ACTIVATIONS=minilm
+#   make sweep STUDY=standard SWEEP=mine OUT=runs CLUSTER=local DP=1 SHARD=1
+PYTHON ?= python3
+OUT ?= runs
+STUDY ?= quick
+SWEEP ?=
+WIDTH ?=
+K ?=
+ARCH ?=
+EXPERTS ?=
+ACTIVATIONS ?=
+TOKENS ?=
+SEEDS ?=
+CLUSTER ?=
+DP ?=
+SHARD ?=
+
+PY := .venv/bin/python
+READY := .venv/.installed
+SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep report status notebook test test-all check
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@sed -n '/^#   /s/^#   /  /p' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv and install what requirements.lock pins
+
+sweep: $(READY) ## train what is missing of STUDY (default quick), fit, write the report
+	@$(PY) -m sweeps --study "$(STUDY)" --width "$(WIDTH)" --k "$(K)" --arch "$(ARCH)" --experts "$(EXPERTS)" \
+		--activations "$(ACTIVATIONS)" --tokens "$(TOKENS)" --seeds "$(SEEDS)" --cluster "$(CLUSTER)" --dp "$(DP)" \
+		--shard "$(SHARD)" --sweep "$(SWEEP)" --out "$(OUT)"
+
+report: $(READY) ## fit and write the report of a sweep again (SWEEP, OUT)
+	@$(PY) -m analysis report "$(SWEEP_DIR)"
+
+status: $(READY) ## what is done, running and failed in a sweep (SWEEP, OUT)
+	@$(PY) -m harness.status "$(SWEEP_DIR)"
+
+notebook: $(READY) ## open the notebooks (installs Jupyter Lab into .venv)
+	@$(PY) -m pip install -q jupyterlab
+	@$(PY) -m jupyterlab analysis/notebooks
+
+test: $(READY) ## the fast tests
+	@$(PY) -m pytest -m "not slow and not dist and not slurm and not gpu"
+
+test-all: $(READY) ## all tests
+	@$(PY) -m pytest
+
+check: $(READY) ## formatting, lint, types
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m pyright
+
+$(READY): requirements.lock pyproject.toml
+	@$(PY) -m pip --version >/dev/null 2>&1 \
+		|| $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "error: $(PYTHON) must be Python 3.11 to 3.13; name another: make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv >/dev/null 2>&1 \
+		|| { rm -rf .venv; echo "error: cannot make .venv: apt install python3-venv, then run make again" >&2; exit 1; }
+	$(PY) -m pip install --quiet -r requirements.lock
+	$(PY) -m pip install --quiet --no-deps -e .
+	@touch $@
