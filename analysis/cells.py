@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pandas as pd
-
+from analysis.frames import pd
 from analysis.table import RunTable
 
 
@@ -44,7 +43,7 @@ def cell_rows(table: RunTable) -> list[dict[str, Any]]:
 def cell_text(table: RunTable, limit: int = 40) -> str:
     """The same as aligned text: at most `limit` rows, then how many more, then what was left out."""
     head = ("sae", "n", "k", "E", "seed", "tokens", "fvu", "±se", "l0", "dead %", "time")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     rows = cell_rows(table)
     for row in rows[:limit]:
         lines.append(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 
+from analysis.frames import Frame
 from analysis.load import evaluations
 from analysis.table import RunTable
 
 
-def frontier(table: RunTable, curves: pd.DataFrame | None = None) -> pd.DataFrame:
+def frontier(table: RunTable, curves: Frame | None = None) -> Frame:
     """The Pareto frontier of loss against FLOPs over whole runs: run, tokens, flops, loss, by rising flops.
 
     Points in the middle of a run count only where its learning rate was constant: in the middle of a decayed run the
@@ -27,7 +27,7 @@ def frontier(table: RunTable, curves: pd.DataFrame | None = None) -> pd.DataFram
     return points[lower].reset_index(drop=True)
 
 
-def allowed_points(curves: pd.DataFrame) -> pd.DataFrame:
+def allowed_points(curves: Frame) -> Frame:
     """The points of `evaluations` that may enter a frontier: constant-lr ones, and the final one of every run."""
     curves = curves[np.isfinite(curves["loss"]) & (curves["loss"] > 0) & (curves["flops"] > 0)]
     final = curves.groupby("run")["tokens"].transform("max") == curves["tokens"]

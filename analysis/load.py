@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from analysis.frames import Frame, pd
 from analysis.table import SWEEP_ROLES, RunTable
 from harness.errors import UserError
 
@@ -41,7 +42,7 @@ _ACTIVATION_COLUMNS = {"model": "activations.model", "hook": "activations.hook",
 
 
 def load(
-    source: str | os.PathLike[str] | pd.DataFrame | Sequence[str],
+    source: str | os.PathLike[str] | Frame | Sequence[str],
     roles: Mapping[str, str] | None = None,
 ) -> RunTable:
     """Read runs from a source and give them roles.
@@ -63,7 +64,11 @@ def load(
     if text.startswith("wandb:"):
         from analysis.load_wandb import read_group
 
-        return _with_roles(read_group(text.removeprefix("wandb:")), roles, text, UNITS)
+        frame, configs, histories = read_group(text.removeprefix("wandb:"))
+        _spread(frame, configs)
+        table = _with_roles(frame, roles, text, UNITS)
+        table.histories = histories
+        return table
     path = Path(text)
     if not path.exists():
         raise UserError(
@@ -89,10 +94,11 @@ def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTa
             frame[column] = np.nan if column != "status" else None
     table = RunTable(frame, {**SWEEP_ROLES, **(roles or {})}, dict(UNITS), name=str(directory.name))
     table.directories = {str(run): path for run, path in zip(frame["run_id"], runs, strict=True)}
+    table.histories = {run: partial(curve, path) for run, path in table.directories.items()}
     return table
 
 
-def curve(directory: Path) -> pd.DataFrame:
+def curve(directory: Path) -> Frame:
     """All lines of a run's `metrics.jsonl` (one row a line); a torn last line is ignored. Empty when there is none."""
     path = directory / "metrics.jsonl"
     lines: list[dict[str, Any]] = []
@@ -105,17 +111,17 @@ def curve(directory: Path) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def evaluations(table: RunTable) -> pd.DataFrame:
+def evaluations(table: RunTable) -> Frame:
     """Held-out points of all usable runs: run, step, tokens, flops, loss, and whether the lr was constant so far.
 
     For a run without `metrics.jsonl` only its final point is known.
     """
     loss = table.roles["loss"]
-    parts: list[pd.DataFrame] = []
+    parts: list[Frame] = []
     for _, row in table.frame.iterrows():
         run = str(row[table.roles["run"]])
         final = {key: row.get(key) for key in ("tokens", "flops")} | {"loss": row[loss]}
-        lines = curve(table.directories[run]) if run in table.directories else pd.DataFrame()
+        lines = table.histories[run]() if run in table.histories else pd.DataFrame()
         if loss in lines and {"tokens", "flops"} <= set(lines):
             part = lines[lines[loss].notna()][["tokens", "flops", loss]].rename(columns={loss: "loss"})
             part = part[part["tokens"] < row.get("tokens", np.inf)]
@@ -149,7 +155,7 @@ def _row(path: Path) -> dict[str, Any]:
     return blank | content
 
 
-def _spread(frame: pd.DataFrame, configs: list[Any]) -> None:
+def _spread(frame: Frame, configs: list[Any]) -> None:
     """Add the configuration keys that differ between runs, and those that name the population, as columns."""
     flat = pd.DataFrame([_flatten(config) if isinstance(config, dict) else {} for config in configs])
     for column in flat:
@@ -181,7 +187,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_file(path: Path) -> pd.DataFrame:
+def _read_file(path: Path) -> Frame:
     """A CSV, TSV or Parquet file as a frame; `UserError` when it is none of them or holds no table."""
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".tsv", ".txt", ".parquet"):
@@ -208,7 +214,7 @@ def _read_file(path: Path) -> pd.DataFrame:
 
 
 def _with_roles(
-    frame: pd.DataFrame, roles: Mapping[str, str] | None, name: str, units: Mapping[str, str] | None = None
+    frame: Frame, roles: Mapping[str, str] | None, name: str, units: Mapping[str, str] | None = None
 ) -> RunTable:
     """Named roles, then the default ones whose column happens to exist."""
     chosen = {role: column for role, column in SWEEP_ROLES.items() if column in frame.columns}
@@ -228,5 +234,7 @@ def _stack(tables: list[RunTable]) -> RunTable:
     out = RunTable(frame, dict(first.roles), dict(first.units), name=" + ".join(t.name for t in tables))
     out.excluded = pd.concat([t.excluded for t in (*tables, out) if len(t.excluded)] or [out.excluded])
     out.notes = [entry for table in (*tables, out) for entry in table.notes]
-    out.directories = {run: path for table in tables for run, path in table.directories.items()}
+    for table in tables:
+        out.directories |= table.directories
+        out.histories |= table.histories
     return out

@@ -7,10 +7,10 @@ import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import plot
+from analysis.frames import Frame, pd
 from analysis.result import FitResult
 from analysis.words import number
 
@@ -116,6 +116,6 @@ def _names(fits: list[FitResult]) -> str:
     return ", ".join(dict.fromkeys(result.law.name for result in fits))
 
 
-def _architecture(frame: pd.DataFrame) -> str:
+def _architecture(frame: Frame) -> str:
     names = list(frame["sae"].unique()) if "sae" in frame else []
     return "TopK" if names == ["topk"] else "Switch" if names == ["switch"] else ", ".join(map(str, names)) or "runs"

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from analysis.frames import Frame, pd
 from analysis.result import FitResult
 from analysis.table import RunTable
 
@@ -143,9 +143,7 @@ def residuals_against_n(ax: Axes, table: RunTable, fits: Sequence[FitResult | tu
     return ax
 
 
-def loss_against_flops(
-    ax: Axes, table: RunTable, curves: pd.DataFrame, front: pd.DataFrame, fit: FitResult | None = None
-) -> Axes:
+def loss_against_flops(ax: Axes, table: RunTable, curves: Frame, front: Frame, fit: FitResult | None = None) -> Axes:
     """Training curves in grey, final points by k, the frontier over all of them, and its fitted law."""
     for _, part in curves[curves["constant_lr"].astype(bool)].groupby("run"):
         if len(part) > 1:
@@ -206,7 +204,7 @@ def architectures(ax: Axes, table: RunTable, k: float, x: str, legend: bool = Tr
     return ax
 
 
-def _populations(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def _populations(frame: Frame) -> list[tuple[str, Frame]]:
     """(name, rows) of every architecture and number of experts, TopK first."""
     keys = [name for name in ("sae", "n_experts") if name in frame]
     if not keys:

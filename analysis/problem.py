@@ -117,7 +117,7 @@ def _grid(problem: Problem) -> list[Array]:
 
 def _linear(problem: Problem, design: Array, target: Array, scale: Array) -> Array:
     weight = problem.root_weight * scale
-    return np.linalg.lstsq(design * weight[:, None], target * weight, rcond=None)[0]
+    return np.asarray(np.linalg.lstsq(design * weight[:, None], target * weight, rcond=None)[0], dtype=np.float64)
 
 
 def _floor_grid(problem: Problem) -> list[Array]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 
 from analysis.cells import cell_rows, cell_text
 from analysis.fit import fit
+from analysis.frames import Frame, pd
 from analysis.frontier import frontier
 from analysis.laws import get
 from analysis.load import evaluations, read_sweep, varied
@@ -52,8 +53,8 @@ class Findings:
     """(k, fit): k is None for a law in n and k."""
     failures: list[FitResult] = field(default_factory=list)
     """Fits that were tried and not possible."""
-    curves: pd.DataFrame = field(default_factory=pd.DataFrame)
-    front: pd.DataFrame = field(default_factory=pd.DataFrame)
+    curves: Frame = field(default_factory=pd.DataFrame)
+    front: Frame = field(default_factory=pd.DataFrame)
     front_fit: FitResult | None = None
     versus: list[dict[str, Any]] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
@@ -121,13 +122,16 @@ def read_study(directory: Path) -> Study:
                 import yaml
 
                 content = yaml.safe_load(text)
-            known = {key: str(content[key]) for key in ("name", "title", "question", "law") if content.get(key)}
+            said = {key: str(content[key]) for key in ("name", "title", "question", "law") if content.get(key)}
         except (ValueError, AttributeError, OSError) as problem:
             raise UserError(f"{path} cannot be read: {str(problem).splitlines()[0]}; mend or remove it") from None
-        get(known.get("law", "sae_nk"))
-        study = Study(**{"name": directory.name, "title": directory.name} | known)
-        study.runs = tuple(map(str, content.get("runs") or ()))
-        return study
+        return Study(
+            name=said.get("name", directory.name),
+            title=said.get("title", f"Sweep {directory.resolve().name}"),
+            question=said.get("question", ""),
+            law=get(said.get("law", "sae_nk")).name,
+            runs=tuple(map(str, content.get("runs") or ())),
+        )
     return Study(directory.name, f"Sweep {directory.resolve().name}")
 
 
@@ -207,12 +211,11 @@ def _lead(findings: Findings) -> list[str]:
             f"No run of this sweep can be used: all {len(table.excluded)} were left out (listed below). "
             "Nothing was fitted."
         ]
-    n, k, tokens = main.values("n"), main.values("k"), table.frame.get("tokens")
+    n, k, tokens = main.values("n"), main.values("k"), table.values("d")
+    loss = main.values("loss")
     lines.append(
-        f"{len(table)} runs: n from {n.min():,.0f} to {n.max():,.0f}, k from {k.min():g} to {k.max():g}"
-        + (f", {number(float(tokens.min()))} to {number(float(tokens.max()))} tokens each" if _spreads(tokens) else "")
-        + (f", {number(float(tokens.max()))} tokens each" if tokens is not None and not _spreads(tokens) else "")
-        + f". Held-out fvu from {main.values('loss').min():.3g} to {main.values('loss').max():.3g}; the mean predictor has 1."
+        f"{len(table)} run{'s' if len(table) > 1 else ''}: n {_range(n)}, k {_range(k)}, {_range(tokens)} tokens each. "
+        f"Held-out fvu {_range(loss)}; the mean predictor has 1."
     )
     for level, result in findings.fits:
         at = f"k = {level:g}: " if level is not None else ""
@@ -225,8 +228,10 @@ def _lead(findings: Findings) -> list[str]:
     return lines
 
 
-def _spreads(values: Any) -> bool:
-    return values is not None and float(values.max()) > 1.01 * float(values.min())
+def _range(values: Any) -> str:
+    """ "256 to 4,096", or one number where all are equal."""
+    low, high = (number(float(end)) for end in (np.min(values), np.max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _law_rows(k: float | None, result: FitResult) -> dict[str, Any]:
@@ -260,7 +265,7 @@ def _failure_rows(findings: Findings) -> list[dict[str, str]]:
 def _anchors(table: RunTable) -> list[dict[str, Any]]:
     """fvu of the mean predictor, and of PCA with k components, as the runs recorded it."""
     found: dict[float, float] = {}
-    for entry in table.frame.get("pca_fvu", []):
+    for entry in table.frame.get("pca_fvu", pd.Series(dtype=object)):
         if isinstance(entry, dict):
             found |= {float(k): float(value) for k, value in entry.items() if value is not None}
     best = table.frame.groupby(table.roles["k"])[table.roles["loss"]].min() if len(table) else {}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from analysis.frames import Frame, pd
 from analysis.intervals import critical_t, profile, wald
 from analysis.laws import LAWS, Array, Law
 from analysis.notes import Note, has, note
@@ -97,7 +97,7 @@ class FitResult:
         return dict(zip(self.law.params, map(float, self.law.reported(self.raw)), strict=True))
 
     @property
-    def params(self) -> pd.DataFrame:
+    def params(self) -> Frame:
         """One row a parameter: value, lo, hi (NaN where open), se."""
         with np.errstate(invalid="ignore"):
             se = np.sqrt(np.diag(self.cov))
@@ -132,7 +132,7 @@ class FitResult:
             return np.zeros(phi.shape[1])
         return np.exp(phi[self.law.floor] @ self.theta + self.y_mean)
 
-    def predict(self, frame: pd.DataFrame | Mapping[str, Any], kind: str = "mean") -> pd.DataFrame:
+    def predict(self, frame: Frame | Mapping[str, Any], kind: str = "mean") -> Frame:
         """The law at new inputs, with a band and a warning where it extrapolates.
 
         Args:
@@ -223,7 +223,7 @@ class FitResult:
     def _floor_term(self) -> tuple | None:
         return None if self.law.floor is None else self.law.terms[self.law.floor]
 
-    def residuals(self) -> pd.DataFrame:
+    def residuals(self) -> Frame:
         """Per fitted point: run, the inputs, y, fitted, residual (ln y − ln fitted), in the fit's own order."""
         assert self.problem is not None, "the data are not part of the JSON form"
         log_fit = self.law.log_value(self.theta, self.problem.phi)
@@ -244,7 +244,7 @@ class FitResult:
         weight = np.exp(-self.weighting["slope"] * (scale - self.weighting["centre"]))
         return weight / self.weighting["mean"]
 
-    def _inputs(self, frame: pd.DataFrame | Mapping[str, Any]) -> dict[str, Array]:
+    def _inputs(self, frame: Frame | Mapping[str, Any]) -> dict[str, Array]:
         inputs = {}
         for name in self.law.inputs:
             column = name if name in frame else self.columns.get(name, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares, leastsq
@@ -48,10 +49,10 @@ def solve(problem: Problem, start: Array, huber: float | None = None, evaluation
     if not np.all(np.isfinite(problem.residual(start))):
         return start, float("inf")
     if huber is not None:
-        end = least_squares(
+        end: Any = least_squares(
             problem.residual,
             start,
-            problem.jacobian,
+            problem.jacobian,  # pyright: ignore[reportArgumentType]
             loss="huber",
             f_scale=huber,
             x_scale="jac",
@@ -83,7 +84,7 @@ def _least_squares(residual, jacobian, start: Array, evaluations: int) -> tuple[
     if not np.all(np.isfinite(residual(start))):
         return start, float("inf")
     with np.errstate(all="ignore"):
-        end, _, info, _, _ = leastsq(
+        solution: Any = leastsq(
             residual,
             start,
             Dfun=jacobian,
@@ -93,6 +94,7 @@ def _least_squares(residual, jacobian, start: Array, evaluations: int) -> tuple[
             gtol=0.0,
             maxfev=evaluations,
         )
+    end, info = solution[0], solution[2]
     objective = float(np.sum(info["fvec"] ** 2))
     return (end, objective) if np.isfinite(objective) else (start, float("inf"))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from analysis.frames import Frame, Series, pd
 from analysis.notes import Note, note
 from harness.errors import UserError
 
@@ -53,14 +54,16 @@ class RunTable:
     `UserError` only for a request that makes no sense (a role without its column, a column without any number).
     """
 
-    frame: pd.DataFrame
+    frame: Frame
     roles: dict[str, str] = field(default_factory=lambda: dict(SWEEP_ROLES))
     units: dict[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     name: str = "table"
-    excluded: pd.DataFrame = field(init=False)
+    excluded: Frame = field(init=False)
     directories: dict[str, Path] = field(default_factory=dict)
-    """run → its directory, when the table came from a sweep directory; curves are read from there, when asked for."""
+    """run → its directory, when the table came from a sweep directory."""
+    histories: dict[str, Callable[[], Frame]] = field(default_factory=dict)
+    """run → a function that reads all logged lines of that run; called only when curves are asked for."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.roles) - set(ROLES))
@@ -94,7 +97,7 @@ class RunTable:
     def has(self, role: str) -> bool:
         return role in self.roles
 
-    def column(self, role: str) -> pd.Series:
+    def column(self, role: str) -> Series:
         """The usable rows' values of a role; `UserError` names the missing role."""
         if role not in self.roles:
             raise UserError(f"{self.name}: no column is named for {role!r}; name it with --{role} COLUMN")
@@ -147,7 +150,7 @@ class RunTable:
 
         return check_table(self, get(law))
 
-    def _reasons(self) -> pd.Series:
+    def _reasons(self) -> Series:
         """Why each row cannot be used; "" where it can. Adds the notes of §data."""
         frame = self.frame
         reasons = pd.Series("", index=frame.index, dtype=object)
@@ -195,14 +198,14 @@ class RunTable:
         return reasons
 
 
-def _numbers(series: pd.Series) -> np.ndarray:
+def _numbers(series: Series) -> np.ndarray:
     """Float64 values; what is no number becomes NaN."""
     if series.dtype == bool:
         return np.full(len(series), np.nan)
     return pd.to_numeric(series, errors="coerce").to_numpy(dtype=float)
 
 
-def _equals(series: pd.Series, value: Any) -> np.ndarray:
+def _equals(series: Series, value: Any) -> np.ndarray:
     """Elementwise equality that lets "8" on a command line match 8 in a column."""
     if isinstance(value, str):
         try:
@@ -212,7 +215,7 @@ def _equals(series: pd.Series, value: Any) -> np.ndarray:
     return (series == value).to_numpy()
 
 
-def _details(frame: pd.DataFrame) -> pd.Series:
+def _details(frame: Frame) -> Series:
     """What the record says about a run that is not done: the step of the divergence or the error."""
     text = pd.Series("", index=frame.index, dtype=object)
     if "diverged_at_step" in frame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def seed_noise(inputs: Mapping[str, Array], y: Array, scale: str) -> SeedNoise |
 
     slope, p = 0.0, 1.0
     if scales >= 2 and total > 0:
-        end = minimize_scalar(twice_negative_log_likelihood, bounds=(-6.0, 6.0), method="bounded")
+        end: Any = minimize_scalar(twice_negative_log_likelihood, bounds=(-6.0, 6.0), method="bounded")
         slope = float(end.x)
         p = float(chdtrc(1, max(twice_negative_log_likelihood(0.0) - end.fun, 0.0)))
     level = float(np.log(max(np.sum(ss * np.exp(-slope * u)) / dof.sum(), 1e-300)))

@@ -89,11 +89,10 @@ def comparison_sentences(rows: Sequence[dict]) -> list[str]:
         if len(ratios):
             change = 100 * (math.exp(np.mean(np.log(ratios))) - 1)
             word = "higher" if change >= 0 else "lower"
-            spread = (
-                f" (from {100 * (ratios.min() - 1):+.1f} to {100 * (ratios.max() - 1):+.1f} %)".replace("-", "−")
-                if len(ratios) > 1
-                else ""
-            )
+            spread = ""
+            if len(ratios) > 1:
+                ends = f"{100 * (ratios.min() - 1):+.1f} to {100 * (ratios.max() - 1):+.1f}".replace("-", "−")
+                spread = f" (from {ends} %)"
             cells = f"{len(ratios)} cell{'s' if len(ratios) > 1 else ''}"
             sentences.append(f"At {text}, Switch has {abs(change):.1f} % {word} fvu than TopK over {cells}{spread}.")
     return sentences
