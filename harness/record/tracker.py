@@ -9,8 +9,10 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import select
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +21,11 @@ import psutil
 
 from harness.config import Config
 
-CLOSE_TIMEOUT_S = 20.0
+CLOSE_TIMEOUT_S = 15.0
 """How long the end of the program waits for W&B to take what is left."""
+
+UNSENT_LIMIT_BYTES = 16 * 2**20
+"""What may wait for the mirror process in memory."""
 
 
 class Tracker(Protocol):
@@ -65,7 +70,7 @@ class Mirror:
     """The process that talks to W&B for all runs of this program; started with the first one."""
 
     def __init__(self) -> None:
-        self._warned = False
+        self._unsent = bytearray()
         environment = os.environ | {"WANDB_SILENT": "true"}
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
             [sys.executable, "-m", "harness.record.wandb_mirror"],
@@ -79,25 +84,36 @@ class Mirror:
         os.set_blocking(self._pipe, False)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Hand a message over without waiting; when the mirror does not take it, give it up for good."""
+        """Hand a message over without waiting; when the mirror takes nothing for long, give it up for good."""
         if self._process is None:
             return
-        data = (json.dumps(message, default=str) + "\n").encode()
-        try:
-            while data:
-                data = data[os.write(self._pipe, data) :]
-        except (BlockingIOError, BrokenPipeError):
+        self._unsent += (json.dumps(message, default=str) + "\n").encode()
+        self._write()
+        if len(self._unsent) > UNSENT_LIMIT_BYTES:
             self._give_up("stopped taking data")
+
+    def _write(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: os.write(self._pipe, self._unsent)]
+        except BlockingIOError:
+            return  # the pipe is full; the rest goes with the next message
+        except BrokenPipeError:
+            self._give_up("ended early")
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Wait for what is left to be sent, but no longer than `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while self._unsent and self._process is not None and time.monotonic() < deadline:
+            select.select([], [self._pipe], [], 0.1)
+            self._write()
         process = self._process
         if process is None:
             return
         assert process.stdin is not None
         process.stdin.close()
         try:
-            process.wait(timeout_s)
+            process.wait(max(deadline - time.monotonic(), 0.1))
             self._process = None
         except subprocess.TimeoutExpired:
             self._give_up(f"did not finish within {timeout_s:.0f} s")

@@ -23,7 +23,7 @@ import yaml
 from harness.config import Config, from_container, to_container
 from harness.record.files import write_json_atomic
 
-INIT_TIMEOUT_S = 15.0
+INIT_TIMEOUT_S = 10.0
 
 
 def has_api_key() -> bool:
@@ -149,7 +149,8 @@ def _how_to_sync(run_dir: Path) -> str:
 
 def main() -> int:
     os.environ.setdefault("WANDB_SILENT", "true")
-    workers: dict[str, _Worker] = {}
+    open_runs: dict[str, _Worker] = {}
+    workers: list[_Worker] = []
     chosen = mode()
     for text in sys.stdin:
         message = json.loads(text)
@@ -158,15 +159,20 @@ def main() -> int:
         if message["do"] == "open":
             # W&B keeps its caches in the home directory unless told otherwise
             os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir.parent / ".wandb"))
+            import wandb  # noqa: F401 - here, since threads that import at once see half a module
+
             if chosen == "offline" and not workers:
                 key = "" if has_api_key() else "no API key, "
                 print(f"W&B: {key}recording offline. {_how_to_sync(run_dir)} (tracker=none: off)", file=sys.stderr)
-            workers[name] = _Worker(run_dir, chosen)
-            workers[name].start()
-        elif name in workers:
-            workers[name].inbox.put(message)
-    for worker in workers.values():
+            worker = open_runs[name] = _Worker(run_dir, chosen)
+            workers.append(worker)
+            worker.start()
+        elif name in open_runs:
+            open_runs[name].inbox.put(message)
+    for worker in workers:
         worker.inbox.put(None)
+    for worker in workers:
+        worker.join()
     return 0
 
 
