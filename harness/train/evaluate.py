@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -114,14 +115,19 @@ def _summary(table: dict[str, Tensor], normalizer: Normalizer) -> Evaluation:
     )
 
 
-def pca_fvu(source: ActivationSource, normalizer: Normalizer, ranks: tuple[int, ...]) -> dict[int, float]:
-    """fvu of the best rank-k linear reconstruction of the held-out rows around the training mean, for each rank:
-    an anchor that no dictionary is needed for. float64."""
+@functools.lru_cache(maxsize=4)
+def _explained_share(source: ActivationSource, normalizer: Normalizer) -> Float[Tensor, " d"]:
+    """Share of the held-out rows' squared distance to the training mean in the k largest directions, by k − 1."""
     mean = normalised_mean(normalizer, source.statistics(normalizer.rule == "layernorm"))
     moment = torch.zeros(source.d_model, source.d_model, dtype=torch.float64)
     for raw, _ in source.heldout(BATCH_ROWS):
         centred = normalizer(raw.cpu(), torch.float64) - mean
         moment += centred.T @ centred
     eigenvalues = torch.linalg.eigvalsh(moment).flip(0).clamp_min(0)
-    share = eigenvalues.cumsum(0) / eigenvalues.sum()
-    return {rank: float(1 - share[min(rank, source.d_model) - 1]) for rank in ranks}
+    return eigenvalues.cumsum(0) / eigenvalues.sum()
+
+
+def pca_fvu(source: ActivationSource, normalizer: Normalizer, rank: int) -> float:
+    """fvu of the best rank-k linear reconstruction of the held-out rows around the training mean: an anchor that no
+    dictionary is needed for. float64, computed once per source."""
+    return float(1 - _explained_share(source, normalizer)[min(rank, source.d_model) - 1])

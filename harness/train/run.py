@@ -155,7 +155,7 @@ def _result(cell: Cell, started: str, attempt: int) -> dict[str, Any]:
         "seed": config.train.seed,
         **_summary(cell),
         "store_id": cell.source.id,
-        "pca_fvu": pca_fvu(cell.source, cell.member.normalizer, (sae.k,)),
+        "pca_fvu": {str(sae.k): pca_fvu(cell.source, cell.member.normalizer, sae.k)},
         "peak_memory_bytes": _peak_memory(cell.member.params["W_dec"].device),
         "attempts": attempt,
         "started": started,

@@ -1,0 +1,81 @@
+"""Held-out fvu, its standard error and the PCA anchor against direct computation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from harness.ops import choose_ops
+from harness.parallel import Solo
+from harness.record.signals import StopFlag
+from harness.saes import forward
+from harness.train.evaluate import evaluate, pca_fvu
+from harness.train.member import make_member
+from tests.train.cells import small_config, source_of
+
+
+@pytest.mark.parametrize("architecture", ["topk", "switch"])
+def test_fvu_is_the_ratio_of_sums_over_every_row(architecture: str) -> None:
+    experts = 4 if architecture == "switch" else 1
+    config = small_config(sae__architecture=architecture, sae__n_experts=experts, train__precision="fp64")
+    source, ops = source_of(config), choose_ops("reference")
+    member = make_member(config, source, torch.device("cpu"), Solo(), ops)
+    arguments = (member.sae, member.params, source, member.normalizer)
+    found = evaluate(*arguments, (500, 10**9), Solo(), ops, StopFlag())
+    assert found is not None and [e.rows for e in found] == [500, 1500]
+
+    rows = torch.cat([rows for rows, _ in source.heldout(700)]).double() / member.normalizer.scale
+    mean = source.statistics(False).mean / member.normalizer.scale
+    run = forward(member.sae, member.params, member.params, rows, Solo(), ops)
+    error = run.residual.square().sum()
+    assert found[1].fvu == pytest.approx(float(error / (rows - mean).square().sum()), rel=1e-12)
+    assert found[1].mse == pytest.approx(float(error) / 1500 * member.normalizer.scale**2, rel=1e-6)
+
+
+def test_standard_error_is_that_of_a_bootstrap_over_documents() -> None:
+    config = small_config(train__precision="fp64")
+    source, ops = source_of(config), choose_ops("reference")
+    member = make_member(config, source, torch.device("cpu"), Solo(), ops)
+    documents = torch.arange(1500) // 10
+
+    class Clustered:
+        """The same rows, ten to a document, made alike within each."""
+
+        def __getattr__(self, name: str):
+            return getattr(source, name)
+
+        def heldout(self, batch_rows: int):
+            for rows, _ in source.heldout(1500):
+                yield rows[documents * 10], documents
+
+    found = evaluate(member.sae, member.params, Clustered(), member.normalizer, (1500,), Solo(), ops, StopFlag())
+    assert found is not None
+    rows = next(iter(Clustered().heldout(0)))[0].double() / member.normalizer.scale
+    run = forward(member.sae, member.params, member.params, rows, Solo(), ops)
+    mean = source.statistics(False).mean / member.normalizer.scale
+    error = run.squared.view(150, 10).sum(1).numpy()
+    base = (rows - mean).square().sum(1).view(150, 10).sum(1).numpy()
+    draws = np.random.default_rng(0).integers(0, 150, (4000, 150))
+    bootstrap = (error[draws].sum(1) / base[draws].sum(1)).std()
+    assert found[0].fvu_se == pytest.approx(bootstrap, rel=0.1)
+
+
+def test_evaluation_stops_when_asked() -> None:
+    config = small_config()
+    source, ops = source_of(config), choose_ops("reference")
+    member = make_member(config, source, torch.device("cpu"), Solo(), ops)
+    stop = StopFlag()
+    stop.request()
+    assert evaluate(member.sae, member.params, source, member.normalizer, (500,), Solo(), ops, stop) is None
+
+
+def test_pca_anchor_is_the_best_rank_k_reconstruction() -> None:
+    config = small_config()
+    source = source_of(config)
+    member = make_member(config, source, torch.device("cpu"), Solo(), choose_ops("reference"))
+    rows = torch.cat([rows for rows, _ in source.heldout(700)]).double() / member.normalizer.scale
+    centred = rows - source.statistics(False).mean / member.normalizer.scale
+    spectrum = torch.linalg.svdvals(centred).square()
+    for rank in (1, 4, 16):
+        assert pca_fvu(source, member.normalizer, rank) == pytest.approx(float(spectrum[rank:].sum() / spectrum.sum()), abs=1e-10)

@@ -1,0 +1,177 @@
+"""A run from its first step to its result: record, resume, divergence, convergence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from harness.config import Config
+from harness.record import metrics
+from harness.record.signals import Interrupted, StopFlag
+from harness.train.member import Member
+from tests.train.cells import run, small_config, source_of
+
+SWITCH = {
+    "sae__architecture": "switch",
+    "sae__n_experts": 4,
+    "sae__balance_weight": 0.1,
+    "train__clip_norm": 0.5,
+    "train__ema": 0.9,
+    "train__warmup_tokens": 640,
+    "train__decay_fraction": 0.3,
+}
+
+CONTRACT = (
+    "status run_id sae n_latents k n_experts d_model seed tokens unique_tokens steps flops params fvu mse l0 dead_frac "
+    "wall_s tokens_per_s converged config"
+).split()
+
+
+class StopAfterSteps(StopFlag):
+    """Asks to stop once a member has made that many steps."""
+
+    def __init__(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        train_step = Member.train_step
+
+        def counted(member: Member, *arguments) -> None:
+            train_step(member, *arguments)
+            if member.done == steps:
+                self.request()
+
+        monkeypatch.setattr(Member, "train_step", counted)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "sae" / "sae.safetensors")
+
+
+def lines_without_clock(directory: Path) -> list[dict]:
+    lines = metrics.read(directory / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in ("wall_s", "tokens_per_s")} for line in lines]
+
+
+def test_a_run_leaves_the_record_of_the_contract(tmp_path: Path) -> None:
+    config = small_config()
+    result = run(tmp_path / "run", config)
+    assert set(CONTRACT) <= set(result)
+    assert result == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "done" and result["steps"] == 100 and result["tokens"] == 6400
+    assert 0 < result["fvu"] < 0.5 and 0 < result["fvu_se"] < 0.1 and result["l0"] <= 4
+    assert 0 < result["pca_fvu"]["4"] < 1
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == sorted(set(steps)) and set(range(10, 101, 10)) <= set(steps)
+    evaluations = [line for line in lines if "fvu" in line]
+    assert evaluations[-1]["step"] == 100 and evaluations[-1]["fvu"] == result["fvu"]
+    assert evaluations[-1]["eval_rows"] == 1500 and evaluations[0]["eval_rows"] == 512
+    assert {"recovered", "mean_max_cosine"} <= set(evaluations[0])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    norms = weights(tmp_path / "run")["W_dec"].norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(64))
+
+
+@pytest.mark.parametrize("changes", [{}, SWITCH], ids=["topk", "switch"])
+@pytest.mark.parametrize("stopped_at", [1, 37, 50, 99, 100])
+def test_resume_is_bit_identical(changes, stopped_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(**changes)
+    run(tmp_path / "whole", config)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        run(tmp_path / "cut", config, StopAfterSteps(stopped_at, patch))
+    assert not (tmp_path / "cut" / "result.json").exists()
+    result = run(tmp_path / "cut", config)
+    assert result["status"] == "done"
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    for name in whole:
+        assert torch.equal(whole[name], cut[name]), name
+    assert lines_without_clock(tmp_path / "whole") == lines_without_clock(tmp_path / "cut")
+
+
+def test_a_non_finite_loss_ends_the_run_with_the_weights_from_before(tmp_path: Path) -> None:
+    config = small_config(train__lr=1e30, train__tokens=6400)
+    result = run(tmp_path / "run", config)
+    assert result["status"] == "diverged" and result["fvu"] is None
+    assert 0 < result["diverged_at_step"] <= result["steps"] <= 10
+
+
+def test_a_bad_batch_withholds_every_later_update(tmp_path: Path) -> None:
+    from harness.ops import choose_ops
+    from harness.parallel import Solo
+    from harness.train.member import make_member
+
+    config = small_config()
+    source = source_of(config)
+    ops = choose_ops("reference")
+    member = make_member(config, source, torch.device("cpu"), Solo(), ops)
+    stream = source.stream(0, 64, torch.device("cpu"))
+    member.train_step(stream.batch(0), Solo(), ops)
+    before = {name: tensor.clone() for name, tensor in member.optimizer.state().items()}
+    bad = stream.batch(1).clone()
+    bad[3, 2] = torch.inf
+    member.train_step(bad, Solo(), ops)
+    member.train_step(stream.batch(2), Solo(), ops)
+    assert member.diverged_at() == 1
+    for name, tensor in member.optimizer.state().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_until_convergence_stops_before_the_cap(tmp_path: Path) -> None:
+    config = small_config(train__until="convergence", train__tokens=64 * 4000, train__convergence_epsilon=0.2)
+    result = run(tmp_path / "run", config)
+    assert result["converged"] and result["steps"] < 4000
+    evaluations = [line for line in metrics.read(tmp_path / "run" / "metrics.jsonl") if "fvu" in line]
+    assert evaluations[-1]["step"] == result["steps"] and evaluations[-1]["eval_rows"] == 1500
+    assert len({line["step"] for line in evaluations}) == len(evaluations)
+
+
+def test_reaching_the_cap_is_not_convergence(tmp_path: Path) -> None:
+    config = small_config(train__until="convergence", train__tokens=64 * 60, train__convergence_epsilon=1e-6)
+    result = run(tmp_path / "run", config)
+    assert not result["converged"] and result["steps"] == 60
+
+
+def test_a_flop_budget_buys_whole_batches(tmp_path: Path) -> None:
+    from harness import budget
+
+    config = small_config(train__tokens=0, train__flops=5e7)
+    result = run(tmp_path / "run", config)
+    per_batch = 64 * sum(budget.flops_per_token(config.sae, 16, 64).values())
+    assert result["steps"] == int(5e7 // per_batch)
+    assert result["flops"] == pytest.approx(result["steps"] * per_batch)
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path, caplog, monkeypatch) -> None:
+    config = small_config()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        run(tmp_path / "first", config, StopAfterSteps(20, patch))
+    other = tmp_path / "second"
+    other.mkdir()
+    (tmp_path / "first" / "checkpoints").rename(other / "checkpoints")
+    result = run(other, config)
+    assert result["status"] == "done"
+    assert "refused: it belongs to run first" in caplog.text
+
+
+def test_synthetic_features_are_recovered(tmp_path: Path) -> None:
+    config = small_config(train__tokens=64 * 1500)
+    result = run(tmp_path / "run", config)
+    assert result["recovered"] > 0.5 and result["mean_max_cosine"] > 0.8
+
+
+def test_layernorm_reports_both_spaces(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", small_config(sae__normalize="layernorm", sae__match_init_norm=True))
+    assert 0 < result["fvu"] < 1 and 0 < result["fvu_raw"] < 1
+
+
+def test_precisions(tmp_path: Path) -> None:
+    found: dict[str, float] = {}
+    for precision in ("fp64", "fp32", "bf16"):
+        config: Config = small_config(train__precision=precision, train__tokens=64 * 300)
+        found[precision] = run(tmp_path / precision, config)["fvu"]
+    assert found["fp32"] == pytest.approx(found["fp64"], rel=1e-2)
+    assert found["bf16"] == pytest.approx(found["fp64"], rel=0.1)

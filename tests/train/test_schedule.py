@@ -1,0 +1,45 @@
+"""When things happen: pure functions of the configuration."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.budget import learning_rate, total_steps
+from harness.train.schedule import evaluation_steps, has_converged, lr_at
+from tests.train.cells import small_config
+
+
+def test_learning_rate_follows_the_rule_of_n() -> None:
+    config = small_config(train__lr=0.0, train__lr_factor=3.0, sae__n_latents=4096)
+    assert learning_rate(config) == pytest.approx(3 * 2e-4 / (4096 / 2**14) ** 0.5)
+
+
+def test_warm_up_and_decay_are_linear() -> None:
+    config = small_config(train__lr=1.0, train__warmup_tokens=640, train__decay_fraction=0.2)
+    rates = [lr_at(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[79] == 1.0
+    assert rates[80] == 1.0 and rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+
+
+def test_every_evaluation_but_the_first_has_one_at_half_its_tokens() -> None:
+    for until, per_doubling in (("budget", 2), ("convergence", 4)):
+        config = small_config(train__until=until, train__eval_points=12)
+        steps = sorted(evaluation_steps(config, 5000)) + [5000]
+        for step in steps[per_doubling:]:
+            assert min(abs(other - step / 2) for other in steps) <= 1
+
+
+def test_convergence_compares_with_half_the_tokens() -> None:
+    config = small_config(train__until="convergence", train__convergence_epsilon=0.01)
+    assert not has_converged(config, {100: 0.5, 200: 0.4}, 200)
+    assert has_converged(config, {100: 0.5, 141: 0.45, 200: 0.497}, 200)
+    assert not has_converged(config, {200: 0.4}, 200)
+    assert not has_converged(small_config(train__decay_fraction=0.1), {100: 0.5, 200: 0.5}, 200)
+    warm = small_config(train__until="convergence", train__warmup_tokens=64 * 150)
+    assert not has_converged(warm, {100: 0.5, 200: 0.5}, 200)
+
+
+def test_the_smaller_budget_counts() -> None:
+    config = small_config(train__tokens=6400, train__flops=1e18)
+    assert total_steps(config, 16) == 100
+    assert total_steps(small_config(train__tokens=10), 16) == 1
