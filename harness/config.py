@@ -256,9 +256,7 @@ class TrainConfig:
             "no budget: set train.tokens or train.flops (with train.until=convergence it is the cap)",
         )
         _require(self.batch_tokens >= 1, f"train.batch_tokens={self.batch_tokens} must be at least 1")
-        _require(
-            0 <= self.decay_fraction <= 1, f"train.decay_fraction={self.decay_fraction} must lie between 0 and 1"
-        )
+        _require(0 <= self.decay_fraction <= 1, f"train.decay_fraction={self.decay_fraction} must lie between 0 and 1")
         _require(
             self.until == "budget" or self.decay_fraction == 0,
             "train.until=convergence needs a constant learning rate: set train.decay_fraction=0",
