@@ -64,7 +64,9 @@ def _run_all(jobs: Sequence[Job], sources: dict[str, Any], stop: StopFlag) -> di
     statuses = {job.run_id: job.status for job in jobs if job.status in rundir.FINAL}
     if statuses:
         share = "all" if len(statuses) == len(jobs) else f"{len(statuses)} of"
-        _say(f"{share} {len(jobs)} cells already done")
+        diverged = sum(status == "diverged" for status in statuses.values())
+        what = f"have ended, {diverged} of them diverged" if diverged else "already done"
+        _say(f"{share} {len(jobs)} cells {what}")
     if retried := sum(job.status == "failed" for job in jobs):
         _say(f"{retried} failed earlier and will be tried again")
     waiting = deque(job for job in jobs if job.run_id not in statuses)

@@ -112,8 +112,9 @@ def write_failure(run_dir: Path, config: Config, run_id: str, error: BaseExcepti
 
 
 def describe(error: BaseException) -> str:
-    """An exception as one line."""
+    """An exception as one line; the log has all of it."""
     text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else f"{text[:300]} …"
     kind = type(error).__name__
     return f"{kind}: {text}" if text else kind
 

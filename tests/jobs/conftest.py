@@ -20,6 +20,7 @@ TINY = (
     "train.eval_rows=256",
     "train.log_every_steps=4",
     "train.threads=1",
+    "ops=reference",
     "tracker=none",
     "sae.n_latents=32",
     "sae.k=2",
