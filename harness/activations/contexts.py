@@ -5,6 +5,7 @@ Everything after this file works on the contexts it wrote, so a resumed harvest 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,9 @@ SPLITS = ("train", "heldout")
 HELDOUT_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Share of the documents, chosen by content hash, that is held out: the smallest that serves. A document held out
 at one share is held out at every larger one."""
-HELDOUT_DOCUMENTS = 32
-"""No held-out document gives more than 1/32 of the held-out rows, so that a few long ones do not decide fvu."""
+HELDOUT_DOCUMENTS = (32, 8)
+"""No held-out document gives more than 1/32 of the held-out rows (in a text of fewer documents 1/8), so that a few
+long ones do not decide fvu. Only where no share serves otherwise, there is no such limit."""
 _TOKENIZE_CHARACTERS = 1 << 20
 
 
@@ -105,9 +107,12 @@ def cut_contexts(
         raise UserError(f"activations.context={cfg.context} has no room beside the special tokens; raise it")
     needed = wanted["heldout"] / sum(wanted.values())
     shares = [share for share in HELDOUT_SHARES if share >= needed] or [HELDOUT_SHARES[-1]]
-    for share in shares:
-        cut, rows = _cut_at(cfg, tokenizer, special, revision, directory, stop, wanted, share)
-        if rows["heldout"] >= wanted["heldout"] or share == shares[-1]:
+    # Only a text that ends before there are enough held-out rows is read more than once.
+    attempts = [*itertools.product(shares, HELDOUT_DOCUMENTS), *((share, 1) for share in shares)]
+    for share, fewest in attempts:
+        most = {"train": wanted["train"], "heldout": max(1, wanted["heldout"] // fewest)}
+        cut, rows = _cut_at(cfg, tokenizer, special, revision, directory, stop, wanted, most, share)
+        if rows["heldout"] >= wanted["heldout"]:
             break
     if not all(rows.values()):
         empty = "held-out" if rows["train"] else "training"
@@ -126,10 +131,10 @@ def _cut_at(
     directory: Path,
     stop: StopFlag,
     wanted: dict[str, int],
+    most: dict[str, int],
     share: float,
 ) -> tuple[Cut, dict[str, int]]:
     writers = {split: _Writer(directory, split, wanted[split]) for split in SPLITS}
-    most = {"train": wanted["train"], "heldout": max(1, wanted["heldout"] // HELDOUT_DOCUMENTS)}
     piece = cfg.context - len(special.prefix) - len(special.suffix)
     used = 0
     try:

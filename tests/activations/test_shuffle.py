@@ -33,5 +33,3 @@ def test_values_are_pinned() -> None:
     """Stores and streams on disk depend on these numbers: a change orphans them."""
     assert permutation(10, "pinned").tolist() == [2, 3, 5, 9, 6, 0, 4, 1, 8, 7]
     assert digest64("pinned", 1) == 8115304016230524263
-
-

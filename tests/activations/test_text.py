@@ -30,7 +30,7 @@ def test_stdlib_has_sources_and_reference_but_no_tests() -> None:
     found = texts(ActivationsConfig(model="unused"))
     assert len(found) > 500
     assert any('"""Heap queue algorithm' in text for text in found)  # heapq.py
-    assert any(text.startswith("The \"assert\" statement") for text in found)  # pydoc_data.topics
+    assert any(text.startswith('The "assert" statement') for text in found)  # pydoc_data.topics
     assert not any("class TestHeap" in text for text in found)
     assert len(set(found)) == len(found)
 

@@ -1,0 +1,88 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness.activations import store_id, store_root
+from harness.activations.identity import recipe
+from harness.config import ActivationsConfig, SyntheticConfig
+from harness.errors import UserError
+
+
+def test_the_same_content_elsewhere_is_the_same_store(tiny: ActivationsConfig, tmp_path: Path) -> None:
+    shutil.copytree(tiny.model, tmp_path / "moved")
+    copies = tmp_path / "texts"
+    copies.mkdir()
+    for number, path in enumerate(sorted(Path(tiny.text_paths[0]).parent.glob("*.txt"), reverse=True)):
+        shutil.copy(path, copies / f"renamed-{number}.txt")
+    moved = dataclasses.replace(tiny, model=str(tmp_path / "moved"), text_paths=[f"{copies}/*.txt"])
+    assert store_id(moved) == store_id(tiny)
+    assert str(tmp_path) not in json.dumps(recipe(moved))
+
+
+def test_settings_that_change_no_row_are_left_out(tiny: ActivationsConfig) -> None:
+    service = dataclasses.replace(tiny, shard_rows=77, lm_batch=3, lm_precision="bf16", dir="/elsewhere")
+    assert store_id(service) == store_id(tiny)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hook": "mlp_out"},
+        {"layer": 0},
+        {"context": 8},
+        {"drop_first_position": False},
+        {"tokens": 2000},
+        {"heldout_tokens": 200},
+        {"seed": 1},
+        {"dtype": "bf16"},
+        {"text": "stdlib"},
+    ],
+    ids=str,
+)
+def test_every_setting_that_decides_rows_enters(tiny: ActivationsConfig, change: dict[str, object]) -> None:
+    assert store_id(dataclasses.replace(tiny, **change)) != store_id(tiny)
+
+
+def test_weights_tokenizer_and_text_enter_by_content(
+    tiny: ActivationsConfig, models_on_disk: dict[str, Path], tmp_path: Path
+) -> None:
+    assert store_id(dataclasses.replace(tiny, model=str(models_on_disk["gpt2"]))) != store_id(tiny)
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        changed = tmp_path / name.split(".")[0]
+        shutil.copytree(tiny.model, changed)
+        with (changed / name).open("ab") as file:
+            file.write(b" ")
+        assert store_id(dataclasses.replace(tiny, model=str(changed))) != store_id(tiny)
+    (tmp_path / "a.txt").write_text("something else")
+    assert store_id(dataclasses.replace(tiny, text_paths=[f"{tmp_path}/a.txt"])) != store_id(tiny)
+
+
+def test_synthetic_identity_covers_the_dictionary(tiny: ActivationsConfig) -> None:
+    base = ActivationsConfig(kind="synthetic")
+    ids = {
+        store_id(base),
+        store_id(dataclasses.replace(base, seed=1)),
+        store_id(dataclasses.replace(base, synthetic=SyntheticConfig(noise=0.1))),
+        store_id(tiny),
+    }
+    assert len(ids) == 4
+    assert store_id(dataclasses.replace(base, model="ignored", layer=3)) == store_id(base)
+
+
+def test_a_hub_model_that_nobody_knows_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"hub .* cannot be reached"):
+        store_id(ActivationsConfig(model="somebody/something"))
+
+
+def test_a_pinned_commit_needs_no_hub() -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cfg = ActivationsConfig(model="somebody/something", revision=commit)
+    assert recipe(cfg)["model"] == {"hub": "somebody/something", "commit": commit}
+
+
+def test_store_root(tiny: ActivationsConfig) -> None:
+    assert store_root(tiny, Path("runs")) == Path("runs/_activations")
+    assert store_root(dataclasses.replace(tiny, dir="/data/acts"), Path("runs")) == Path("/data/acts")

@@ -1,0 +1,88 @@
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness.activations import open_source, store_id
+from harness.activations.store import Store
+from harness.config import ActivationsConfig
+from harness.errors import UserError
+from harness.record.signals import StopFlag
+
+
+@pytest.fixture
+def store(tiny: ActivationsConfig, tmp_path: Path) -> Path:
+    open_source(tiny, tmp_path, progress=False, stop=StopFlag())
+    return tmp_path / "_activations" / store_id(tiny)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("train-00001.safetensors", flip_a_byte, "train-00001.safetensors is damaged"),
+        ("heldout-00000.safetensors", flip_a_byte, "heldout-00000.safetensors is damaged"),
+        ("statistics.safetensors", flip_a_byte, "statistics.safetensors is damaged"),
+        ("train-00002.safetensors", truncate, r"train-00002.safetensors has \d+ bytes instead of \d+"),
+        ("train-00000.safetensors", Path.unlink, "train-00000.safetensors is missing"),
+        ("manifest.json", truncate, "manifest.json is damaged"),
+    ],
+)
+def test_a_wrong_file_is_named_and_never_used(
+    store: Path, name: str, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(store / name)
+    with pytest.raises(UserError, match=rf"{message}.*; delete .*{store.name} to harvest it again") as caught:
+        Store(store)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_of_another_schema_is_refused(store: Path) -> None:
+    manifest = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    with pytest.raises(UserError, match="schema version 99, this program reads 1"):
+        Store(store)
+
+
+def test_a_directory_without_manifest_in_the_way_is_not_overwritten(tiny: ActivationsConfig, tmp_path: Path) -> None:
+    directory = tmp_path / "_activations" / store_id(tiny)
+    directory.mkdir(parents=True)
+    with pytest.raises(UserError, match="no manifest.json, so it is no store; delete it"):
+        open_source(tiny, tmp_path, progress=False, stop=StopFlag())
+
+
+def test_hashes_are_checked_once_and_again_after_a_change(store: Path) -> None:
+    Store(store)
+    shard = store / "train-00000.safetensors"
+    times = shard.stat()
+    flip_a_byte(shard)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    Store(store)  # same size, same time: was verified before
+    os.utime(shard)
+    with pytest.raises(UserError, match="is damaged"):
+        Store(store)
+
+
+def test_a_copied_store_opens(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "copy")
+    assert Store(tmp_path / "copy").train_rows == 3000
+
+
+def test_a_damaged_store_is_not_harvested_over(tiny: ActivationsConfig, store: Path, tmp_path: Path) -> None:
+    flip_a_byte(store / "train-00000.safetensors")
+    for cfg in (tiny, dataclasses.replace(tiny, shard_rows=500)):
+        with pytest.raises(UserError, match="is damaged"):
+            open_source(cfg, tmp_path, progress=False, stop=StopFlag())

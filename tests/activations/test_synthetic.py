@@ -1,0 +1,119 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.activations import ActivationSource, open_source, recovered
+from harness.activations.assemble import layernorm_rows
+from harness.activations.synthetic import zipf_probabilities
+from harness.config import ActivationsConfig, SyntheticConfig
+from harness.errors import UserError
+from harness.record.signals import StopFlag
+
+CPU = torch.device("cpu")
+
+
+def source(seed: int = 0, dtype: str = "fp32", **spec: float) -> ActivationSource:
+    synthetic = dataclasses.replace(SyntheticConfig(), **spec)
+    cfg = ActivationsConfig(kind="synthetic", seed=seed, dtype=dtype, heldout_tokens=3000, synthetic=synthetic)
+    return open_source(cfg, Path("unused"), progress=False, stop=StopFlag())
+
+
+def rows(made: ActivationSource, count: int, seed: int = 0) -> torch.Tensor:
+    return made.stream(seed, count, CPU).batch(0)
+
+
+@given(st.integers(1, 500), st.floats(0, 3), st.floats(0.001, 1))
+def test_probabilities_are_zipf_and_add_up(n: int, exponent: float, share: float) -> None:
+    p = zipf_probabilities(n, exponent, share * n)
+    assert p.sum() == pytest.approx(share * n, rel=1e-9)
+    assert (p > 0).all() and (p <= 1 + 1e-12).all() and (p[1:] <= p[:-1] + 1e-12).all()
+    below = p[p < 1 - 1e-9]
+    if len(below) > 1:
+        first = n - len(below) + 1
+        assert below[-1] / below[0] == pytest.approx((n / first) ** -exponent, rel=1e-6)
+
+
+def test_statistics_agree_with_the_rows() -> None:
+    made = source()
+    x = rows(made, 60_000).double()
+    raw = made.statistics(layernorm=False)
+    assert raw.mean_sq_norm == pytest.approx(float(x.square().sum(1).mean()), rel=0.01)
+    assert raw.variance == pytest.approx(float((x - x.mean(0)).square().sum(1).mean()), rel=0.01)
+    torch.testing.assert_close(raw.mean, x.mean(0), rtol=0, atol=0.01)
+    normal = made.statistics(layernorm=True)
+    torch.testing.assert_close(normal.mean, layernorm_rows(x).mean(0), rtol=0, atol=0.005)
+    assert normal.variance == pytest.approx(1 - float(normal.mean.square().sum()), rel=1e-6)
+
+
+def test_noise_is_relative_to_the_signal() -> None:
+    quiet, loud = source(noise=0.0), source(noise=0.5)
+    variances = [made.statistics(layernorm=False).variance for made in (quiet, loud)]
+    assert variances[1] == pytest.approx(1.25 * variances[0])
+    assert float((rows(loud, 256) - rows(quiet, 256)).var()) == pytest.approx(0.25 * variances[0] / 64, rel=0.05)
+
+
+def test_rows_are_sparse_sums_of_the_dictionary() -> None:
+    made = source(noise=0.0, d_model=32, n_features=16, active_features=3.0)
+    assert made.dictionary is not None
+    torch.testing.assert_close(made.dictionary.norm(dim=1), torch.ones(16))
+    codes = torch.linalg.lstsq(made.dictionary.T, rows(made, 2000).T).solution
+    on = codes.abs() > 1e-3
+    assert float(on.float().sum(0).mean()) == pytest.approx(3.0, rel=0.05)
+    assert codes[on].min() > 0.49 and codes[on].max() < 1.51
+
+
+@given(st.integers(0, 10**9), st.sampled_from([1, 2, 4]), st.integers(0, 2))
+def test_batches_are_counter_based_and_ranks_divide_them(step: int, dp: int, seed: int) -> None:
+    made = source(n_features=32, d_model=8)
+    whole = made.stream(seed, 100, CPU).batch(step)
+    parts = [made.stream(seed, 100, CPU, rank, dp).batch(step) for rank in range(dp)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_batches_of_different_size_are_cut_from_one_stream() -> None:
+    made = source()
+    large = made.stream(0, 600, CPU).batch(1)
+    small = torch.cat([made.stream(0, 100, CPU).batch(step) for step in range(6, 12)])
+    assert torch.equal(large, small)
+
+
+def test_streams_held_out_rows_and_sample_are_unrelated() -> None:
+    made = source(dtype="bf16")
+    heldout = torch.cat([x for x, _ in made.heldout(1000)])
+    documents = torch.cat([d for _, d in made.heldout(1000)])
+    assert documents.tolist() == list(range(3000)) and heldout.dtype == torch.bfloat16
+    sets = [heldout[:256], rows(made, 256), rows(made, 256, seed=1), made.sample()[:256], rows(source(seed=1), 256)]
+    for i, one in enumerate(sets):
+        for other in sets[:i]:
+            assert not torch.equal(one.float(), other.float())
+    assert made.train_rows is None and made.sample().shape == (32768, 64)
+
+
+def test_recovered_counts_true_features_with_a_close_latent() -> None:
+    truth = torch.eye(4, 8)
+    assert recovered(3 * truth[[2, 0, 1, 3]], truth) == {"recovered": 1.0, "mean_max_cosine": 1.0}
+    half = torch.stack([truth[0], truth[1] + 0.3 * truth[2], torch.zeros(8)])
+    found = recovered(half, truth, block=3)
+    assert found["recovered"] == 0.5
+    cosine = 1 / (1 + 0.3**2) ** 0.5
+    assert found["mean_max_cosine"] == pytest.approx((1 + cosine + 0.3 * cosine + 0) / 4)
+    assert recovered(-truth, truth)["recovered"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"active_features": 0.0}, "active_features=0.0 must be above 0"),
+        ({"active_features": 300.0}, "at most n_features=256"),
+        ({"n_features": 0}, "n_features=0 must be at least 1"),
+        ({"d_model": 0}, "d_model=0 must be at least 1"),
+        ({"noise": -1.0}, "noise=-1.0 must be finite"),
+    ],
+)
+def test_impossible_settings_are_one_line(spec: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        source(**spec)

@@ -1,0 +1,172 @@
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from harness.record import claim as claims
+from harness.record.claim import Claimed, Owner, claim
+from harness.record.signals import Interrupted, StopFlag
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from harness.record.claim import claim
+with claim(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "work.lock"
+
+
+def hold_elsewhere(path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def test_a_claim_is_exclusive_and_leaves_nothing(path: Path) -> None:
+    with claim(path):
+        with pytest.raises(Claimed, match=rf"work.lock is being worked on by process {os.getpid()} on "), claim(path):
+            pass
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    with claim(path):
+        pass
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_claim_of_a_living_process_is_respected_and_of_a_killed_one_taken_over(path: Path) -> None:
+    process = hold_elsewhere(path)
+    try:
+        with pytest.raises(Claimed) as caught, claim(path):
+            pass
+        assert caught.value.owner is not None and caught.value.owner.pid == process.pid
+    finally:
+        end(process)
+    assert path.exists()
+    started = time.monotonic()
+    with claim(path):
+        assert time.monotonic() - started < 5
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_zombie_is_dead(path: Path) -> None:
+    process = hold_elsewhere(path)
+    os.kill(process.pid, signal.SIGKILL)
+    time.sleep(0.2)  # killed, but not waited for
+    try:
+        with claim(path):
+            pass
+    finally:
+        end(process)
+
+
+def test_waiting_is_announced_once_and_ends_with_the_release(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "POLL_S", 0.02)
+    seen: list[Owner | None] = []
+    with claim(path):
+        result: list[bool] = []
+
+        def wait() -> None:
+            with claim(path, wait=True, on_wait=seen.append):
+                result.append(True)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        time.sleep(0.2)
+        assert result == [] and len(seen) == 1
+    waiter.join(timeout=10)
+    assert result == [True] and seen[0] is not None and seen[0].pid == os.getpid()
+
+
+def test_waiting_stops_when_asked(path: Path) -> None:
+    stop = StopFlag()
+    stop.request()
+    with claim(path), pytest.raises(Interrupted), claim(path, wait=True, stop=stop):
+        pass
+
+
+def write_owner(path: Path, age: float, **changes: object) -> None:
+    owner = claims._this_process()._replace(token="other", **changes)  # pyright: ignore
+    path.write_text(json.dumps(owner._asdict()))
+    os.utime(path, (time.time() - age, time.time() - age))
+
+
+def test_another_host_is_judged_by_its_heartbeat(path: Path) -> None:
+    write_owner(path, age=5, host="elsewhere", pid=1)
+    with pytest.raises(Claimed, match="process 1 on elsewhere"), claim(path):
+        pass
+    write_owner(path, age=claims.STALE_S + 5, host="elsewhere", pid=1)
+    with claim(path) as held:
+        assert not held.lost
+
+
+def test_a_reused_process_id_is_not_the_owner(path: Path) -> None:
+    write_owner(path, age=0, started=claims._this_process().started - 1000)
+    with claim(path):
+        pass
+
+
+def test_the_same_host_after_a_reboot_is_judged_by_its_heartbeat(path: Path) -> None:
+    write_owner(path, age=5, machine="another boot")
+    with pytest.raises(Claimed, match=socket.gethostname()), claim(path):
+        pass
+    write_owner(path, age=claims.STALE_S + 5, machine="another boot")
+    with claim(path):
+        pass
+
+
+def test_an_unreadable_claim_is_respected_until_it_is_stale(path: Path) -> None:
+    path.write_text('{"host": "el')
+    with pytest.raises(Claimed, match="another process"), claim(path):
+        pass
+    os.utime(path, (0, 0))
+    with claim(path):
+        pass
+
+
+def test_the_heartbeat_renews_and_notices_a_takeover(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.05)
+    with claim(path) as held:
+        os.utime(path, (0, 0))
+        time.sleep(0.3)
+        assert path.stat().st_mtime > 0 and not held.lost
+        write_owner(path, age=0, host="elsewhere")
+        time.sleep(0.3)
+        assert held.lost
+    assert path.exists()  # not ours any more
+
+
+def _contend(path: Path, inside: Path, rounds: int) -> None:
+    for _ in range(rounds):
+        with claim(path, wait=True):
+            inside.touch(exist_ok=False)  # fails when two are inside
+            inside.unlink()
+
+
+def test_many_contenders_for_a_dead_claim_enter_one_at_a_time(path: Path, tmp_path: Path) -> None:
+    write_owner(path, age=0, started=0.0)
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_contend, args=(path, tmp_path / "inside", 3)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == []
