@@ -129,7 +129,7 @@ def _shuffled(
                 place = file.get_tensor("place")
                 low, high = torch.searchsorted(place, torch.tensor([start, end])).tolist()
                 into = place[low:high] - start
-                buffer[into] = file.get_slice("x")[low:high]
+                buffer.index_copy_(0, into, file.get_slice("x")[low:high])
                 if split == "heldout":
                     document[into] = file.get_slice("document")[low:high]
         for shard in range(start, end, shard_rows):

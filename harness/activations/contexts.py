@@ -22,9 +22,10 @@ SPLITS = ("train", "heldout")
 HELDOUT_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Share of the documents, chosen by content hash, that is held out: the smallest that serves. A document held out
 at one share is held out at every larger one."""
-HELDOUT_DOCUMENTS = (32, 8)
-"""No held-out document gives more than 1/32 of the held-out rows (in a text of fewer documents 1/8), so that a few
-long ones do not decide fvu. Only where no share serves otherwise, there is no such limit."""
+HELDOUT_DOCUMENTS = (384, 128, 32, 8)
+"""The held-out rows come from at least this many documents, as many as the text allows: each gives at most that part
+of them. fvu's standard error goes with the number of documents, so many count more than a small held-out share. Only
+where no share serves otherwise, there is no such limit."""
 _TOKENIZE_CHARACTERS = 1 << 20
 
 
@@ -108,8 +109,8 @@ def cut_contexts(
     needed = wanted["heldout"] / sum(wanted.values())
     shares = [share for share in HELDOUT_SHARES if share >= needed] or [HELDOUT_SHARES[-1]]
     # Only a text that ends before there are enough held-out rows is read more than once.
-    attempts = [*itertools.product(shares, HELDOUT_DOCUMENTS), *((share, 1) for share in shares)]
-    for share, fewest in attempts:
+    attempts = itertools.product((*HELDOUT_DOCUMENTS, 1), shares)
+    for fewest, share in attempts:
         most = {"train": wanted["train"], "heldout": max(1, wanted["heldout"] // fewest)}
         cut, rows = _cut_at(cfg, tokenizer, special, revision, directory, stop, wanted, most, share)
         if rows["heldout"] >= wanted["heldout"]:

@@ -168,7 +168,7 @@ def forward_units(
             numbers = np.arange(contexts.rows[first], contexts.rows[last])
             place = permute(numbers, contexts.total_rows, "store", plan.seed, split)
             order = np.argsort(place)
-            tensors = {"x": rows[torch.from_numpy(order)], "place": torch.from_numpy(place[order])}
+            tensors = {"x": rows.index_select(0, torch.from_numpy(order)), "place": torch.from_numpy(place[order])}
             if split == "heldout":
                 document = np.repeat(contexts.document[first:last], np.diff(contexts.rows[first : last + 1]))
                 tensors["document"] = torch.from_numpy(document[order])
@@ -213,7 +213,7 @@ def _unit_rows(
                 )
             spans = zip(contexts.rows[batch].tolist(), contexts.rows[batch + 1].tolist(), strict=True)
             into = np.concatenate([np.arange(begin, end) for begin, end in spans]) - base
-            rows[torch.from_numpy(into)] = found
+            rows.index_copy_(0, torch.from_numpy(into), found)
             on_rows(len(found))
     return rows
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from harness.activations.shuffle import permutation
 
-BLOCK_ROWS = 8192
+BLOCK_ROWS = 16_384
 """Later epochs permute blocks of this many rows, then the rows of each block: one sequential read per block."""
 PREFETCHED = 4
 _INTEGERS = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.int32, torch.int64: np.int64}
@@ -111,7 +111,7 @@ class StoreBatches:
     def _permute_block(self, epoch: int, block: int) -> Tensor:
         start = block * BLOCK_ROWS
         rows = self._rows.read(start, min(start + BLOCK_ROWS, self._rows.total))
-        return rows[torch.from_numpy(self._order.within(epoch, block))]
+        return rows.index_select(0, torch.from_numpy(self._order.within(epoch, block)))
 
     def __call__(self, start: int, end: int, out: Tensor) -> None:
         filled = 0

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hugging Face libraries are impo
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -19,12 +20,12 @@ from harness.config import ActivationsConfig
 
 WORDS = [f"w{number}" for number in range(90)]
 VOCABULARY = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-TINY = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 32}
+TINY: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 32}
 FAMILIES = ("bert", "gpt2", "llama", "gpt_neox")
 
 
 def _config(family: str) -> transformers.PreTrainedConfig:
-    shared = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    shared: dict[str, Any] = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     if family == "bert":
         return transformers.BertConfig(**TINY, vocab_size=len(VOCABULARY), max_position_embeddings=128)
     if family == "gpt2":

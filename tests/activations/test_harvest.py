@@ -274,7 +274,7 @@ def test_values_that_fp16_cannot_hold_are_refused(
     hooked.model.save_pretrained(tmp_path / "huge")  # pyright: ignore
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "huge" / name).write_bytes((models_on_disk["gpt2"] / name).read_bytes())
-    with pytest.raises(UserError, match="set activations.dtype=bf16"):
+    with pytest.raises(UserError, match=r"set activations\.dtype=bf16"):
         opened(dataclasses.replace(cfg, model=str(tmp_path / "huge")), tmp_path)
 
 

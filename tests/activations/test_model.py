@@ -142,7 +142,7 @@ def test_a_directory_without_a_model_or_with_a_damaged_one(tmp_path: Path, model
     shutil.copytree(models_on_disk["bert"], damaged)
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot load the model of .*damaged") as caught:
+    with pytest.raises(UserError, match=r"cannot load the model of .*damaged") as caught:
         load(damaged, 0)
     assert "\n" not in str(caught.value)
 

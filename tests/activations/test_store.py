@@ -60,7 +60,7 @@ def test_a_store_of_another_schema_is_refused(store: Path) -> None:
 def test_a_directory_without_manifest_in_the_way_is_not_overwritten(tiny: ActivationsConfig, tmp_path: Path) -> None:
     directory = tmp_path / "_activations" / store_id(tiny)
     directory.mkdir(parents=True)
-    with pytest.raises(UserError, match="no manifest.json, so it is no store; delete it"):
+    with pytest.raises(UserError, match=r"no manifest\.json, so it is no store; delete it"):
         open_source(tiny, tmp_path, progress=False, stop=StopFlag())
 
 

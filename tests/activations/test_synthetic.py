@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from harness.record.signals import StopFlag
 CPU = torch.device("cpu")
 
 
-def source(seed: int = 0, dtype: str = "fp32", **spec: float) -> ActivationSource:
+def source(seed: int = 0, dtype: str = "fp32", **spec: Any) -> ActivationSource:
     synthetic = dataclasses.replace(SyntheticConfig(), **spec)
     cfg = ActivationsConfig(kind="synthetic", seed=seed, dtype=dtype, heldout_tokens=3000, synthetic=synthetic)
     return open_source(cfg, Path("unused"), progress=False, stop=StopFlag())
@@ -114,6 +115,6 @@ def test_recovered_counts_true_features_with_a_close_latent() -> None:
         ({"noise": -1.0}, "noise=-1.0 must be finite"),
     ],
 )
-def test_impossible_settings_are_one_line(spec: dict[str, float], message: str) -> None:
+def test_impossible_settings_are_one_line(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         source(**spec)
