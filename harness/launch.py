@@ -55,7 +55,23 @@ def cells_of(request: Request) -> list[grid.Cell]:
         if not candidates:
             raise UserError("no cell is left: the overrides and the study's own filters exclude every combination")
         cells = grid.build_cells(candidates)
+    refuse_what_is_not_here(cells)
     return [grid.Cell(cell.label, plan.resolve_precision(cell.config)) for cell in cells]
+
+
+def refuse_what_is_not_here(cells: Sequence[grid.Cell]) -> None:
+    """Raises `UserError` for cells that need a device or processes that this machine or version does not have."""
+    for mesh in (cell.config.mesh for cell in cells):
+        if mesh.dp * mesh.shard > 1:
+            raise UserError(
+                f"mesh.dp={mesh.dp} mesh.shard={mesh.shard} needs several processes, which cannot be started yet; "
+                "leave both at 1"
+            )
+    if any(cell.config.train.device == "cuda" for cell in cells):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("train.device=cuda, but torch sees no GPU here; leave it at auto, or check the driver")
 
 
 def prepare(request: Request, *, dry_run: bool) -> list[plan.Job]:
@@ -196,7 +212,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback:
             raise
         say(f"error: {error}")
-        return WRONG_REQUEST
+    except OSError as error:
+        if arguments.traceback or error.filename is None:
+            raise
+        say(f"error: {error.filename}: {error.strerror}; check the path and its permissions")
+    return WRONG_REQUEST
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from harness.errors import UserError
 from harness.jobs import rundir
@@ -25,11 +28,16 @@ SOME_NOT_DONE = 1
 WAIT_S = 2.0
 """Between looks at a run that another process works on."""
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
 
 class DiskFull(Exception):
     """No space: going on with other cells would only fail in the same way."""
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """safetensors reports the operating system's errors as text in an exception of its own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, SafetensorError) and os.strerror(errno.ENOSPC) in str(error)
 
 
 def run_jobs(jobs: Sequence[Job]) -> int:
@@ -105,8 +113,8 @@ def _claimed_run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Pr
             return _run(job, sources, stop, progress) if status is None else status
     except Claimed:
         return None
-    except OSError as error:
-        if error.errno in _DISK_FULL:
+    except (OSError, SafetensorError) as error:
+        if _is_disk_full(error):
             raise DiskFull(f"no space left on the device of {job.run_dir.parent}") from error
         raise
 
@@ -140,7 +148,7 @@ def _run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Progress) 
         progress.finish("")
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        if _is_disk_full(error):
             progress.finish("")
             raise
         rundir.write_failure(job.run_dir, config, job.run_id, error, started, now())
@@ -158,7 +166,7 @@ def _source(job: Job, sources: dict[str, Any], stop: StopFlag) -> Any:
         try:
             sources[job.store.id] = open_source(job.config.activations, Path(job.config.out), progress=True, stop=stop)
         except OSError as error:
-            if error.errno in _DISK_FULL:
+            if _is_disk_full(error):
                 raise
             raise UserError(str(error)) from error
     return sources[job.store.id]

@@ -34,6 +34,8 @@ def claim_path(run_dir: Path) -> Path:
 
 def state_of(run_dir: Path) -> RunState:
     """Raises `UserError` when `result.json` is damaged."""
+    if not run_dir.is_dir():
+        return RunState(run_dir.name, "pending", None)
     result = read_result(run_dir)
     owner = holder(claim_path(run_dir))
     if owner is not None:

@@ -1,0 +1,198 @@
+"""Wrong requests through the real command line: one clear message, the contract's exit code, nothing left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import export, status
+from harness.launch import main
+from harness.record import replay
+from sweeps.__main__ import main as sweeps
+from tests.jobs.conftest import TINY
+
+MINILM = "activations=minilm"
+
+WRONG = {
+    "no value": (["sae.k"], "cannot read the override 'sae.k'"),
+    "empty value": (["sae.k="], "could not be converted to Integer"),
+    "unbalanced": (["sae.k=[1,2"], "cannot read the override"),
+    "group misspelt": (["sea=topk"], "there is no key 'sea'; did you mean sae"),
+    "option misspelt": (["sae=tokp"], "sae=tokp: there is no such sae configuration; did you mean topk?"),
+    "option in a sweep": (["sae=topk,swich"], "did you mean switch"),
+    "key misspelt": (["sae.n_latent=64"], "did you mean sae.n_latents"),
+    "key of another group": (["optim.lr=1"], "did you mean train.lr?"),
+    "added key": (["+sae.foo=1"], "there is no key 'sae.foo'"),
+    "deleted key": (["~sae.k"], "would remove a key that every run needs"),
+    "wrong type": (["sae.k=two"], "sae.k: Value 'two' of type 'str' could not be converted to Integer"),
+    "wrong type in a sweep": (["sae.k=2,two"], "sae.k=two"),
+    "not a whole number": (["sae.k=2.5"], "could not be converted to Integer"),
+    "null": (["sae.k=null"], "not Optional"),
+    "interval": (["sae.k=interval(1,3)"], "an interval has no list of values"),
+    "hydra key": (["hydra.run.dir=x"], "has no effect"),
+    "k above n": (["sae.k=64"], "sae.k=64 is larger than sae.n_latents=32"),
+    "k zero": (["sae.k=0"], "sae.k=0 must be at least 1"),
+    "n zero": (["sae.n_latents=0"], "sae.n_latents=0 must be at least 1"),
+    "indivisible": (["sae=switch", "sae.n_experts=5"], "not divisible by sae.n_experts=5"),
+    "k above an expert": (["sae=switch", "sae.n_experts=16", "sae.k=4"], "larger than one expert's latents"),
+    "experts of a topk": (["sae.n_experts=2"], "needs sae=switch"),
+    "several impossible": (["sae.n_latents=32,64", "sae.k=2,48"], "1 of 4 cells are impossible"),
+    "no budget": (["train.tokens=0"], "no budget"),
+    "decay with convergence": (["train.until=convergence", "train.decay_fraction=0.1"], "constant learning rate"),
+    "unknown precision": (["train.precision=fp8"], "choose one of: auto, fp32, bf16, fp64"),
+    "no mesh yet": (["mesh.dp=2"], "leave both at 1"),
+    "unknown cluster": (["cluster=kubernetes"], "there is no such cluster configuration"),
+    "unknown tracker": (["tracker=tensorbord"], "there is no such tracker configuration"),
+    "unknown study": (["--study", "quik"], "there is no study 'quik'; available: gao2024_nk"),
+    "missing study file": (["--study", "nowhere/study.yaml"], "cannot read the study file"),
+    "unknown filter": (["--only", "sae.kk=3"], "there is no key 'sae.kk'"),
+    "empty filter": (["--only", "sae.k"], "write KEY=VALUE"),
+    "nothing left": (["--only", "sae.k=7"], "no cell is left"),
+    "missing text": ([MINILM, "activations.text=files", "activations.text_paths=[nowhere/*.txt]"], "nowhere"),
+    "no text named": ([MINILM, "activations.text=files"], "needs activations.text_paths"),
+    "unknown package": ([MINILM, "activations.model=package:no_such_package"], "no such package"),
+    "model without files": ([MINILM, "activations.model=/"], "no config.json"),
+    "unknown model": ([MINILM, "activations.model=nobody/nothing"], "nobody/nothing"),
+    "unknown hook": ([MINILM, "activations.hook=resid_mid"], "choose one of: resid_post, mlp_out, attn_out"),
+    "layer too deep": ([MINILM, "activations.layer=99"], "99"),
+}
+"""Name → arguments beside those of a cell that would train, and a part of the message."""
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def check_message(error: str, part: str) -> None:
+    lines = error.strip().splitlines()
+    refusal = next(i for i, line in enumerate(lines) if line.startswith("error: "))
+    assert part in lines[refusal], error
+    assert all(line.startswith("  ") for line in lines[refusal + 1 :]), error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_requests(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, part = WRONG[name]
+    out = tmp_path / "out"
+    assert main([*TINY, f"out={out}", *arguments]) == 2
+    check_message(capsys.readouterr().err, part)
+    assert not list(out.rglob("result.json"))
+    assert not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["no value", "option misspelt", "several impossible"])
+def test_wrong_requests_as_a_process(name: str, tmp_path: Path) -> None:
+    arguments, part = WRONG[name]
+    command = [sys.executable, "-m", "harness.launch", *TINY, "out=out", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    check_message(done.stderr, part)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_value_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sae.k=8"]) == 2
+    check_message(capsys.readouterr().err, "no value for sae.n_latents; set it, e.g. sae.n_latents=…")
+
+
+def test_an_unknown_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(["--no-such-flag"])
+    assert leave.value.code == 2
+    assert "unrecognized arguments: --no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, f"out={tmp_path}", "train.device=cuda"]) == 2
+    check_message(capsys.readouterr().err, "torch sees no GPU here")
+
+
+def test_text_that_is_not_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00\x80" * 1000)
+    files = [MINILM, "activations.text=files", f"activations.text_paths=[{tmp_path}/a.txt]"]
+    assert main([*TINY, f"out={tmp_path}/out", *files]) == 2
+    check_message(capsys.readouterr().err, "a.txt")
+
+
+def test_an_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert main([*TINY, f"out={tmp_path}/out"]) == 2
+    check_message(capsys.readouterr().err, "choose another out=DIR")
+
+
+@pytest.mark.parametrize(("file", "part"), [("study.json", "remove it"), ("result.json", "remove it to run this cell")])
+def test_damaged_records_are_named(file: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, f"out={tmp_path}"]) == 0
+    (path,) = tmp_path.rglob(file)
+    path.write_text(path.read_text()[:20])
+    capsys.readouterr()
+    assert main([*TINY, f"out={tmp_path}"]) == 2
+    check_message(capsys.readouterr().err, part)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "part"),
+    [
+        (status.main, ["nowhere"], "there is no sweep at nowhere"),
+        (export.main, ["nowhere", "--format", "saelens", "--out", "x"], "no finished weights"),
+        (replay.main, ["nowhere"], "not a run directory"),
+        (sweeps, ["--arch", "tokp"], "choose from: topk, switch"),
+        (sweeps, ["--study", "quik"], "there is no study 'quik'"),
+        (sweeps, ["--width", "256,x"], "could not be converted to Integer"),
+        (sweeps, ["--activations", "minlm"], "did you mean minilm?"),
+    ],
+)
+def test_other_commands(command: object, arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert callable(command)
+    assert command(arguments) == 2
+    check_message(capsys.readouterr().err, part)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 48 kB; mounting one needs root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small tmpfs")
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if made.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs here: {made.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = [*TINY, f"out={small_disk}", "sae.n_latents=512"]
+    assert main(wide) == 1
+    check_message(capsys.readouterr().err, "no space left")
+    assert not list(small_disk.rglob("*.tmp"))
+    assert not list(small_disk.rglob("result.json"))
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    assert main(wide) == 0
+    (result,) = small_disk.rglob("result.json")
+    assert json.loads(result.read_text())["status"] == "done"
+
+
+def test_a_disk_that_is_full_already(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (small_disk / "ballast").write_bytes(b"\0" * 48 * 1024)
+    assert main([*TINY, f"out={small_disk}"]) == 2
+    check_message(capsys.readouterr().err, "cannot write to")
+
+
+def test_info_and_cfg(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--info"]) == 0
+    assert "sae: switch, switch2024, topk, topk_gao2024" in capsys.readouterr().out
+    assert main([*TINY, "--cfg", "job", "-m"]) == 0
+    assert "n_latents: 32" in capsys.readouterr().out
