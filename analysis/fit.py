@@ -87,6 +87,7 @@ def fit(
     result.columns = {role: table.roles[role] for role in (*chosen.inputs, "loss")}
     result.domain = {role: (float(values.min()), float(values.max())) for role, values in inputs.items()}
     result.weighting = weighting
+    result.inputs, result.y, result.weights = inputs, y, weight
     result.data_hash = _hash(problem)
     if chosen.nested and huber is None:
         result.nested = compare_nested(chosen, problem, inputs, y, weight, optimum)

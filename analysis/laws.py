@@ -93,8 +93,8 @@ class Law:
                     matrix[row, column] = target.sign * entry.sign * coefficient
         return matrix
 
-    def centring_offset(self, y_mean: float) -> Array:
-        """What centring ln y adds to the raw constants."""
+    def centring_offset(self, means: Mapping[str, float], y_mean: float) -> Array:
+        """What centring adds to the raw constants."""
         offset = np.zeros(len(self.params))
         for term in self.terms:
             for entry in term:
@@ -111,6 +111,15 @@ class Law:
         logs = phi @ theta
         shares = np.exp(logs - np.logaddexp.reduce(logs, axis=0))
         return np.einsum("tn,tnp->np", shares, phi)
+
+    @property
+    def floor_params(self) -> tuple[str, ...]:
+        """Parameters of the floor; empty for a law without one."""
+        return () if self.floor is None else tuple(dict.fromkeys(entry.param for entry in self.terms[self.floor]))
+
+    def log_floor(self, theta: Array, phi: Array) -> Array:
+        """ln of the floor (points,); −inf for a law without one."""
+        return np.full(phi.shape[1], -np.inf) if self.floor is None else phi[self.floor] @ theta
 
     def reported(self, raw: Array) -> Array:
         """Raw coefficients as they are printed: amplitudes and floors as exp. Overflow becomes inf."""
@@ -133,6 +142,56 @@ def _expand(monomial: Monomial, means: Mapping[str, float]) -> dict[Monomial, fl
             longer[kept] = longer.get(kept, 0.0) - coefficient * means[name]
         expansion = longer
     return expansion
+
+
+class SmoothBreak(Law):
+    """E + A·x^−a·(1 + (x/x1)^(1/f))^(−c·f): a power law whose exponent changes from a to a + c around x1.
+
+    Coefficients: ln E, ln A, ln x1, ln f, a, c. With u = ln x and s = (u − ln x1)/f, the second term has the logarithm
+    ln A − a·u − c·f·ln(1 + e^s).
+    """
+
+    @cached_property
+    def params(self) -> tuple[str, ...]:
+        return ("E", "A", "x1", "f", "a", "c")
+
+    def features(self, logs: Mapping[str, Array]) -> Array:
+        """ln x as (1, points, 1)."""
+        return logs["x"][None, :, None]
+
+    def centring_matrix(self, means: Mapping[str, float]) -> Array:
+        matrix = np.eye(6)
+        matrix[1, 4] = means["x"]
+        return matrix
+
+    def centring_offset(self, means: Mapping[str, float], y_mean: float) -> Array:
+        return np.array([y_mean, y_mean, means["x"], 0.0, 0.0, 0.0])
+
+    def log_value(self, theta: Array, phi: Array) -> Array:
+        return np.logaddexp(theta[0], self._second(theta, phi[0, :, 0])[0])
+
+    def jacobian(self, theta: Array, phi: Array) -> Array:
+        u = phi[0, :, 0]
+        second, s, f = self._second(theta, u)
+        share = np.exp(second - np.logaddexp(theta[0], second))
+        sigmoid = np.exp(-np.logaddexp(0.0, -s))
+        soft, c = np.logaddexp(0.0, s), theta[5]
+        columns = [1 - share, share, share * c * sigmoid]
+        columns += [share * -c * f * (soft - s * sigmoid), share * -u, share * -f * soft]
+        return np.stack(columns, axis=1)
+
+    @property
+    def floor_params(self) -> tuple[str, ...]:
+        return ("E",)
+
+    def log_floor(self, theta: Array, phi: Array) -> Array:
+        return np.full(phi.shape[1], theta[0])
+
+    @staticmethod
+    def _second(theta: Array, u: Array) -> tuple[Array, Array, float]:
+        f = float(np.exp(np.clip(theta[3], -30, 30)))
+        s = (u - theta[2]) / f
+        return theta[1] - theta[4] * u - theta[5] * f * np.logaddexp(0.0, s), s, f
 
 
 _BILINEAR = (Entry("alpha"), Entry("beta_k", ("k",)), Entry("beta_n", ("n",)), Entry("gamma", ("k", "n")))
@@ -220,6 +279,16 @@ LAWS: dict[str, Law] = {
             ((Entry("D0"), Entry("p", ("n",))),),
             ("D0",),
             min_levels={"n": 2},
+        ),
+        SmoothBreak(
+            "bnsl1",
+            "E + A·x^−a·(1 + (x/x1)^(1/f))^(−c·f)",
+            ("x",),
+            ((Entry("E"),), (*_POWER, Entry("c", ("x",), -1.0))),
+            ("E", "A", "x1", "f"),
+            floor=0,
+            scale_input="x",
+            min_levels={"x": 6},
         ),
     )
 }

@@ -89,6 +89,7 @@ def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTa
     frame = pd.DataFrame(rows)
     _spread(frame, [row.pop("config", None) for row in rows])
     frame = frame.drop(columns="config", errors="ignore")
+    _learning_rate(frame)
     for column in SWEEP_ROLES.values():
         if column not in frame:
             frame[column] = np.nan if column != "status" else None
@@ -166,6 +167,16 @@ def _spread(frame: Frame, configs: list[Any]) -> None:
             frame[short] = flat[long]
     if "sae.normalize" in flat:
         frame["normalize"] = flat["sae.normalize"]
+
+
+def _learning_rate(frame: Frame) -> None:
+    """The rate a run was trained with: `train.lr`, or the rule c·2e-4/√(n/2¹⁴) with c = `train.lr_factor`."""
+    if "lr" in frame or "train.lr_factor" not in frame:
+        return
+    n = pd.to_numeric(frame.get("n_latents"), errors="coerce")
+    rule = pd.to_numeric(frame["train.lr_factor"], errors="coerce") * 2e-4 / np.sqrt(n / 2**14)
+    given = pd.to_numeric(frame["train.lr"], errors="coerce") if "train.lr" in frame else 0.0 * rule
+    frame["lr"] = given.where(given > 0, rule)
 
 
 def varied(table: RunTable) -> list[str]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from analysis import plot
 from analysis.frames import Frame, pd
 from analysis.result import FitResult
-from analysis.words import number
+from analysis.words import interval, number
 
 if TYPE_CHECKING:
     from analysis.report import Findings
@@ -22,7 +22,7 @@ def all_pictures(findings: Findings) -> list[dict[str, str]]:
     """Every picture that the data of a sweep allow: title, caption, alt, src."""
     if not len(findings.table):
         return []
-    makers = (_loss_n, _loss_flops, _versus_n, _versus_flops, _dead)
+    makers = (_loss_n, _loss_flops, _versus_n, _versus_flops, _dead, _rates)
     return [picture for maker in makers if (picture := maker(findings)) is not None]
 
 
@@ -67,9 +67,9 @@ def _loss_flops(findings: Findings) -> dict[str, str] | None:
     caption = "Grey: training curves of the constant-lr runs. " if constant else "Final points only (the lr decays). "
     caption += "Frontier: the lowest loss that any run had reached by then."
     if findings.front_fit is not None:
-        values = findings.front_fit.values
+        values, (low, high) = findings.front_fit.values, findings.front_fit.intervals["a"]
         law = f"{number(values['E'])} + {number(values['A'])}·C^−{number(values['a'])}"
-        caption += f" Fitted: {law} (C in FLOPs; for orientation only)."
+        caption += f" Fitted: {law}, exponent {interval(low, high)} by resampling whole runs."
     return _picture(figure, "Loss against compute", caption, "Held-out fvu against training FLOPs with the frontier")
 
 
@@ -110,6 +110,15 @@ def _dead(findings: Findings) -> dict[str, str] | None:
         "Share of latents silent over the last train.dead_window_tokens of training.",
         "Share of dead latents against n for each k",
     )
+
+
+def _rates(findings: Findings) -> dict[str, str] | None:
+    if findings.rates is None:
+        return None
+    figure = plot.figure(3.8)
+    plot.best_learning_rates(figure.subplots(), findings.rates)
+    caption = "Filled: bracketed by the rates tried; hollow: at their edge, not used for the slope."
+    return _picture(figure, "Best learning rate", caption, "Best learning rate against n for each k")
 
 
 def _names(fits: list[FitResult]) -> str:

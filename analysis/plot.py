@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from analysis.frames import Frame, pd
+from analysis.learning_rate import BestRates
 from analysis.result import FitResult
 from analysis.table import RunTable
 
@@ -243,6 +244,26 @@ def dead_latents(ax: Axes, table: RunTable) -> Axes:
     ax.set_ylim(bottom=0)
     if len(_populations(part)) > 1:
         ax.plot([], [], "o--", mfc="white", color="0.3", ms=5, label="hollow: Switch")
+    add_legend(ax)
+    return ax
+
+
+def best_learning_rates(ax: Axes, found: BestRates) -> Axes:
+    """Best learning rate against n by k, with its fitted power law; hollow where it is at the edge of those tried."""
+    rates = found.rates
+    levels = sorted(set(rates["k"]))
+    for value in levels:
+        style = k_style(levels, value)
+        for inside in (True, False):
+            part = rates[(rates["k"] == value) & (rates["bracketed"].astype(bool) == inside)]
+            face = style["color"] if inside else "white"
+            label = f"k = {value:g}" if inside or not rates[rates["k"] == value]["bracketed"].any() else None
+            if len(part):
+                ax.plot(part["n"], part["lr"], linestyle="none", ms=5.5, mfc=face, label=label, **style)
+    if found.law is not None:
+        x = np.geomspace(rates["n"].min(), rates["n"].max(), 30)
+        ax.plot(x, found.law.value({"n": x}), color="0.3", lw=1.2, label=f"n^{found.law.values['p']:.2f}")
+    log_axes(ax, "number of latents n", "best learning rate", rates["n"].to_numpy(), powers_of_two=True)
     add_legend(ax)
     return ax
 

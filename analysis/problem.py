@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 
-from analysis.laws import Array, Law
+from analysis.laws import Array, Law, SmoothBreak, get
 
 FLOOR_SHARES = (0.03, 0.1, 0.25, 0.45, 0.65, 0.8, 0.92, 0.98)
 FLOOR_SLOPES = (-1.2, -0.7, -0.35, -0.1, 0.0, 0.25)
@@ -61,7 +61,7 @@ class Problem:
 
     def raw_map(self) -> tuple[Array, Array]:
         """(M, offset): raw coefficients = M @ theta + offset."""
-        return self.law.centring_matrix(self.means), self.law.centring_offset(self.y_mean)
+        return self.law.centring_matrix(self.means), self.law.centring_offset(self.means, self.y_mean)
 
 
 def pose(law: Law, inputs: Mapping[str, Array], y: Array, weights: Array | None = None, space: str = "log") -> Problem:
@@ -104,10 +104,14 @@ def starting_points(problem: Problem, count: int, seed: int) -> list[Array]:
 
 def _is_constant(law: Law, index: int) -> bool:
     name = law.params[index]
+    if isinstance(law, SmoothBreak):
+        return name in law.exp_params
     return any(entry.param == name and not entry.monomial for term in law.terms for entry in term)
 
 
 def _grid(problem: Problem) -> list[Array]:
+    if isinstance(problem.law, SmoothBreak):
+        return _break_grid(problem, problem.law)
     if len(problem.law.terms) == 1:
         return [_linear(problem, problem.phi[0], problem.y, np.ones(problem.points))]
     if len(problem.law.terms) == 2 and problem.law.floor is not None:
@@ -144,6 +148,19 @@ def _floor_grid(problem: Problem) -> list[Array]:
         theta[free] = _linear(problem, design, np.log(rest), rest / y)
         starts.append(theta)
     return starts
+
+
+def _break_grid(problem: Problem, law: SmoothBreak) -> list[Array]:
+    """The law without a break, then a bend of either sign at several places."""
+    u = problem.phi[0, :, 0]
+    plain = get("power_floor")
+    simple = replace(problem, law=plain, phi=plain.features({"x": u}))
+    floors = sorted(_floor_grid(simple), key=lambda theta: float(np.sum(simple.residual(theta) ** 2)))[:3]
+    places = np.quantile(u, [0.25, 0.5, 0.75])
+    return [
+        np.array([log_e, log_a, place, log_f, a, c])
+        for (log_e, log_a, a), place, log_f, c in product(floors, places, (-1.5, 0.0), (-0.2, 0.2))
+    ]
 
 
 def _exponent_grid(problem: Problem) -> list[Array]:

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.special import fdtrc, stdtr
 
 from analysis.intervals import NOISELESS, condition
-from analysis.laws import Array
+from analysis.laws import Array, SmoothBreak
 from analysis.notes import Note, note
 from analysis.problem import Problem
 from analysis.solve import Optimum
@@ -48,7 +48,7 @@ def _convergence(optimum: Optimum) -> list[Note]:
 def _identified(problem: Problem, theta: Array, intervals: dict[str, Interval]) -> list[Note]:
     law, notes = problem.law, []
     if law.floor is not None:
-        names = list(dict.fromkeys(entry.param for entry in law.terms[law.floor]))
+        names = law.floor_params
         opened = [name for name in names if name in intervals and None in intervals[name]]
         if opened:
             text = f"the data do not bound {' and '.join(opened)}: the interval is open"
@@ -61,15 +61,14 @@ def _identified(problem: Problem, theta: Array, intervals: dict[str, Interval]) 
 
 def _without_floor(problem: Problem, theta: Array) -> bool:
     """Whether the fitted floor is nowhere more than nothing."""
-    floor = problem.law.floor
-    return floor is not None and bool(np.max(problem.phi[floor] @ theta - problem.y) < np.log(NO_FLOOR))
+    return bool(np.max(problem.law.log_floor(theta, problem.phi) - problem.y) < np.log(NO_FLOOR))
 
 
 def _design(problem: Problem, theta: Array) -> list[Note]:
     law = problem.law
     keep = np.ones(problem.size, dtype=bool)
     if law.floor is not None and _without_floor(problem, theta):
-        keep[[law.params.index(entry.param) for entry in law.terms[law.floor]]] = False
+        keep[[law.params.index(name) for name in law.floor_params]] = False
     number = condition(problem.jacobian(theta)[:, keep])
     if number > 300:
         severity = "error" if number > 1e3 else "warning"
@@ -102,6 +101,8 @@ def _residuals(problem: Problem, optimum: Optimum, noise: SeedNoise | None, runs
 
 def _log_input(problem: Problem, name: str) -> Array:
     """Centred log of an input, read back from the features; zeros when no feature holds it alone."""
+    if isinstance(problem.law, SmoothBreak):
+        return problem.phi[0, :, 0]
     for t, term in enumerate(problem.law.terms):
         for entry in term:
             if entry.monomial == (name,):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,25 @@ import numpy as np
 from analysis.cells import cell_rows, cell_text
 from analysis.fit import fit
 from analysis.frames import Frame, pd
-from analysis.frontier import frontier
+from analysis.frontier import frontier, frontier_law
 from analysis.laws import get
+from analysis.learning_rate import BestRates, at_best_rate, best_rates
 from analysis.load import evaluations, read_sweep, varied
+from analysis.multiplier import Multiplier, multiplier
 from analysis.notes import Note, note
 from analysis.pictures import all_pictures
 from analysis.result import FitResult, Status
 from analysis.table import RunTable
 from analysis.versus import equal_n_and_flops
-from analysis.words import comparison_sentences, converged_words, interval, law_sentences, number
+from analysis.words import (
+    comparison_sentences,
+    converged_words,
+    interval,
+    law_sentences,
+    multiplier_sentences,
+    number,
+    rate_sentences,
+)
 from harness.errors import UserError
 from harness.record.files import write_text_atomic
 
@@ -57,6 +68,10 @@ class Findings:
     front: Frame = field(default_factory=pd.DataFrame)
     front_fit: FitResult | None = None
     versus: list[dict[str, Any]] = field(default_factory=list)
+    multipliers: list[tuple[float, Multiplier]] = field(default_factory=list)
+    """(k, comparison of TopK with Switch in FLOPs)."""
+    rates: BestRates | None = None
+    """Best learning rates, where several were tried at one n and k."""
     notes: list[Note] = field(default_factory=list)
 
 
@@ -90,17 +105,23 @@ def gather(directory: Path, law: str | None = None) -> Findings:
     study = read_study(directory)
     if law is not None:
         study.law = law
-    main = _main_population(table)
+    population = _main_population(table)
+    main = at_best_rate(population)
     findings = Findings(table=table, main=main, study=study)
+    if len(main) < len(population):
+        findings.rates = best_rates(population)
     _fit_laws(findings)
     findings.curves = evaluations(table)
     findings.front = frontier(table, findings.curves)
     if len(findings.front) > 4:
-        points = RunTable(findings.front, {"x": "flops", "loss": "loss"}, name="frontier")
-        attempt = fit(points, "power_floor", ci="wald", starts=32)
-        findings.front_fit = attempt if attempt.status in (Status.OK, Status.OPEN) else None
+        attempt = frontier_law(table, findings.curves, resamples=200)
+        findings.front_fit = attempt if attempt.status is not Status.FAILED else None
+    findings.multipliers = _multipliers(table)
     findings.versus = equal_n_and_flops(table)
-    findings.notes = list(dict.fromkeys(n for result in _all_fits(findings) for n in result.notes))
+    extra = findings.rates.notes if findings.rates is not None else []
+    if findings.front_fit is not None:
+        extra = [*extra, *(entry for entry in findings.front_fit.notes if entry.code == "frontier_owned_by_end")]
+    findings.notes = list(dict.fromkeys([n for result in _all_fits(findings) for n in result.notes] + extra))
     differing = varied(table)
     if differing:
         text = f"the runs also differ in {', '.join(differing[:6])}"
@@ -175,6 +196,17 @@ def _fit_laws(findings: Findings) -> None:
             findings.failures.append(attempts[0])
 
 
+def _multipliers(table: RunTable) -> list[tuple[float, Multiplier]]:
+    """TopK against Switch in FLOPs for every k at which both have enough sizes."""
+    if "sae" not in table.frame or not {"topk", "switch"} <= set(table.frame["sae"]):
+        return []
+    found = []
+    for k in sorted(set(table.values("k"))):
+        with suppress(UserError):  # too few sizes of one of them at this k: nothing to say
+            found.append((k, multiplier(at_best_rate(table.where("another k", k=k)))))
+    return found
+
+
 def _all_fits(findings: Findings) -> list[FitResult]:
     return [result for _, result in findings.fits] + findings.failures
 
@@ -194,6 +226,8 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
         "laws": [_law_rows(k, result) for k, result in findings.fits],
         "failures": _failure_rows(findings),
         "versus": findings.versus,
+        "multipliers": [_multiplier_row(k, entry) for k, entry in findings.multipliers],
+        "rates": findings.rates.rates.to_dict("records") if findings.rates is not None else [],
         "cells": cell_rows(table),
         "anchors": _anchors(table),
         "excluded": _excluded_rows(table),
@@ -223,6 +257,9 @@ def _lead(findings: Findings) -> list[str]:
     if not findings.fits:
         lines.append("No law can be fitted to these runs; the section “What could not be fitted” says why.")
     lines.extend(comparison_sentences(findings.versus))
+    lines.extend(multiplier_sentences(findings.multipliers))
+    if findings.rates is not None:
+        lines.extend(rate_sentences(findings.rates))
     if "topk" not in set(table.frame.get("sae", [])):
         lines.append("There is no TopK run, so architectures cannot be compared.")
     return lines
@@ -250,6 +287,19 @@ def _law_rows(k: float | None, result: FitResult) -> dict[str, Any]:
         "reached": f"{100 * result.reached:.0f} % of {result.starts}",
         "weighted": bool(result.weighting),
         "nested": [row for row in result.nested if k is None or "aicc" in row],
+    }
+
+
+def _multiplier_row(k: float, entry: Multiplier) -> dict[str, str]:
+    return {
+        "k": number(k),
+        "value": "–" if entry.value is None else number(entry.value),
+        "interval": interval(entry.lo, entry.hi),
+        "at": "every loss" if entry.at_loss is None else f"fvu {number(entry.at_loss)}",
+        "p": number(entry.p_shared, 2),
+        "exponents": f"{number(entry.exponents[0])} / {number(entry.exponents[1])}",
+        "floor": number(entry.floor) + ("" if entry.floor_identified else " (may be zero)"),
+        "crossing": "none in the data" if entry.crossing is None else f"{number(entry.crossing)} FLOPs",
     }
 
 

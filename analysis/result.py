@@ -74,6 +74,10 @@ class FitResult:
     problem: Problem | None = field(default=None, repr=False)
     """The data behind the fit; absent after `from_json`."""
     runs: list[str] = field(default_factory=list, repr=False)
+    inputs: dict[str, Array] = field(default_factory=dict, repr=False)
+    """The fitted inputs by role, in the order of the table."""
+    y: Array = field(default_factory=lambda: np.empty(0), repr=False)
+    weights: Array | None = field(default=None, repr=False)
 
     # -- parameters ---------------------------------------------------------------------------------------------------
 
@@ -108,12 +112,17 @@ class FitResult:
         return pd.DataFrame.from_dict(rows, orient="index").astype(float)
 
     @property
+    def problem_size(self) -> int:
+        """Number of parameters."""
+        return len(self.law.params)
+
+    @property
     def variance(self) -> float:
         """Residual variance s² of ln y at mean weight; NaN without degrees of freedom."""
         return self.rss / self.dof if self.dof > 0 else float("nan")
 
     def _map(self) -> tuple[Array, Array]:
-        return self.law.centring_matrix(self.means), self.law.centring_offset(self.y_mean)
+        return self.law.centring_matrix(self.means), self.law.centring_offset(self.means, self.y_mean)
 
     # -- using it -----------------------------------------------------------------------------------------------------
 
@@ -127,10 +136,7 @@ class FitResult:
 
     def floor(self, inputs: Mapping[str, Any]) -> Array:
         """The part of y that growth along `law.scale_input` does not remove; zeros for a law without one."""
-        phi = self._features(inputs)
-        if self.law.floor is None:
-            return np.zeros(phi.shape[1])
-        return np.exp(phi[self.law.floor] @ self.theta + self.y_mean)
+        return np.exp(self.law.log_floor(self.theta, self._features(inputs)) + self.y_mean)
 
     def predict(self, frame: Frame | Mapping[str, Any], kind: str = "mean") -> Frame:
         """The law at new inputs, with a band and a warning where it extrapolates.
@@ -222,6 +228,26 @@ class FitResult:
 
     def _floor_term(self) -> tuple | None:
         return None if self.law.floor is None else self.law.terms[self.law.floor]
+
+    def holdout(self, by: str | None = None, top: int = 1) -> dict[str, float | None]:
+        """How well the law predicts the `top` largest values of `by` when fitted without them.
+
+        Returns root-mean-square errors of ln(loss): `error` of this law, `no_floor` of its form without a floor (where
+        it has one), `last_slope` of continuing each series' last slope; None where too little is left.
+        """
+        from analysis.nested import holdout_error, last_slope_error
+
+        if self.problem is None:
+            raise UserError("a fit read from JSON has no data; fit the table again to hold some out")
+        along = by or self.law.scale_input
+        if along not in self.law.inputs:
+            raise UserError(f"by={along!r} is not an input of {self.law.name}: {', '.join(self.law.inputs)}")
+        floorless = next((LAWS[name] for name in self.law.nested if LAWS[name].floor is None), None)
+        return {
+            "error": holdout_error(self.law, self.inputs, self.y, self.weights, along, top),
+            "no_floor": floorless and holdout_error(floorless, self.inputs, self.y, self.weights, along, top),
+            "last_slope": last_slope_error(self.inputs, self.y, along) if top == 1 else None,
+        }
 
     def residuals(self) -> Frame:
         """Per fitted point: run, the inputs, y, fitted, residual (ln y − ln fitted), in the fit's own order."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.learning_rate import BestRates
+from analysis.multiplier import Multiplier
 from analysis.notes import has
 from analysis.result import FitResult, Status
 from analysis.table import RunTable
@@ -56,7 +58,7 @@ def law_sentences(result: FitResult, ks: Sequence[float]) -> list[str]:
         steps = [f"{doubling(result.slope('n', at={'k': k}))} at k = {k:g}" for k in _few(ks)]
         sentences.append(f"Doubling n lowers the {part} by {_and(steps)}.")
     elif result.law.inputs == ("x",):
-        sentences.append(f"Doubling {result.columns.get('x', 'x')} lowers the {part} by {doubling(result.slope('x'))}.")
+        sentences.append(f"Doubling {_short(result)} lowers the {part} by {doubling(result.slope('x'))}.")
     if result.law.floor is not None:
         sentences.append(_floor_sentence(result, ks))
     if result.dof > 0:
@@ -65,6 +67,11 @@ def law_sentences(result: FitResult, ks: Sequence[float]) -> list[str]:
     if result.status is Status.UNRELIABLE:
         sentences.append("This fit is not reliable; see the notes before using its numbers.")
     return sentences
+
+
+def _short(result: FitResult) -> str:
+    column = result.columns.get("x", "x")
+    return {"n_latents": "n", "flops": "the FLOPs"}.get(column, column)
 
 
 def _floor_sentence(result: FitResult, ks: Sequence[float]) -> str:
@@ -96,6 +103,36 @@ def comparison_sentences(rows: Sequence[dict]) -> list[str]:
             cells = f"{len(ratios)} cell{'s' if len(ratios) > 1 else ''}"
             sentences.append(f"At {text}, Switch has {abs(change):.1f} % {word} fvu than TopK over {cells}{spread}.")
     return sentences
+
+
+def multiplier_sentences(found: Sequence[tuple[float, Multiplier]]) -> list[str]:
+    """How much compute the second architecture saves, for each k."""
+    sentences = []
+    for k, entry in found:
+        if entry.value is None:
+            continue
+        where = "for every loss" if entry.at_loss is None else f"for fvu {number(entry.at_loss)}"
+        why = "exponents agree" if entry.at_loss is None else f"exponents differ, p = {number(entry.p_shared, 2)}"
+        sentences.append(
+            f"k = {k:g}: Switch needs {number(entry.value)} times fewer training FLOPs than TopK {where} "
+            f"{interval(entry.lo, entry.hi)} ({why})."
+            if entry.value >= 1
+            else f"k = {k:g}: Switch needs {number(1 / entry.value)} times more training FLOPs than TopK {where} "
+            f"{interval(_inverse(entry.hi), _inverse(entry.lo))} ({why})."
+        )
+    return sentences
+
+
+def rate_sentences(found: BestRates) -> list[str]:
+    """How the best learning rate falls with n."""
+    if found.law is None:
+        return ["Too few cells have their best learning rate inside those tried to give its slope in n."]
+    low, high = found.law.intervals["p"]
+    return [f"The best learning rate goes as n^{number(found.law.values['p'])} {interval(low, high)}."]
+
+
+def _inverse(value: float | None) -> float | None:
+    return None if value is None else 1 / value
 
 
 def converged_words(table: RunTable) -> str:

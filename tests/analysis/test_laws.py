@@ -31,7 +31,7 @@ def test_centred_and_raw_coefficients_are_the_same_law(name):
     law = get(name)
     logs, theta = _draw(law, seed=1)
     means = {key: float(values.mean()) for key, values in logs.items()}
-    raw = law.centring_matrix(means) @ theta + law.centring_offset(0.7)
+    raw = law.centring_matrix(means) @ theta + law.centring_offset(means, 0.7)
     centred = law.features({key: values - means[key] for key, values in logs.items()})
     np.testing.assert_allclose(
         law.log_value(raw, law.features(logs)), law.log_value(theta, centred) + 0.7, rtol=1e-11, atol=1e-11
