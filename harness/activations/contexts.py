@@ -111,6 +111,8 @@ def cut_contexts(
     # Only a text that ends before there are enough held-out rows is read more than once.
     attempts = itertools.product((*HELDOUT_DOCUMENTS, 1), shares)
     for fewest, share in attempts:
+        if cfg.text != "hub" and not _could_serve(cfg, revision, share, wanted["heldout"], fewest):
+            continue
         most = {"train": wanted["train"], "heldout": max(1, wanted["heldout"] // fewest)}
         cut, rows = _cut_at(cfg, tokenizer, special, revision, directory, stop, wanted, most, share)
         if rows["heldout"] >= wanted["heldout"]:
@@ -122,6 +124,24 @@ def cut_contexts(
             f"give more or longer text"
         )
     return cut
+
+
+def _could_serve(cfg: ActivationsConfig, revision: str, share: float, rows: int, fewest: int) -> bool:
+    """Whether the held-out documents could give `rows` rows, a row taking at least a character: without tokenizing,
+    which is slow. Always true for the last resort."""
+    if fewest == 1:
+        return True
+    most, possible = max(1, rows // fewest), 0
+    for document in documents(cfg, revision):
+        if _is_heldout(document, share):
+            possible += min(most, len(document.text))
+            if possible >= rows:
+                return True
+    return False
+
+
+def _is_heldout(document: Document, share: float) -> bool:
+    return int.from_bytes(document.digest[:8], "big") < share * 2**64
 
 
 def _cut_at(
@@ -167,7 +187,7 @@ def _undecided(read: Iterable[Document], writers: dict[str, _Writer], share: flo
     for document in read:
         if all(writer.full for writer in writers.values()):
             return
-        split = "heldout" if int.from_bytes(document.digest[:8], "big") < share * 2**64 else "train"
+        split = "heldout" if _is_heldout(document, share) else "train"
         if not writers[split].full:
             yield split, document
 
