@@ -325,14 +325,14 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata=SERVICE)
     tracker: TrackerConfig = field(default_factory=TrackerConfig, metadata=SERVICE)
     ops: str = _service("auto")
-    """Kernels: `auto` or `reference`."""
+    """Kernels: `auto` (the fastest for the device), `reference`, or `cpu`."""
     sweep: str = _service("default")
     """Name of the directory under `out` (and the W&B group) that collects the runs."""
     out: str = _service("runs")
     """Output directory; nothing outside it is written."""
 
     def __post_init__(self) -> None:
-        _one_of("ops", self.ops, ("auto", "reference"))
+        _one_of("ops", self.ops, ("auto", "reference", "cpu"))
 
 
 def from_container(container: Any) -> Config:

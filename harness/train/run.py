@@ -51,7 +51,8 @@ def run_cell(
     run_id, started = run_dir.name, now()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    device, shards, ops = pick_device(config.train.device), Solo(), choose_ops(config.ops)
+    device, shards = pick_device(config.train.device), Solo()
+    ops = choose_ops(config.ops, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     found = _find_checkpoint(run_dir, run_id)

@@ -1,0 +1,281 @@
+"""Every kernel set against `reference`, which is itself held against dense autograd in tests/saes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harness.ops import AdamState, Codes, Groups, Hyper, choose_ops, reference
+
+KERNELS = ["cpu"]
+
+
+def assert_close(found: Tensor, expected: Tensor, size: float = 1.0) -> None:
+    """Equal but for the order of float32 sums of numbers up to `size`."""
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * size)
+
+
+def small_integers(generator: torch.Generator, *shape: int, largest: int = 3) -> Tensor:
+    """Numbers whose products and sums are exact in float32, so that implementations must agree to the bit; many tie."""
+    return torch.randint(-largest, largest + 1, shape, generator=generator).float()
+
+
+def even_groups(tokens: int, rows: int, count: int) -> Groups:
+    return Groups(torch.arange(count + 1) * tokens // count, tuple(rows * g // count for g in range(count + 1)))
+
+
+def assert_same_codes(found: Codes, expected: Codes) -> None:
+    torch.testing.assert_close(found.index, expected.index)
+    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=0)
+
+
+@st.composite
+def selections(draw) -> tuple[int, int, int, int, int, bool, int]:
+    rows = draw(st.integers(1, 700))
+    groups = draw(st.sampled_from([1, 1, 2, 5]))
+    k = draw(st.one_of(st.just(1), st.just(rows), st.integers(1, min(rows, 40))))
+    d = draw(st.sampled_from([1, 2, 3, 16, 33]))
+    return draw(st.integers(1, 40)), d, rows, k, groups, draw(st.booleans()), draw(st.integers(0, 2**31))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=60, deadline=None)
+@given(case=selections())
+def test_selection_is_exact_to_the_last_tie(
+    name: str, dtype: torch.dtype, case: tuple[int, int, int, int, int, bool, int]
+) -> None:
+    tokens, d, rows, k, groups, biased, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (small_integers(generator, count, d, largest=1) for count in (tokens, rows))
+    bias = small_integers(generator, rows) if biased else None
+    layout = even_groups(tokens, rows, groups)
+    # integers below 256 are exact in bfloat16 too
+    found = choose_ops(name).select(x.to(dtype), weight.to(dtype), bias, k, layout)
+    assert_same_codes(found, reference.select(x, weight, bias, k, layout))
+
+
+def preactivation_rows(width: int, generator: torch.Generator) -> Tensor:
+    """Rows that a selection by thresholds finds hard."""
+    rows = [
+        torch.randn(width, generator=generator),
+        torch.zeros(width),
+        -torch.rand(width, generator=generator) - 1,
+        -torch.zeros(width),
+        torch.where(torch.arange(width) % 2 == 0, 0.0, -0.0),
+        torch.full((width,), -torch.inf),
+        torch.arange(width).float(),
+        -torch.arange(width).float(),
+        torch.arange(width).float() % 5,
+        torch.randn(width, generator=generator) * 1e-42,
+        torch.randn(width, generator=generator).sign() * 3e38,
+        torch.where(torch.arange(width) == width // 2, torch.inf, 1.0),
+        torch.where(torch.rand(width, generator=generator) < 0.3, -torch.inf, 0.0),
+        torch.randn(width, generator=generator).exp() * torch.logspace(-30, 30, width),
+    ]
+    rows.append(rows[0].clone())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("width", "k"), [(1, 1), (17, 17), (128, 1), (1000, 16), (1000, 512), (4097, 32), (8192, 512), (2048, 2048)]
+)
+def test_cpu_selects_from_given_preactivations(width: int, k: int, dtype: torch.dtype) -> None:
+    from harness.ops import cpu
+
+    given_rows = preactivation_rows(width, torch.Generator().manual_seed(width + k)).to(dtype)
+    expected = reference.select_preactivations(given_rows.float(), k)
+    assert_same_codes(cpu.select_preactivations(given_rows, k), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan])
+def test_cpu_puts_nan_first_so_that_the_loss_shows_it(bad: float) -> None:
+    from harness.ops import cpu
+
+    rows = torch.randn(3, 600, generator=torch.Generator().manual_seed(0))
+    rows[1, 500] = bad
+    rows[2] = bad
+    found = cpu.select_preactivations(rows, 8)
+    assert_same_codes(Codes(found.values[:1], found.index[:1]), reference.select_preactivations(rows[:1], 8))
+    assert found.index[1, 0] == 500
+    assert found.values[1].isnan().tolist() == [True] + 7 * [False]
+    assert found.values[2].isnan().all()
+    assert found.index[2].tolist() == list(range(8))
+
+
+def random_codes(generator: torch.Generator, tokens: int, k: int, groups: Groups) -> Codes:
+    """Distinct latents of each token's group, values ≥ 0 with zeros among them, padded where the group is narrow."""
+    values, index = torch.zeros(tokens, k), torch.zeros(tokens, k, dtype=torch.int64)
+    for span, rows in groups.spans:
+        width = rows.stop - rows.start
+        index[span] = min(rows.start, groups.row_offsets[-1] - 1)
+        shape, kept = (span.stop - span.start, width), min(k, width)
+        index[span, :kept] = rows.start + torch.rand(shape, generator=generator).argsort(dim=1)[:, :kept]
+        values[span, :kept] = torch.randn(shape, generator=generator)[:, :kept].relu()
+    return Codes(values, index)
+
+
+def nan(*shape: int) -> Tensor:
+    return torch.full(shape, torch.nan)
+
+
+def assert_products_equal(name: str, codes: Codes, d: int, rows: int, groups: Groups, scaled: bool, seed: int) -> None:
+    """`reconstruct`, with and without `reduce`, `weight_grads` and `fired`."""
+    ops, generator = choose_ops(name), torch.Generator().manual_seed(seed)
+    tokens = codes.values.shape[0]
+    x, weight = (torch.randn(count, d, generator=generator) for count in (tokens, rows))
+    weight /= weight.norm(dim=1, keepdim=True)
+    scale = torch.rand(tokens, generator=generator) if scaled else None
+    for reduce in (None, lambda partial: partial.mul_(2)):
+        found = ops.reconstruct(codes, weight, x, scale, groups, reduce)
+        expected = reference.reconstruct(codes, weight, x, scale, groups, reduce)
+        for part, should in zip(found, expected, strict=True):
+            assert_close(part, should)
+    residual, dz, _ = expected
+    out, should = ((nan(rows, d), nan(rows, d), nan(rows)) for _ in range(2))
+    ops.weight_grads(codes, dz, x, residual, groups, out)
+    reference.weight_grads(codes, dz, x, residual, groups, should)
+    largest = max(1.0, *(float(grad.abs().max()) for grad in should if grad.numel()))
+    for grad, grad_should in zip(out, should, strict=True):
+        assert_close(grad, grad_should, largest)
+    torch.testing.assert_close(ops.fired(codes, rows), reference.fired(codes, rows))
+
+
+@st.composite
+def layouts(draw) -> tuple[int, int, int, Groups, int]:
+    count = draw(st.integers(1, 5))
+    token_counts = draw(st.lists(st.integers(0, 40), min_size=count, max_size=count))
+    row_counts = draw(st.lists(st.integers(0, 120), min_size=count, max_size=count))
+    row_counts[0] += 1
+    k = draw(st.sampled_from([1, 2, 3, 5, 8, 30]))
+    offsets = [torch.tensor([0, *counts]).cumsum(0) for counts in (token_counts, row_counts)]
+    groups = Groups(offsets[0], tuple(offsets[1].tolist()))
+    return sum(token_counts), sum(row_counts), k, groups, draw(st.integers(0, 2**31))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@settings(max_examples=50, deadline=None)
+@given(case=layouts(), d=st.integers(1, 40), scaled=st.booleans())
+def test_products_equal_reference(name: str, case: tuple[int, int, int, Groups, int], d: int, scaled: bool) -> None:
+    tokens, rows, k, groups, seed = case
+    codes = random_codes(torch.Generator().manual_seed(seed), tokens, k, groups)
+    assert_products_equal(name, codes, d, rows, groups, scaled, seed)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("tokens", "d", "rows", "k"), [(70, 4096, 300, 1), (50, 384, 6400, 512), (33, 1, 900, 3), (9000, 3, 200, 2)]
+)
+def test_products_equal_reference_at_the_edges(name: str, tokens: int, d: int, rows: int, k: int) -> None:
+    groups = even_groups(tokens, rows, 1)
+    codes = random_codes(torch.Generator().manual_seed(1), tokens, k, groups)
+    assert_products_equal(name, codes, d, rows, groups, False, 2)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_latent_active_in_every_token_is_summed_in_pieces(name: str) -> None:
+    groups = even_groups(10_000, 64, 1)
+    codes = random_codes(torch.Generator().manual_seed(3), 10_000, 2, groups)
+    codes.index[:, 0], codes.index[:, 1] = 5, torch.where(codes.index[:, 1] == 5, 6, codes.index[:, 1])
+    codes.values[:, 0] += 0.1
+    assert_products_equal(name, codes, 4, 64, groups, True, 4)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_give_the_same_bits_twice_and_on_any_number_of_threads(name: str) -> None:
+    ops, generator = choose_ops(name), torch.Generator().manual_seed(7)
+    tokens, d, rows, k = 3000, 24, 640, 3
+    groups = even_groups(tokens, rows, 2)
+    x, W_enc, W_dec = (torch.randn(count, d, generator=generator) for count in (tokens, rows, rows))
+
+    def everything() -> list[Tensor]:
+        selected = ops.select(x, W_enc, None, k, groups)
+        codes = Codes(selected.values.relu(), selected.index)
+        codes.index[: tokens // 2, 0] = 4
+        residual, dz, squared = ops.reconstruct(codes, W_dec, x, None, groups)
+        out = nan(rows, d), nan(rows, d), nan(rows)
+        ops.weight_grads(codes, dz, x, residual, groups, out)
+        return [*codes, residual, dz, squared, *out]
+
+    threads = torch.get_num_threads()
+    first, second = everything(), everything()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, three in zip(first, second, alone, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("shape", [(50, 33), (7,), (1, 1), (0, 5)])
+def test_updates_equal_reference(name: str, shape: tuple[int, ...], low: bool) -> None:
+    ops, generator = choose_ops(name), torch.Generator().manual_seed(11)
+    matrix = len(shape) == 2
+    for step, (clipped, unit) in enumerate(((False, False), (True, matrix), (False, matrix), (True, False)), start=1):
+        param, grad, mean = (torch.randn(shape, generator=generator) for _ in range(3))
+        square = torch.rand(shape, generator=generator)
+        if unit:
+            param /= param.norm(dim=1, keepdim=True)
+        scale = torch.tensor(0.37) if clipped else None
+        hyper = Hyper(1e-2, 0.9, 0.999, 6.25e-10, step, scale, unit, unit)
+        for ok in (True, False):
+            results = []
+            for kernels in (ops, reference):
+                state = AdamState(mean.clone(), square.clone())
+                copy = param.bfloat16() if low else None
+                tensors = param.clone(), grad.clone(), *state, *([] if copy is None else [copy])
+                kernels.update(tensors[0], tensors[1], AdamState(*tensors[2:4]), hyper, torch.tensor(ok), copy)
+                results.append([tensors[0], *tensors[2:]])
+            for found, expected, before in zip(*results, [param, mean, square, param.bfloat16()], strict=False):
+                if not ok:
+                    assert torch.equal(found, before)
+                elif found.dtype is torch.bfloat16:
+                    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+                else:
+                    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_withheld_update_survives_nan_gradients(name: str) -> None:
+    param, grad = torch.ones(4, 3), nan(4, 3)
+    state = AdamState(torch.ones(4, 3), torch.ones(4, 3))
+    hyper = Hyper(1e-2, 0.9, 0.999, 1e-8, 1, None, True, True)
+    choose_ops(name).update(param, grad, state, hyper, torch.tensor(False))
+    assert all(torch.equal(tensor, torch.ones(4, 3)) for tensor in (param, *state))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_low_precision_copy_is_rounded_to_nearest_even(name: str) -> None:
+    bits = torch.arange(0x3F800000, 0x3F800000 + 0x40000, 0x1111, dtype=torch.int32)
+    param = torch.cat([bits.view(torch.float32), torch.tensor([-1.00390625, 1.01171875, 3e38, 0.0])])[None]
+    still = AdamState(torch.zeros_like(param), torch.zeros_like(param))
+    copy = torch.zeros_like(param, dtype=torch.bfloat16)
+    hyper = Hyper(0.0, 0.9, 0.999, 1e-8, 1)
+    choose_ops(name).update(param, torch.zeros_like(param), still, hyper, torch.tensor(True), copy)
+    assert torch.equal(copy, param.bfloat16())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_project_equals_reference(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    param, grad = torch.randn(40, 70, generator=generator), torch.randn(40, 70, generator=generator)
+    param /= param.norm(dim=1, keepdim=True)
+    expected = grad.clone()
+    reference.project(param, expected)
+    choose_ops(name).project(param, grad)
+    assert_close(grad, expected)
+
+
+def test_auto_takes_the_compiled_kernels_on_a_cpu() -> None:
+    assert choose_ops("auto") is choose_ops("cpu", torch.device("cpu"))
+    assert choose_ops("reference") is reference
+    with pytest.raises(ValueError, match=r"train\.device=cpu"):
+        choose_ops("cpu", torch.device("cuda"))

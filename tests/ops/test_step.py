@@ -1,0 +1,82 @@
+"""The whole step, AuxK included, on every kernel set in float32: against dense autograd, and bit for bit twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from harness.ops import choose_ops
+from harness.parallel import Solo
+from harness.saes import Sae, find_dead, step
+from tests.ops.test_kernels import KERNELS
+from tests.saes.test_step import assert_step_equals_dense, random_params
+
+CASES = {
+    "sparse": Sae("topk", 24, 640, 4, 1, True, 2.0, 1 / 32, 12, 0.0),
+    "dense": Sae("topk", 24, 64, 16, 1, True, 2.0, 1 / 32, 12, 0.0),
+    "no bias": Sae("topk", 3, 500, 1, 1, False, 0.7, 1.0, 200, 0.0),
+    "switch": Sae("switch", 24, 640, 4, 4, True, 2.0, 1 / 32, 12, 0.3),
+    "narrow experts": Sae("switch", 24, 64, 4, 8, False, 2.0, 1 / 32, 3, 0.3),
+}
+
+
+def case(name: str) -> tuple[Sae, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    sae, generator = CASES[name], torch.Generator().manual_seed(17)
+    params = {key: value.float() for key, value in random_params(sae, generator).items()}
+    x = torch.randn(300, sae.d_model, generator=generator)
+    silent = torch.where(torch.rand(sae.n_latents, generator=generator) < 0.3, 20, 0)
+    return sae, params, x, silent
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", CASES)
+def test_step_equals_dense_autograd(kernels: str, name: str) -> None:
+    sae, params, x, silent = case(name)
+    assert_step_equals_dense(sae, params, x, silent, kernels, tolerance=2e-4)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_float64_is_as_exact_as_the_reference(kernels: str) -> None:
+    sae, params, x, silent = case("switch")
+    params = {key: value.double() for key, value in params.items()}
+    assert_step_equals_dense(sae, params, x.double(), silent, kernels)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", CASES)
+def test_step_gives_the_same_bits_twice(kernels: str, name: str) -> None:
+    sae, params, x, silent = case(name)
+    runs = []
+    for _ in range(2):
+        grads = {key: torch.full_like(value, torch.nan) for key, value in params.items()}
+        grads.setdefault("b_enc", torch.full((sae.n_latents,), torch.nan))
+        stats = step(sae, params, params, x, Solo(), choose_ops(kernels), find_dead(sae, silent >= 10, Solo()), grads)
+        runs.append([stats.loss, stats.fired, *grads.values()])
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", ["sparse", "dense", "switch"])
+def test_bfloat16_copies_give_the_reference_s_step(kernels: str, name: str) -> None:
+    """Master weights and gradients in float32, products of bfloat16 numbers. Powers of two keep pre-activations exact
+    in bfloat16, so that both sets select the same latents."""
+    sae, params, x, silent = case(name)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(-2, 3, x.shape, generator=generator).float()
+    params["b_dec"].zero_()
+    params["W_enc"] = torch.randint(-1, 2, params["W_enc"].shape, generator=generator).float()
+    if sae.enc_bias:
+        params["b_enc"] = torch.randint(-2, 3, (sae.n_latents,), generator=generator).float()
+    compute = {key: params[key].bfloat16() for key in ("W_enc", "W_dec")}
+    found, expected = (
+        {key: torch.full_like(value, torch.nan) for key, value in params.items()}
+        | {"b_enc": torch.full((sae.n_latents,), torch.nan)}
+        for _ in range(2)
+    )
+    dead = find_dead(sae, silent >= 10, Solo())
+    stats = step(sae, params, compute, x, Solo(), choose_ops(kernels), dead, found)
+    should = step(sae, params, compute, x, Solo(), choose_ops("reference"), dead, expected)
+    assert torch.equal(stats.fired, should.fired)
+    torch.testing.assert_close(stats.loss, should.loss)
+    for key, grad in expected.items():
+        torch.testing.assert_close(found[key], grad, rtol=1e-4, atol=1e-4 * max(1.0, float(grad.abs().max())))
