@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.laws import Law
+from analysis.load import last_doubling
 from analysis.notes import SEVERITIES, Note, note
 from analysis.table import POPULATION, RunTable
 
 DEAD_RANGE = 0.05
 DEAD_MOST = 0.10
+CONVERGED_GAIN = 0.01
+"""Relative gain over the last doubling of tokens above which a run without a `converged` flag is not converged."""
 
 
 def check_table(table: RunTable, law: Law) -> list[Note]:
@@ -50,6 +53,11 @@ def _data(table: RunTable) -> list[Note]:
             severity = "warning" if converged.any() else "info"
             text = f"{int((~converged).sum())} of {len(frame)} runs are not converged"
             notes.append(note("unconverged_run", severity, text))
+    elif table.histories:
+        steep = [run for run, gain in last_doubling(table).items() if gain > CONVERGED_GAIN]
+        if steep:
+            text = f"{len(steep)} run(s) still gained more than 1 % over their last doubling of tokens, e.g. {steep[0]}"
+            notes.append(note("unconverged_run", "warning" if len(steep) < len(frame) else "info", text))
     if table.has("dead"):
         dead = np.array(frame[table.roles["dead"]], dtype=float)
         dead = dead[np.isfinite(dead)]

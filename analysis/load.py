@@ -137,6 +137,17 @@ def evaluations(table: RunTable) -> Frame:
     return pd.concat(parts, ignore_index=True).astype({"tokens": float, "flops": float, "loss": float})
 
 
+def last_doubling(table: RunTable) -> dict[str, float]:
+    """run → relative gain in loss over the last doubling of tokens; runs without a long enough curve are absent."""
+    gains = {}
+    for run, part in evaluations(table).groupby("run"):
+        part = part.sort_values("tokens")
+        tokens, log_loss = np.log(part["tokens"].to_numpy()), np.log(part["loss"].to_numpy())
+        if len(tokens) > 1 and tokens[0] <= tokens[-1] - np.log(2):
+            gains[str(run)] = float(np.interp(tokens[-1] - np.log(2), tokens, log_loss) - log_loss[-1])
+    return gains
+
+
 def _is_run(path: Path) -> bool:
     return (path / "result.json").exists() or (path / "config.yaml").exists()
 

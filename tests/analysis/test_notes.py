@@ -1,0 +1,160 @@
+"""Every note has a case that provokes it and one that does not."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import RunTable, fit, load
+from analysis.frontier import frontier_law
+from analysis.isoflop import isoflop
+from analysis.notes import REMEDIES, has
+from tests.analysis.generate import grid_frame, sae_nk, write_run
+from tests.analysis.test_comparisons import BUDGETS, _chinchilla_profiles, _curves
+
+ROLES = {"n": "n_latents", "k": "k", "loss": "fvu"}
+N_GRID, K_GRID = 2 ** np.arange(11, 20), 2 ** np.arange(5, 10)
+X = np.geomspace(256, 65536, 9)
+
+
+def _grid(edit=None, noise=0.005, roles=None, seeds=1, **options):
+    frame = grid_frame(N_GRID, K_GRID, noise, 0, seeds=seeds)
+    if edit is not None:
+        frame = edit(frame)
+    return fit(RunTable(frame, {**ROLES, **(roles or {})}), starts=16, ci="wald", **options).notes
+
+
+def _line(law="power_floor", floor=0.1, noise=0.003, seeds=1, x=X, edit=None, ci="profile", **options):
+    rng = np.random.default_rng(0)
+    xs = np.repeat(x, seeds)
+    y = (floor + 2.0 * xs**-0.35) * np.exp(noise * rng.standard_normal(len(xs)))
+    if edit is not None:
+        edit(y)
+    return fit(RunTable(pd.DataFrame({"x": xs, "y": y}), {"x": "x", "loss": "y"}), law, ci=ci, **options).notes
+
+
+def _set(column, values):
+    return lambda frame: frame.assign(**{column: values(frame) if callable(values) else values})
+
+
+def _loss(row, value):
+    def edit(frame):
+        frame.loc[row, "fvu"] = value
+        return frame
+
+    return edit
+
+
+def _frontier(ends_only):
+    curves = _curves(2 ** np.arange(6, 15), 1e7)
+    ends = curves.groupby("run", as_index=False).last()
+    table = RunTable(ends, {"run": "run", "loss": "loss", "flops": "flops"})
+    return frontier_law(table, ends.assign(constant_lr=False) if ends_only else curves, resamples=5).notes
+
+
+def _flops(frame, tokens):
+    return frame["n_latents"] * 6.0 * tokens
+
+
+def _spoil(y):
+    y[4] *= 1.3
+
+
+def _bend(y):
+    y *= 1 - 0.004 * np.log(X / 256) ** 2
+
+
+def _collinear():
+    """n and k that always grow together."""
+    k = np.geomspace(8, 512, 20)
+    n = 64 * k * np.exp(0.01 * np.cos(np.arange(20.0)))
+    frame = pd.DataFrame({"n_latents": n, "k": k, "fvu": sae_nk(n, k) * np.exp(0.002 * np.sin(np.arange(20.0) * 7))})
+    return fit(RunTable(frame, dict(ROLES)), starts=16, ci="wald").notes
+
+
+def _predict(n):
+    result = fit(RunTable(grid_frame(N_GRID, K_GRID, 0.005), dict(ROLES)), ci="wald")
+    return result.extrapolation_notes({"n": [n], "k": [64.0]})
+
+
+def _curved_runs(tmp_path, flat):
+    for n in (256, 512, 1024, 2048, 4096):
+        run = write_run(tmp_path, sae="topk", n=n, k=8, fvu=0.1 + 2 / n**0.5, extra={"converged": None})
+        if flat:
+            text = (run / "metrics.jsonl").read_text().splitlines()
+            (run / "metrics.jsonl").write_text("\n".join(line for line in text if '"tokens": 400000' in line) + "\n")
+    table = load(tmp_path)
+    return table.but(roles={**table.roles, "x": "n_latents"}).check("power_floor")
+
+
+TOKENS = np.geomspace(1e6, 1e8, 45)
+PROFILES = _chinchilla_profiles(BUDGETS[:1], 2.0 ** np.arange(-3, 4))
+LOW = _chinchilla_profiles(BUDGETS[:1], 2.0 ** np.arange(-3, 4))
+LOW.frame.loc[5, "loss"] = 1.0001 * LOW.frame["loss"].min()
+
+CASES = {
+    "too_few_points": (lambda: _line(x=X[:3]), lambda: _line()),
+    "too_few_levels": (lambda: _grid(lambda f: f[f["k"] == 32]), lambda: _grid()),
+    "confounded_n_flops": (
+        lambda: _grid(lambda f: f.assign(flops=_flops(f, 1e6)), roles={"flops": "flops"}),
+        lambda: _grid(lambda f: f.assign(flops=_flops(f, TOKENS)), roles={"flops": "flops"}),
+    ),
+    "single_seed": (lambda: _line(), lambda: _line(seeds=2)),
+    "degenerate_design": (
+        _collinear,
+        lambda: _grid(),
+    ),
+    "nonfinite_loss": (lambda: _grid(_loss(3, np.nan)), lambda: _grid()),
+    "nonpositive_loss": (lambda: _grid(_loss(3, -0.1)), lambda: _grid()),
+    "duplicate_run": (
+        lambda: _grid(_set("run", lambda f: ["same", "same", *map(str, range(len(f) - 2))]), roles={"run": "run"}),
+        lambda: _grid(_set("run", lambda f: list(map(str, range(len(f))))), roles={"run": "run"}),
+    ),
+    "unconverged_run": (
+        lambda: _grid(_set("converged", lambda f: f["n_latents"] < 1e5), roles={"converged": "converged"}),
+        lambda: _grid(_set("converged", True), roles={"converged": "converged"}),
+    ),
+    "mixed_dead_latents": (
+        lambda: _grid(_set("dead", lambda f: np.linspace(0, 0.08, len(f))), roles={"dead": "dead"}),
+        lambda: _grid(_set("dead", lambda f: np.linspace(0, 0.03, len(f))), roles={"dead": "dead"}),
+    ),
+    "mixed_population": (
+        lambda: _grid(_set("layer", lambda f: np.arange(len(f)) % 3)),
+        lambda: _grid(_set("layer", 4)),
+    ),
+    "floor_not_identified": (lambda: _line(x=np.geomspace(256, 2048, 5), floor=0.01), lambda: _line()),
+    "parameter_at_bound": (lambda: _line(floor=0.0, noise=0, edit=_bend), lambda: _line()),
+    "start_equals_solution": (lambda: _line(evaluations=1, robust="huber", resamples=3), lambda: _line()),
+    "optimum_not_reproduced": (lambda: _grid(evaluations=3), lambda: _grid()),
+    "structured_residuals": (lambda: _line("power"), lambda: _line("power_floor")),
+    "lack_of_fit": (lambda: _line("power", seeds=3), lambda: _line(seeds=3)),
+    "outlier_driven": (lambda: _line(edit=_spoil), lambda: _line()),
+    "extrapolation": (lambda: _predict(2.0**24), lambda: _predict(2.0**15)),
+    "isoflop_edge": (
+        lambda: isoflop(_chinchilla_profiles(BUDGETS, 2.0 ** np.arange(1, 6))).notes,
+        lambda: isoflop(PROFILES).notes,
+    ),
+    "isoflop_nonconvex": (lambda: isoflop(LOW).notes, lambda: isoflop(PROFILES).notes),
+    "frontier_owned_by_end": (lambda: _frontier(True), lambda: _frontier(False)),
+}
+
+
+def test_every_code_has_a_case():
+    assert set(CASES) == set(REMEDIES)
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_provoked(code):
+    notes = CASES[code][0]()
+    assert has(notes, code), [str(entry) for entry in notes]
+    found = next(entry for entry in notes if entry.code == code)
+    assert found.message and found.remedy and "\n" not in str(found)
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_not_provoked(code):
+    assert not has(CASES[code][1](), code)
+
+
+def test_convergence_is_judged_by_the_curve_where_no_flag_is_recorded(tmp_path):
+    assert has(_curved_runs(tmp_path / "falling", flat=False), "unconverged_run")
+    assert not has(_curved_runs(tmp_path / "ended", flat=True), "unconverged_run")
