@@ -78,4 +78,6 @@ def test_pca_anchor_is_the_best_rank_k_reconstruction() -> None:
     centred = rows - source.statistics(False).mean / member.normalizer.scale
     spectrum = torch.linalg.svdvals(centred).square()
     for rank in (1, 4, 16):
-        assert pca_fvu(source, member.normalizer, rank) == pytest.approx(float(spectrum[rank:].sum() / spectrum.sum()), abs=1e-10)
+        assert pca_fvu(source, member.normalizer, rank) == pytest.approx(
+            float(spectrum[rank:].sum() / spectrum.sum()), abs=1e-10
+        )

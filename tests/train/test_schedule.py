@@ -24,7 +24,7 @@ def test_warm_up_and_decay_are_linear() -> None:
 def test_every_evaluation_but_the_first_has_one_at_half_its_tokens() -> None:
     for until, per_doubling in (("budget", 2), ("convergence", 4)):
         config = small_config(train__until=until, train__eval_points=12)
-        steps = sorted(evaluation_steps(config, 5000)) + [5000]
+        steps = [*sorted(evaluation_steps(config, 5000)), 5000]
         for step in steps[per_doubling:]:
             assert min(abs(other - step / 2) for other in steps) <= 1
 

@@ -1,0 +1,76 @@
+"""What is saved comes back; what is damaged or foreign is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.record.checkpoint import load_checkpoint, save_checkpoint
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7), "flags": torch.tensor([True, False])}
+
+
+def test_round_trip_and_only_the_newest_stays(tmp_path: Path) -> None:
+    for step in (3, 12):
+        save_checkpoint(tmp_path / "c", step, TENSORS, {"x": 1.5}, "run")
+    found = load_checkpoint(tmp_path / "c", "run")
+    assert found is not None and found.step == 12 and found.extra == {"x": 1.5} and not found.refused
+    assert found.tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(found.tensors[name], value) for name, value in TENSORS.items())
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-0000000012"]
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert load_checkpoint(tmp_path / "c", "run") is None
+
+
+def damaged(kind: str, directory: Path) -> None:
+    marker = directory / "marker.json"
+    if kind == "truncated":
+        file = directory / "state.safetensors"
+        file.write_bytes(file.read_bytes()[:-3])
+    elif kind == "no marker":
+        marker.unlink()
+    elif kind == "torn marker":
+        marker.write_text(marker.read_text()[:20])
+    elif kind == "older format":
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 0}))
+    elif kind == "garbled header":
+        file = directory / "state.safetensors"
+        file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "no marker", "torn marker", "older format", "garbled header"])
+def test_a_damaged_checkpoint_is_refused_and_the_previous_one_used(kind: str, tmp_path: Path) -> None:
+    root = tmp_path / "c"
+    save_checkpoint(root, 3, TENSORS, {}, "run")
+    (root / "step-0000000003").rename(tmp_path / "kept")
+    save_checkpoint(root, 12, TENSORS, {}, "run")
+    (tmp_path / "kept").rename(root / "step-0000000003")
+    damaged(kind, root / "step-0000000012")
+    found = load_checkpoint(root, "run")
+    assert found is not None and found.step == 3
+    assert len(found.refused) == 1 and "step-0000000012" in found.refused[0]
+
+
+def test_a_foreign_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", 3, TENSORS, {}, "topk-n64")
+    found = load_checkpoint(tmp_path / "c", "topk-n128")
+    assert found is not None and found.step == 0 and not found.tensors
+    assert "belongs to run topk-n64" in found.refused[0]
+
+
+def test_a_full_disk_keeps_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+    from collections import namedtuple
+
+    save_checkpoint(tmp_path / "c", 3, TENSORS, {}, "run")
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="no room for a checkpoint"):
+        save_checkpoint(tmp_path / "c", 12, TENSORS, {}, "run")
+    found = load_checkpoint(tmp_path / "c", "run")
+    assert found is not None and found.step == 3
