@@ -101,7 +101,7 @@ class Mirror:
         except BrokenPipeError:
             self._give_up("ended early")
 
-    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    def close(self, timeout_s: float) -> None:
         """Wait for what is left to be sent, but no longer than `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while self._unsent and self._process is not None and time.monotonic() < deadline:
@@ -165,9 +165,9 @@ def open_tracker(config: Config, run_id: str, run_dir: Path, resumed: bool) -> T
     return WandbTracker(_mirror, run_dir)
 
 
-def close_mirror() -> None:
+def close_mirror(timeout_s: float = CLOSE_TIMEOUT_S) -> None:
     """Wait, for a limited time, until W&B has what was logged; called at the end of the program."""
     global _mirror
     if _mirror is not None:
-        _mirror.close()
+        _mirror.close(timeout_s)
         _mirror = None

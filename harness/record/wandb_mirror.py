@@ -6,6 +6,7 @@ recorded offline, in `<run_dir>/wandb/`; `wandb sync` sends them later.
 
 from __future__ import annotations
 
+import http.client
 import json
 import netrc
 import os
@@ -13,6 +14,8 @@ import queue
 import secrets
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,14 @@ from harness.config import Config, from_container, to_container
 from harness.record.files import write_json_atomic
 
 INIT_TIMEOUT_S = 10.0
+PROBE_TIMEOUT_S = 4.0
 
 
 def has_api_key() -> bool:
     """Whether W&B would find a key: in the environment or in the netrc file that `wandb login` writes."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(server()).hostname or ""
     files = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
     for file in files:
         try:
@@ -41,9 +45,26 @@ def has_api_key() -> bool:
     return False
 
 
+def server() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
 def mode() -> str:
     """`WANDB_MODE` if it is set, else offline without a key."""
     return os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers at all, whatever it says. `wandb.init` takes minutes to find out, and leaves the
+    run's id occupied."""
+    try:
+        with urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S):
+            return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return True
+    except (OSError, http.client.HTTPException, ValueError):
+        return False
 
 
 def wandb_id(run_dir: Path) -> str:
@@ -147,11 +168,23 @@ def _how_to_sync(run_dir: Path) -> str:
     return f"Send it later: wandb sync {run_dir.parent}/*/wandb/offline-run-*"
 
 
+def _announced_mode(run_dir: Path) -> str:
+    """The mode for all runs of this process; says once if that is offline, why, and how to send the runs later."""
+    chosen = mode()
+    if chosen == "online" and not answers(server()):
+        _warn(f"W&B cannot be reached at {server()}; recording offline. {_how_to_sync(run_dir)}")
+        return "offline"
+    if chosen == "offline":
+        key = "" if has_api_key() else "no API key, "
+        print(f"W&B: {key}recording offline. {_how_to_sync(run_dir)} (tracker=none: off)", file=sys.stderr)
+    return chosen
+
+
 def main() -> int:
     os.environ.setdefault("WANDB_SILENT", "true")
     open_runs: dict[str, _Worker] = {}
     workers: list[_Worker] = []
-    chosen = mode()
+    chosen = "offline"
     for text in sys.stdin:
         message = json.loads(text)
         name = message["run"]
@@ -161,9 +194,8 @@ def main() -> int:
             os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir.parent / ".wandb"))
             import wandb  # noqa: F401 - here, since threads that import at once see half a module
 
-            if chosen == "offline" and not workers:
-                key = "" if has_api_key() else "no API key, "
-                print(f"W&B: {key}recording offline. {_how_to_sync(run_dir)} (tracker=none: off)", file=sys.stderr)
+            if not workers:
+                chosen = _announced_mode(run_dir)
             worker = open_runs[name] = _Worker(run_dir, chosen)
             workers.append(worker)
             worker.start()

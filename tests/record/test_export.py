@@ -1,0 +1,135 @@
+"""Exports reproduce the SAE on raw activations; where the other tools are installed, they load them."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from harness import export as command
+from harness.errors import UserError
+from harness.record.export import export, load_trained
+
+
+def reference(run_dir: Path, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense activations and reconstruction of raw rows, from the run's own weights."""
+    about = json.loads((run_dir / "sae/config.json").read_text())
+    weights = load_file(run_dir / "sae/sae.safetensors")
+    scale = about["normalizer"]["scale"]
+    pre = (x / scale - weights["b_dec"]) @ weights["W_enc"].T + weights.get("b_enc", 0.0)
+    values, index = pre.topk(about["sae"]["k"], dim=1)
+    z = torch.zeros_like(pre).scatter(1, index, values.relu())
+    return z * scale, (z @ weights["W_dec"] + weights["b_dec"]) * scale
+
+
+def rows(run_dir: Path) -> Tensor:
+    about = json.loads((run_dir / "sae/config.json").read_text())
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(64, about["d_model"], generator=generator) * about["normalizer"]["scale"]
+
+
+def dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`W_enc` (n, d), `W_dec` (n, d)."""
+    pre = (x - b_dec) @ W_enc.T + b_enc
+    values, index = pre.topk(k, dim=1)
+    z = torch.zeros_like(pre).scatter(1, index, values.relu())
+    return z, z @ W_dec + b_dec
+
+
+def test_the_constant_scale_is_folded(topk_run: Path) -> None:
+    sae, x = load_trained(topk_run), rows(topk_run)
+    found = dense(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
+    for ours, expected in zip(found, reference(topk_run, x), strict=True):
+        torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(len(sae.W_dec)))
+
+
+def test_saelens(topk_run: Path, tmp_path: Path) -> None:
+    assert export(topk_run, "saelens", tmp_path) == []
+    about = json.loads((tmp_path / "cfg.json").read_text())
+    assert (about["architecture"], about["d_in"], about["d_sae"], about["k"]) == ("topk", 16, 32, 2)
+    tensors, x = load_file(tmp_path / "sae_weights.safetensors"), rows(topk_run)
+    assert tensors["W_enc"].shape == (16, 32)
+    found = dense(x, tensors["W_enc"].T, tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], about["k"])
+    torch.testing.assert_close(found[1], reference(topk_run, x)[1])
+    assert load_file(tmp_path / "sparsity.safetensors")["sparsity"].shape == (32,)
+
+
+def test_sparsify(topk_run: Path, tmp_path: Path) -> None:
+    export(topk_run, "sparsify", tmp_path)
+    about = json.loads((tmp_path / "synthetic/cfg.json").read_text())
+    assert (about["num_latents"], about["d_in"], about["k"]) == (32, 16, 2)
+    tensors, x = load_file(tmp_path / "synthetic/sae.safetensors"), rows(topk_run)
+    found = dense(x, tensors["encoder.weight"], tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], about["k"])
+    torch.testing.assert_close(found[1], reference(topk_run, x)[1])
+
+
+def test_dictionary_learning(topk_run: Path, tmp_path: Path) -> None:
+    export(topk_run, "dictionary_learning", tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())["trainer"]
+    assert (about["dict_class"], about["activation_dim"], about["dict_size"]) == ("AutoEncoderTopK", 16, 32)
+    tensors, x = torch.load(tmp_path / "ae.pt", weights_only=True), rows(topk_run)
+    assert tensors["decoder.weight"].shape == (16, 32)
+    assert tensors["k"].dtype == torch.int32
+    weights = (tensors["encoder.weight"], tensors["encoder.bias"], tensors["decoder.weight"].T, tensors["b_dec"])
+    torch.testing.assert_close(dense(x, *weights, int(tensors["k"]))[1], reference(topk_run, x)[1])
+
+
+def test_per_token_normalisation_is_told(
+    layernorm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([str(layernorm_run), "--format", "saelens", "--out", str(tmp_path)]) == 0
+    assert "normalised per token" in capsys.readouterr().err
+    assert "unit norm per token" in json.loads((tmp_path / "cfg.json").read_text())["metadata"]["note"]
+    assert not load_file(tmp_path / "sae_weights.safetensors")["b_enc"].any()
+
+
+@pytest.mark.parametrize("form", ["saelens", "sparsify", "dictionary_learning"])
+def test_a_switch_sae_is_refused(form: str, switch_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a Switch SAE: no other tool can load one"):
+        export(switch_run, form, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+LOADERS = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+root = Path(sys.argv[1])
+x = load_file(root / "x.safetensors")["x"]
+from sae_lens import SAE
+from sparsify import SparseCoder
+saelens = SAE.load_from_disk(str(root / "saelens"), device="cpu")
+sparsify = SparseCoder.load_from_disk(root / "sparsify" / "synthetic")
+from sae_lens import SAE
+import sae_lens.loading.pretrained_sae_loaders as loaders
+loaders.hf_hub_download = lambda repo_id, filename, **_: str(root / filename)
+loaded = loaders.dictionary_learning_sae_huggingface_loader_1("x", "dictionary_learning", device="cpu")
+config, state = loaded[0], loaded[1]
+learned = SAE.from_dict(config).eval()
+learned.load_state_dict(state)
+with torch.no_grad():
+    out = {"saelens": saelens(x), "sparsify": sparsify(x).sae_out, "dictionary_learning": learned(x)}
+save_file({name: value.float().contiguous() for name, value in out.items()}, root / "out.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_the_other_tools_load_them(topk_run: Path, tmp_path: Path) -> None:
+    """Set INTEROP_PYTHON to a Python that has sae-lens 6.54.12 and eai-sparsify 1.3.3 (not installed with us)."""
+    python = os.environ.get("INTEROP_PYTHON")
+    if not python:
+        pytest.skip("INTEROP_PYTHON names no Python with sae-lens and eai-sparsify")
+    for form in ("saelens", "sparsify", "dictionary_learning"):
+        export(topk_run, form, tmp_path / form)
+    x = rows(topk_run)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    done = subprocess.run([python, "-W", "ignore", "-c", LOADERS, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = reference(topk_run, x)[1]
+    for name, found in load_file(tmp_path / "out.safetensors").items():
+        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,0 +1,78 @@
+"""`metrics.jsonl`: whole lines, no gap and no repetition after a resume."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from harness.record.metrics import MetricsFile, cut_after, last, read
+
+
+def write(path: Path, steps: int) -> None:
+    with MetricsFile(path) as file:
+        for step in range(1, steps + 1):
+            file.append({"step": step, "tokens": 10 * step, "loss": 1 / step})
+
+
+def test_lines_are_readable_as_soon_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.append({"step": 1, "loss": 0.5})
+    assert read(path) == [{"step": 1, "loss": 0.5}]
+    file.close()
+    file.close()
+
+
+def test_values_that_json_lacks_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as file:
+        file.append({"step": 1, "loss": math.nan, "lr": math.inf})
+    assert json.loads(path.read_text()) == {"step": 1, "loss": None, "lr": None}
+
+
+def test_a_torn_last_line_is_left_out_and_then_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 3)
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [line["step"] for line in read(path)] == [1, 2, 3]
+    cut_after(path, 3)
+    with MetricsFile(path) as file:
+        file.append({"step": 4})
+    assert [line["step"] for line in read(path)] == [1, 2, 3, 4]
+
+
+def test_cutting_back_to_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 5)
+    cut_after(path, 2)
+    assert [line["step"] for line in read(path)] == [1, 2]
+    cut_after(path, -1)
+    assert read(path) == []
+    cut_after(tmp_path / "missing", 3)
+    assert read(tmp_path / "missing") == []
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 3)
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1][:8]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        read(path)
+
+
+def test_the_newest_values_without_reading_everything(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last(path) == {}
+    write(path, 2000)
+    with MetricsFile(path) as file:
+        file.append({"step": 2000, "fvu": 0.2})
+        file.append({"step": 2001, "tokens": 7})
+    newest = last(path)
+    assert (newest["step"], newest["fvu"], newest["tokens"]) == (2001, 0.2, 7)
+    with path.open("a") as file:
+        file.write('{"step": 20')
+    assert last(path)["step"] == 2001
