@@ -27,6 +27,7 @@ HELDOUT_DOCUMENTS = (384, 128, 32, 8)
 of them. fvu's standard error goes with the number of documents, so many count more than a small held-out share. Only
 where no share serves otherwise, there is no such limit."""
 _TOKENIZE_CHARACTERS = 1 << 20
+_REMEMBERED_TOKENS = 1 << 24
 
 
 class Special(NamedTuple):
@@ -108,97 +109,104 @@ def cut_contexts(
         raise UserError(f"activations.context={cfg.context} has no room beside the special tokens; raise it")
     needed = wanted["heldout"] / sum(wanted.values())
     shares = [share for share in HELDOUT_SHARES if share >= needed] or [HELDOUT_SHARES[-1]]
-    # Only a text that ends before there are enough held-out rows is read more than once.
-    attempts = itertools.product((*HELDOUT_DOCUMENTS, 1), shares)
-    for fewest, share in attempts:
-        if cfg.text != "hub" and not _could_serve(cfg, revision, share, wanted["heldout"], fewest):
-            continue
+    encode = _Encoder(tokenizer)
+
+    def cut(splits: tuple[str, ...], share: float, fewest: int) -> dict[str, _Writer]:
         most = {"train": wanted["train"], "heldout": max(1, wanted["heldout"] // fewest)}
-        cut, rows = _cut_at(cfg, tokenizer, special, revision, directory, stop, wanted, most, share)
-        if rows["heldout"] >= wanted["heldout"]:
+        writers = {split: _Writer(directory, split, wanted[split], most[split]) for split in splits}
+        _read(documents(cfg, revision), encode, special, cfg, share, writers, stop)
+        return writers
+
+    # A text that ends before there are enough held-out rows is read again: first to find the division that gives
+    # them, then for its training rows. An endless one is read once.
+    writers: dict[str, _Writer] = {}
+    attempts = list(itertools.product((*HELDOUT_DOCUMENTS, 1), shares))
+    for fewest, share in attempts:
+        writers |= cut(("heldout",) if writers else SPLITS, share, fewest)
+        if writers["heldout"].full:
             break
-    if not all(rows.values()):
-        empty = "held-out" if rows["train"] else "training"
-        raise UserError(
-            f"activations.text={cfg.text}: the text is too small, {cut.documents} documents leave no {empty} rows; "
-            f"give more or longer text"
-        )
-    return cut
+    if share != attempts[0][1]:
+        writers |= cut(("train",), share, fewest)
+    used = sum(writer.documents for writer in writers.values())
+    for split, name in (("heldout", "held-out"), ("train", "training")):
+        if not writers[split].total_rows:
+            raise UserError(
+                f"activations.text={cfg.text}: the text is too small, {used} documents leave no {name} rows; "
+                f"give more or longer text"
+            )
+    exhausted = any(not writer.full for writer in writers.values())
+    return Cut(share, used, exhausted, max(writer.largest_id for writer in writers.values()))
 
 
-def _could_serve(cfg: ActivationsConfig, revision: str, share: float, rows: int, fewest: int) -> bool:
-    """Whether the held-out documents could give `rows` rows, a row taking at least a character: without tokenizing,
-    which is slow. Always true for the last resort."""
-    if fewest == 1:
-        return True
-    most, possible = max(1, rows // fewest), 0
-    for document in documents(cfg, revision):
-        if _is_heldout(document, share):
-            possible += min(most, len(document.text))
-            if possible >= rows:
-                return True
-    return False
-
-
-def _is_heldout(document: Document, share: float) -> bool:
-    return int.from_bytes(document.digest[:8], "big") < share * 2**64
-
-
-def _cut_at(
-    cfg: ActivationsConfig,
-    tokenizer: Any,
+def _read(
+    read: Iterable[Document],
+    encode: _Encoder,
     special: Special,
-    revision: str,
-    directory: Path,
-    stop: StopFlag,
-    wanted: dict[str, int],
-    most: dict[str, int],
+    cfg: ActivationsConfig,
     share: float,
-) -> tuple[Cut, dict[str, int]]:
-    writers = {split: _Writer(directory, split, wanted[split]) for split in SPLITS}
+    writers: dict[str, _Writer],
+    stop: StopFlag,
+) -> None:
+    """Cut documents into contexts until every writer is full or the text ends."""
     piece = cfg.context - len(special.prefix) - len(special.suffix)
-    used = 0
     try:
-        open_documents = _undecided(documents(cfg, revision), writers, share)
-        for batch in _batched(open_documents):
+        for batch in _batched(_undecided(read, writers, share)):
             if stop.requested:
                 raise Interrupted
-            texts = [document.text for _, document in batch]
-            encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            for (split, _), ids in zip(batch, encoded, strict=True):
-                before = writers[split].total_rows
+            encoded = encode([document for _, _, document in batch])
+            for (number, split, _), ids in zip(batch, encoded, strict=True):
+                writers[split].begin_document(number)
                 for start in range(0, len(ids), piece):
                     context = np.array([*special.prefix, *ids[start : start + piece], *special.suffix], np.int32)
                     kept = int(kept_positions(context, special.dropped, cfg.drop_first_position).sum())
-                    room = before + most[split] - writers[split].total_rows
-                    if not writers[split].add(context, min(kept, room), used):
+                    if not writers[split].add(context, kept):
                         break
-                used += writers[split].total_rows > before
     finally:
         for writer in writers.values():
             writer.close()
-    exhausted = any(not writer.full for writer in writers.values())
-    largest = max(writer.largest_id for writer in writers.values())
-    return Cut(share, used, exhausted, largest), {split: writers[split].total_rows for split in SPLITS}
 
 
-def _undecided(read: Iterable[Document], writers: dict[str, _Writer], share: float) -> Iterator[tuple[str, Document]]:
-    """Documents of splits that are not full yet, with their split; ends when both are full."""
-    for document in read:
+class _Encoder:
+    """Tokenizes documents and remembers the first ones, which a small text is asked for again."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[bytes, Int[np.ndarray, " tokens"]] = {}
+        self._room = _REMEMBERED_TOKENS
+
+    def __call__(self, batch: list[Document]) -> list[Int[np.ndarray, " tokens"]]:
+        unknown = [document for document in batch if document.digest not in self._known]
+        new: dict[bytes, Int[np.ndarray, " tokens"]] = {}
+        if unknown:
+            texts = [document.text for document in unknown]
+            encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            new = {d.digest: np.array(ids, np.int32) for d, ids in zip(unknown, encoded, strict=True)}
+        found = [new[d.digest] if d.digest in new else self._known[d.digest] for d in batch]
+        if self._room > 0:
+            self._known |= new
+            self._room -= sum(map(len, new.values()))
+        return found
+
+
+def _undecided(
+    read: Iterable[Document], writers: dict[str, _Writer], share: float
+) -> Iterator[tuple[int, str, Document]]:
+    """Documents of splits that are not full yet, with their number and split; ends when all are full."""
+    for number, document in enumerate(read):
         if all(writer.full for writer in writers.values()):
             return
-        split = "heldout" if _is_heldout(document, share) else "train"
-        if not writers[split].full:
-            yield split, document
+        split = "heldout" if int.from_bytes(document.digest[:8], "big") < share * 2**64 else "train"
+        if split in writers and not writers[split].full:
+            yield number, split, document
 
 
-def _batched(read: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+def _batched(read: Iterable[tuple[int, str, Document]]) -> Iterator[list[tuple[int, str, Document]]]:
     """Batches of about a million characters: enough to keep a parallel tokenizer busy."""
-    batch: list[tuple[str, Document]] = []
+    batch: list[tuple[int, str, Document]] = []
     characters = 0
     for item in read:
         batch.append(item)
-        characters += len(item[1].text)
+        characters += len(item[2].text)
         if characters >= _TOKENIZE_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -207,12 +215,13 @@ def _batched(read: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, D
 
 
 class _Writer:
-    """Appends contexts of one split to disk until it has its rows."""
+    """Writes contexts of one split to disk until it has its rows, at most `most` of them from one document."""
 
-    def __init__(self, directory: Path, split: str, wanted: int) -> None:
-        self._directory, self._split, self._wanted = directory, split, wanted
+    def __init__(self, directory: Path, split: str, wanted: int, most: int) -> None:
+        self._directory, self._split, self._wanted, self._most = directory, split, wanted, most
         self._file = (directory / f"{split}.ids").open("wb")
         self._offsets, self._rows, self._document = [0], [0], []
+        self._number = self._before = 0
         self.largest_id = 0
 
     @property
@@ -223,17 +232,25 @@ class _Writer:
     def full(self) -> bool:
         return self.total_rows >= self._wanted
 
-    def add(self, context: Int[np.ndarray, " length"], rows: int, document: int) -> bool:
-        """Take up to `rows` rows of a context; False when it is not needed any more."""
-        rows = min(rows, self._wanted - self.total_rows)
-        if rows < 1:
-            return not self.full
-        context.tofile(self._file)
-        self._offsets.append(self._offsets[-1] + len(context))
-        self._rows.append(self._rows[-1] + rows)
-        self._document.append(document)
-        self.largest_id = max(self.largest_id, int(context.max()))
-        return True
+    @property
+    def documents(self) -> int:
+        """Documents that gave rows."""
+        return len(set(self._document))
+
+    def begin_document(self, number: int) -> None:
+        self._number, self._before = number, self.total_rows
+
+    def add(self, context: Int[np.ndarray, " length"], rows: int) -> bool:
+        """Take up to `rows` rows of a context; False when no more of this document are wanted."""
+        room = min(self._wanted, self._before + self._most) - self.total_rows
+        rows = min(rows, room)
+        if rows > 0:
+            context.tofile(self._file)
+            self._offsets.append(self._offsets[-1] + len(context))
+            self._rows.append(self._rows[-1] + rows)
+            self._document.append(self._number)
+            self.largest_id = max(self.largest_id, int(context.max()))
+        return rows < room
 
     def close(self) -> None:
         self._file.close()

@@ -43,7 +43,7 @@ def test_every_epoch_has_every_row_once(total: int, batch: int, seed: int) -> No
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 700), st.integers(0, 100), st.sampled_from([1, 2, 3, 4]), st.integers(0, 3))
+@given(st.integers(1, 700), st.integers(0, 30), st.sampled_from([1, 2, 3, 4]), st.integers(0, 3))
 def test_a_batch_is_a_pure_function_and_ranks_divide_it(total: int, step: int, dp: int, seed: int) -> None:
     walked = stream(total, seed, 48)
     for earlier in range(step):
