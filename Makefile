@@ -1,6 +1,6 @@
 # Every target works as the first command after a clone. No logic here: variables are passed on, empty ones ignored.
 #   make sweep WIDTH=256,512,1024 K=8,16 ARCH=topk,switch EXPERTS=8 TOKENS=1e6 SEEDS=0,1 ACTIVATIONS=minilm
-#   make sweep STUDY=standard SWEEP=mine OUT=runs CLUSTER=local DP=1 SHARD=1
+#   make sweep STUDY=standard SWEEP=mine OUT=runs CLUSTER=local DP=1 SHARD=1 ARGS="train.precision=fp32"
 PYTHON ?= python3
 OUT ?= runs
 STUDY ?= quick
@@ -15,6 +15,7 @@ SEEDS ?=
 CLUSTER ?=
 DP ?=
 SHARD ?=
+ARGS ?=
 
 PY := .venv/bin/python
 READY := .venv/.installed
@@ -32,7 +33,7 @@ setup: $(READY) ## make .venv and install what requirements.lock pins
 sweep: $(READY) ## train what is missing of STUDY (default quick), fit, write the report
 	@$(PY) -m sweeps --study "$(STUDY)" --width "$(WIDTH)" --k "$(K)" --arch "$(ARCH)" --experts "$(EXPERTS)" \
 		--activations "$(ACTIVATIONS)" --tokens "$(TOKENS)" --seeds "$(SEEDS)" --cluster "$(CLUSTER)" --dp "$(DP)" \
-		--shard "$(SHARD)" --sweep "$(SWEEP)" --out "$(OUT)"
+		--shard "$(SHARD)" --sweep "$(SWEEP)" --out "$(OUT)" $(ARGS)
 
 report: $(READY) ## fit and write the report of a sweep again (SWEEP, OUT)
 	@$(PY) -m analysis report "$(SWEEP_DIR)"
