@@ -105,12 +105,11 @@ from sae_lens import SAE
 from sparsify import SparseCoder
 saelens = SAE.load_from_disk(str(root / "saelens"), device="cpu")
 sparsify = SparseCoder.load_from_disk(root / "sparsify" / "synthetic")
-from sae_lens import SAE
 import sae_lens.loading.pretrained_sae_loaders as loaders
 loaders.hf_hub_download = lambda repo_id, filename, **_: str(root / filename)
 loaded = loaders.dictionary_learning_sae_huggingface_loader_1("x", "dictionary_learning", device="cpu")
 config, state = loaded[0], loaded[1]
-learned = SAE.from_dict(config).eval()
+learned = SAE.from_dict(loaders.handle_pre_6_0_config(config)).eval()
 learned.load_state_dict(state)
 with torch.no_grad():
     out = {"saelens": saelens(x), "sparsify": sparsify(x).sae_out, "dictionary_learning": learned(x)}
