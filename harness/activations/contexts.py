@@ -245,7 +245,7 @@ class _Writer:
         room = min(self._wanted, self._before + self._most) - self.total_rows
         rows = min(rows, room)
         if rows > 0:
-            context.tofile(self._file)
+            self._file.write(context.tobytes())
             self._offsets.append(self._offsets[-1] + len(context))
             self._rows.append(self._rows[-1] + rows)
             self._document.append(self._number)
@@ -256,7 +256,7 @@ class _Writer:
         self._file.close()
         table = {"offsets": self._offsets, "rows": self._rows, "document": self._document}
         for name, values in table.items():
-            np.array(values, np.int64).tofile(self._directory / f"{self._split}.{name}")
+            (self._directory / f"{self._split}.{name}").write_bytes(np.array(values, np.int64).tobytes())
 
 
 def open_contexts(directory: Path, split: str) -> Contexts:

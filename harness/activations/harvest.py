@@ -134,7 +134,7 @@ def _check_disk(plan: Plan, directory: Path) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
-            f"harvesting needs {needed / 1e9:.2f} GB in {directory.parent} and {free / 1e9:.2f} GB are free; "
+            f"harvesting needs {needed / 1e6:,.0f} MB in {directory.parent} and {free / 1e6:,.0f} MB are free; "
             f"set activations.dir to a larger disk or lower activations.tokens"
         )
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import shutil
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from harness.activations.assemble import TornUnits, assemble, remove_scratch
 from harness.activations.harvest import describe, forward_units, prepare, rows_done
@@ -33,8 +36,10 @@ def open_source(cfg: ActivationsConfig, out: Path, *, progress: bool, stop: Stop
     if not is_complete(directory):
         try:
             _harvest_once(cfg, directory, Progress() if progress else Progress(io.StringIO()), stop)
-        except OSError as error:
-            raise _explained(error, root) from error
+        except (OSError, SafetensorError) as error:
+            if (explained := _explained(error, root)) is not None:
+                raise explained from error
+            raise
     return Store(directory)
 
 
@@ -88,10 +93,13 @@ def harvest(cfg: ActivationsConfig, partial: Path, progress: Progress, stop: Sto
         return
 
 
-def _explained(error: OSError, root: Path) -> OSError | UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _explained(error: OSError | SafetensorError, root: Path) -> UserError | None:
+    """The one line for a full disk or a place that cannot be written."""
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors reports the operating system's error as text only.
+    if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
         free = shutil.disk_usage(root).free
         return UserError(f"the disk of {root} is full ({free / 1e6:.0f} MB free); free some or set activations.dir")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return UserError(f"cannot write activations to {root}: {error.strerror}; set activations.dir or out")
-    return error
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return UserError(f"cannot write activations to {root}: {os.strerror(number)}; set activations.dir or out")
+    return None

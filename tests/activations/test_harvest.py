@@ -255,7 +255,7 @@ def test_the_disk_is_checked_before_harvesting(tiny: ActivationsConfig, tmp_path
     plan, _ = prepare(tiny, tmp_path, StopFlag())
     enormous = plan._replace(rows={"train": 10**13, "heldout": 1})
     assert isinstance(enormous, Plan)
-    with pytest.raises(UserError, match=r"harvesting needs \d+\.\d+ GB in .* set activations.dir to a larger disk"):
+    with pytest.raises(UserError, match=r"harvesting needs [\d,]+ MB in .* set activations.dir to a larger disk"):
         _check_disk(enormous, tmp_path)
 
 
