@@ -12,6 +12,9 @@ from torch import Tensor
 
 Axis = Literal["shard", "dp", "all"]
 
+Kind = Literal["selection", "reconstruction", "auxk", "gradients", "counters", "scalars", "evaluation"]
+"""What an exchange is for; bytes are counted by it."""
+
 
 class Shards(Protocol):
     """This rank's place in the mesh, and the exchanges over it."""
@@ -27,15 +30,15 @@ class Shards(Protocol):
         """Which of `count` rows (latents, or experts) this rank owns; `count` is divisible by `shard`."""
         ...
 
-    def keep(self, values: Float[Tensor, "tokens width"], k: int) -> Int[Tensor, " tokens"]:
+    def keep(self, values: Float[Tensor, "tokens width"], k: int, kind: Kind) -> Int[Tensor, " tokens"]:
         """How many of its descending candidates each token keeps, so that over all shards exactly the k largest
         are kept; equal values are kept on the lowest shard first."""
         ...
 
-    def sum_(self, tensor: Tensor, over: Axis) -> Tensor:
+    def sum_(self, tensor: Tensor, over: Axis, kind: Kind) -> Tensor:
         """Sum in place over an axis of the mesh; returns `tensor`."""
         ...
 
     def agree(self, bits: int) -> int:
-        """Bitwise OR of a small non-negative integer over all ranks."""
+        """Bitwise OR of a small non-negative integer over all ranks, maybe of the call before this one."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.parallel.interface import Axis
+from harness.parallel.interface import Axis, Kind
 
 
 class Solo:
@@ -20,11 +20,11 @@ class Solo:
     def rows(self, count: int) -> slice:
         return slice(0, count)
 
-    def keep(self, values: Float[Tensor, "tokens width"], k: int) -> Int[Tensor, " tokens"]:
+    def keep(self, values: Float[Tensor, "tokens width"], k: int, kind: Kind) -> Int[Tensor, " tokens"]:
         tokens, width = values.shape
         return values.new_full((tokens,), min(k, width)).long()
 
-    def sum_(self, tensor: Tensor, over: Axis) -> Tensor:
+    def sum_(self, tensor: Tensor, over: Axis, kind: Kind) -> Tensor:
         return tensor
 
     def agree(self, bits: int) -> int:

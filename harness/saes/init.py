@@ -81,5 +81,5 @@ def match_norm(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], shards: S
     inputs = run.centred.square().sum()
     both = torch.stack([inputs, reconstruction])
     if sae.routed:
-        shards.sum_(both, "shard")
+        shards.sum_(both, "shard", "scalars")
     params["W_enc"] *= (both[0] / both[1]).sqrt()

@@ -23,8 +23,8 @@ class Routing:
     scale: Float[Tensor, " own"] | None = None
     """p of the chosen expert, the factor on the reconstruction."""
     probabilities: Float[Tensor, "own experts"] | None = None
-    share: Float[Tensor, " experts"] | None = None
-    """f: the share of the global batch that each expert receives; no gradient."""
+    counts: Int[Tensor, " experts"] | None = None
+    """Tokens of this replica's batch that each expert receives."""
 
     def take(self, rows: Float[Tensor, "tokens d"]) -> Float[Tensor, "own d"]:
         return rows if self.order is None else rows[self.order]
@@ -55,8 +55,7 @@ def route(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], shards: Shards
     groups = Groups(offsets, tuple(width * e for e in range(own.stop - own.start + 1)))
     probabilities, expert = probabilities[order], expert[order]
     scale = probabilities.gather(1, expert[:, None]).squeeze(1)
-    share = shards.sum_(counts.to(probabilities.dtype), "dp") / (x.shape[0] * shards.dp)
-    return Routing(groups, order, scale, probabilities, share)
+    return Routing(groups, order, scale, probabilities, counts)
 
 
 def router_grads(
@@ -64,14 +63,16 @@ def router_grads(
     params: Params,
     x: Float[Tensor, "own d"],
     routing: Routing,
+    share: Float[Tensor, " experts"],
     scale_grad: Float[Tensor, " own"],
     global_tokens: int,
     grads: Params,
 ) -> None:
     """Write dL/dW_r and dL/db_r of the own tokens: from the reconstruction through p (`scale_grad` = dL/dp of the
-    chosen expert), and from the balance term λ·E·Σ f_i·P_i with P_i the mean probability of expert i."""
-    p, share = routing.probabilities, routing.share
-    assert p is not None and share is not None and routing.scale is not None
+    chosen expert), and from the balance term λ·E·Σ f_i·P_i with P_i the mean probability of expert i and f_i its
+    `share` of the global batch, which has no gradient."""
+    p = routing.probabilities
+    assert p is not None and routing.scale is not None
     balance = share * (sae.balance_weight * sae.n_experts / global_tokens)
     # softmax backward of g = balance + scale_grad at the chosen expert, without building g
     chosen = p.argmax(dim=1, keepdim=True)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from harness.ops import Codes, Groups, Ops, Reduce
-from harness.parallel import Axis, Shards
+from harness.parallel import Axis, Kind, Shards
 from harness.saes.router import Routing, route, router_grads
 from harness.saes.sae import Params, Sae
 
@@ -64,7 +64,7 @@ def find_dead(sae: Sae, dead: Bool[Tensor, " rows"], shards: Shards) -> DeadLate
     groups = shards.rows(sae.n_experts)
     per_group = dead.view(groups.stop - groups.start if sae.routed else 1, -1).sum(dim=1)
     # a TopK selects among the dead latents of all shards, a Switch token among those of its expert
-    total = shards.sum_(per_group.sum(), "shard")
+    total = shards.sum_(per_group.sum(), "shard", "scalars")
     available = per_group.max() if sae.routed else total
     *counts, most, everywhere = torch.cat([per_group, available[None], total[None]]).tolist()
     if not everywhere:
@@ -73,11 +73,11 @@ def find_dead(sae: Sae, dead: Bool[Tensor, " rows"], shards: Shards) -> DeadLate
     return DeadLatents(dead.nonzero().squeeze(1), offsets, max(1, min(sae.aux_k, most)), everywhere)
 
 
-def _active(sae: Sae, codes: Codes, k: int, shards: Shards) -> Codes:
+def _active(sae: Sae, codes: Codes, k: int, shards: Shards, kind: Kind) -> Codes:
     """ReLU, and only those candidates that are among the k largest over all shards."""
     values = codes.values.relu()
     if not sae.routed:
-        kept = shards.keep(codes.values, k)
+        kept = shards.keep(codes.values, k, kind)
         place = torch.arange(values.shape[1], device=values.device)
         values = values * (place < kept[:, None])
     return Codes(values, codes.index)
@@ -99,11 +99,11 @@ class Forward:
     """‖x − x̂‖² per token."""
 
 
-def _reduce(sae: Sae, shards: Shards) -> Reduce | None:
+def _reduce(sae: Sae, shards: Shards, kind: Kind) -> Reduce | None:
     """How partial reconstructions become whole: summed over shards for TopK; Switch's are whole."""
     if sae.routed or shards.shard == 1:
         return None
-    return lambda partial: shards.sum_(partial, "shard")
+    return lambda partial: shards.sum_(partial, "shard", kind)
 
 
 def forward(
@@ -114,9 +114,9 @@ def forward(
     centred = routing.take(x - params["b_dec"])
     low = centred.to(compute["W_enc"].dtype)
     codes = ops.select(low, compute["W_enc"], params.get("b_enc"), sae.k, routing.groups)
-    codes = _active(sae, codes, sae.k, shards)
+    codes = _active(sae, codes, sae.k, shards, "selection")
     residual, dz, squared = ops.reconstruct(
-        codes, compute["W_dec"], centred, routing.scale, routing.groups, _reduce(sae, shards)
+        codes, compute["W_dec"], centred, routing.scale, routing.groups, _reduce(sae, shards, "reconstruction")
     )
     return Forward(routing, centred, codes, residual, dz, squared)
 
@@ -163,16 +163,16 @@ def step(
     share = residual.new_ones(1)
     if sae.routed:
         scale_grad = factor * (codes.values * run.dz).sum(dim=1)
-        router_grads(sae, params, routing.take(x), routing, scale_grad, global_tokens, grads)
-        assert routing.probabilities is not None and routing.share is not None
-        share = routing.share
+        assert routing.probabilities is not None and routing.counts is not None
+        share = shards.sum_(routing.counts.to(residual.dtype), "dp", "scalars") / global_tokens
+        router_grads(sae, params, routing.take(x), routing, share, scale_grad, global_tokens, grads)
         sums[1] = torch.special.entr(routing.probabilities).sum()
         sums = torch.cat([sums, routing.probabilities.sum(dim=0)])
     for name, cut in sae.layout().items():
-        shards.sum_(grads[name], "dp" if cut == "latent_rows" else "all")
+        shards.sum_(grads[name], "dp" if cut == "latent_rows" else "all", "gradients")
 
-    sums = shards.sum_(sums, own_tokens)
-    active = shards.sum_((codes.values > 0).sum(), "all")
+    sums = shards.sum_(sums, own_tokens, "scalars")
+    active = shards.sum_((codes.values > 0).sum(), "all", "scalars")
     fvu = sums[0] / (sae.variance * global_tokens)
     balance = sae.n_experts * (share * sums[2:] / global_tokens).sum() if sae.routed else share.new_ones(())
     return Stats(
@@ -183,7 +183,7 @@ def step(
         l0=active.to(residual.dtype) / global_tokens,
         router_entropy=sums[1] / global_tokens,
         expert_share=share,
-        fired=shards.sum_(ops.fired(codes, params["W_enc"].shape[0]), "dp"),
+        fired=shards.sum_(ops.fired(codes, params["W_enc"].shape[0]), "dp", "counters"),
     )
 
 
@@ -210,11 +210,11 @@ def _aux(
     groups = Groups(routing.groups.token_offsets, dead.row_offsets)
     W_enc, W_dec = compute["W_enc"][dead.rows], compute["W_dec"][dead.rows]
     b_enc = params["b_enc"][dead.rows] if sae.enc_bias else None
-    codes = _active(sae, ops.select(low, W_enc, b_enc, dead.k, groups), dead.k, shards)
-    error, dz, squared = ops.reconstruct(codes, W_dec, target, routing.scale, groups, _reduce(sae, shards))
+    codes = _active(sae, ops.select(low, W_enc, b_enc, dead.k, groups), dead.k, shards, "auxk")
+    error, dz, squared = ops.reconstruct(codes, W_dec, target, routing.scale, groups, _reduce(sae, shards, "auxk"))
 
     moments = torch.cat([target.sum(dim=0), target.square().sum()[None], squared.sum()[None]])
-    moments = shards.sum_(moments, own_tokens)
+    moments = shards.sum_(moments, own_tokens, "auxk")
     spread = moments[-2] - moments[:-2].square().sum() / global_tokens
     inverse = torch.where(spread > 0, 1 / spread, 0.0)
 

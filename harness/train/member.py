@@ -140,7 +140,7 @@ class Member:
         window = self.config.train.dead_window_tokens
         if self.tokens < window:
             return None
-        return float(shards.sum_((self.silent >= window).sum(), "shard")) / self.sae.n_latents
+        return float(shards.sum_((self.silent >= window).sum(), "shard", "scalars")) / self.sae.n_latents
 
     def log_line(self, shards: Shards) -> dict[str, Any]:
         """Means over the steps since the last line, which begin anew. Waits for the device."""

@@ -66,7 +66,7 @@ class Optimizer:
         squares = {"latent_rows": [], "replicated": []}
         for name, cut in self.sae.layout().items():
             squares[cut].append(self.grads[name].square().sum())
-        local = shards.sum_(torch.stack(squares["latent_rows"]).sum(), "shard")
+        local = shards.sum_(torch.stack(squares["latent_rows"]).sum(), "shard", "scalars")
         return (local + torch.stack(squares["replicated"]).sum()).sqrt()
 
     def averaged(self, updates: int) -> Params:

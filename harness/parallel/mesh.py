@@ -1,0 +1,167 @@
+"""A mesh of ranks over torch.distributed: gloo on CPUs, NCCL on GPUs.
+
+Ranks come from `torchrun`, from `srun` (one task a rank), or from the launcher on one machine; all are known by
+environment variables. The group is owned by `mesh`, a context manager: leaving without destroying a group aborts some
+processes at exit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import ProcessGroup
+
+from harness.parallel.interface import Axis, Kind, Shards
+from harness.parallel.solo import Solo
+
+START_TIMEOUT = timedelta(minutes=30)
+"""Until the first step: ranks may start far apart, compile, or wait for a harvest."""
+STEP_TIMEOUT = timedelta(minutes=5)
+"""Afterwards: a rank that is silent for longer is lost, and the others end."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers, as the environment tells it."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+
+def ranks_from_environment(environment: Mapping[str, str] | None = None) -> Ranks:
+    """RANK, WORLD_SIZE, LOCAL_RANK (torchrun, our launcher), else SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID inside an
+    `srun` step, else one process."""
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        return Ranks(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0")))
+    return Ranks(0, 1, 0)
+
+
+class Traffic:
+    """Bytes this rank sent, by kind of exchange, counted at every call as an ideal network would carry them:
+    an all-reduce sends 2·(g−1)/g of the buffer, an all-to-all (g−1)/g of it, over a group of g ranks."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, float] = {}
+
+    def count(self, kind: Kind, tensor: Tensor, group_size: int, passes: int) -> None:
+        sent = passes * tensor.numel() * tensor.element_size() * (group_size - 1) / group_size
+        self.sent[kind] = self.sent.get(kind, 0.0) + sent
+
+
+class Mesh:
+    """`Shards` over a process group of dp·shard ranks; rank = dp_rank·shard + shard_rank."""
+
+    def __init__(self, device_mesh: DeviceMesh, control: ProcessGroup) -> None:
+        self.device_mesh = device_mesh
+        self.rank = dist.get_rank()
+        self.dp, self.shard = device_mesh.size(0), device_mesh.size(1)
+        self.dp_rank, self.shard_rank = device_mesh.get_local_rank("dp"), device_mesh.get_local_rank("shard")
+        self.traffic = Traffic()
+        self._groups = {"dp": device_mesh.get_group("dp"), "shard": device_mesh.get_group("shard")}
+        self._sizes = {"dp": self.dp, "shard": self.shard, "all": self.dp * self.shard}
+        self._control = control
+        self._asked: tuple[Tensor, dist.Work] | None = None
+
+    def rows(self, count: int) -> slice:
+        assert count % self.shard == 0
+        each = count // self.shard
+        return slice(self.shard_rank * each, (self.shard_rank + 1) * each)
+
+    def keep(self, values: Float[Tensor, "tokens width"], k: int, kind: Kind) -> Int[Tensor, " tokens"]:
+        """Exact: every shard sends all its candidates of a token to the token's owner, who answers each shard with
+        how many of them are among the k largest. Stable order, shards ascending: ties go to the lowest index."""
+        if self.shard == 1:
+            return Solo().keep(values, k, kind)
+        tokens, width = values.shape
+        group, each = self._groups["shard"], -(-tokens // self.shard)
+        padded = values.new_full((each * self.shard, width), -torch.inf)
+        padded[:tokens] = values
+        received = torch.empty_like(padded)
+        dist.all_to_all_single(received, padded, group=group)
+        self.traffic.count(kind, padded, self.shard, 1)
+        # (owned tokens, shard·width): of each token all candidates, lowest shard first
+        candidates = received.view(self.shard, each, width).transpose(0, 1).reshape(each, -1)
+        winners = candidates.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        counts = torch.zeros(each, self.shard, dtype=torch.int32, device=values.device)
+        counts.scatter_add_(1, winners // width, torch.ones_like(winners, dtype=torch.int32))
+        answers = counts.T.contiguous()
+        kept = torch.empty_like(answers)
+        dist.all_to_all_single(kept, answers, group=group)
+        self.traffic.count(kind, answers, self.shard, 1)
+        return kept.flatten()[:tokens].long()
+
+    def sum_(self, tensor: Tensor, over: Axis, kind: Kind) -> Tensor:
+        if self._sizes[over] > 1:
+            contiguous = tensor.contiguous()
+            dist.all_reduce(contiguous, group=None if over == "all" else self._groups[over])
+            if contiguous is not tensor:
+                tensor.copy_(contiguous)
+            self.traffic.count(kind, tensor, self._sizes[over], 2)
+        return tensor
+
+    def agree(self, bits: int) -> int:
+        """One call late: what all ranks said in the call before; so no rank waits for the slowest one here."""
+        answer = 0
+        if self._asked is not None:
+            flags, work = self._asked
+            work.wait()
+            answer = sum(1 << place for place, flag in enumerate(flags.tolist()) if flag)
+        flags = torch.tensor([bits >> place & 1 for place in range(8)])
+        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+        assert work is not None
+        self._asked = (flags, work)
+        return answer
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._control)
+
+    def close(self) -> None:
+        """Take back the last question to the others; every rank does, so nothing stays under way."""
+        if self._asked is not None:
+            self._asked[1].wait()
+            self._asked = None
+
+
+@contextmanager
+def mesh(dp: int, shard: int, device: torch.device) -> Iterator[Shards]:
+    """The mesh that this process is a rank of; `Solo` for one process. `device` decides between gloo and NCCL.
+
+    Raises `ValueError` when the number of ranks is not dp·shard.
+    """
+    ranks = ranks_from_environment()
+    if dp * shard != ranks.world:
+        raise ValueError(
+            f"mesh.dp={dp} × mesh.shard={shard} needs {dp * shard} ranks, and {ranks.world} were started; "
+            f"change the mesh or the number of tasks"
+        )
+    if ranks.world == 1:
+        yield Solo()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        rank=ranks.rank,
+        world_size=ranks.world,
+        timeout=START_TIMEOUT,
+    )
+    try:
+        device_mesh = init_device_mesh(device.type, (dp, shard), mesh_dim_names=("dp", "shard"))
+        control = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+        assert isinstance(control, ProcessGroup)
+        yield Mesh(device_mesh, control)
+    finally:
+        dist.destroy_process_group()
