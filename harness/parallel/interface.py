@@ -20,7 +20,9 @@ class Shards(Protocol):
     """This rank's place in the mesh, and the exchanges over it."""
 
     rank: int
-    """0 on one process; the rank that writes."""
+    """Among all; rank 0 writes."""
+    size: int
+    """dp·shard."""
     dp_rank: int
     dp: int
     shard_rank: int
@@ -37,6 +39,15 @@ class Shards(Protocol):
 
     def sum_(self, tensor: Tensor, over: Axis, kind: Kind) -> Tensor:
         """Sum in place over an axis of the mesh; returns `tensor`."""
+        ...
+
+    def global_view(self, local: Tensor, cut: bool) -> Tensor:
+        """The tensor as a checkpoint sees it: `local` itself, or, when it is this rank's rows (`cut`) of a larger
+        one, a DTensor over the same memory."""
+        ...
+
+    def gather(self, local: Tensor) -> Tensor:
+        """All rows of a tensor that is cut over `shard`, on every rank."""
         ...
 
     def agree(self, bits: int) -> int:

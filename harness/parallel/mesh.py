@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from harness.parallel.interface import Axis, Kind, Shards
 from harness.parallel.solo import Solo
@@ -66,7 +67,7 @@ class Mesh:
 
     def __init__(self, device_mesh: DeviceMesh, control: ProcessGroup) -> None:
         self.device_mesh = device_mesh
-        self.rank = dist.get_rank()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.dp, self.shard = device_mesh.size(0), device_mesh.size(1)
         self.dp_rank, self.shard_rank = device_mesh.get_local_rank("dp"), device_mesh.get_local_rank("shard")
         self.traffic = Traffic()
@@ -111,6 +112,15 @@ class Mesh:
                 tensor.copy_(contiguous)
             self.traffic.count(kind, tensor, self._sizes[over], 2)
         return tensor
+
+    def global_view(self, local: Tensor, cut: bool) -> Tensor:
+        placement = Shard(0) if cut else Replicate()
+        return DTensor.from_local(local, self.device_mesh, [Replicate(), placement], run_check=False)
+
+    def gather(self, local: Tensor) -> Tensor:
+        parts = [torch.empty_like(local) for _ in range(self.shard)]
+        dist.all_gather(parts, local.contiguous(), group=self._groups["shard"])
+        return torch.cat(parts)
 
     def agree(self, bits: int) -> int:
         """One call late: what all ranks said in the call before; so no rank waits for the slowest one here."""

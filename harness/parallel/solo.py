@@ -12,6 +12,7 @@ class Solo:
     """A mesh of one rank: it owns every row, keeps its own top k, and sums over nobody."""
 
     rank = 0
+    size = 1
     dp_rank = 0
     dp = 1
     shard_rank = 0
@@ -26,6 +27,12 @@ class Solo:
 
     def sum_(self, tensor: Tensor, over: Axis, kind: Kind) -> Tensor:
         return tensor
+
+    def global_view(self, local: Tensor, cut: bool) -> Tensor:
+        return local
+
+    def gather(self, local: Tensor) -> Tensor:
+        return local
 
     def agree(self, bits: int) -> int:
         return bits

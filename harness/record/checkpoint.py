@@ -1,23 +1,30 @@
-"""Checkpoints: tensors in safetensors, the rest in JSON, written beside, renamed, marked last.
+"""Checkpoints: torch.distributed.checkpoint with safetensors storage (nothing is unpickled), on any mesh.
 
-`checkpoints/step-00001234/` holds `state.safetensors` and `marker.json`; the marker (step, format, run_id) is
-written last inside a directory that is renamed into place, so what has a name is whole. The previous checkpoint goes
-only when the new one stands.
+`checkpoints/step-0000001234/` holds one safetensors file per rank and `marker.json` (step, format, run, mesh, versions,
+size and hash of every file), written last into a directory that is then renamed into place: what has a name is whole.
+The previous checkpoint goes only when the new one stands.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from harness.record.files import fsync_directory, write_json_atomic, write_tensors_atomic
+from harness.parallel import Shards
+from harness.record.files import fsync_directory, fsync_file, write_json_atomic
 
 FORMAT = 1
 """Raised when the content changes so that older checkpoints cannot be continued."""
@@ -25,8 +32,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """The one to go on from, or, with step 0 and no directory, only what was refused."""
+
     step: int
-    tensors: dict[str, Tensor]
+    directory: Path | None
     extra: dict[str, Any]
     refused: tuple[str, ...]
     """One line for each newer checkpoint that was passed over, with the reason."""
@@ -37,26 +46,79 @@ def _directories(root: Path) -> list[Path]:
     return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True) if root.is_dir() else []
 
 
-def save_checkpoint(root: Path, step: int, tensors: dict[str, Tensor], extra: dict[str, Any], run_id: str) -> None:
-    """Write the state after `step` completed steps and drop older ones. `run_id` names its science.
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # it assumes a single process, which is what we ask for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
-    Raises `OSError`, naming the directory, when the disk is too full; the previous checkpoint then still stands.
+
+def _raise_together(problem: OSError | None, shards: Shards) -> None:
+    """Every rank raises when one has a problem, so that none waits for it."""
+    failed = shards.sum_(torch.tensor(int(problem is not None)), "all", "scalars")
+    if problem is not None:
+        raise problem
+    if int(failed):
+        raise OSError("another rank could not write the checkpoint; its log says why")
+
+
+def save_checkpoint(
+    root: Path, step: int, views: Mapping[str, Tensor], extra: dict[str, Any], run_id: str, shards: Shards
+) -> None:
+    """Write the state after `step` completed steps and drop older ones; called by all ranks.
+
+    `views` are whole tensors, or this rank's part as a DTensor (`Shards.global_view`). Raises `OSError` on every rank,
+    naming the directory, when the disk is too full; the previous checkpoint then still stands.
     """
+    final = root / f"step-{step:010d}"
+    beside = root / f".{final.name}.tmp"
+    problem: OSError | None = None
+    if shards.rank == 0:
+        try:
+            _prepare(root, beside, views)
+        except OSError as error:
+            problem = error
+    _raise_together(problem, shards)
+    try:
+        with _quietly():
+            writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+            save(dict(views), storage_writer=writer, no_dist=shards.size == 1)
+        if shards.rank == 0:
+            _commit(root, beside, final, step, extra, run_id, shards)
+    except OSError as error:
+        problem = error
+    _raise_together(problem, shards)
+
+
+def _prepare(root: Path, beside: Path, views: Mapping[str, Tensor]) -> None:
     root.mkdir(exist_ok=True)
-    needed = sum(t.numel() * t.element_size() for t in tensors.values())
+    needed = sum(view.numel() * view.element_size() for view in views.values())
     free = shutil.disk_usage(root).free
     if free < 1.05 * needed + (1 << 20):
         raise OSError(
             f"no room for a checkpoint in {root}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free; "
             f"free some space and start the same command again"
         )
-    final = root / f"step-{step:010d}"
-    beside = root / f".{final.name}.tmp"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    file = beside / "state.safetensors"
-    write_tensors_atomic(file, tensors)
-    marker = {"format": FORMAT, "step": step, "run_id": run_id, "bytes": file.stat().st_size, "extra": extra}
+
+
+def _commit(
+    root: Path, beside: Path, final: Path, step: int, extra: dict[str, Any], run_id: str, shards: Shards
+) -> None:
+    files = sorted(beside.glob("*.safetensors"))
+    for file in files:
+        fsync_file(file)
+    marker = {
+        "format": FORMAT,
+        "step": step,
+        "run_id": run_id,
+        "mesh": {"dp": shards.dp, "shard": shards.shard},
+        "torch": torch.__version__,
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files},
+        "extra": extra,
+    }
     write_json_atomic(beside / "marker.json", marker)
     if final.exists():
         shutil.rmtree(final)
@@ -67,23 +129,58 @@ def save_checkpoint(root: Path, step: int, tensors: dict[str, Tensor], extra: di
             shutil.rmtree(older)
 
 
-def load_checkpoint(root: Path, run_id: str) -> Checkpoint | None:
-    """The newest checkpoint that is whole, of this format and this run; None if there is none."""
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _read_marker(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "marker.json").read_text())
+
+
+def _verify(directory: Path, run_id: str) -> None:
+    """Raises `ValueError`, `KeyError` or `OSError` saying why the checkpoint cannot be continued."""
+    marker = _read_marker(directory)
+    if marker["format"] != FORMAT:
+        raise ValueError(f"format {marker['format']}, this version reads {FORMAT}")
+    if marker["run_id"] != run_id:
+        raise ValueError(f"it belongs to run {marker['run_id']}")
+    for name, expected in marker["files"].items():
+        file = directory / name
+        if file.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
+        if _sha256(file) != expected["sha256"]:
+            raise ValueError(f"the content of {name} is not what was written")
+
+
+def find_checkpoint(root: Path, run_id: str, shards: Shards) -> Checkpoint | None:
+    """The newest checkpoint that is whole, of this format and this run; None if there is none at all.
+
+    Rank 0 looks and decides for all.
+    """
     refused: list[str] = []
-    for directory in _directories(root):
-        try:
-            marker = json.loads((directory / "marker.json").read_text())
-            if marker["format"] != FORMAT:
-                raise ValueError(f"format {marker['format']}, this version reads {FORMAT}")
-            if marker["run_id"] != run_id:
-                raise ValueError(f"it belongs to run {marker['run_id']}")
-            file = directory / "state.safetensors"
-            if file.stat().st_size != marker["bytes"]:
-                raise ValueError(f"state.safetensors has {file.stat().st_size} bytes instead of {marker['bytes']}")
-            return Checkpoint(marker["step"], load_file(file), marker["extra"], tuple(refused))
-        except (OSError, ValueError, KeyError, SafetensorError) as problem:
-            refused.append(f"checkpoint {directory.name} refused: {problem}")
-    return Checkpoint(0, {}, {}, tuple(refused)) if refused else None
+    chosen = -1
+    if shards.rank == 0:
+        for directory in _directories(root):
+            try:
+                _verify(directory, run_id)
+                chosen = _read_marker(directory)["step"]
+                break
+            except FileNotFoundError as problem:
+                refused.append(f"checkpoint {directory.name} refused: {Path(problem.filename).name} is missing")
+            except (OSError, ValueError, KeyError) as problem:
+                refused.append(f"checkpoint {directory.name} refused: {problem}")
+    step = int(shards.sum_(torch.tensor(chosen if shards.rank == 0 else 0), "all", "scalars"))
+    if step >= 0:
+        directory = root / f"step-{step:010d}"
+        return Checkpoint(step, directory, _read_marker(directory)["extra"], tuple(refused))
+    return Checkpoint(0, None, {}, tuple(refused)) if refused else None
+
+
+def load_tensors(directory: Path, views: Mapping[str, Tensor], shards: Shards) -> None:
+    """Read the checkpoint in `directory` into `views`, in place, whatever mesh wrote it; called by all ranks."""
+    with _quietly():
+        load(dict(views), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=shards.size == 1)
 
 
 def remove_checkpoints(root: Path) -> None:

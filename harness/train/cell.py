@@ -12,7 +12,7 @@ from harness.activations.synthetic import recovered
 from harness.config import Config
 from harness.ops import Ops
 from harness.parallel import Shards
-from harness.record.checkpoint import Checkpoint, save_checkpoint
+from harness.record.checkpoint import load_tensors, save_checkpoint
 from harness.record.metrics import MetricsFile
 from harness.record.progress import Progress
 from harness.record.signals import StopFlag
@@ -115,9 +115,11 @@ class Cell:
         """Checkpoint: tensors, counters, and the evaluations so far."""
         self.metrics.sync()
         extra = {"scalars": self.member.scalars(), "evaluations": list(self.evaluations.items())}
-        save_checkpoint(self.run_dir / "checkpoints", self.member.done, self.member.tensors(), extra, self.run_id)
+        root, views = self.run_dir / "checkpoints", self.member.views(shards)
+        save_checkpoint(root, self.member.done, views, extra, self.run_id, shards)
 
-    def restore(self, found: Checkpoint, shards: Shards) -> None:
-        """Go on from a checkpoint."""
-        self.member.restore(found.tensors, found.extra["scalars"], shards)
-        self.evaluations = dict(found.extra["evaluations"])
+    def restore(self, directory: Path, extra: dict[str, Any], shards: Shards) -> None:
+        """Go on from the checkpoint in `directory`."""
+        load_tensors(directory, self.member.views(shards), shards)
+        self.member.restore(extra["scalars"], shards)
+        self.evaluations = dict(extra["evaluations"])

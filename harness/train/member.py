@@ -194,10 +194,17 @@ class Member:
             "flops_executed": self.flops_executed,
         }
 
-    def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Any], shards: Shards) -> None:
-        """Go on from a checkpoint's tensors and scalars."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+    def views(self, shards: Shards) -> dict[str, Tensor]:
+        """`tensors` as a checkpoint sees them on this mesh."""
+        cuts = self.sae.layout()
+        counters = ("silent", "fire_counts", "dead")
+        return {
+            name: shards.global_view(tensor, name in counters or cuts.get(name.partition(".")[2]) == "latent_rows")
+            for name, tensor in self.tensors().items()
+        }
+
+    def restore(self, scalars: dict[str, Any], shards: Shards) -> None:
+        """Go on from a checkpoint whose tensors have been read into `views`."""
         self.done, self.summed_steps = scalars["done"], scalars["summed_steps"]
         self.wall_s, self.eval_s = scalars["wall_s"], scalars["eval_s"]
         self.flops_executed = scalars["flops_executed"]

@@ -16,7 +16,7 @@ from harness.activations import ActivationSource
 from harness.config import Config, to_container
 from harness.ops import choose_ops
 from harness.parallel import Solo
-from harness.record.checkpoint import Checkpoint, load_checkpoint, remove_checkpoints
+from harness.record.checkpoint import Checkpoint, find_checkpoint, remove_checkpoints
 from harness.record.files import write_json_atomic, write_tensors_atomic
 from harness.record.metrics import MetricsFile, cut_after
 from harness.record.progress import Progress
@@ -61,8 +61,8 @@ def run_cell(
         tracker = open_tracker(config, run_id, run_dir, resumed=found is not None)
         metrics = stack.enter_context(MetricsFile(run_dir / "metrics.jsonl"))
         cell = Cell(run_id, run_dir, config, source, member, metrics, tracker, progress, ops)
-        if found is not None and found.tensors:
-            cell.restore(found, shards)
+        if found is not None and found.directory is not None:
+            cell.restore(found.directory, found.extra, shards)
         progress.start(run_id, member.last * config.train.batch_tokens, member.tokens)
         exit_code = 1
         try:
@@ -81,7 +81,7 @@ def run_cell(
 
 def _find_checkpoint(run_dir: Path, run_id: str) -> Checkpoint | None:
     """The checkpoint to go on from; the record is cut back to it, so that no step appears twice."""
-    found = load_checkpoint(run_dir / "checkpoints", run_id)
+    found = find_checkpoint(run_dir / "checkpoints", run_id, Solo())
     cut_after(run_dir / "metrics.jsonl", -1 if found is None else found.step)
     if found is not None:
         for line in found.refused:

@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.record.checkpoint import load_checkpoint, save_checkpoint
+from harness.parallel import Solo
+from harness.record import checkpoint
+from harness.record.checkpoint import Checkpoint, load_tensors
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7), "flags": torch.tensor([True, False])}
+
+
+def save_checkpoint(root: Path, step: int, tensors: dict[str, torch.Tensor], extra: dict, run_id: str) -> None:
+    checkpoint.save_checkpoint(root, step, tensors, extra, run_id, Solo())
+
+
+def load_checkpoint(root: Path, run_id: str) -> Checkpoint | None:
+    return checkpoint.find_checkpoint(root, run_id, Solo())
 
 
 def test_round_trip_and_only_the_newest_stays(tmp_path: Path) -> None:
@@ -18,8 +28,10 @@ def test_round_trip_and_only_the_newest_stays(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "c", step, TENSORS, {"x": 1.5}, "run")
     found = load_checkpoint(tmp_path / "c", "run")
     assert found is not None and found.step == 12 and found.extra == {"x": 1.5} and not found.refused
-    assert found.tensors.keys() == TENSORS.keys()
-    assert all(torch.equal(found.tensors[name], value) for name, value in TENSORS.items())
+    assert found.directory is not None
+    read = {name: torch.zeros_like(value) for name, value in TENSORS.items()}
+    load_tensors(found.directory, read, Solo())
+    assert all(torch.equal(read[name], value) for name, value in TENSORS.items())
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-0000000012"]
 
 
@@ -27,10 +39,15 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "c", "run") is None
 
 
+def file_of(directory: Path) -> Path:
+    (file,) = directory.glob("*.safetensors")
+    return file
+
+
 def damaged(kind: str, directory: Path) -> None:
     marker = directory / "marker.json"
     if kind == "truncated":
-        file = directory / "state.safetensors"
+        file = file_of(directory)
         file.write_bytes(file.read_bytes()[:-3])
     elif kind == "no marker":
         marker.unlink()
@@ -39,11 +56,19 @@ def damaged(kind: str, directory: Path) -> None:
     elif kind == "older format":
         marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 0}))
     elif kind == "garbled header":
-        file = directory / "state.safetensors"
+        file = file_of(directory)
         file.write_bytes(b"\xff" * file.stat().st_size)
+    elif kind == "one bit":
+        content = bytearray(file_of(directory).read_bytes())
+        content[-1] ^= 1
+        file_of(directory).write_bytes(content)
+    elif kind == "missing file":
+        file_of(directory).unlink()
 
 
-@pytest.mark.parametrize("kind", ["truncated", "no marker", "torn marker", "older format", "garbled header"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "no marker", "torn marker", "older format", "garbled header", "one bit", "missing file"]
+)
 def test_a_damaged_checkpoint_is_refused_and_the_previous_one_used(kind: str, tmp_path: Path) -> None:
     root = tmp_path / "c"
     save_checkpoint(root, 3, TENSORS, {}, "run")
@@ -59,7 +84,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_used(kind: str, tm
 def test_a_foreign_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", 3, TENSORS, {}, "topk-n64")
     found = load_checkpoint(tmp_path / "c", "topk-n128")
-    assert found is not None and found.step == 0 and not found.tensors
+    assert found is not None and found.step == 0 and found.directory is None
     assert "belongs to run topk-n64" in found.refused[0]
 
 
