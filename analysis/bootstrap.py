@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from analysis.laws import Array
@@ -26,14 +24,7 @@ def cluster_bootstrap(
     for i in range(resamples):
         times = np.bincount(rng.integers(0, groups, groups), minlength=groups)[member]
         rows = np.repeat(np.arange(problem.points), times)
-        drawn = replace(
-            problem,
-            phi=problem.phi[:, rows],
-            y=problem.y[rows],
-            root_weight=problem.root_weight[rows],
-            order=problem.order[rows],
-        )
-        draws[i], _ = solve(drawn, theta, huber, evaluations=200)
+        draws[i], _ = solve(problem.take(rows), theta, huber, evaluations=200)
     return draws
 
 

@@ -19,7 +19,7 @@ from analysis.notes import SEVERITIES, Note
 from analysis.problem import Problem, pose, starting_points
 from analysis.quality import check_fit
 from analysis.result import FitResult, Status, failed
-from analysis.solve import Optimum, minimise
+from analysis.solve import MANY, SAMPLE, Optimum, minimise, minimise_many
 from analysis.table import RunTable
 from analysis.weights import SeedNoise, seed_noise
 from harness.errors import UserError
@@ -76,7 +76,12 @@ def fit(
     problem = pose(chosen, inputs, y, weight, space)
     runs = [str(run) for run in table.column("run").to_numpy()[problem.order]]
     huber = delta if robust == "huber" else None
-    optimum = minimise(problem, starting_points(problem, starts, seed), huber, evaluations)
+    if problem.points > MANY:
+        sample = problem.take(np.linspace(0, problem.points - 1, SAMPLE).astype(int))
+        optimum = minimise_many(problem, starting_points(sample, starts, seed), seed, huber, evaluations)
+        ci = "wald" if ci == "profile" else ci  # with so many points the profile is a parabola
+    else:
+        optimum = minimise(problem, starting_points(problem, starts, seed), huber, evaluations)
     if not np.isfinite(optimum.objective):
         raise UserError(f"{chosen.name} cannot be evaluated on these data; look at their units")
     method = "bootstrap" if huber is not None and ci == "profile" else ci
@@ -89,7 +94,7 @@ def fit(
     result.weighting = weighting
     result.inputs, result.y, result.weights = inputs, y, weight
     result.data_hash = _hash(problem)
-    if chosen.nested and huber is None:
+    if chosen.nested and huber is None and problem.points <= MANY:
         result.nested = compare_nested(chosen, problem, inputs, y, weight, optimum)
     return result
 

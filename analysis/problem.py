@@ -59,6 +59,12 @@ class Problem:
     def size(self) -> int:
         return len(self.law.params)
 
+    def take(self, rows: np.ndarray) -> Problem:
+        """The same problem on some of its points (repeats allowed), centred as before."""
+        return replace(
+            self, phi=self.phi[:, rows], y=self.y[rows], root_weight=self.root_weight[rows], order=self.order[rows]
+        )
+
     def raw_map(self) -> tuple[Array, Array]:
         """(M, offset): raw coefficients = M @ theta + offset."""
         return self.law.centring_matrix(self.means), self.law.centring_offset(self.means, self.y_mean)

@@ -11,6 +11,10 @@ from scipy.optimize import least_squares, leastsq
 from analysis.laws import Array
 from analysis.problem import Problem
 
+MANY = 20_000
+"""Points above which the search for the optimum runs on a sample and intervals are Wald's."""
+SAMPLE = 4_000
+
 SAME_OPTIMUM = 1e-5
 """Relative excess of the objective within which two solutions count as one."""
 
@@ -42,6 +46,16 @@ def minimise(problem: Problem, starts: list[Array], huber: float | None = None, 
     reached = float(np.mean(objectives <= objective + slack))
     moved = bool(np.max(np.abs(theta - starts[best])) > 1e-10) or _stationary(problem, theta, huber)
     return Optimum(theta, float(objective), reached, moved, len(starts))
+
+
+def minimise_many(problem: Problem, starts: list[Array], seed: int, huber: float | None, evaluations: int) -> Optimum:
+    """`minimise` for very many points: the search runs on a sample of them, its best ends are polished on all."""
+    rows = np.sort(np.random.default_rng(seed).choice(problem.points, SAMPLE, replace=False))
+    thin = problem.take(rows)
+    ends = sorted((solve(thin, start, huber, evaluations) for start in starts), key=lambda end: end[1])
+    best = minimise(problem, [theta for theta, _ in ends[:2]], huber, evaluations)
+    reached = float(np.mean([end[1] <= ends[0][1] * (1 + SAME_OPTIMUM) for end in ends]))
+    return Optimum(best.theta, best.objective, reached, best.moved, len(starts))
 
 
 def solve(problem: Problem, start: Array, huber: float | None = None, evaluations: int = 2000) -> tuple[Array, float]:

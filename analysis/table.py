@@ -60,6 +60,8 @@ class RunTable:
     notes: list[Note] = field(default_factory=list)
     name: str = "table"
     excluded: Frame = field(init=False)
+    nameless: bool = field(init=False, default=False)
+    """Whether rows were given numbers for want of a column with their names."""
     directories: dict[str, Path] = field(default_factory=dict)
     """run → its directory, when the table came from a sweep directory."""
     histories: dict[str, Callable[[], Frame]] = field(default_factory=dict)
@@ -77,7 +79,8 @@ class RunTable:
         if frame.columns.duplicated().any():
             twice = sorted({str(c) for c in frame.columns[frame.columns.duplicated()]})
             raise UserError(f"{self.name}: the column {twice[0]!r} appears twice; rename one")
-        if "run" not in self.roles:
+        self.nameless = "run" not in self.roles
+        if self.nameless:
             frame["run"] = [f"row {i + 1}" for i in range(len(frame))]
             self.roles = {**self.roles, "run": "run"}
         self.frame = frame
@@ -151,51 +154,68 @@ class RunTable:
         return check_table(self, get(law))
 
     def _reasons(self) -> Series:
-        """Why each row cannot be used; "" where it can. Adds the notes of §data."""
+        """Why each row cannot be used; "" where it can. Adds the notes about the data."""
         frame = self.frame
         reasons = pd.Series("", index=frame.index, dtype=object)
 
-        def mark(mask: Any, text: Any) -> None:
-            free = np.asarray(mask) & (reasons == "").to_numpy()
-            reasons[free] = text[free] if isinstance(text, pd.Series) else text
+        def mark(mask: Any, text: Callable[[Frame], Any] | str) -> np.ndarray:
+            free = np.asarray(mask, dtype=bool) & (reasons == "").to_numpy()
+            if free.any():
+                reasons[free] = text(frame[free]) if callable(text) else text
+            return free
 
         if "status" in self.roles:
-            status = frame[self.roles["status"]].astype(object)
-            detail = _details(frame)
-            mark(status != "done", "status " + status.astype(str) + detail)
+            column = self.roles["status"]
+            mark(
+                frame[column].astype(object) != "done",
+                lambda rows: "status " + rows[column].astype(object).astype(str) + _details(rows),
+            )
         for role in POSITIVE_ROLES:
             if role in self.roles:
                 column = self.roles[role]
                 numbers = _numbers(frame[column])
-                text = frame[column].astype(object).map(lambda v: f"{v!r}"[:40])
-                bad = ~np.isfinite(numbers) | (numbers <= 0)
-                mark(bad, f"{column} is " + text + ", not a positive number")
+                mark(~np.isfinite(numbers) | (numbers <= 0), _shown(column, "a positive number"))
                 frame[column] = numbers
         if "loss" in self.roles:
             column = self.roles["loss"]
             numbers = _numbers(frame[column])
-            text = frame[column].astype(object).map(lambda v: f"{v!r}"[:40])
-            free = (reasons == "").to_numpy()
-            nonfinite, nonpositive = free & ~np.isfinite(numbers), free & (numbers <= 0)
-            mark(nonfinite, f"{column} is " + text + ", not a finite number")
-            mark(nonpositive, f"{column} is " + text + ", not positive")
-            for code, mask in (("nonfinite_loss", nonfinite), ("nonpositive_loss", nonpositive)):
-                if mask.any():
-                    self.notes.append(note(code, "warning", f"{int(mask.sum())} run(s) left out: {column} {code[:-5]}"))
+            for code, mask, wanted in (
+                ("nonfinite_loss", ~np.isfinite(numbers), "a finite number"),
+                ("nonpositive_loss", numbers <= 0, "positive"),
+            ):
+                found = mark(mask, _shown(column, wanted))
+                if found.any():
+                    text = f"{int(found.sum())} run(s) left out: {column} is not {wanted}"
+                    self.notes.append(note(code, "warning", text))
             frame[column] = numbers
-        names = frame[self.roles["run"]].astype(str)
-        again = names.duplicated(keep="first") & (reasons == "")
-        if "run" in self.roles and again.any():
-            mark(again, "the same run name appears above")
-            first = names[again].iloc[0]
-            self.notes.append(note("duplicate_run", "warning", f"{int(again.sum())} row(s) repeat a run, e.g. {first}"))
-        if self.roles["run"] == "run" and names.str.startswith("row ").all():
-            same = frame.drop(columns="run").astype(str).duplicated(keep="first") & (reasons == "")
-            if same.any():
-                mark(same, "identical to a row above")
-                text = f"{int(same.sum())} row(s) are identical to another, e.g. {names[same].iloc[0]}"
-                self.notes.append(note("duplicate_run", "warning", text))
+        self._mark_repeats(reasons, mark)
         return reasons
+
+    def _mark_repeats(self, reasons: Series, mark: Callable[[Any, str], np.ndarray]) -> None:
+        """Leave out a run that was already seen: by its name, or, without names, by all of its values."""
+        frame, named = self.frame, self.roles["run"] != "run" or not self.nameless
+        names = frame[self.roles["run"]].astype(str)
+        if named:
+            again, why = names.duplicated(keep="first"), "the same run name appears above"
+        else:
+            again, why = _same_rows(frame.drop(columns="run")), "identical to a row above"
+        found = mark(again & (reasons == ""), why)
+        if found.any():
+            text = f"{int(found.sum())} row(s) repeat another, e.g. {names[found].iloc[0]}: {why}"
+            self.notes.append(note("duplicate_run", "warning", text))
+
+
+def _shown(column: str, wanted: str) -> Callable[[Frame], Series]:
+    """Reason for rows whose value in `column` is not what is wanted, with that value."""
+    return lambda rows: f"{column} is " + rows[column].astype(object).map(lambda v: f"{v!r}"[:40]) + f", not {wanted}"
+
+
+def _same_rows(frame: Frame) -> Series:
+    """Rows equal to an earlier one; columns that hold lists or dicts are compared by their text."""
+    try:
+        return frame.duplicated(keep="first")
+    except TypeError:
+        return frame.astype(str).duplicated(keep="first")
 
 
 def _numbers(series: Series) -> np.ndarray:
