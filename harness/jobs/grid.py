@@ -7,7 +7,7 @@ composed settings, so that ten thousand cells take seconds.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hydra.core.override_parser.types import OverrideType
@@ -129,12 +129,10 @@ def build_cells(candidates: Sequence[Candidate]) -> list[Cell]:
     """Check every candidate. Raises one `UserError` that lists all the impossible ones."""
     cells: list[Cell] = []
     refused: list[tuple[str, str]] = []
+    shared: dict[int, Any] = {}
     for candidate in candidates:
         try:
-            missing = sorted(_missing(candidate.settings))
-            if missing:
-                raise ValueError(f"no value for {', '.join(missing)}; set it, e.g. {missing[0]}=…")
-            cells.append(Cell(candidate.label, _build(Config, candidate.settings)))
+            cells.append(Cell(candidate.label, _build(Config, candidate.settings, "", shared)))
         except ValueError as error:
             refused.append((candidate.label, str(error)))
     if refused:
@@ -149,18 +147,23 @@ def _refusal(refused: Sequence[tuple[str, str]], total: int) -> str:
     return "\n".join([f"{len(refused)} of {total} cells are impossible, nothing was started:", *lines])
 
 
-def _missing(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _missing(value, f"{prefix}{name}.")
-        elif isinstance(value, str) and value == MISSING:
-            yield prefix + name
+def _build(cls: type, settings: Mapping[str, Any], prefix: str, shared: dict[int, Any]) -> Any:
+    """The dataclass of typed settings; its `__post_init__` checks the values. Equals `config.from_container`.
 
-
-def _build(cls: type, settings: Mapping[str, Any]) -> Any:
-    """The dataclass of typed settings; its `__post_init__` checks the values. Equals `config.from_container`."""
+    `shared` holds what was built from which mapping: sections that cells have in common are built once.
+    """
     sections = nested_sections(cls)
-    return cls(**{name: _build(sections[name], v) if name in sections else v for name, v in settings.items()})
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in sections:
+            if id(value) not in shared:
+                shared[id(value)] = _build(sections[name], value, f"{prefix}{name}.", shared)
+            value = shared[id(value)]
+        values[name] = value
+    missing = [f"{prefix}{name}" for name, value in values.items() if isinstance(value, str) and value == MISSING]
+    if missing:
+        raise ValueError(f"no value for {', '.join(missing)}; set it, e.g. {missing[0]}=…")
+    return cls(**values)
 
 
 def narrow_cells(cells: Sequence[Cell]) -> list[str]:

@@ -82,12 +82,8 @@ def find_stores(configs: Sequence[ActivationsConfig], *, tolerant: bool) -> dict
 
     `tolerant`: a hub that cannot be reached leaves the store unresolved instead of raising `UserError`.
     """
-    stores: dict[str, Store] = {}
-    for config in configs:
-        key = recipe_key(config)
-        if key not in stores:
-            stores[key] = _find_store(config, tolerant)
-    return stores
+    distinct = {id(config): config for config in configs}  # cells share their sections
+    return {key: _find_store(config, tolerant) for key, config in {recipe_key(c): c for c in distinct.values()}.items()}
 
 
 def recipe_key(config: ActivationsConfig) -> str:
@@ -133,10 +129,12 @@ def needs_hub(config: ActivationsConfig) -> bool:
 def make_jobs(cells: Sequence[Cell], stores: dict[str, Store]) -> list[Job]:
     """Name every cell and see what is done; cells with the same name are one job. Cheap ones first."""
     jobs: dict[Path, Job] = {}
-    keys: dict[int, str] = {}  # cells share their activations section; hash it once
+    by_section: dict[int, Store] = {}  # cells share their sections
     for cell in cells:
         section = cell.config.activations
-        store = stores[keys.setdefault(id(section), recipe_key(section))]
+        if id(section) not in by_section:
+            by_section[id(section)] = stores[recipe_key(section)]
+        store = by_section[id(section)]
         name = run_id(cell.config, store.id)
         run_dir = run_directory(cell.config, name)
         if run_dir not in jobs:
@@ -152,11 +150,9 @@ def matmul_flops_per_second(precision: str) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]
     rows, inner, columns = 1024, 384, 2048
-    left, right = (
-        torch.randn(rows, inner, dtype=dtype, device=device),
-        torch.randn(inner, columns, dtype=dtype, device=device),
-    )
-    left @ right
+    left = torch.randn(rows, inner, dtype=dtype, device=device)
+    right = torch.randn(inner, columns, dtype=dtype, device=device)
+    torch.matmul(left, right)  # the first call sets up the library
     count, begin = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - begin) < 0.2 or count < 2:
         torch.matmul(left, right)
