@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -25,6 +25,7 @@ class Statistics(NamedTuple):
     """E‖x − mean‖², summed over d."""
 
 
+@runtime_checkable
 class ActivationSource(Protocol):
     """Rows to train on, held-out rows, and what is known about them."""
 
