@@ -1,4 +1,7 @@
-"""`python -m analysis fit|report …`. Exit codes: 0 done (notes may apply), 1 no fit possible, 2 a wrong request."""
+"""`python -m analysis fit|report|compare|predict|plan|ask …`.
+
+Exit codes: 0 done (notes may apply), 1 no fit possible, 2 a wrong request.
+"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line of the analysis: `fit` and `report`.
+"""The command line of the analysis: `fit`, `report`, `compare`, `predict`, `plan`, `ask`.
 
 Exit codes: 0 a result (notes may apply), 1 no fit is possible (the note says why), 2 a wrong request.
 """
@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from analysis.fit import fit
 from analysis.laws import LAWS
@@ -54,7 +55,42 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("sweep", type=Path, help="sweep directory, e.g. runs/quick")
     two.add_argument("--law", choices=sorted(LAWS), help="default: the study's, or what the grid allows")
     two.set_defaults(handler=_report)
+    _add_forecasts(commands)
     return parser
+
+
+def _add_forecasts(commands: Any) -> None:
+    three = commands.add_parser("compare", help="several laws on the same runs, by AICc and hold-out")
+    _add_sources(three)
+    _add_fit_options(three)
+    three.add_argument(
+        "--laws", default="sae_nk,sae_nk_constant_floor,sae_nk_no_interaction,sae_nk_no_floor", help="comma-separated"
+    )
+    three.set_defaults(handler=_compare)
+    four = commands.add_parser("predict", help="the law at new points, with a band")
+    _add_sources(four)
+    _add_fit_options(four)
+    four.add_argument("--at", action="append", required=True, metavar="'n=2**16 k=64'", help="repeat for more points")
+    four.add_argument("--kind", default="mean", choices=["mean", "new_run"])
+    four.set_defaults(handler=_predict)
+    five = commands.add_parser("plan", help="which further cells narrow a forecast most per FLOP")
+    _add_sources(five)
+    _add_fit_options(five)
+    five.add_argument("--target", required=True, metavar="'n=2**20 k=64'")
+    five.add_argument("--budget", type=float, required=True, help="FLOPs to spend")
+    five.add_argument("--cap", type=float, help="most FLOPs of one run (default: half of the budget)")
+    five.add_argument("--name", default="planned", help="name of the study that is written")
+    five.add_argument(
+        "--overrides", default="", help="settings of the sweep to repeat, e.g. 'activations=minilm train=quick'"
+    )
+    five.add_argument("--out", type=Path, help="write the study file (YAML) there instead of printing it")
+    five.set_defaults(handler=_plan)
+    six = commands.add_parser("ask", help="the smallest n predicted to reach a loss")
+    _add_sources(six)
+    _add_fit_options(six)
+    six.add_argument("--fvu", type=float, required=True, help="the loss to reach")
+    six.add_argument("--at-k", type=float, help="active latents")
+    six.set_defaults(handler=_ask)
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +138,8 @@ def table_from(args: argparse.Namespace) -> RunTable:
 
 def fit_from(args: argparse.Namespace, table: RunTable) -> FitResult:
     """The fit that a command line asks for."""
+    if args.law not in LAWS:
+        raise UserError(f"law {args.law!r} is not known; choose one of: {', '.join(LAWS)}")
     return fit(
         table,
         args.law,
@@ -116,16 +154,11 @@ def fit_from(args: argparse.Namespace, table: RunTable) -> FitResult:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    if args.law not in LAWS:
-        raise UserError(f"law {args.law!r} is not known; choose one of: {', '.join(LAWS)}")
     table = table_from(args)
     result = fit_from(args, table)
     if args.out is not None:
         result.to_json(args.out)
-    if result.status is Status.FAILED:
-        print(f"no fit of {result.law.name} to {table.name}:", file=sys.stderr)
-        for entry in result.notes:
-            print(f"  {entry}", file=sys.stderr)
+    if _refuse(result, table):
         return 1
     print(result.summary())
     if len(table.excluded):
@@ -134,6 +167,48 @@ def _fit(args: argparse.Namespace) -> int:
             print(f"  {count} × {reason}")
     print(f"written: {args.out}" if args.out else json.dumps(result.as_dict()["params"]))
     return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from analysis.cli_forecast import run_compare
+
+    return run_compare(args, table_from(args))
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from analysis.cli_forecast import run_predict
+
+    table = table_from(args)
+    result = fit_from(args, table)
+    return _refuse(result, table) or run_predict(args, result)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from analysis.cli_forecast import run_plan
+
+    if not 0 < args.budget < float("inf"):
+        raise UserError(f"--budget {args.budget} must be a positive number of FLOPs")
+    table = table_from(args)
+    result = fit_from(args, table)
+    return _refuse(result, table) or run_plan(args, table, result)
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from analysis.cli_forecast import run_ask
+
+    table = table_from(args)
+    result = fit_from(args, table)
+    return _refuse(result, table) or run_ask(args, table, result)
+
+
+def _refuse(result: FitResult, table: RunTable) -> int:
+    """1, with the reasons on stderr, when a fit was not possible; else 0."""
+    if result.status is not Status.FAILED:
+        return 0
+    print(f"no fit of {result.law.name} to {table.name}:", file=sys.stderr)
+    for entry in result.notes:
+        print(f"  {entry}", file=sys.stderr)
+    return 1
 
 
 def _report(args: argparse.Namespace) -> int:

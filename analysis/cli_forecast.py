@@ -1,0 +1,100 @@
+"""Commands that use a fitted law: `compare`, `predict`, `plan`, `ask`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+
+from analysis.compare import compare
+from analysis.fit import fit
+from analysis.laws import LAWS
+from analysis.plan import cost_of, need, plan
+from analysis.result import FitResult
+from analysis.table import RunTable
+from analysis.words import interval, number
+from harness.errors import UserError
+from harness.record.files import write_text_atomic
+
+
+def parse_point(text: str) -> dict[str, float]:
+    """ "n=2**20 k=64" (or with commas) as numbers; powers of two may be written 2**20 or 2^20."""
+    point = {}
+    for part in re.split(r"[\s,]+", text.strip()):
+        name, equals, value = part.partition("=")
+        base, power, exponent = value.replace("^", "**").partition("**")
+        try:
+            point[name] = float(base) ** float(exponent) if power else float(base)
+        except (ValueError, OverflowError):
+            equals = ""
+        if not equals or not name or not np.isfinite(point[name]) or point[name] <= 0:
+            raise UserError(f"{part!r} is not NAME=NUMBER, e.g. n=2**20 or k=64")
+    return point
+
+
+def run_compare(args: argparse.Namespace, table: RunTable) -> int:
+    names = args.laws.split(",")
+    for name in names:
+        if name not in LAWS:
+            raise UserError(f"law {name!r} is not known; choose from: {', '.join(LAWS)}")
+    frame = compare([fit(table, name, ci="wald", weights=args.weights, starts=args.starts) for name in names])
+    print(frame.to_string(index=False, float_format=lambda value: f"{value:.5g}"))
+    return 0
+
+
+def run_predict(args: argparse.Namespace, result: FitResult) -> int:
+    points = [parse_point(text) for text in args.at]
+    missing = [name for name in result.law.inputs if any(name not in point for point in points)]
+    if missing:
+        raise UserError(f"{result.law.name} needs {missing[0]}=… in every --at")
+    inputs = {name: np.array([point[name] for point in points]) for name in result.law.inputs}
+    print(result.predict(inputs, args.kind).to_string(index=False, float_format=lambda value: f"{value:.6g}"))
+    for entry in result.extrapolation_notes(inputs):
+        print(entry)
+    return 0
+
+
+def run_plan(args: argparse.Namespace, table: RunTable, result: FitResult) -> int:
+    target = parse_point(args.target)
+    if set(target) != {"n", "k"}:
+        raise UserError(f"--target {args.target!r} must name n and k, e.g. 'n=2**20 k=64'")
+    cost = cost_of(table)
+    sizes = np.unique(table.values("n"))
+    largest = max(target["n"], sizes.max())
+    n = 2.0 ** np.arange(np.floor(np.log2(sizes.min())), np.floor(np.log2(largest)) + 1)
+    k = np.unique(np.r_[table.values("k"), target["k"]])
+    found = plan(result, target, args.budget, cost, list(n), list(k), args.cap)
+    for name, (value, low, high) in (("now", found.before), ("after the planned runs", found.after)):
+        print(f"forecast at {args.target} {name}: {number(value)} {interval(low, high)}")
+    print(found.cells.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(f"in all {number(found.flops)} FLOPs")
+    seeds = table.values("seed") if table.has("seed") else np.array([0.0])
+    text = found.study(args.name, int(np.nanmax(seeds)) + 1, args.overrides.split())
+    if args.out is None:
+        print(text, end="")
+    else:
+        write_text_atomic(Path(args.out), text)
+        print(f"written: {args.out}")
+    return 0
+
+
+def run_ask(args: argparse.Namespace, table: RunTable, result: FitResult) -> int:
+    try:
+        cost = cost_of(table)
+    except UserError:
+        cost = None  # a table without costs can still be asked for n
+    answer = need(result, args.fvu, args.at_k, cost)
+    if answer.n is None:
+        if answer.floor >= args.fvu:
+            print(f"not reachable: floor at {number(answer.floor)}, above {number(args.fvu)}")
+        else:
+            print(f"not reachable at any n within reason; the fitted floor is {number(answer.floor)}")
+        return 0
+    print(f"n = {number(answer.n, 4)} {interval(answer.lo, answer.hi)} is predicted to reach {number(args.fvu)}")
+    if answer.flops is not None:
+        print(f"about {number(answer.flops)} training FLOPs at the tokens per run of these data")
+    if answer.extrapolation > 0:
+        print(f"extrapolation: {answer.extrapolation:.2f} of the data's span in ln n beyond their edge")
+    return 0

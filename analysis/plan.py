@@ -1,0 +1,224 @@
+"""What to run next: the cells that narrow a forecast most per FLOP, and what is needed to reach a loss.
+
+The planner is c-optimal design by greedy choice: with the Fisher information M = JᵀWJ/s² of the runs at hand, the
+forecast at the target has variance gᵀM⁻¹g (g the gradient of ln(loss) there). A further run with gradient j and noise
+s² lowers it by (gᵀM⁻¹j)² / (s² + jᵀM⁻¹j); the cell with the largest fall per FLOP is added until the budget is spent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.frames import Frame, pd
+from analysis.intervals import critical_t
+from analysis.laws import Array
+from analysis.result import FitResult, Status
+from analysis.table import RunTable
+from harness.errors import UserError
+
+Cost = Callable[[float, float], float]
+"""(n, k) → training FLOPs of one run."""
+
+RIDGE = 1e-10
+"""Relative to the largest information: keeps directions that the data do not determine finite."""
+
+
+@dataclass
+class Plan:
+    """Cells to run and what they are worth."""
+
+    cells: Frame
+    """n, k, seeds (how many repeats), flops (of all of them)."""
+    before: tuple[float, float, float]
+    """(value, lo, hi) of the forecast now."""
+    after: tuple[float, float, float]
+    """The same with the planned runs, were they to confirm the law."""
+    flops: float
+
+    def study(self, name: str, first_seed: int, overrides: Sequence[str] = ()) -> str:
+        """A study file (YAML) that runs the plan with `python -m harness.launch --study`."""
+        lines = (
+            []
+            if overrides
+            else ["# Add the sweep's own settings to `overrides`, e.g. activations=minilm, train=quick."]
+        )
+        lines += [
+            "question: Runs planned to narrow a forecast.",
+            f'title: "{name}"',
+            "law: sae_nk",
+            f"sweep: {name}",
+            f"overrides: [{', '.join(overrides)}]",
+            "grids:",
+        ]
+        for _, cell in self.cells.iterrows():
+            seeds = ",".join(str(first_seed + i) for i in range(int(cell["seeds"])))
+            settings = f'sae=topk, sae.n_latents={cell["n"]:.0f}, sae.k={cell["k"]:.0f}, "train.seed={seeds}"'
+            lines.append(f"  - {{name: n{cell['n']:.0f} k{cell['k']:.0f}, overrides: [{settings}]}}")
+        return "\n".join(lines) + "\n"
+
+
+def plan(
+    result: FitResult,
+    target: dict[str, float],
+    budget: float,
+    cost: Cost,
+    n: Sequence[float],
+    k: Sequence[float],
+    cap: float | None = None,
+    most_runs: int = 200,
+) -> Plan:
+    """Choose further cells (n, k, repeats) for the forecast of an n–k law at `target`, e.g. {"n": 2**20, "k": 64}.
+
+    Args:
+        budget: FLOPs to spend in all. `cap`: most FLOPs of a single run (default: half of the budget).
+        n, k: Candidate sizes; every pair whose cost is within the cap is a candidate.
+
+    Raises `UserError` when the law is not one of n and k, the fit failed, or nothing is affordable.
+    """
+    law = result.law
+    if set(law.inputs) != {"n", "k"} or result.status is Status.FAILED or result.problem is None or result.dof < 1:
+        raise UserError(f"planning needs a finished fit of a law in n and k with its runs; this one is {law.name}")
+    cap = budget / 2 if cap is None else cap
+    pairs = [(a, b) for a in n for b in k if b <= a and cost(a, b) <= min(cap, budget)]
+    if not pairs:
+        raise UserError(f"no candidate costs at most {min(cap, budget):.3g} FLOPs; raise --budget or allow smaller n")
+    grid = {"n": np.array([a for a, _ in pairs], float), "k": np.array([b for _, b in pairs], float)}
+    price = np.array([cost(a, b) for a, b in pairs])
+    jac = _gradients(result, grid)
+    g = _gradients(result, {name: np.array([target[name]], float) for name in law.inputs})[0]
+    start = _inverse_information(result)
+    chosen = min(
+        (_greedy(start, g, jac, price, result.variance, budget, most_runs, power) for power in (1.0, 0.5, 0.0)),
+        key=lambda picks: float(g @ _updated(start, jac, picks, result.variance) @ g),
+    )
+    after = _updated(start, jac, chosen, result.variance)
+    counts = np.bincount(chosen, minlength=len(pairs))
+    rows = [
+        {"n": pairs[i][0], "k": pairs[i][1], "seeds": int(counts[i]), "flops": float(counts[i] * price[i])}
+        for i in np.flatnonzero(counts)
+    ]
+    at = float(result.log_value({name: [target[name]] for name in law.inputs})[0])
+    return Plan(
+        pd.DataFrame(rows, columns=["n", "k", "seeds", "flops"]),
+        _band(at, float(g @ start @ g), result.dof, result.level),
+        _band(at, float(g @ after @ g), result.dof + len(chosen), result.level),
+        float(price[chosen].sum()) if len(chosen) else 0.0,
+    )
+
+
+def _gradients(result: FitResult, inputs: dict[str, Array]) -> Array:
+    logs = {name: np.log(values) - result.means[name] for name, values in inputs.items()}
+    return result.law.jacobian(result.theta, result.law.features(logs))
+
+
+def _inverse_information(result: FitResult) -> Array:
+    assert result.problem is not None
+    jac = result.problem.jacobian(result.theta)
+    information = jac.T @ jac / result.variance
+    scale = np.sqrt(np.maximum(np.diag(information), RIDGE * np.diag(information).max()))
+    scaled = information / np.outer(scale, scale) + RIDGE * np.eye(len(scale))
+    return np.linalg.inv(scaled) / np.outer(scale, scale)
+
+
+def _greedy(
+    cov: Array, g: Array, jac: Array, price: Array, noise: float, budget: float, most: int, power: float
+) -> list[int]:
+    """Indices of the chosen candidates, one entry a run: the largest fall of gᵀ·cov·g per price^power each time."""
+    cov, left, chosen = cov.copy(), budget, []
+    while len(chosen) < most:
+        affordable = price <= left
+        if not affordable.any():
+            break
+        reach = jac @ cov
+        fall = (reach @ g) ** 2 / (noise + np.einsum("cp,cp->c", reach, jac)) / price**power
+        pick = int(np.argmax(np.where(affordable, fall, -1.0)))
+        cov -= np.outer(reach[pick], reach[pick]) / (noise + reach[pick] @ jac[pick])
+        left -= price[pick]
+        chosen.append(pick)
+    return chosen
+
+
+def _updated(cov: Array, jac: Array, picks: Sequence[int], noise: float) -> Array:
+    cov = cov.copy()
+    for pick in picks:
+        reach = cov @ jac[pick]
+        cov -= np.outer(reach, reach) / (noise + reach @ jac[pick])
+    return cov
+
+
+def _band(at: float, variance: float, dof: int, level: float) -> tuple[float, float, float]:
+    half = critical_t(dof, level) * math.sqrt(max(variance, 0.0))
+    return math.exp(at), math.exp(max(at - half, -700.0)), math.exp(min(at + half, 700.0))
+
+
+def cost_of(table: RunTable) -> Cost:
+    """FLOPs of a run like those of the table: `harness.budget` where its settings are recorded, else a fit of them.
+
+    Tokens per run are the median of the table's.
+    """
+    frame = table.frame
+    if {"d_model", "train.batch_tokens", "tokens"} <= set(frame) and frame["d_model"].notna().all():
+        from harness.budget import flops_per_token
+        from harness.config import SaeConfig
+
+        d_model, batch = int(frame["d_model"].median()), int(frame["train.batch_tokens"].median())
+        tokens = float(frame["tokens"].median())
+
+        def exact(n: float, k: float) -> float:
+            sae = SaeConfig(architecture="topk", n_latents=round(n), k=round(k))
+            return tokens * sum(flops_per_token(sae, d_model, batch).values())
+
+        return exact
+    if not table.has("flops"):
+        raise UserError(f"{table.name}: costs are unknown; name the column of training FLOPs with --flops")
+    design = np.stack([np.ones(len(table)), np.log(table.values("n")), np.log(table.values("k"))], axis=1)
+    c = np.linalg.lstsq(design, np.log(table.values("flops")), rcond=None)[0]
+    return lambda n, k: float(np.exp(c[0] + c[1] * np.log(n) + c[2] * np.log(k)))
+
+
+@dataclass
+class Need:
+    """The smallest n (and FLOPs) predicted to reach a loss; None where it cannot be reached or bounded."""
+
+    n: float | None
+    lo: float | None
+    hi: float | None
+    flops: float | None
+    floor: float
+    extrapolation: float
+    """How far n lies outside the data, in their span of ln n."""
+
+
+def need(result: FitResult, loss: float, k: float | None = None, cost: Cost | None = None) -> Need:
+    """Smallest n at which the law reaches `loss` (at k, for a law in n and k), with the band's own crossings."""
+    name = result.law.scale_input
+    others = {} if k is None else {"k": k}
+    if set(result.law.inputs) != {name, *others}:
+        raise UserError(f"{result.law.name} needs {', '.join(result.law.inputs)}; give the others (e.g. --at-k 64)")
+    if not 0 < loss < math.inf:
+        raise UserError(f"loss {loss} must be positive and finite")
+    low, high = result.domain[name]
+    sizes = np.geomspace(low / 1e3, high * 1e9, 4000)
+    band = result.predict({name: sizes, **{other: np.full(len(sizes), value) for other, value in others.items()}})
+    floor = float(result.floor({name: [high], **{other: [value] for other, value in others.items()}})[0])
+    n = _first_below(sizes, band["value"].to_numpy(), loss)
+    flops = None if n is None or cost is None or k is None else cost(n, k)
+    best, worst = (_first_below(sizes, band[edge].to_numpy(), loss) for edge in ("lo", "hi"))
+    far = 0.0 if n is None else float(result.extrapolation({name: [n], **{o: [v] for o, v in others.items()}})[0])
+    return Need(n, best, worst, flops, floor, far)
+
+
+def _first_below(x: Array, y: Array, level: float) -> float | None:
+    """Smallest x from which on y ≤ level holds next, interpolated in logs; None when it never does."""
+    below = np.flatnonzero(y <= level)
+    if not len(below):
+        return None
+    i = int(below[0])
+    if i == 0:
+        return float(x[0])
+    share = (math.log(y[i - 1]) - math.log(level)) / max(math.log(y[i - 1]) - math.log(y[i]), 1e-300)
+    return float(np.exp(math.log(x[i - 1]) + share * (math.log(x[i]) - math.log(x[i - 1]))))

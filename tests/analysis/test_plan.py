@@ -1,0 +1,151 @@
+"""The planner and the question "what do I need", on synthetic truths."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from analysis import RunTable, fit
+from analysis.cli import main
+from analysis.plan import Plan, cost_of, need, plan
+from harness.errors import UserError
+from tests.analysis.generate import GPT4, grid_frame, sae_nk
+
+ROLES = {"n": "n_latents", "k": "k", "loss": "fvu"}
+TARGET = {"n": 2.0**17, "k": 64.0}
+N, K = 2.0 ** np.arange(9, 16), np.array([8.0, 16.0, 32.0, 64.0])
+
+
+def _cost(n, k):
+    return 1e6 * (6 * 768 * n + 8 * 768 * k)
+
+
+CAP = _cost(2.0**15, 64.0)
+NOISE = 0.01
+
+
+def _runs(cells, rng, truth):
+    cells = np.array(cells, dtype=float)
+    loss = sae_nk(cells[:, 0], cells[:, 1], truth) * np.exp(NOISE * rng.standard_normal(len(cells)))
+    return pd.DataFrame({"n_latents": cells[:, 0], "k": cells[:, 1], "fvu": loss})
+
+
+def _fit(frame, starts=16):
+    return fit(RunTable(frame, dict(ROLES)), starts=starts, ci="wald", weights="none")
+
+
+def _width(frame):
+    band = _fit(frame).predict({name: np.array([value]) for name, value in TARGET.items()})
+    return float(np.log(band["hi"] / band["lo"])[0])
+
+
+def _even(budget):
+    """Cells of an even log grid over the same domain, taken in rounds of the whole grid while the budget lasts."""
+    cells, left = [], budget
+    while True:
+        bought = 0
+        for n in N[::2]:
+            for k in K:
+                if _cost(n, k) <= min(left, CAP):
+                    cells.append((n, k))
+                    left -= _cost(n, k)
+                    bought += 1
+        if not bought:
+            return cells
+
+
+def _draw(seed):
+    rng = np.random.default_rng(seed)
+    truth = {name: value * rng.uniform(0.85, 1.15) for name, value in GPT4.items()}
+    pilot = _runs([(n, k) for n in N[:5] for k in K[:3]], rng, truth)
+    return rng, truth, pilot
+
+
+BUDGET = 6 * CAP
+
+
+@pytest.mark.slow
+def test_planned_runs_beat_an_even_grid():
+    ratios = []
+    for seed in range(50):
+        rng, truth, pilot = _draw(seed)
+        found = plan(_fit(pilot), TARGET, BUDGET, _cost, list(N), list(K), CAP)
+        assert found.flops <= BUDGET * (1 + 1e-12) and found.cells["n"].max() <= N.max()
+        planned = [(row["n"], row["k"]) for _, row in found.cells.iterrows() for _ in range(int(row["seeds"]))]
+        widths = [_width(pd.concat([pilot, _runs(cells, rng, truth)])) for cells in (_even(BUDGET), planned)]
+        ratios.append(widths[0] / widths[1])
+    print(f"interval after an even grid over interval after the plan: median {np.median(ratios):.2f} of 50 draws")
+    assert np.median(ratios) >= 1.5
+
+
+def test_plan_narrows_and_stays_in_budget():
+    _, _, pilot = _draw(3)
+    found = plan(_fit(pilot), TARGET, BUDGET, _cost, list(N), list(K), CAP)
+    assert np.log(found.after[2] / found.after[1]) < np.log(found.before[2] / found.before[1])
+    assert found.flops <= BUDGET and (found.cells["flops"] / found.cells["seeds"] <= CAP).all()
+    study = yaml.safe_load(found.study("next", 1, ["activations=minilm"]))
+    assert study["law"] == "sae_nk" and len(study["grids"]) == len(found.cells)
+    assert isinstance(found, Plan)
+
+
+def test_plan_refuses_what_cannot_be_planned():
+    _, _, pilot = _draw(3)
+    with pytest.raises(UserError, match="no candidate costs at most"):
+        plan(_fit(pilot), TARGET, 1.0, _cost, list(N), list(K))
+    x = pd.DataFrame({"x": N, "y": 0.1 + N**-0.3})
+    with pytest.raises(UserError, match="law in n and k"):
+        plan(fit(RunTable(x, {"x": "x", "loss": "y"}), "power_floor"), TARGET, 1e30, _cost, list(N), list(K))
+
+
+def test_need_finds_n_or_says_that_the_floor_is_above():
+    frame = grid_frame(2 ** np.arange(11, 20), 2 ** np.arange(5, 10), 0.003)
+    result = _fit(frame)
+    loss = float(sae_nk(np.array([2.0**16]), np.array([64.0]))[0])
+    answer = need(result, loss, k=64, cost=_cost)
+    assert answer.n == pytest.approx(2**16, rel=0.15) and answer.flops is not None
+    assert answer.lo is not None and answer.hi is not None and answer.lo < answer.n < answer.hi
+    floor = float(np.exp(GPT4["zeta"] + GPT4["eta"] * np.log(64)))
+    below = need(result, 0.8 * floor, k=64)
+    assert below.n is None and below.floor == pytest.approx(floor, rel=0.15)
+
+
+def test_costs_come_from_the_table_when_nothing_else_is_known():
+    frame = grid_frame(N, K, 0.01).assign(flops=lambda f: 7.0 * f["n_latents"] ** 1.1)
+    cost = cost_of(RunTable(frame, {**ROLES, "flops": "flops"}))
+    assert cost(4096, 16) == pytest.approx(7.0 * 4096**1.1, rel=1e-6)
+
+
+COMMANDS = {
+    "predict": (["predict", "--at", "n=2**20 k=64"], 0, "extrapolation"),
+    "predict badly": (["predict", "--at", "n=big"], 2, "is not NAME=NUMBER"),
+    "predict without k": (["predict", "--at", "n=4096"], 2, "needs k="),
+    "compare": (["compare"], 0, "sae_nk_no_floor"),
+    "compare unknown": (["compare", "--laws", "sae_nk,magic"], 2, "'magic' is not known"),
+    "plan": (["plan", "--target", "n=2**20 k=64", "--budget", "1e17", "--flops", "flops"], 0, "after the planned runs"),
+    "plan for nothing": (["plan", "--target", "n=2**20 k=64", "--budget", "1", "--flops", "flops"], 2, "no candidate"),
+    "plan without costs": (["plan", "--target", "n=2**20 k=64", "--budget", "1e17"], 2, "costs are unknown"),
+    "plan half a target": (
+        ["plan", "--target", "n=2**20", "--budget", "1e17", "--flops", "flops"],
+        2,
+        "must name n and k",
+    ),
+    "ask": (["ask", "--fvu", "0.4", "--at-k", "64"], 0, "is predicted to reach 0.4"),
+    "ask below the floor": (["ask", "--fvu", "0.05", "--at-k", "64"], 0, "not reachable: floor at"),
+    "ask without k": (["ask", "--fvu", "0.4"], 2, "--at-k"),
+    "ask of too little": (["ask", "--fvu", "0.4", "--at-k", "64", "--where", "active=32"], 1, "too_few_levels"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands(name, tmp_path, capsys):
+    (command, *options), code, text = COMMANDS[name]
+    frame = grid_frame(2 ** np.arange(11, 20), 2 ** np.arange(5, 10), 0.003)
+    frame = frame.rename(columns={"n_latents": "width", "k": "active"})
+    if "--flops" in options:
+        frame["flops"] = frame["width"] * 1e9
+    path = tmp_path / "t.csv"
+    frame.to_csv(path, index=False)
+    got = main([command, str(path), "--n", "width", "--k", "active", "--loss", "fvu", "--starts", "16", *options])
+    out, err = capsys.readouterr()
+    assert got == code and text in out + err, out + err
+    assert code != 2 or len(err.strip().splitlines()) == 1
