@@ -128,6 +128,42 @@ def memory_bytes(config: Config, d_model: int) -> dict[str, int]:
     return {"weights": rows * per_param, "activations": activations}
 
 
+def bytes_sent_per_step(config: Config, d_model: int) -> dict[str, float]:
+    """Bytes that one rank sends per step while no latent is dead, by kind, on an ideal network: an all-reduce of a
+    buffer over g ranks sends 2·(g−1)/g of it, an all-to-all (g−1)/g.
+
+    selection: every shard's k candidates to the token's owner, and its answers, an int32 per token and shard.
+    reconstruction: the partial sums of a TopK replica. gradients: latent rows over dp, the rest over all ranks.
+    counters: how often each latent fired. scalars: loss and statistics.
+    """
+    sae, mesh = config.sae, config.mesh
+    word = 8 if config.train.precision == "fp64" else 4
+    tokens, ranks = config.train.batch_tokens // mesh.dp, mesh.dp * mesh.shard
+    rows, routed = sae.n_latents // mesh.shard, sae.architecture == "switch"
+
+    def sent(count: float, width: int, group: int, passes: int) -> float:
+        return passes * count * width * (group - 1) / group
+
+    owned = -(-tokens // mesh.shard) * mesh.shard
+    exchanged = 0 if routed else mesh.shard
+    latent_rows = rows * (2 * d_model + (1 if sae.enc_bias else 0))
+    replicated = d_model + ((sae.n_experts + 1) * d_model if routed else 0)
+    sums = 2 + (sae.n_experts if routed else 0)
+    scalars = sent(sums, word, ranks if routed else mesh.dp, 2) + sent(1, 8, ranks, 2)
+    if routed:
+        scalars += sent(sae.n_experts, word, mesh.dp, 2)
+    if config.train.clip_norm:
+        scalars += sent(1, word, mesh.shard, 2)
+    parts = {
+        "selection": sent(owned * sae.k, word, exchanged, 1) + sent(owned, 4, exchanged, 1) if exchanged else 0.0,
+        "reconstruction": sent(tokens * d_model, word, exchanged, 2) if exchanged else 0.0,
+        "gradients": sent(latent_rows, word, mesh.dp, 2) + sent(replicated, word, ranks, 2),
+        "counters": sent(rows, 8, mesh.dp, 2),
+        "scalars": scalars,
+    }
+    return {kind: count for kind, count in parts.items() if count}
+
+
 def learning_rate(config: Config) -> float:
     """Peak learning rate: given, or c·2e-4/√(n/2¹⁴) with n the total number of latents."""
     train = config.train

@@ -332,6 +332,19 @@ class Config:
     """Output directory; nothing outside it is written."""
 
     def __post_init__(self) -> None:
+        shard, sae = self.mesh.shard, self.sae
+        if sae != MISSING:
+            cut, name = (sae.n_experts, "n_experts") if sae.architecture == "switch" else (sae.n_latents, "n_latents")
+            _require(
+                cut % shard == 0,
+                f"sae.{name}={cut} cannot be cut over mesh.shard={shard} ranks; choose a mesh.shard that divides it",
+            )
+        if self.train != MISSING:
+            _require(
+                self.train.batch_tokens % self.mesh.dp == 0,
+                f"train.batch_tokens={self.train.batch_tokens} cannot be cut over mesh.dp={self.mesh.dp} replicas; "
+                f"choose a mesh.dp that divides it",
+            )
         _one_of("ops", self.ops, ("auto", "reference", "cpu"))
 
 

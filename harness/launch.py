@@ -60,13 +60,7 @@ def cells_of(request: Request) -> list[grid.Cell]:
 
 
 def refuse_what_is_not_here(cells: Sequence[grid.Cell]) -> None:
-    """Raises `UserError` for cells that need a device or processes that this machine or version does not have."""
-    for mesh in (cell.config.mesh for cell in cells):
-        if mesh.dp * mesh.shard > 1:
-            raise UserError(
-                f"mesh.dp={mesh.dp} mesh.shard={mesh.shard} needs several processes, which cannot be started yet; "
-                "leave both at 1"
-            )
+    """Raises `UserError` for cells that need a device that this machine does not have."""
     if any(cell.config.train.device == "cuda" for cell in cells):
         import torch
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from harness.errors import UserError
 from harness.jobs import rundir
 from harness.jobs.plan import Job
+from harness.jobs.ranks import train_on_ranks
 from harness.jobs.state import claim_path
 from harness.record.claim import Claimed, claim
 from harness.record.files import write_json_atomic
@@ -134,7 +135,8 @@ def _run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Progress) 
     from harness.train.run import run_cell
 
     config, started = job.config, now()
-    source = _source(job, sources, stop)
+    # several ranks open the source themselves, and harvest it together
+    source = _source(job, sources, stop) if config.mesh.dp * config.mesh.shard == 1 else None
     with_log = rundir.attempt_log(job.run_dir, f"{job.run_id}: {command_line()}")
     mesh = {"dp": config.mesh.dp, "shard": config.mesh.shard}
     try:
@@ -143,7 +145,12 @@ def _run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Progress) 
             write_json_atomic(job.run_dir / "provenance.json", provenance)
             logging.getLogger("harness.attempt").info("on %s", provenance["machine"]["host"])
             begin = time.monotonic()
-            result = run_cell(job.run_dir, config, source, stop, progress, rundir.attempts(job.run_dir))
+            if source is None:
+                train_on_ranks(job.run_dir, config, log.parent, stop)
+                result = rundir.read_result(job.run_dir)
+                assert result is not None, "all ranks ended well, so rank 0 wrote a result"
+            else:
+                result = run_cell(job.run_dir, config, source, stop, progress, rundir.attempts(job.run_dir))
     except Interrupted:
         progress.finish("")
         raise

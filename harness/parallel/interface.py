@@ -50,6 +50,14 @@ class Shards(Protocol):
         """All rows of a tensor that is cut over `shard`, on every rank."""
         ...
 
+    def started(self) -> None:
+        """The first step is done: from now on a silent rank is soon taken for lost."""
+        ...
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        ...
+
     def agree(self, bits: int) -> int:
         """Bitwise OR of a small non-negative integer over all ranks, maybe of the call before this one."""
         ...

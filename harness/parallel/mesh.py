@@ -18,7 +18,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import ProcessGroup
+from torch.distributed.distributed_c10d import ProcessGroup, _set_pg_timeout
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from harness.parallel.interface import Axis, Kind, Shards
@@ -135,6 +135,10 @@ class Mesh:
         self._asked = (flags, work)
         return answer
 
+    def started(self) -> None:
+        for group in (dist.group.WORLD, self._control, *self._groups.values()):
+            _set_pg_timeout(STEP_TIMEOUT, group)
+
     def barrier(self) -> None:
         dist.barrier(group=self._control)
 
@@ -172,6 +176,8 @@ def mesh(dp: int, shard: int, device: torch.device) -> Iterator[Shards]:
         device_mesh = init_device_mesh(device.type, (dp, shard), mesh_dim_names=("dp", "shard"))
         control = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
         assert isinstance(control, ProcessGroup)
-        yield Mesh(device_mesh, control)
+        shards = Mesh(device_mesh, control)
+        yield shards
+        shards.close()
     finally:
         dist.destroy_process_group()

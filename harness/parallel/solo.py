@@ -34,5 +34,11 @@ class Solo:
     def gather(self, local: Tensor) -> Tensor:
         return local
 
+    def started(self) -> None:
+        pass
+
+    def barrier(self) -> None:
+        pass
+
     def agree(self, bits: int) -> int:
         return bits

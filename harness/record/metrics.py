@@ -42,6 +42,16 @@ class MetricsFile:
         self.close()
 
 
+class NullMetrics:
+    """Records nothing: for the ranks that do not write."""
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

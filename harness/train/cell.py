@@ -13,7 +13,7 @@ from harness.config import Config
 from harness.ops import Ops
 from harness.parallel import Shards
 from harness.record.checkpoint import load_tensors, save_checkpoint
-from harness.record.metrics import MetricsFile
+from harness.record.metrics import MetricsFile, NullMetrics
 from harness.record.progress import Progress
 from harness.record.signals import StopFlag
 from harness.record.tracker import Tracker
@@ -30,7 +30,7 @@ class Cell:
     config: Config
     source: ActivationSource
     member: Member
-    metrics: MetricsFile
+    metrics: MetricsFile | NullMetrics
     tracker: Tracker
     progress: Progress
     ops: Ops
@@ -79,7 +79,7 @@ class Cell:
             line["eval_rows"] = line.pop("rows")
             if evaluation.fvu_raw is None:
                 del line["fvu_raw"]
-            self._record(member.position() | line | self.recovery())
+            self._record(member.position() | line | self.recovery(shards))
 
     def _reached_convergence(self) -> bool:
         until = self.config.train.until
@@ -101,10 +101,10 @@ class Cell:
         """The weights that count: the moving average if there is one."""
         return self.member.optimizer.averaged(self.member.done)
 
-    def recovery(self) -> dict[str, float]:
+    def recovery(self, shards: Shards) -> dict[str, float]:
         """How much of a known dictionary the decoder has found; nothing where there is none."""
         truth = self.source.dictionary
-        return {} if truth is None else recovered(self.weights()["W_dec"].float().cpu(), truth)
+        return {} if truth is None else recovered(shards.gather(self.weights()["W_dec"]).float().cpu(), truth)
 
     def _record(self, line: dict[str, Any]) -> None:
         self.metrics.append(line)

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.activations import ActivationSource, Statistics
@@ -32,18 +32,6 @@ class Evaluation:
     l0: float
 
 
-@dataclass
-class _Columns:
-    """Per row: error, baseline, both in raw units, active latents, document."""
-
-    error: list[Tensor]
-    baseline: list[Tensor]
-    error_raw: list[Tensor]
-    baseline_raw: list[Tensor]
-    active: list[Tensor]
-    document: list[Tensor]
-
-
 def normalised_mean(normalizer: Normalizer, statistics: Statistics) -> Float[Tensor, " d"]:
     """μ of the training rows after normalisation, from the statistics that belong to the rule; float64."""
     return statistics.mean / normalizer.scale
@@ -66,52 +54,74 @@ def evaluate(
     device, dtype = params["W_dec"].device, params["W_dec"].dtype
     mean = normalised_mean(normalizer, source.statistics(normalizer.rule == "layernorm")).to(device, dtype)
     raw_mean = source.statistics(False).mean.to(device, dtype)
-    columns = _Columns([], [], [], [], [], [])
-    seen, most = 0, max(row_limits)
-    for raw, document in source.heldout(BATCH_ROWS):
-        if stop.requested:
+    most = min(max(row_limits), source.heldout_rows)
+    table = torch.zeros(len(_COLUMNS), most, device=device, dtype=dtype)
+    documents: list[Tensor] = []
+    seen = 0
+    for number, (raw, document) in enumerate(source.heldout(BATCH_ROWS)):
+        if shards.agree(int(stop.requested)):
             return None
-        raw = raw[: most - seen].to(device)
-        document = document[: raw.shape[0]]
-        x = normalizer(raw, dtype)
-        run = forward(sae, params, params, x, shards, ops)
-        order = run.routing.order
-        error = run.squared if order is None else torch.zeros_like(x[:, 0]).index_copy_(0, order, run.squared)
-        active = (run.codes.values > 0).sum(dim=1)
-        active = active if order is None else torch.zeros_like(x[:, 0], dtype=torch.int64).index_copy_(0, order, active)
-        unit = normalizer.squared_unit(raw).to(dtype)
-        columns.error.append(error)
-        columns.baseline.append((x - mean).square().sum(dim=1))
-        columns.error_raw.append(error * unit)
-        columns.baseline_raw.append((raw.to(dtype) - raw_mean).square().sum(dim=1))
-        columns.active.append(active)
-        columns.document.append(document)
-        seen += raw.shape[0]
-        if seen >= most:
+        span = slice(seen, min(seen + raw.shape[0], most))
+        documents.append(document[: span.stop - span.start])
+        if number % shards.dp == shards.dp_rank:
+            part = raw[: span.stop - span.start].to(device)
+            _fill(table[:, span], sae, params, part, normalizer, mean, raw_mean, shards, ops)
+        seen = span.stop
+        if seen == most:
             break
-    table = {name: torch.cat(parts).cpu() for name, parts in vars(columns).items()}
-    return [_summary({name: column[:limit] for name, column in table.items()}, normalizer) for limit in row_limits]
+    table = shards.sum_(table, "all", "evaluation").double().cpu()
+    document = torch.cat(documents)
+    return [_summary(table[:, :limit], document[:limit], normalizer) for limit in row_limits]
 
 
-def _summary(table: dict[str, Tensor], normalizer: Normalizer) -> Evaluation:
-    column = {name: values.double() for name, values in table.items()}
-    error, baseline = float(column["error"].sum()), float(column["baseline"].sum())
+_COLUMNS = ("error", "baseline", "error_raw", "baseline_raw", "active")
+"""Per held-out row: ‖x − x̂‖² and ‖x − μ‖² normalised, both in the model's own units, active latents."""
+
+
+def _fill(
+    columns: Float[Tensor, "columns rows"],
+    sae: Sae,
+    params: Params,
+    raw: Float[Tensor, "rows d"],
+    normalizer: Normalizer,
+    mean: Float[Tensor, " d"],
+    raw_mean: Float[Tensor, " d"],
+    shards: Shards,
+    ops: Ops,
+) -> None:
+    """This rank's part of `_COLUMNS`; summed over all ranks they are whole."""
+    x = normalizer(raw, params["W_dec"].dtype)
+    run = forward(sae, params, params, x, shards, ops)
+    own = slice(None) if run.routing.order is None else run.routing.order
+    unit = normalizer.squared_unit(raw).to(x.dtype)
+    columns[4, own] = (run.codes.values > 0).sum(dim=1).to(x.dtype)
+    # the ranks of a TopK replica hold the same error, those of a Switch each its own tokens'
+    if sae.routed or shards.shard_rank == 0:
+        columns[0, own] = run.squared
+        columns[2] = columns[0] * unit
+    if shards.shard_rank == 0:
+        columns[1] = (x - mean).square().sum(dim=1)
+        columns[3] = (raw.to(x.dtype) - raw_mean).square().sum(dim=1)
+
+
+def _summary(
+    table: Float[Tensor, "columns rows"], document: Int[Tensor, " rows"], normalizer: Normalizer
+) -> Evaluation:
+    errors, baselines, errors_raw, baselines_raw, active = table
+    error, baseline = float(errors.sum()), float(baselines.sum())
     fvu = error / baseline
-    _, cluster = torch.unique(table["document"], return_inverse=True)
-    documents = int(cluster.max()) + 1
+    _, cluster = torch.unique(document, return_inverse=True)
+    count = int(cluster.max()) + 1
     # ratio estimator: the linearised residual of each document (a cluster) carries the variance
-    residual = torch.zeros(documents, dtype=torch.float64).index_add_(
-        0, cluster, column["error"] - fvu * column["baseline"]
-    )
-    spread = documents / max(1, documents - 1) * float(residual.square().sum())
-    raw = float(column["error_raw"].sum()) / float(column["baseline_raw"].sum())
+    residual = torch.zeros(count, dtype=torch.float64).index_add_(0, cluster, errors - fvu * baselines)
+    spread = count / max(1, count - 1) * float(residual.square().sum())
     return Evaluation(
-        rows=len(column["error"]),
+        rows=len(document),
         fvu=fvu,
         fvu_se=spread**0.5 / baseline,
-        fvu_raw=raw if normalizer.rule == "layernorm" else None,
-        mse=float(column["error_raw"].mean()),
-        l0=float(column["active"].mean()),
+        fvu_raw=float(errors_raw.sum() / baselines_raw.sum()) if normalizer.rule == "layernorm" else None,
+        mse=float(errors_raw.mean()),
+        l0=float(active.mean()),
     )
 
 

@@ -39,6 +39,8 @@ def train(cells: list[Cell], shards: Shards, ops: Ops, stop: StopFlag) -> None:
             saved_at = _stop_or_save(active, shards, stop, saved_at)
             for cell in active:
                 cell.member.train_step(batch, shards, ops)
+            if done == first.member.done - 1:
+                shards.started()
 
 
 def _stop_or_save(active: list[Cell], shards: Shards, stop: StopFlag, saved_at: float) -> float:

@@ -196,12 +196,11 @@ class Member:
 
     def views(self, shards: Shards) -> dict[str, Tensor]:
         """`tensors` as a checkpoint sees them on this mesh."""
-        cuts = self.sae.layout()
-        counters = ("silent", "fire_counts", "dead")
-        return {
-            name: shards.global_view(tensor, name in counters or cuts.get(name.partition(".")[2]) == "latent_rows")
-            for name, tensor in self.tensors().items()
-        }
+        return {name: shards.global_view(tensor, self.is_cut(name)) for name, tensor in self.tensors().items()}
+
+    def is_cut(self, name: str) -> bool:
+        """Whether a tensor, a parameter `W_enc` or a state `adam_mean.W_enc`, holds this rank's latents only."""
+        return name in ("silent", "fire_counts", "dead") or self.sae.layout().get(name.split(".")[-1]) == "latent_rows"
 
     def restore(self, scalars: dict[str, Any], shards: Shards) -> None:
         """Go on from a checkpoint whose tensors have been read into `views`."""

@@ -1,0 +1,135 @@
+"""What one rank of the mesh tests does: `python -m tests.parallel.rank OUT`, ranks known by the environment.
+
+One start per world size, many checks inside: starting ranks is what costs time.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from harness import budget
+from harness.ops import Codes, choose_ops, reference
+from harness.parallel import Shards
+from harness.parallel.mesh import Mesh, mesh, ranks_from_environment
+from harness.record.checkpoint import find_checkpoint, load_tensors, save_checkpoint
+from harness.train.member import make_member
+from tests.parallel.preactivations import KINDS, preactivations
+from tests.parallel.trajectory import CASES, CPU, case_config, trajectory
+from tests.train.cells import source_of
+
+MESHES = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 4: [(1, 4), (2, 2), (4, 1)]}
+STEPS = 50
+
+
+def selection_is_exact(shards: Shards) -> None:
+    for seed in range(12):
+        for kind in KINDS:
+            for k in (1, 3, 7, 24):
+                whole = preactivations(kind, tokens=9, n=24, seed=seed)
+                rows = shards.rows(24)
+                local = reference.select_preactivations(whole[:, rows], min(k, rows.stop - rows.start))
+                pad = k - local.values.shape[1]
+                values = torch.nn.functional.pad(local.values, (0, pad), value=-torch.inf)
+                kept = shards.keep(values, k, "selection")
+                chosen = torch.zeros(9, rows.stop - rows.start, dtype=torch.bool)
+                for token in range(9):
+                    chosen[token, local.index[token, : int(kept[token])]] = True
+                found = shards.gather(chosen.T.contiguous().to(torch.int32)).T.bool()
+                expected: Codes = reference.select_preactivations(whole, k)
+                wanted = torch.zeros(9, 24, dtype=torch.bool).scatter_(1, expected.index, True)
+                assert torch.equal(found, wanted), (kind, k, seed)
+
+
+def traffic_equals_the_formula(name: str, shards: Mesh) -> None:
+    config = case_config(name, shards.dp, shards.shard)
+    config.sae.aux_alpha = 0.0
+    source, ops = source_of(config), choose_ops("reference")
+    member = make_member(config, source, CPU, shards, ops)
+    batch = source.stream(0, 64, CPU, shards.dp_rank, shards.dp).batch(0)
+    shards.traffic.sent.clear()
+    member.train_step(batch, shards, ops)
+    formula = budget.bytes_sent_per_step(config, member.sae.d_model)
+    counted = {kind: sent for kind, sent in shards.traffic.sent.items() if sent}
+    assert counted.keys() == formula.keys(), (counted, formula)
+    for kind, sent in counted.items():
+        assert abs(sent - formula[kind]) < 1e-6, (name, kind, sent, formula[kind])
+
+
+def a_bad_batch_on_one_rank_stops_all(shards: Shards) -> None:
+    config = case_config("switch_auxk", shards.dp, shards.shard)
+    source, ops = source_of(config), choose_ops("reference")
+    member = make_member(config, source, CPU, shards, ops)
+    stream = source.stream(0, 64, CPU, shards.dp_rank, shards.dp)
+    member.train_step(stream.batch(0), shards, ops)
+    before = member.params["W_enc"].clone()
+    bad = stream.batch(1).clone()
+    if shards.dp_rank == shards.dp - 1:
+        bad[0, 0] = torch.nan
+    member.train_step(bad, shards, ops)
+    member.train_step(stream.batch(2), shards, ops)
+    assert member.diverged_at() == 1
+    assert torch.equal(member.params["W_enc"], before)
+
+
+def an_expert_without_tokens_on_any_rank(shards: Shards) -> None:
+    config = case_config("switch_auxk", shards.dp, shards.shard)
+    config.sae.dead_after_tokens = 1.0
+    source, ops = source_of(config), choose_ops("reference")
+    member = make_member(config, source, CPU, shards, ops)
+    member.params["W_r"].zero_()
+    stream = source.stream(0, 64, CPU, shards.dp_rank, shards.dp)
+    for step in range(8):
+        member.train_step(stream.batch(step), shards, ops)
+    assert member.diverged_at() is None
+
+
+def checkpoint_loads_on_this_mesh(shards: Shards, root: Path) -> None:
+    """Saved by this mesh and read back, and one that a single process saved is read too."""
+    config = case_config("switch_auxk", shards.dp, shards.shard)
+    source, ops = source_of(config), choose_ops("reference")
+    member = make_member(config, source, CPU, shards, ops)
+    stream = source.stream(0, 64, CPU, shards.dp_rank, shards.dp)
+    for step in range(5):
+        member.train_step(stream.batch(step), shards, ops)
+    save_checkpoint(root, 5, member.views(shards), {"x": 1}, "run", shards)
+    kept = {name: value.clone() for name, value in member.tensors().items()}
+    for tensor in member.tensors().values():
+        tensor.zero_()
+    found = find_checkpoint(root, "run", shards)
+    assert found is not None and found.step == 5 and found.directory is not None
+    load_tensors(found.directory, member.views(shards), shards)
+    for name, value in member.tensors().items():
+        assert torch.equal(value, kept[name]), name
+
+
+def main(out: Path) -> None:
+    world = ranks_from_environment().world
+    for dp, shard in MESHES[world]:
+        with mesh(dp, shard, CPU) as shards:
+            assert isinstance(shards, Mesh)
+            here = out / f"dp{dp}-shard{shard}"
+            if shards.rank == 0:
+                here.mkdir()
+            shards.barrier()
+            selection_is_exact(shards)
+            for name in CASES:
+                found = trajectory(case_config(name, dp, shard), shards, STEPS)
+                if shards.rank == 0:
+                    save_file(found, here / f"{name}.safetensors")
+                traffic_equals_the_formula(name, shards)
+            found = trajectory(case_config("topk_auxk", dp, shard, "fp32"), shards, 4 * STEPS)
+            if shards.rank == 0:
+                save_file(found, here / "topk_auxk_fp32.safetensors")
+            a_bad_batch_on_one_rank_stops_all(shards)
+            an_expert_without_tokens_on_any_rank(shards)
+            checkpoint_loads_on_this_mesh(shards, here / "checkpoints")
+            assert [shards.agree(bits) for bits in (1 << shards.rank, 0, 0)] == [0, (1 << world) - 1, 0]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

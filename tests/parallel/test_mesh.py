@@ -1,0 +1,88 @@
+"""The trajectory does not depend on the mesh: 1, 2 and 4 ranks over gloo against one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from harness.parallel import Solo
+from harness.parallel.mesh import mesh, ranks_from_environment
+from tests.parallel.rank import MESHES, STEPS
+from tests.parallel.trajectory import CASES, CPU, case_config, trajectory
+
+
+def start_ranks(world: int, out: Path) -> None:
+    """Run `tests.parallel.rank` on `world` ranks; fails with the output of the first that fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-W", "error::UserWarning:harness", "-m", "tests.parallel.rank", str(out)]
+    ranks = [
+        subprocess.Popen(
+            command, env=common | {"RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for r in range(world)
+    ]
+    outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
+    failed = [output for rank, output in zip(ranks, outputs, strict=True) if rank.returncode]
+    assert not failed, failed[0]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, torch.Tensor]]:
+    found = {name: trajectory(case_config(name), Solo(), STEPS) for name in CASES}
+    return found | {"topk_auxk_fp32": trajectory(case_config("topk_auxk", precision="fp32"), Solo(), 4 * STEPS)}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_mesh_gives_the_trajectory_of_one_process(world: int, tmp_path: Path, alone) -> None:
+    start_ranks(world, tmp_path)
+    for dp, shard in MESHES[world]:
+        for name in CASES:
+            found = load_file(tmp_path / f"dp{dp}-shard{shard}" / f"{name}.safetensors")
+            assert found.keys() == alone[name].keys()
+            for part, expected in alone[name].items():
+                message = f"{name}, dp={dp}, shard={shard}: {part}"
+                if expected.dtype.is_floating_point:
+                    torch.testing.assert_close(
+                        found[part], expected, rtol=1e-9, atol=1e-9, msg=lambda m, t=message: f"{t}\n{m}"
+                    )
+                else:
+                    assert torch.equal(found[part], expected), message
+        found = load_file(tmp_path / f"dp{dp}-shard{shard}" / "topk_auxk_fp32.safetensors")
+        expected = float(alone["topk_auxk_fp32"]["fvu"][0])
+        assert abs(float(found["fvu"][0]) / expected - 1) < 1e-4
+
+
+def test_auxk_is_really_at_work_in_these_trajectories(alone) -> None:
+    for name in ("topk_auxk", "switch_auxk"):
+        assert float(alone[name]["n_dead"].max()) > 0
+    assert not torch.equal(alone["topk"]["loss"], alone["topk_auxk"]["loss"])
+
+
+def test_ranks_come_from_torchrun_or_srun_or_are_one() -> None:
+    assert ranks_from_environment({}).world == 1
+    torchrun = ranks_from_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
+    assert (torchrun.rank, torchrun.world, torchrun.local_rank) == (3, 4, 1)
+    srun = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}
+    assert ranks_from_environment(srun).rank == 2
+    assert ranks_from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).world == 1  # a batch script, no srun
+
+
+def test_a_mesh_of_the_wrong_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="mesh.dp=2 × mesh.shard=2 needs 4 ranks, and 1 were started"), mesh(2, 2, CPU):
+        raise AssertionError("unreachable")

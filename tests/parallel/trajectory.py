@@ -1,0 +1,70 @@
+"""Fifty steps of a small SAE on any mesh, and everything about them that must not depend on the mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from harness.config import Config
+from harness.ops import choose_ops
+from harness.parallel import Shards
+from harness.record.signals import StopFlag
+from harness.train.evaluate import evaluate
+from harness.train.member import Member, make_member
+from tests.train.cells import small_config, source_of
+
+CPU = torch.device("cpu")
+
+_COMMON: dict[str, Any] = {
+    "sae__n_latents": 64,
+    "train__clip_norm": 0.05,
+    "train__ema": 0.9,
+    "train__warmup_tokens": 64 * 20,
+    "train__batch_tokens": 64,
+}
+_AUXK = {"sae__aux_alpha": 1 / 32, "sae__dead_after_tokens": 200, "sae__aux_k": 6}
+_SWITCH = {"sae__architecture": "switch", "sae__n_experts": 4, "sae__balance_weight": 0.1}
+
+CASES = {
+    "topk": {"sae__aux_alpha": 0.0},
+    "topk_auxk": _AUXK,
+    "switch": {"sae__aux_alpha": 0.0, **_SWITCH},
+    "switch_auxk": {**_AUXK, **_SWITCH},
+}
+
+
+def case_config(name: str, dp: int = 1, shard: int = 1, precision: str = "fp64") -> Config:
+    config = small_config(**_COMMON, **CASES[name], train__precision=precision)
+    config.mesh.dp, config.mesh.shard = dp, shard
+    return config
+
+
+def trajectory(config: Config, shards: Shards, steps: int) -> dict[str, torch.Tensor]:
+    """Losses, gradients of step 1, final weights and counters, held-out fvu: whole, on every rank."""
+    source, ops = source_of(config), choose_ops("reference")
+    member = make_member(config, source, CPU, shards, ops)
+    stream = source.stream(0, config.train.batch_tokens, CPU, shards.dp_rank, shards.dp)
+    lines, found = [], {}
+    for step in range(steps):
+        member.train_step(stream.batch(step), shards, ops)
+        if step == 0:
+            found |= {f"gradient.{name}": whole(member, name, g, shards) for name, g in gradients(member).items()}
+        lines.append(member.log_line(shards))
+    found["loss"] = torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
+    found["n_dead"] = torch.tensor([line["n_dead"] for line in lines], dtype=torch.float64)
+    found["grad_norm"] = torch.tensor([line["grad_norm"] for line in lines], dtype=torch.float64)
+    found |= {name: whole(member, name, value, shards) for name, value in member.tensors().items()}
+    params = member.optimizer.averaged(member.done)
+    held = evaluate(member.sae, params, source, member.normalizer, (1500,), shards, ops, StopFlag())
+    assert held is not None
+    found["fvu"] = torch.tensor([held[0].fvu, held[0].fvu_se, held[0].l0], dtype=torch.float64)
+    return {name: value.clone().contiguous() for name, value in found.items()}
+
+
+def gradients(member: Member) -> dict[str, torch.Tensor]:
+    return {name: member.optimizer.grads[name].clone() for name in member.sae.layout()}
+
+
+def whole(member: Member, name: str, value: torch.Tensor, shards: Shards) -> torch.Tensor:
+    return shards.gather(value) if member.is_cut(name) else value
