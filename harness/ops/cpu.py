@@ -7,6 +7,7 @@ what each choice was worth.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 
@@ -23,7 +24,7 @@ from harness.ops.interface import AdamState, Codes, Groups, Hyper, Reduce
 
 NAME = "cpu"
 
-TILE_ELEMENTS = 1 << 21
+TILE_ELEMENTS = 1 << 22
 """Pre-activations that a thread produces and selects from at a time."""
 
 TOKENS_AT_LEAST = 32
@@ -60,8 +61,9 @@ def _floats(tensor: Tensor) -> np.ndarray:
 
 
 def _lanes(width: int, k: int) -> int:
-    """How many interleaved maxima selection keeps per row: enough that few of them reach the threshold."""
-    lanes = -(-max(16 * k, 128) // 16) * 16
+    """How many interleaved maxima selection keeps per row. More make finding the threshold dearer, fewer make more
+    values reach it that are read again; the balance is near √(width·k)."""
+    lanes = 16 * math.ceil(max(4 * k, math.sqrt(width * k)) / 16)
     return lanes if 2 * lanes <= width else width
 
 
@@ -253,7 +255,7 @@ def _dense_weight_grads(
     for grad in (W_enc_grad, W_dec_grad, b_enc_grad):
         grad.zero_()
     width = rows.stop - rows.start
-    size = max(1, 2 * TILE_ELEMENTS // width)
+    size = max(1, TILE_ELEMENTS // width)
     for begin in range(tokens.start, tokens.stop, size):
         block = slice(begin, min(begin + size, tokens.stop))
         count = block.stop - block.start

@@ -21,6 +21,10 @@ ROWS_AT_ONCE = 4
 """Rows combined per pass over an accumulator, which so is loaded and stored a quarter as often."""
 
 
+SHORT = 128
+"""Keys that are sorted by counting."""
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile on first call; from Numba's cache on disk where there is a writable place for one.
 
@@ -66,8 +70,7 @@ def _partition_largest(keys, count, k):
     """Reorder keys[:count], all different, so that the k largest come first (quickselect)."""
     low, high = 0, count - 1
     while low < high:
-        middle = (low + high) >> 1
-        a, b, c = keys[low], keys[middle], keys[high]
+        a, b, c = keys[low], keys[(low + high) >> 1], keys[high]
         pivot = max(min(a, b), min(max(a, b), c))
         i, j = low, high
         while i <= j:
@@ -88,16 +91,33 @@ def _partition_largest(keys, count, k):
 
 
 @register_jitable
-def _sort_descending(keys, count):
-    """Shell sort, Ciura's gaps: short lists, no scratch."""
-    for gap in (8660, 3849, 1711, 701, 301, 132, 57, 23, 10, 4, 1):
-        for i in range(gap, count):
-            key = keys[i]
-            j = i
-            while j >= gap and keys[j - gap] < key:
-                keys[j] = keys[j - gap]
-                j -= gap
-            keys[j] = key
+def _sort_descending(keys, count, scratch):
+    """Sort keys[:count], all different. A few: a key's place is the number of larger keys, counted in vector lanes.
+    Many: radix sort by bytes, in which bytes that are all equal cost one pass less."""
+    if count <= SHORT:
+        for i in range(count):
+            key, place = keys[i], 0
+            for j in range(count):
+                place += 1 if keys[j] > key else 0
+            scratch[place] = key
+        keys[:count] = scratch[:count]
+        return
+    for shift in range(0, 64, 8):
+        starts = np.zeros(257, np.int64)
+        for i in range(count):
+            starts[256 - ((keys[i] >> np.uint64(shift)) & np.uint64(255))] += 1
+        if starts[256 - ((keys[0] >> np.uint64(shift)) & np.uint64(255))] == count:
+            continue
+        total = 0
+        for byte in range(257):
+            here = starts[byte]
+            starts[byte] = total
+            total += here
+        for i in range(count):
+            byte = 256 - ((keys[i] >> np.uint64(shift)) & np.uint64(255))
+            scratch[starts[byte]] = keys[i]
+            starts[byte] += 1
+        keys[:count] = scratch[:count]
 
 
 @register_jitable
@@ -160,28 +180,33 @@ def topk(tile, bias, k, lanes, first_row, values, index):
     it are read a second time.
     """
     rows, width = tile.shape
-    maxima = np.empty(lanes, np.float32)
-    keys = np.empty(width, np.uint64)
+    maxima, reached = np.empty(lanes, np.float32), np.empty(lanes + 1, np.int32)
+    # one place more than needed: candidates are written first and counted afterwards, which spares a branch
+    keys, scratch, candidates = np.empty(width, np.uint64), np.empty(width, np.uint64), np.empty(width + 1, np.int32)
     for t in range(rows):
         row = tile[t]
         count = 0
         if _lane_maxima(row, bias, lanes, maxima) == np.float32(0.0):
             threshold = _threshold(maxima, lanes, k)
+            reaching = 0
             for i in range(lanes):
-                if maxima[i] >= threshold:
-                    for j in range(i, width, lanes):
-                        value = _widen(row[j]) + bias[j]
-                        if value >= threshold:
-                            keys[count] = _key(value, j)
-                            count += 1
+                reached[reaching] = i
+                reaching += 1 if maxima[i] >= threshold else 0
+            for lane in range(reaching):
+                for j in range(reached[lane], width, lanes):
+                    candidates[count] = j
+                    count += 1 if _widen(row[j]) + bias[j] >= threshold else 0
         else:
             for j in range(width):
-                keys[count] = _key(_widen(row[j]) + bias[j], j)
-                count += 1
+                candidates[j] = j
+            count = width
+        for place in range(count):
+            j = candidates[place]
+            keys[place] = _key(_widen(row[j]) + bias[j], j)
         if count > 2 * k:
             _partition_largest(keys, count, k)
             count = k
-        _sort_descending(keys, count)
+        _sort_descending(keys, count, scratch)
         for place in range(k):
             j = np.int64(np.uint64(0xFFFFFFFF) - (keys[place] & np.uint64(0xFFFFFFFF)))
             values[t, place] = _widen(row[j]) + bias[j]
