@@ -17,7 +17,9 @@ def test_notebook_runs(path, monkeypatch):
 
     monkeypatch.setenv("SWEEP", str(SWEEP))
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        notebook, timeout=300, startup_timeout=300, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/svg+xml" in output.get("data", {}) for output in outputs)
     assert not any(output.output_type == "stream" and output.name == "stderr" for output in outputs)
