@@ -103,7 +103,8 @@ def test_need_finds_n_or_says_that_the_floor_is_above():
     loss = float(sae_nk(np.array([2.0**16]), np.array([64.0]))[0])
     answer = need(result, loss, k=64, cost=_cost)
     assert answer.n == pytest.approx(2**16, rel=0.15) and answer.flops is not None
-    assert answer.lo is not None and answer.hi is not None and answer.lo < answer.n < answer.hi
+    assert answer.n is not None and answer.lo is not None and answer.hi is not None
+    assert answer.lo < answer.n < answer.hi
     floor = float(np.exp(GPT4["zeta"] + GPT4["eta"] * np.log(64)))
     below = need(result, 0.8 * floor, k=64)
     assert below.n is None and below.floor == pytest.approx(floor, rel=0.15)
