@@ -169,7 +169,7 @@ class _Moments:
     def mean(self) -> np.ndarray:
         return self._sum / self._count
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, int | float]:
         mean_sq_norm = self._squares / self._count
         variance = max(0.0, mean_sq_norm - float(np.square(self.mean()).sum()))
         assert math.isfinite(variance)
