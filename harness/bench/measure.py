@@ -1,0 +1,145 @@
+"""One shape: start the contenders, check that they compute the same step, time them in turn, put numbers together."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from harness.bench.contender import Process
+from harness.bench.shapes import Shape
+
+WARM_UP = 2
+"""Rounds that are not counted; the first compiles our kernels."""
+
+
+def write_data(shape: Shape, path: Path) -> None:
+    """Initial weights (encoder = decoder, unit rows) and a batch whose spectrum falls off like a model's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    weight = draw(shape.n, shape.d)
+    weight /= weight.norm(dim=1, keepdim=True)
+    tensors = {
+        "W_enc": weight,
+        "W_dec": weight.clone(),
+        "b_enc": torch.zeros(shape.n),
+        "b_dec": torch.zeros(shape.d),
+        "x": draw(shape.batch, shape.d) * torch.arange(1, shape.d + 1) ** -0.25,
+    }
+    if shape.experts > 1:
+        tensors |= {"W_r": draw(shape.experts, shape.d) / shape.d**0.5, "b_r": torch.zeros(shape.d)}
+    save_file(tensors, path)
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def floor_ms(shape: Shape, gemm_ms: float, bytes_per_s: float, element_bytes: int) -> float:
+    """The least a step can take with this product and this bandwidth (docs/performance.md): the encoder product,
+    three gathers of k rows per token, one pass of Adam over both matrices, and a twentieth of the pre-activations."""
+    gathers = 3.0 * shape.batch * shape.k * shape.d * element_bytes
+    # parameter and two moments, read and written in float32; and the low-precision copy
+    adam = (24.0 + (2.0 if element_bytes == 2 else 0.0)) * 2 * shape.n * shape.d
+    latents = 0.05 * shape.batch * shape.n / shape.experts * element_bytes
+    return gemm_ms + 1e3 * (gathers + adam + latents) / bytes_per_s
+
+
+def gradient_difference(ours: Path, theirs: Path) -> float:
+    """Largest relative distance (Frobenius) of the matrices' gradients. Losses differ by a constant factor, which is
+    fitted first."""
+    worst = 0.0
+    expected = load_file(ours)
+    for name, found in load_file(theirs).items():
+        found, should = found.double(), expected[name].double()
+        factor = (found * should).sum() / found.square().sum()
+        worst = max(worst, float((factor * found - should).norm() / should.norm()))
+    return worst
+
+
+def measure(shape: Shape, peers: dict[str, list[str]], settings: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """One entry of `results`. `peers`: name → command of its worker; they have no Switch, so those shapes have none."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        data = Path(folder) / "data.safetensors"
+        write_data(shape, data)
+        task = settings | {"data": str(data), "d": shape.d, "n": shape.n, "k": shape.k, "experts": shape.experts}
+        ours = stack.enter_context(Process("ours", [sys.executable, "-m", "harness.bench.ours"], task))
+        others = {}
+        for name, command in peers.items() if shape.experts == 1 else ():
+            for steel in (False, True):
+                label = f"{name}_steel" if steel else name
+                peer_task = task | {"peer": name, "steel": steel}
+                others[label] = stack.enter_context(Process(label, command, peer_task))
+        ours.ask("gradients", Path(folder) / "ours.safetensors")
+        differences = {}
+        for label, process in others.items():
+            process.ask("gradients", Path(folder) / f"{label}.safetensors")
+            differences[label] = gradient_difference(
+                Path(folder) / "ours.safetensors", Path(folder) / f"{label}.safetensors"
+            )
+        samples: dict[str, list[float]] = {}
+        for number in range(WARM_UP + rounds):
+            answers = [("", ours.ask("round"))]
+            answers += [(f"{label}.", process.ask("round")) for label, process in others.items()]
+            if number >= WARM_UP:
+                for prefix, answer in answers:
+                    for key, value in answer.items():
+                        samples.setdefault(prefix + key, []).append(value)
+        peaks = {label: process.ask("peak") for label, process in others.items()}
+        own_peak = ours.ask("peak")
+    return _entry(shape, settings["precision"], samples, own_peak, peaks, differences)
+
+
+def _entry(
+    shape: Shape,
+    precision: str,
+    samples: dict[str, list[float]],
+    own_peak: dict[str, Any],
+    peaks: dict[str, dict[str, Any]],
+    differences: dict[str, float],
+) -> dict[str, Any]:
+    middle = {key: statistics.median(values) for key, values in samples.items()}
+    floor = floor_ms(shape, middle["gemm_ms_shape"], middle["bytes_per_s"], 2 if precision == "bf16" else 4)
+    # ratios within a round, so that a change of the machine's speed between rounds cancels
+    ratio = [own / product for own, product in zip(samples["step_ms"], samples["gemm_ms_shape"], strict=True)]
+    peers = {}
+    for label, peak in peaks.items():
+        theirs = samples[f"{label}.step_ms"]
+        peers[label] = {
+            "step_ms": statistics.median(theirs),
+            "step_ms_spread": spread(theirs),
+            "ours_is_faster_by": statistics.median(t / o for t, o in zip(theirs, samples["step_ms"], strict=True)),
+            "gradient_difference": differences[label],
+            **peak,
+        }
+    names = ("step_ms", "gemm_ms_shape", "select_ms", "decode_ms", "backward_ms", "optimizer_ms", "other_ms")
+    return {
+        "shape": shape.name,
+        "d": shape.d,
+        "n": shape.n,
+        "k": shape.k,
+        "batch": shape.batch,
+        "n_experts": shape.experts,
+        "precision": precision,
+        **{name: middle[name] for name in names},
+        "step_ms_spread": spread(samples["step_ms"]),
+        "step_over_gemm": statistics.median(ratio),
+        "tokens_per_s": 1e3 * shape.batch / middle["step_ms"],
+        "bandwidth_GB_per_s": middle["bytes_per_s"] / 1e9,
+        "floor_ms": floor,
+        "pct_of_floor": 100 * floor / middle["step_ms"],
+        **own_peak,
+        "rounds": len(samples["step_ms"]),
+        "peers": peers,
+    }

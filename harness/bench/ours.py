@@ -1,0 +1,162 @@
+"""Our step as a contender. Also measures, in the same process, what its floor is made of.
+
+Reads one JSON line with the task, then commands, and answers each with one JSON line; see `contender`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from harness.config import TrainConfig
+from harness.ops import Ops, choose_ops
+from harness.parallel import Solo
+from harness.saes import Sae, step
+from harness.train.member import COMPUTE
+from harness.train.optim import Optimizer
+
+LR = 1e-4
+COPY_BYTES = 1 << 28
+"""Size of the copy that measures bandwidth: far above any cache."""
+
+
+class Timed:
+    """A kernel set that adds up the milliseconds spent in each operation."""
+
+    def __init__(self, ops: Ops, clock: Callable[[], float]) -> None:
+        self._ops, self._clock = ops, clock
+        self.spent: dict[str, float] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        operation = getattr(self._ops, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = self._clock()
+            result = operation(*args, **kwargs)
+            self.spent[name] = self.spent.get(name, 0.0) + self._clock() - begin
+            return result
+
+        return timed
+
+
+class Contender:
+    """One SAE in training on one batch."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        tensors = load_file(task["data"])
+        self.device = torch.device(task["device"])
+        tensors = {name: value.to(self.device) for name, value in tensors.items()}
+        self.x = tensors.pop("x")
+        n, experts = task["n"], task["experts"]
+        switch = experts > 1
+        self.params = tensors if switch else {key: tensors[key] for key in ("W_enc", "W_dec", "b_enc", "b_dec")}
+        variance = float((self.x - self.x.mean(dim=0)).square().sum(dim=1).mean())
+        architecture, balance = ("switch", 0.03) if switch else ("topk", 0.0)
+        self.sae = Sae(architecture, task["d"], n, task["k"], experts, True, variance, 0.0, 1, balance)
+        self.ops = choose_ops(task["ops"], self.device)
+        train, compute = TrainConfig(tokens=1), COMPUTE[task["precision"]]
+        self.optimizer = Optimizer(self.sae, self.params, train, compute, self.ops)
+        self.taken = 0
+        self._product = self._encoder_product(compute, experts)
+        self._copy = torch.empty(2, COPY_BYTES // 8, device=self.device)
+
+    def clock(self) -> float:
+        """Milliseconds; on a GPU after everything queued has finished."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * time.perf_counter()
+
+    def gradients(self, ops: Ops) -> Tensor:
+        """Loss of the batch; leaves the gradients in the optimiser."""
+        optimizer = self.optimizer
+        return step(self.sae, self.params, optimizer.compute, self.x, Solo(), ops, None, optimizer.grads).loss
+
+    def take_step(self, ops: Ops) -> float:
+        """One whole training step; returns the milliseconds of its optimiser part."""
+        loss = self.gradients(ops)
+        self.taken += 1
+        begin = self.clock()
+        self.optimizer.ops = ops
+        self.optimizer.apply(LR, self.taken, loss.isfinite(), Solo())
+        return self.clock() - begin
+
+    def round(self) -> dict[str, float]:
+        """Milliseconds of the bare product, one step, its parts (in a second step), and bandwidth in bytes/s."""
+        begin = self.clock()
+        self._product()
+        product = self.clock()
+        self.take_step(self.ops)
+        end = self.clock()
+        timed = Timed(self.ops, self.clock)
+        optimizer_ms = self.take_step(timed)  # type: ignore[arg-type]
+        parts_end = self.clock()
+        self._copy[1].copy_(self._copy[0])
+        copied = self.clock()
+        parts = {
+            "select_ms": timed.spent["select"],
+            "decode_ms": timed.spent["reconstruct"],
+            "backward_ms": timed.spent["weight_grads"],
+            "optimizer_ms": optimizer_ms,
+        }
+        return {
+            "gemm_ms_shape": product - begin,
+            "step_ms": end - product,
+            **parts,
+            "other_ms": parts_end - end - sum(parts.values()),
+            "bytes_per_s": 1e3 * COPY_BYTES / (copied - parts_end),
+        }
+
+    def _encoder_product(self, dtype: torch.dtype, experts: int) -> Callable[[], object]:
+        """The bare encoder product of this shape and dtype, output preallocated; for Switch its grouped form, with
+        the tokens spread evenly."""
+        x, weight = self.x.to(dtype), self.params["W_enc"].to(dtype)
+        rows, width = x.shape[0] // experts, weight.shape[0] // experts
+        grouped = x[: rows * experts].view(experts, rows, -1)
+        weights = weight.view(experts, width, -1)
+        out = torch.empty(experts, rows, width, dtype=dtype, device=self.device)
+
+        def product() -> None:
+            for expert in range(experts):
+                torch.mm(grouped[expert], weights[expert].T, out=out[expert])
+
+        return product
+
+
+def peak_bytes(device: torch.device, before: int) -> int:
+    """Peak memory of this process above what it held before the data came, or of the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
+def main() -> None:
+    task = json.loads(sys.stdin.readline())
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    before = psutil.Process().memory_info().rss
+    contender = Contender(task)
+    for line in sys.stdin:
+        command = line.split()
+        answer: dict[str, Any] = {}
+        if command[0] == "round":
+            answer = contender.round()
+        elif command[0] == "gradients":
+            contender.gradients(contender.ops)
+            save_file({name: grad.cpu().contiguous() for name, grad in contender.optimizer.grads.items()}, command[1])
+        elif command[0] == "peak":
+            answer = {"peak_mem_bytes": peak_bytes(contender.device, before), "ops": contender.ops.NAME}  # type: ignore[attr-defined]
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The benchmark as a command, and the arithmetic behind its numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from harness.bench.measure import floor_ms, gradient_difference
+from harness.bench.shapes import SHAPES, Shape, parse_shapes
+from harness.errors import UserError
+
+
+def test_shapes_by_name_family_and_size() -> None:
+    assert [shape.n for shape in parse_shapes("C1, C2,C3")] == [1024, 4096, 8192]
+    assert {shape.experts for shape in parse_shapes("S3")} == {8, 32, 64, 128}
+    assert len(parse_shapes("S5")) == 12
+    assert parse_shapes("16x64x4x32x2") == [Shape("16x64x4x32x2", 16, 64, 4, 32, 2)]
+    assert all(shape.n % shape.experts == 0 for shape in SHAPES.values())
+
+
+@pytest.mark.parametrize("text", ["C9", "16x64x4", "16x64x40x32x2", "16x64x4x32x3", "0x64x4x32", ""])
+def test_unknown_shapes_are_named(text: str) -> None:
+    with pytest.raises(UserError, match="shape"):
+        parse_shapes(text)
+
+
+def test_floor_of_the_facts_first_row() -> None:
+    """(768, 32768, 32, 8192) in bf16 at 0.52 ms per product and 4.3 TB/s: 1.11 ms."""
+    assert floor_ms(SHAPES["S1"], 0.52, 4.3e12, 2) == pytest.approx(1.11, abs=0.01)
+
+
+def test_gradient_difference_fits_the_loss_factor(tmp_path: Path) -> None:
+    gradient = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    save_file({"W_enc": gradient, "b_enc": torch.ones(5)}, tmp_path / "ours")
+    save_file({"W_enc": -3 * gradient}, tmp_path / "same")
+    save_file({"W_enc": gradient.flip(0).contiguous()}, tmp_path / "other")
+    assert gradient_difference(tmp_path / "ours", tmp_path / "same") < 1e-7
+    assert gradient_difference(tmp_path / "ours", tmp_path / "other") > 0.1
+
+
+def test_command_writes_what_the_contract_names(tmp_path: Path) -> None:
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
+    command = [sys.executable, "-m", "harness.bench", "--shapes", "16x64x4x64,16x64x4x64x4", "--rounds", "2"]
+    done = subprocess.run(
+        [*command, "--peers=", "--json", out, "--picture", picture], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout
+    assert picture.read_text().lstrip().startswith("<?xml")
+    written = json.loads(out.read_text())
+    assert written["machine"]["threads"] >= 1
+    assert [result["n_experts"] for result in written["results"]] == [1, 4]
+    for result in written["results"]:
+        for key in ("step_ms", "gemm_ms_shape", "select_ms", "decode_ms", "backward_ms", "optimizer_ms"):
+            assert result[key] > 0
+        assert {"shape", "d", "n", "k", "batch", "pct_of_floor", "peak_mem_bytes", "peers"} <= set(result)
+
+
+def test_command_refuses_a_wrong_request_in_one_line() -> None:
+    command = [sys.executable, "-m", "harness.bench", "--shapes", "C9"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith("unknown shape 'C9'") and done.stderr.count("\n") == 1
