@@ -251,10 +251,6 @@ class TrainConfig:
         _one_of("train.until", self.until, ("budget", "convergence"))
         _one_of("train.precision", self.precision, PRECISIONS)
         _one_of("train.device", self.device, ("auto", "cpu", "cuda"))
-        _require(
-            self.tokens > 0 or self.flops > 0,
-            "no budget: set train.tokens or train.flops (with train.until=convergence it is the cap)",
-        )
         _require(self.batch_tokens >= 1, f"train.batch_tokens={self.batch_tokens} must be at least 1")
         _require(0 <= self.decay_fraction <= 1, f"train.decay_fraction={self.decay_fraction} must lie between 0 and 1")
         _require(
@@ -272,6 +268,10 @@ class TrainConfig:
         for name in ("tokens", "flops", "lr", "warmup_tokens", "clip_norm", "checkpoint_every_s", "threads"):
             value = getattr(self, name)
             _require(value >= 0 and math.isfinite(value), f"train.{name}={value} must be finite and not negative")
+        _require(
+            self.tokens > 0 or self.flops > 0,
+            "no budget: set train.tokens or train.flops (with train.until=convergence it is the cap)",
+        )
         for name in ("log_every_steps", "eval_rows", "dead_window_tokens"):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name}={value} must be at least 1")

@@ -61,8 +61,7 @@ def find_dead(sae: Sae, dead: Bool[Tensor, " rows"], shards: Shards) -> DeadLate
     """
     if sae.aux_alpha == 0:
         return None
-    groups = shards.rows(sae.n_experts)
-    per_group = dead.view(groups.stop - groups.start if sae.routed else 1, -1).sum(dim=1)
+    per_group = dead.view(-1, sae.latents_per_expert if sae.routed else dead.shape[0]).sum(dim=1)
     # a TopK selects among the dead latents of all shards, a Switch token among those of its expert
     total = shards.sum_(per_group.sum(), "shard", "scalars")
     available = per_group.max() if sae.routed else total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ class Cell:
     """fvu of the first `eval_rows` held-out rows by completed steps: the curve that decides on convergence."""
     status: str = ""
     """Empty while it trains, then `done` or `diverged`."""
+    diverged_at: int | None = None
+    """Completed steps when something was not finite any more."""
     final: Evaluation | None = None
     converged: bool = False
 
@@ -57,7 +60,8 @@ class Cell:
         evaluation_due = at_end or member.done in evaluation_steps(self.config, member.last)
         if member.summed_steps and (evaluation_due or member.done % self.config.train.log_every_steps == 0):
             self._record(member.log_line(shards))
-            if member.diverged_at() is not None:
+            self.diverged_at = member.diverged_at()
+            if self.diverged_at is not None:
                 self.status = "diverged"
                 return
         if not evaluation_due:
@@ -68,12 +72,16 @@ class Cell:
             if evaluation is None:
                 return
         if at_end or self._reached_convergence():
-            self.final = self._evaluate(shards, stop, whole=True)
-            if self.final is None:
+            evaluation = self._evaluate(shards, stop, whole=True)
+            if evaluation is None:
                 return
+            if not math.isfinite(evaluation.fvu):
+                # the batches never saw it, a held-out row did
+                self.status, self.diverged_at = "diverged", member.done
+                return
+            self.final = evaluation
             self.converged = has_converged(self.config, self.evaluations, member.done)
             self.status = "done"
-            evaluation = self.final
         if evaluation is not None:
             line = asdict(evaluation)
             line["eval_rows"] = line.pop("rows")

@@ -180,7 +180,7 @@ def _result(cell: Cell, summary: dict[str, Any], started: str, attempt: int) -> 
         "config": to_container(config),
     }
     if cell.status == "diverged":
-        result["diverged_at_step"] = cell.member.diverged_at()
+        result["diverged_at_step"] = cell.diverged_at
     return result
 
 

@@ -37,8 +37,9 @@ def start_ranks(world: int, out: Path) -> None:
         for r in range(world)
     ]
     outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
-    failed = [output for rank, output in zip(ranks, outputs, strict=True) if rank.returncode]
-    assert not failed, failed[0]
+    failed = [f"{rank.args}: {rank.returncode}\n{output}" for rank, output in zip(ranks, outputs, strict=True) if rank.returncode]
+    # a rank that lost its peer is not the cause
+    assert not failed, min(failed, key=lambda output: "onnection" in output)
 
 
 @pytest.fixture(scope="module")
@@ -84,5 +85,5 @@ def test_ranks_come_from_torchrun_or_srun_or_are_one() -> None:
 
 
 def test_a_mesh_of_the_wrong_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="mesh.dp=2 × mesh.shard=2 needs 4 ranks, and 1 were started"), mesh(2, 2, CPU):
+    with pytest.raises(ValueError, match=r"mesh.shard=2 needs 4 ranks, and 1 were started"), mesh(2, 2, CPU):
         raise AssertionError("unreachable")

@@ -99,6 +99,11 @@ def test_a_non_finite_loss_ends_the_run_with_the_weights_from_before(tmp_path: P
     assert 0 < result["diverged_at_step"] <= result["steps"] <= 10
 
 
+def test_weights_that_fail_on_held_out_rows_only_have_diverged_too(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", small_config(train__lr=1e6, train__tokens=64 * 5))
+    assert result["status"] == "diverged" and result["diverged_at_step"] == 5 and result["fvu"] is None
+
+
 def test_a_bad_batch_withholds_every_later_update(tmp_path: Path) -> None:
     from harness.ops import choose_ops
     from harness.parallel import Solo
