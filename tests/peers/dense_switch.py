@@ -88,11 +88,10 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     overrides = ["sae=switch", "sae.n_latents=1024", "sae.k=16", "sae.n_experts=8"]
-    base = paired.base_config(overrides, arguments.tokens, arguments.lr_factor)
+    base = paired.base_config(overrides, arguments)
     source, ops = paired.activations(base, arguments.activations, arguments.out), choose_ops(arguments.ops)
     clock, runs, ours, theirs = paired.Clock(), paired.seeds(arguments.seeds), [], []
-    print(f"n 1024, k 16, 8 experts, {base.train.tokens:.0f} tokens, batch {base.train.batch_tokens}", end="")
-    print(f", lr {learning_rate(base):.2e}, kernels {paired.kernels(ops)}, store {source.id}")
+    print(paired.heading(base, source, ops), flush=True)
     for seed in runs:
         config = paired.with_seed(base, seed)
         member = paired.train_ours(config, source, ops)

@@ -196,11 +196,10 @@ def main() -> None:
         raise SystemExit("dictionary_learning is not installed here; how to get it is in tests/peers/__init__.py")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    base = paired.base_config(["sae=topk", "sae.n_latents=1024", "sae.k=16"], arguments.tokens, arguments.lr_factor)
+    base = paired.base_config(["sae=topk", "sae.n_latents=1024", "sae.k=16"], arguments)
     source, ops = paired.activations(base, arguments.activations, arguments.out), choose_ops(arguments.ops)
     clock, seeds = paired.Clock(), paired.seeds(arguments.seeds)
-    print(f"n 1024, k 16, {base.train.tokens:.0f} tokens, batch {base.train.batch_tokens}", end="")
-    print(f", lr {learning_rate(base):.2e}, kernels {paired.kernels(ops)}, store {source.id}", flush=True)
+    print(paired.heading(base, source, ops), flush=True)
     verdicts = []
     if arguments.part != "best":
         verdicts.append(compare_matched(base, source, ops, seeds, clock))

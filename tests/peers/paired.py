@@ -36,6 +36,7 @@ def command_line(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=float, default=3e5, help="training tokens of every run")
     parser.add_argument("--seeds", default="0,1,2", help="one pair per seed (initial weights and order of the rows)")
     parser.add_argument("--activations", type=Path, help="a finished store; default: harvest activations=minilm")
+    parser.add_argument("--batch-tokens", type=int, help="tokens per step; default: train=quick")
     parser.add_argument("--lr-factor", type=float, help="c in lr = c·2e-4/√(n/2¹⁴) of the pairs; default: train=quick")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where a harvested store lies")
     parser.add_argument("--ops", default="auto", help="our kernels")
@@ -47,18 +48,20 @@ def seeds(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def base_config(overrides: Sequence[str], tokens: float, lr_factor: float | None) -> Config:
+def base_config(overrides: Sequence[str], arguments: argparse.Namespace) -> Config:
     """Settings of `train=quick` on the CPU in fp32, with warm-up and decay of whole steps."""
     with hydra_session():
         config = from_container(compose_settings(["activations=minilm", "train=quick", "tracker=none", *overrides]))
-    train, batch = config.train, config.train.batch_tokens
-    steps = int(tokens // batch)
+    train = config.train
+    batch = arguments.batch_tokens or train.batch_tokens
+    steps = int(arguments.tokens // batch)
     whole_steps = dataclasses.replace(
         train,
         tokens=float(steps * batch),
+        batch_tokens=batch,
         warmup_tokens=float(round(train.warmup_tokens / batch) * batch),
         decay_fraction=round(train.decay_fraction * steps) / steps,
-        lr_factor=lr_factor or train.lr_factor,
+        lr_factor=arguments.lr_factor or train.lr_factor,
         precision="fp32",
         device="cpu",
     )
@@ -82,6 +85,18 @@ def activations(config: Config, directory: Path | None, out: Path) -> Activation
     if directory is not None:
         return Store(directory)
     return open_source(config.activations, out, progress=True, stop=StopFlag())
+
+
+def heading(config: Config, source: ActivationSource, ops: Ops) -> str:
+    sae, train = config.sae, config.train
+    parts = [
+        f"{sae.architecture} n {sae.n_latents} k {sae.k} experts {sae.n_experts}",
+        f"{train.tokens:.0f} tokens in batches of {train.batch_tokens}",
+        f"lr factor {train.lr_factor:g}, warm-up {train.warmup_tokens:.0f}, decay {train.decay_fraction:.3f}",
+        f"clip {train.clip_norm:g}, dead after {sae.dead_after_tokens:.0f}, aux {sae.aux_alpha:g}",
+        f"kernels {kernels(ops)}, store {source.id}",
+    ]
+    return "; ".join(parts)
 
 
 def kernels(ops: Ops) -> str:
