@@ -23,7 +23,7 @@ UNRESOLVED = "unresolved"
 
 STEP_OVER_GEMM = 2.0
 """A training step takes about this many times as long as matrix products of the same FLOPs would: selection, sparse
-gradients and the optimiser are bound by memory. Rough on purpose; recorded rates replace it where there are any."""
+gradients and the optimiser are bound by memory. Rough on purpose."""
 
 TABLE_ROWS = 200
 
@@ -174,15 +174,17 @@ def estimated_seconds(job: Job, gemm_rate: float) -> float | None:
 def table(jobs: Sequence[Job]) -> str:
     """The plan as text: one row per job, cheap ones first, then the sums."""
     rates = {precision: matmul_flops_per_second(precision) for precision in {j.config.train.precision for j in jobs}}
-    rows = [("run", "params", "tokens", "FLOPs", "memory", "time", "state")]
+    meshes = any(job.config.mesh.dp * job.config.mesh.shard > 1 for job in jobs)
+    rows = [("run", "params", "tokens", "FLOPs", "memory", *(["sent/step"] if meshes else []), "time", "state")]
     total_flops = total_seconds = 0.0
     for job in jobs:
-        d_model, tokens_text, params, memory = job.store.d_model, "?", "?", "?"
+        d_model, tokens_text, params, memory, sent = job.store.d_model, "?", "?", "?", "?"
         seconds = estimated_seconds(job, rates[job.config.train.precision])
         if d_model is not None:
             tokens_text = si(tokens_of(job.config, d_model))
             params = si(budget.params(job.config.sae, d_model))
             memory = f"{si(sum(budget.memory_bytes(job.config, d_model).values()))}B"
+            sent = f"{si(sum(budget.bytes_sent_per_step(job.config, d_model).values()))}B"
         if job.status not in ("done", "diverged"):
             total_flops += job.flops or 0.0
             total_seconds += seconds or 0.0
@@ -194,6 +196,7 @@ def table(jobs: Sequence[Job]) -> str:
                 tokens_text,
                 flops,
                 memory,
+                *([sent] if meshes else []),
                 duration(seconds) if seconds is not None else "?",
                 job.status,
             )
