@@ -79,6 +79,12 @@ def parser() -> argparse.ArgumentParser:
     add("--ops", default="auto", help="our kernels: auto, reference, cpu")
     add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
+    add(
+        "--clock",
+        choices=("wall", "process"),
+        default="wall",
+        help="process: CPU time, for a machine that others use too; only with --threads 1 on a CPU",
+    )
     add("--peers", default=",".join(PEERS), help="which peers to run beside ours; empty for none")
     add("--peers-python", type=Path, default=Path(".venv-peers/bin/python"), help="their environment")
     return result
@@ -91,7 +97,9 @@ def main() -> int:
         wanted = [name for name in arguments.peers.split(",") if name]
         if unknown := set(wanted) - set(PEERS):
             raise UserError(f"unknown peers {', '.join(sorted(unknown))}: choose from {', '.join(PEERS)}")
-        settings = {key: getattr(arguments, key) for key in ("precision", "ops", "device", "threads")}
+        if arguments.clock == "process" and (arguments.threads != 1 or arguments.device != "cpu"):
+            raise UserError("--clock process adds up all threads and knows no GPU: use it with --threads 1 on the CPU")
+        settings = {key: getattr(arguments, key) for key in ("precision", "ops", "device", "threads", "clock")}
         peers = installed_peers(arguments.peers_python, wanted)
         results = []
         for shape in shapes:
@@ -101,7 +109,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     if arguments.json:
-        about = machine(torch.device(arguments.device), arguments.threads)
+        about = machine(torch.device(arguments.device), arguments.threads) | {"clock": arguments.clock}
         write_json_atomic(arguments.json, {"machine": about, "results": results})
     if arguments.picture:
         draw(results, arguments.picture)

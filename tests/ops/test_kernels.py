@@ -279,3 +279,11 @@ def test_auto_takes_the_compiled_kernels_on_a_cpu() -> None:
     assert choose_ops("reference") is reference
     with pytest.raises(ValueError, match=r"train\.device=cpu"):
         choose_ops("cpu", torch.device("cuda"))
+
+
+def test_kernels_compile_where_nothing_can_be_cached() -> None:
+    from harness.ops import cpu_kernels
+
+    namespace: dict = {}
+    exec("def double(x):\n    return 2 * x\n", namespace)  # no file, so no place for a cache
+    assert cpu_kernels.compiled(namespace["double"])(21) == 42
