@@ -1,11 +1,11 @@
-"""The notebooks run from top to bottom on a small sweep of the repository."""
+"""The notebooks run from top to bottom on a real sweep that was recorded."""
 
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SWEEP = Path(__file__).parent / "data" / "generated_quick"
+SWEEP = Path(__file__).parent / "data" / "recorded_quick"
 NOTEBOOKS = sorted((ROOT / "analysis" / "notebooks").glob("*.ipynb"))
 
 
