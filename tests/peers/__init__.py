@@ -14,6 +14,7 @@ Where dictionary_learning pins something that clashes with the project's own pin
 `pip install --no-deps dictionary-learning==0.1.0 "nnsight<0.4" accelerate einops python-socketio python-engineio bidict
 simple-websocket wsproto`. The trainer is imported as installed, and nothing in it is replaced.
 
-Both commands harvest the real default activations when they are missing (`--activations DIR` takes a finished store),
-print every run, then a table in Markdown, and exit with 1 when a comparison fails. Figures: docs/lab-log.md.
+Both commands take their settings from `train=quick` and from overrides (`train.batch_tokens=512`), harvest the default
+activations when they are missing (`--activations DIR` takes a finished store), print every run, then a table in
+Markdown, and exit with 1 when a comparison fails. Figures: docs/lab-log.md.
 """

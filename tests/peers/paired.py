@@ -36,11 +36,10 @@ def command_line(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=float, default=3e5, help="training tokens of every run")
     parser.add_argument("--seeds", default="0,1,2", help="one pair per seed (initial weights and order of the rows)")
     parser.add_argument("--activations", type=Path, help="a finished store; default: harvest activations=minilm")
-    parser.add_argument("--batch-tokens", type=int, help="tokens per step; default: train=quick")
-    parser.add_argument("--lr-factor", type=float, help="c in lr = c·2e-4/√(n/2¹⁴) of the pairs; default: train=quick")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where a harvested store lies")
     parser.add_argument("--ops", default="auto", help="our kernels")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves the choice to torch")
+    parser.add_argument("overrides", nargs="*", help="other settings of every run, as for harness.launch")
     return parser
 
 
@@ -51,17 +50,15 @@ def seeds(text: str) -> list[int]:
 def base_config(overrides: Sequence[str], arguments: argparse.Namespace) -> Config:
     """Settings of `train=quick` on the CPU in fp32, with warm-up and decay of whole steps."""
     with hydra_session():
-        config = from_container(compose_settings(["activations=minilm", "train=quick", "tracker=none", *overrides]))
-    train = config.train
-    batch = arguments.batch_tokens or train.batch_tokens
+        fixed = ["activations=minilm", "train=quick", "tracker=none"]
+        config = from_container(compose_settings([*fixed, *overrides, *arguments.overrides]))
+    train, batch = config.train, config.train.batch_tokens
     steps = int(arguments.tokens // batch)
     whole_steps = dataclasses.replace(
         train,
         tokens=float(steps * batch),
-        batch_tokens=batch,
         warmup_tokens=float(round(train.warmup_tokens / batch) * batch),
         decay_fraction=round(train.decay_fraction * steps) / steps,
-        lr_factor=arguments.lr_factor or train.lr_factor,
         precision="fp32",
         device="cpu",
     )
@@ -93,7 +90,8 @@ def heading(config: Config, source: ActivationSource, ops: Ops) -> str:
         f"{sae.architecture} n {sae.n_latents} k {sae.k} experts {sae.n_experts}",
         f"{train.tokens:.0f} tokens in batches of {train.batch_tokens}",
         f"lr factor {train.lr_factor:g}, warm-up {train.warmup_tokens:.0f}, decay {train.decay_fraction:.3f}",
-        f"clip {train.clip_norm:g}, dead after {sae.dead_after_tokens:.0f}, aux {sae.aux_alpha:g}",
+        f"clip {train.clip_norm:g}, balance {sae.balance_weight:g}, aux {sae.aux_alpha:g}",
+        f"dead after {sae.dead_after_tokens:.0f}",
         f"kernels {kernels(ops)}, store {source.id}",
     ]
     return "; ".join(parts)
