@@ -5,6 +5,7 @@ One start per world size, many checks inside: starting ranks is what costs time.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -107,8 +108,10 @@ def checkpoint_loads_on_this_mesh(shards: Shards, root: Path) -> None:
 
 
 def main(out: Path) -> None:
-    world = ranks_from_environment().world
-    for dp, shard in MESHES[world]:
+    world, port = ranks_from_environment().world, int(os.environ["MASTER_PORT"])
+    for number, (dp, shard) in enumerate(MESHES[world]):
+        # one rendezvous for each mesh: a rank that is early must not meet the others in the last one
+        os.environ["MASTER_PORT"] = str(port + number)
         with mesh(dp, shard, CPU) as shards:
             assert isinstance(shards, Mesh)
             here = out / f"dp{dp}-shard{shard}"

@@ -37,7 +37,11 @@ def start_ranks(world: int, out: Path) -> None:
         for r in range(world)
     ]
     outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
-    failed = [f"{rank.args}: {rank.returncode}\n{output}" for rank, output in zip(ranks, outputs, strict=True) if rank.returncode]
+    failed = [
+        f"{rank.args}: {rank.returncode}\n{output}"
+        for rank, output in zip(ranks, outputs, strict=True)
+        if rank.returncode
+    ]
     # a rank that lost its peer is not the cause
     assert not failed, min(failed, key=lambda output: "onnection" in output)
 
