@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from harness.config import TrainConfig
 from harness.ops import choose_ops
 from harness.parallel import Solo
 from harness.saes import Sae, find_dead, step
+from harness.saes.step import forward
+from harness.train.optim import Optimizer
 from tests.ops.test_kernels import KERNELS
 from tests.saes.test_step import assert_step_equals_dense, random_params
 
@@ -80,3 +83,34 @@ def test_bfloat16_copies_give_the_reference_s_step(kernels: str, name: str) -> N
     torch.testing.assert_close(stats.loss, should.loss)
     for key, grad in expected.items():
         torch.testing.assert_close(found[key], grad, rtol=1e-4, atol=1e-4 * max(1.0, float(grad.abs().max())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_bfloat16_trains_to_the_same_fvu(kernels: str) -> None:
+    """500 steps on sparse combinations of known directions: within 0.5 % of float32."""
+    sae = Sae("topk", 64, 512, 8, 1, True, 8.0, 1 / 32, 32, 0.0)
+    directions = torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
+    directions /= directions.norm(dim=1, keepdim=True)
+
+    def batch(seed: int, tokens: int = 512) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.randint(256, (tokens, 8), generator=generator)
+        return (torch.rand(tokens, 8, 1, generator=generator) * directions[index]).sum(dim=1)
+
+    fvu = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        params = {key: value.float() for key, value in random_params(sae, torch.Generator().manual_seed(2)).items()}
+        params["W_enc"] = params["W_dec"].clone()
+        params["b_enc"].zero_()
+        params["b_dec"].zero_()
+        ops = choose_ops(kernels)
+        optimizer = Optimizer(sae, params, TrainConfig(tokens=1), dtype, ops)
+        for number in range(500):
+            stats = step(sae, params, optimizer.compute, batch(number), Solo(), ops, None, optimizer.grads)
+            optimizer.apply(1e-3, number + 1, stats.loss.isfinite(), Solo())
+        held_out = batch(10_000, 8192)
+        variance = (held_out - held_out.mean(dim=0)).square().sum()
+        fvu[dtype] = float(forward(sae, params, optimizer.compute, held_out, Solo(), ops).squared.sum() / variance)
+    assert fvu[torch.float32] < 0.45
+    assert fvu[torch.bfloat16] == pytest.approx(fvu[torch.float32], rel=0.005)
