@@ -17,7 +17,7 @@ D = 32
 
 
 def sae_config(**changes) -> SaeConfig:
-    settings = {"architecture": "topk", "n_latents": 96, "k": 8, "aux_k": 16} | changes
+    settings = {"architecture": "topk", "n_latents": 56, "k": 8, "aux_k": 16} | changes
     return SaeConfig(**settings)
 
 
@@ -34,7 +34,7 @@ def step_flops(config: SaeConfig, tokens: int, n_dead: int) -> int:
 
 
 def test_dense_parts_of_topk_equal_the_counted_products() -> None:
-    config, tokens = sae_config(), 256  # n ≤ 12·k: every use of the codes is a dense product
+    config, tokens = sae_config(), 256  # n ≤ 7·k: every use of the codes is a dense product
     parts = budget.flops_executed_per_token(config, D, tokens, 0)
     counted = step_flops(config, tokens, 0)
     bias_gradient = 2 * config.n_latents * D  # Σ dz @ W_enc, once per step
@@ -49,7 +49,7 @@ def test_auxk_costs_what_the_dead_latents_cost_and_nothing_without_them() -> Non
 
 
 def test_switch_encodes_one_expert_per_token_and_adds_a_router() -> None:
-    config, tokens = sae_config(architecture="switch", n_experts=4, n_latents=256, balance_weight=0.1), 512
+    config, tokens = sae_config(architecture="switch", n_experts=4, n_latents=224, balance_weight=0.1), 512
     parts = budget.flops_executed_per_token(config, D, tokens, 0)
     once = 2 * config.n_latents * D + 2 * config.n_experts * D
     counted = step_flops(config, tokens, 0) - once
