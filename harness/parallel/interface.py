@@ -50,6 +50,10 @@ class Shards(Protocol):
         """All rows of a tensor that is cut over `shard`, on every rank."""
         ...
 
+    def take_sent(self) -> dict[Kind, float]:
+        """Bytes this rank sent since the last call, by kind, as an ideal network would carry them."""
+        ...
+
     def started(self) -> None:
         """The first step is done: from now on a silent rank is soon taken for lost."""
         ...

@@ -50,18 +50,6 @@ def ranks_from_environment(environment: Mapping[str, str] | None = None) -> Rank
     return Ranks(0, 1, 0)
 
 
-class Traffic:
-    """Bytes this rank sent, by kind of exchange, counted at every call as an ideal network would carry them:
-    an all-reduce sends 2·(g−1)/g of the buffer, an all-to-all (g−1)/g of it, over a group of g ranks."""
-
-    def __init__(self) -> None:
-        self.sent: dict[str, float] = {}
-
-    def count(self, kind: Kind, tensor: Tensor, group_size: int, passes: int) -> None:
-        sent = passes * tensor.numel() * tensor.element_size() * (group_size - 1) / group_size
-        self.sent[kind] = self.sent.get(kind, 0.0) + sent
-
-
 class Mesh:
     """`Shards` over a process group of dp·shard ranks; rank = dp_rank·shard + shard_rank."""
 
@@ -70,7 +58,7 @@ class Mesh:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.dp, self.shard = device_mesh.size(0), device_mesh.size(1)
         self.dp_rank, self.shard_rank = device_mesh.get_local_rank("dp"), device_mesh.get_local_rank("shard")
-        self.traffic = Traffic()
+        self._sent: dict[Kind, float] = {}
         self._groups = {"dp": device_mesh.get_group("dp"), "shard": device_mesh.get_group("shard")}
         self._sizes = {"dp": self.dp, "shard": self.shard, "all": self.dp * self.shard}
         self._control = control
@@ -92,7 +80,7 @@ class Mesh:
         padded[:tokens] = values
         received = torch.empty_like(padded)
         dist.all_to_all_single(received, padded, group=group)
-        self.traffic.count(kind, padded, self.shard, 1)
+        self._count(kind, padded, self.shard, 1)
         # (owned tokens, shard·width): of each token all candidates, lowest shard first
         candidates = received.view(self.shard, each, width).transpose(0, 1).reshape(each, -1)
         winners = candidates.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -101,7 +89,7 @@ class Mesh:
         answers = counts.T.contiguous()
         kept = torch.empty_like(answers)
         dist.all_to_all_single(kept, answers, group=group)
-        self.traffic.count(kind, answers, self.shard, 1)
+        self._count(kind, answers, self.shard, 1)
         return kept.flatten()[:tokens].long()
 
     def sum_(self, tensor: Tensor, over: Axis, kind: Kind) -> Tensor:
@@ -110,8 +98,17 @@ class Mesh:
             dist.all_reduce(contiguous, group=None if over == "all" else self._groups[over])
             if contiguous is not tensor:
                 tensor.copy_(contiguous)
-            self.traffic.count(kind, tensor, self._sizes[over], 2)
+            self._count(kind, tensor, self._sizes[over], 2)
         return tensor
+
+    def _count(self, kind: Kind, tensor: Tensor, group_size: int, passes: int) -> None:
+        """An all-reduce (2 passes) sends 2·(g−1)/g of the buffer, an all-to-all (g−1)/g of it, over g ranks."""
+        sent = passes * tensor.numel() * tensor.element_size() * (group_size - 1) / group_size
+        self._sent[kind] = self._sent.get(kind, 0.0) + sent
+
+    def take_sent(self) -> dict[Kind, float]:
+        sent, self._sent = self._sent, {}
+        return sent
 
     def global_view(self, local: Tensor, cut: bool) -> Tensor:
         placement = Shard(0) if cut else Replicate()

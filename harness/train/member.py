@@ -166,6 +166,8 @@ class Member:
             del line["balance"], line["router_entropy"]
         if not self.config.train.clip_norm:
             del line["grad_norm"]
+        steps = max(1, self._mark[0] - marked_steps)
+        line |= {f"bytes_sent_{kind}": sent / steps for kind, sent in shards.take_sent().items()}
         self.sums.zero_()
         self.summed_steps = 0
         return line

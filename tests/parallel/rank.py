@@ -51,10 +51,10 @@ def traffic_equals_the_formula(name: str, shards: Mesh) -> None:
     source, ops = source_of(config), choose_ops("reference")
     member = make_member(config, source, CPU, shards, ops)
     batch = source.stream(0, 64, CPU, shards.dp_rank, shards.dp).batch(0)
-    shards.traffic.sent.clear()
+    shards.take_sent()
     member.train_step(batch, shards, ops)
     formula = budget.bytes_sent_per_step(config, member.sae.d_model)
-    counted = {kind: sent for kind, sent in shards.traffic.sent.items() if sent}
+    counted = {kind: sent for kind, sent in shards.take_sent().items() if sent}
     assert counted.keys() == formula.keys(), (counted, formula)
     for kind, sent in counted.items():
         assert abs(sent - formula[kind]) < 1e-6, (name, kind, sent, formula[kind])

@@ -1,0 +1,101 @@
+"""Ranks that the launcher starts on this machine: they give the result of one process, and die together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.jobs import rundir
+
+CELL = [
+    *("activations=synthetic", "activations.heldout_tokens=2048", "train=quick", "train.tokens=16384", "train.lr=1e-3"),
+    *("sae.n_latents=64", "sae.k=4", "tracker=none", "train.eval_rows=1024", "train.log_every_steps=16"),
+]
+
+
+def launch(out: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "harness.launch", *CELL, f"out={out}", "sweep=s", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def result(out: Path) -> dict:
+    (run_dir,) = (path.parent for path in (out / "s").glob("*/config.yaml"))
+    found = rundir.read_result(run_dir)
+    assert found is not None
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_mesh_is_one_override_away_and_gives_the_result_of_one_process(tmp_path: Path) -> None:
+    for name, mesh in (("one", ()), ("four", ("mesh.dp=2", "mesh.shard=2"))):
+        process = launch(tmp_path / name, "sae=topk", *mesh)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    one, four = result(tmp_path / "one"), result(tmp_path / "four")
+    assert one["run_id"] == four["run_id"]
+    assert four["fvu"] == pytest.approx(one["fvu"], rel=1e-4)
+    (metrics,) = (tmp_path / "four").glob("s/*/metrics.jsonl")
+    assert "bytes_sent_reconstruction" in metrics.read_text()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_and_is_named(tmp_path: Path) -> None:
+    process = launch(tmp_path, "sae=topk", "mesh.shard=2", "train.tokens=1e9")
+    victim = wait_for_rank(process, 1)
+    wait_for_metrics(tmp_path)
+    os.kill(victim.pid, signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in output and "rank1.log" in output
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_sigterm_saves_once_on_all_ranks_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    process = launch(tmp_path, "sae=switch", "mesh.shard=2", "train.tokens=3e5")
+    wait_for_metrics(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    (marker,) = tmp_path.glob("s/*/checkpoints/step-*/marker.json")
+    assert '"shard": 2' in marker.read_text()
+    # on another mesh: one process takes over
+    process = launch(tmp_path, "sae=switch", "train.tokens=3e5")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert result(tmp_path)["status"] == "done" and result(tmp_path)["attempts"] == 2
+
+
+def wait_for_rank(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # a short-lived helper such as git
+                if child.environ().get("RANK") == str(rank):
+                    return child
+        time.sleep(0.05)
+    raise AssertionError(f"rank {rank} was not started")
+
+
+def wait_for_metrics(out: Path) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if any(path.stat().st_size for path in out.glob("s/*/metrics.jsonl")):
+            return
+        time.sleep(0.05)
+    raise AssertionError("no step was made")
