@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -99,3 +100,25 @@ def wait_for_metrics(out: Path) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("no step was made")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_ranks_harvest_together_the_store_that_one_process_makes(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    lines = [
+        json.dumps({"text": f"Document {i}. " + f"The number {i} has the square {i * i}. " * 40}) for i in range(300)
+    ]
+    text.write_text("\n".join(lines))
+    harvested = [
+        *("activations=minilm", "activations.text=files", f"activations.text_paths=[{text}]"),
+        *("activations.tokens=66000", "activations.heldout_tokens=4000", "sae=topk", "train.tokens=8192"),
+    ]
+    manifests = []
+    for name, mesh in (("one", ()), ("two", ("mesh.shard=2",))):
+        process = launch(tmp_path / name, *harvested, *mesh)
+        output = process.communicate(timeout=400)[0]
+        assert process.returncode == 0, output
+        (manifest,) = (tmp_path / name / "_activations").glob("*/manifest.json")
+        manifests.append(manifest.read_text())
+    assert manifests[0] == manifests[1]
