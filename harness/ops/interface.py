@@ -71,7 +71,12 @@ class Hyper:
 
 
 class Ops(Protocol):
-    """A kernel set. Implementations are modules: `reference`, `cpu`, `triton`."""
+    """A kernel set. Implementations are modules: `reference`, `cpu`."""
+
+    @property
+    def NAME(self) -> str:
+        """Recorded with every result."""
+        ...
 
     def select(
         self,

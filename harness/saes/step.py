@@ -87,6 +87,7 @@ class Forward:
     """What the forward pass leaves for the gradients, for the own tokens."""
 
     routing: Routing
+    x: Float[Tensor, "own d"]
     centred: Float[Tensor, "own d"]
     """x − b_dec."""
     codes: Codes
@@ -110,14 +111,15 @@ def forward(
 ) -> Forward:
     """Route, encode, decode: z = ReLU(top_k(W_enc(x − b_dec) + b_enc)), x̂ = scale·W_decᵀz + b_dec."""
     routing = route(sae, params, x, shards)
-    centred = routing.take(x - params["b_dec"])
+    own = routing.take(x)
+    centred = own - params["b_dec"]
     low = centred.to(compute["W_enc"].dtype)
     codes = ops.select(low, compute["W_enc"], params.get("b_enc"), sae.k, routing.groups)
     codes = _active(sae, codes, sae.k, shards, "selection")
     residual, dz, squared = ops.reconstruct(
         codes, compute["W_dec"], centred, routing.scale, routing.groups, _reduce(sae, shards, "reconstruction")
     )
-    return Forward(routing, centred, codes, residual, dz, squared)
+    return Forward(routing, own, centred, codes, residual, dz, squared)
 
 
 def _scaled(values: Float[Tensor, "own k"], factor: float | Tensor, scale: Float[Tensor, " own"] | None) -> Tensor:
@@ -164,7 +166,7 @@ def step(
         scale_grad = factor * (codes.values * run.dz).sum(dim=1)
         assert routing.probabilities is not None and routing.counts is not None
         share = shards.sum_(routing.counts.to(residual.dtype), "dp", "scalars") / global_tokens
-        router_grads(sae, params, routing.take(x), routing, share, scale_grad, global_tokens, grads)
+        router_grads(sae, params, run.x, routing, share, scale_grad, global_tokens, grads)
         sums[1] = torch.special.entr(routing.probabilities).sum()
         sums = torch.cat([sums, routing.probabilities.sum(dim=0)])
     for name, cut in sae.layout().items():

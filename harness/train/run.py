@@ -173,6 +173,7 @@ def _result(cell: Cell, summary: dict[str, Any], started: str, attempt: int) -> 
         **summary,
         "store_id": cell.source.id,
         "pca_fvu": {str(sae.k): pca_fvu(cell.source, cell.member.normalizer, sae.k)},
+        "ops": cell.ops.NAME,
         "peak_memory_bytes": _peak_memory(cell.member.params["W_dec"].device),
         "attempts": attempt,
         "started": started,

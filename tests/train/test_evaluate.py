@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 import torch
@@ -49,7 +51,9 @@ def test_standard_error_is_that_of_a_bootstrap_over_documents() -> None:
             for rows, _ in source.heldout(1500):
                 yield rows[documents * 10], documents
 
-    found = evaluate(member.sae, member.params, Clustered(), member.normalizer, (1500,), Solo(), ops, StopFlag())
+    found = evaluate(
+        member.sae, member.params, cast(Any, Clustered()), member.normalizer, (1500,), Solo(), ops, StopFlag()
+    )
     assert found is not None
     rows = next(iter(Clustered().heldout(0)))[0].double() / member.normalizer.scale
     run = forward(member.sae, member.params, member.params, rows, Solo(), ops)
