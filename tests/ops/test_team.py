@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,8 +33,16 @@ def test_every_item_is_done_once(items: int) -> None:
     assert done == [1] * items
 
 
-@pytest.mark.usefixtures("team")
-@pytest.mark.skipif(torch.get_num_threads() < 2, reason="needs two threads")
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Whatever other tests left torch at."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("team", "two_threads")
 def test_several_threads_take_part_and_torch_works_inside() -> None:
     both, names = threading.Barrier(2, timeout=30), set()
     x = torch.ones(64, 64)
