@@ -16,16 +16,17 @@ CLUSTER ?=
 DP ?=
 SHARD ?=
 ARGS ?=
+SHAPES ?= C1,C2,C3
 
 PY := .venv/bin/python
 READY := .venv/.installed
 SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep report status notebook test test-all check
+.PHONY: help setup sweep report status notebook test test-all check bench bench-peers
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@sed -n '/^#   /s/^#   /  /p' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv and install what requirements.lock pins
@@ -55,6 +56,14 @@ check: $(READY) ## formatting, lint, types
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m pyright
+
+bench: $(READY) ## the training step by part, beside its floor and the peers (SHAPES)
+	@$(PY) -m harness.bench --shapes "$(SHAPES)"
+
+bench-peers: ## make .venv-peers with the other trainers, for bench
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 eai-sparsify==1.3.3 dictionary-learning==0.1.0 sae-lens==6.54.0
+	.venv-peers/bin/python -m pip uninstall --quiet -y torchvision
 
 $(READY): requirements.lock pyproject.toml
 	@$(PY) -m pip --version >/dev/null 2>&1 \
