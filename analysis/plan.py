@@ -3,20 +3,26 @@
 The planner is c-optimal design by greedy choice: with the Fisher information M = JᵀWJ/s² of the runs at hand, the
 forecast at the target has variance gᵀM⁻¹g (g the gradient of ln(loss) there). A further run with gradient j and noise
 s² lowers it by (gᵀM⁻¹j)² / (s² + jᵀM⁻¹j); the cell with the largest fall per FLOP is added until the budget is spent.
+
+Both g and M depend on the coefficients, which the runs at hand know badly: a design that is best for the estimate alone
+can be poor for the truth (worst when the estimate has lost its floor). So the fall is that of the mean log variance over
+refits to data simulated from the fit: c-optimality averaged over what the coefficients may be.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from analysis.frames import Frame, pd
 from analysis.intervals import critical_t
 from analysis.laws import Array
+from analysis.problem import starting_points
 from analysis.result import FitResult, Status
+from analysis.solve import minimise
 from analysis.table import RunTable
 from harness.errors import UserError
 
@@ -25,6 +31,12 @@ Cost = Callable[[float, float], float]
 
 RIDGE = 1e-10
 """Relative to the largest information: keeps directions that the data do not determine finite."""
+
+SIMULATIONS = 24
+"""Refits to simulated data over which a plan is judged, beside the fit itself."""
+
+POWERS = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Greedy choice by fall per price^power; the best of the resulting plans is taken."""
 
 
 @dataclass
@@ -88,14 +100,13 @@ def plan(
         raise UserError(f"no candidate costs at most {min(cap, budget):.3g} FLOPs; raise --budget or allow smaller n")
     grid = {"n": np.array([a for a, _ in pairs], float), "k": np.array([b for _, b in pairs], float)}
     price = np.array([cost(a, b) for a, b in pairs])
-    jac = _gradients(result, grid)
-    g = _gradients(result, {name: np.array([target[name]], float) for name in law.inputs})[0]
-    start = _inverse_information(result)
-    chosen = min(
-        (_greedy(start, g, jac, price, result.variance, budget, most_runs, power) for power in (1.0, 0.5, 0.0)),
-        key=lambda picks: float(g @ _updated(start, jac, picks, result.variance) @ g),
-    )
-    after = _updated(start, jac, chosen, result.variance)
+    spot = {name: np.array([target[name]], float) for name in law.inputs}
+    worlds = [_world(result, theta, grid, spot) for theta in (result.theta, *_plausible(result))]
+    start, jac, g = (np.stack(parts) for parts in zip(*worlds, strict=True))
+    noise = result.variance
+    plans = [_greedy(start, g, jac, price, noise, budget, most_runs, power) for power in POWERS]
+    chosen = min(plans, key=lambda picks: _mean_log_variance(_updated(start, jac, picks, noise), g))
+    after = _updated(start, jac, chosen, noise)
     counts = np.bincount(chosen, minlength=len(pairs))
     rows = [
         {"n": pairs[i][0], "k": pairs[i][1], "seeds": int(counts[i]), "flops": float(counts[i] * price[i])}
@@ -104,20 +115,40 @@ def plan(
     at = float(result.log_value({name: [target[name]] for name in law.inputs})[0])
     return Plan(
         pd.DataFrame(rows, columns=["n", "k", "seeds", "flops"]),
-        _band(at, float(g @ start @ g), result.dof, result.level),
-        _band(at, float(g @ after @ g), result.dof + len(chosen), result.level),
+        _band(at, float(g[0] @ start[0] @ g[0]), result.dof, result.level),
+        _band(at, float(g[0] @ after[0] @ g[0]), result.dof + len(chosen), result.level),
         float(price[chosen].sum()) if len(chosen) else 0.0,
     )
 
 
-def _gradients(result: FitResult, inputs: dict[str, Array]) -> Array:
-    logs = {name: np.log(values) - result.means[name] for name, values in inputs.items()}
-    return result.law.jacobian(result.theta, result.law.features(logs))
-
-
-def _inverse_information(result: FitResult) -> Array:
+def _plausible(result: FitResult) -> list[Array]:
+    """Coefficients of refits to data simulated from the fit (its values, its residual noise)."""
     assert result.problem is not None
-    jac = result.problem.jacobian(result.theta)
+    rng, problem = np.random.default_rng(0), result.problem
+    fitted = problem.law.log_value(result.theta, problem.phi)
+    spread = math.sqrt(result.variance) / problem.root_weight
+    thetas = []
+    for _ in range(SIMULATIONS):
+        simulated = replace(problem, y=fitted + spread * rng.standard_normal(problem.points))
+        thetas.append(minimise(simulated, starting_points(simulated, 4, 0), evaluations=200).theta)
+    return thetas
+
+
+def _world(
+    result: FitResult, theta: Array, grid: dict[str, Array], target: dict[str, Array]
+) -> tuple[Array, Array, Array]:
+    """(M⁻¹ of the runs at hand, gradients of the candidates, gradient at the target), were `theta` the truth."""
+    return _inverse_information(result, theta), _gradients(result, theta, grid), _gradients(result, theta, target)[0]
+
+
+def _gradients(result: FitResult, theta: Array, inputs: dict[str, Array]) -> Array:
+    logs = {name: np.log(values) - result.means[name] for name, values in inputs.items()}
+    return result.law.jacobian(theta, result.law.features(logs))
+
+
+def _inverse_information(result: FitResult, theta: Array) -> Array:
+    assert result.problem is not None
+    jac = result.problem.jacobian(theta)
     information = jac.T @ jac / result.variance
     scale = np.sqrt(np.maximum(np.diag(information), RIDGE * np.diag(information).max()))
     scaled = information / np.outer(scale, scale) + RIDGE * np.eye(len(scale))
@@ -127,27 +158,35 @@ def _inverse_information(result: FitResult) -> Array:
 def _greedy(
     cov: Array, g: Array, jac: Array, price: Array, noise: float, budget: float, most: int, power: float
 ) -> list[int]:
-    """Indices of the chosen candidates, one entry a run: the largest fall of gᵀ·cov·g per price^power each time."""
-    cov, left, chosen = cov.copy(), budget, []
-    while len(chosen) < most:
-        affordable = price <= left
-        if not affordable.any():
-            break
+    """Indices of the chosen candidates, one entry a run: the largest fall of the mean log variance per price^power.
+
+    `cov` (worlds, params, params), `g` (worlds, params), `jac` (worlds, candidates, params).
+    """
+    left, chosen = budget, []
+    while len(chosen) < most and (price <= left).any():
         reach = jac @ cov
-        fall = (reach @ g) ** 2 / (noise + np.einsum("cp,cp->c", reach, jac)) / price**power
-        pick = int(np.argmax(np.where(affordable, fall, -1.0)))
-        cov -= np.outer(reach[pick], reach[pick]) / (noise + reach[pick] @ jac[pick])
+        variance = np.einsum("wp,wpq,wq->w", g, cov, g)[:, None]
+        fall = np.einsum("wcp,wp->wc", reach, g) ** 2 / (noise + np.einsum("wcp,wcp->wc", reach, jac))
+        share = np.clip(fall / np.maximum(variance, 1e-300), 0.0, 1 - 1e-9)
+        worth = -np.log1p(-share).mean(axis=0) / price**power
+        pick = int(np.argmax(np.where(price <= left, worth, -1.0)))
+        cov = _updated(cov, jac, [pick], noise)
         left -= price[pick]
         chosen.append(pick)
     return chosen
 
 
 def _updated(cov: Array, jac: Array, picks: Sequence[int], noise: float) -> Array:
-    cov = cov.copy()
+    """`cov` of every world after further runs at the picked candidates."""
     for pick in picks:
-        reach = cov @ jac[pick]
-        cov -= np.outer(reach, reach) / (noise + reach @ jac[pick])
+        reach = np.einsum("wpq,wq->wp", cov, jac[:, pick])
+        gain = noise + np.einsum("wp,wp->w", reach, jac[:, pick])
+        cov = cov - np.einsum("wp,wq->wpq", reach, reach) / gain[:, None, None]
     return cov
+
+
+def _mean_log_variance(cov: Array, g: Array) -> float:
+    return float(np.log(np.maximum(np.einsum("wp,wpq,wq->w", g, cov, g), 1e-300)).mean())
 
 
 def _band(at: float, variance: float, dof: int, level: float) -> tuple[float, float, float]:
