@@ -50,8 +50,9 @@ def run_predict(args: argparse.Namespace, result: FitResult) -> int:
     if missing:
         raise UserError(f"{result.law.name} needs {missing[0]}=… in every --at")
     inputs = {name: np.array([point[name] for point in points]) for name in result.law.inputs}
-    print(result.predict(inputs, args.kind).to_string(index=False, float_format=lambda value: f"{value:.6g}"))
-    for entry in result.extrapolation_notes(inputs):
+    band = result.predict(inputs, args.kind)
+    print(band.to_string(index=False, float_format=lambda value: f"{value:.6g}"))
+    for entry in [*result.band_notes(band), *result.extrapolation_notes(inputs)]:
         print(entry)
     return 0
 

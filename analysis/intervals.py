@@ -19,6 +19,12 @@ FARTHEST = 30.0
 NOISELESS = 1e-8
 """Root-mean-square residual below which only rounding is left and a profile would measure that."""
 
+ROUNDING = 100 * float(np.finfo(float).eps)
+"""A variance below this times the sum of its parts' sizes is rounding, not a number."""
+
+NEGLIGIBLE = 1e-8
+"""Change of ln y per unit of an undetermined coefficient below which that coefficient does not matter."""
+
 
 def covariance(problem: Problem, theta: Array, variance: float) -> Array:
     """variance·(JᵀJ)⁻¹ in centred coordinates; inf on the diagonal of what the data do not determine at all."""
@@ -34,6 +40,22 @@ def covariance(problem: Problem, theta: Array, variance: float) -> Array:
         cov[np.ix_(keep, keep)] = variance * half @ half.T
     cov[lost, lost] = np.inf
     return cov
+
+
+def form_variance(rows: Array, cov: Array) -> Array:
+    """Variance of rows @ theta (points,) under a covariance that may be degenerate.
+
+    NaN where it cannot be computed: where rounding swamps it (huge entries of a near-singular covariance cancel, and
+    may even do so to less than zero), or where it hangs on a coefficient that the data do not determine at all.
+    """
+    lost = ~np.isfinite(np.diag(cov))
+    finite = np.where(np.isfinite(cov), cov, 0.0)
+    finite[lost, :], finite[:, lost] = 0.0, 0.0
+    variance = np.einsum("np,pq,nq->n", rows, finite, rows)
+    size = np.abs(rows)
+    rounding = ROUNDING * np.einsum("np,pq,nq->n", size, np.abs(finite), size)
+    hangs = (size[:, lost] > NEGLIGIBLE).any(axis=1)
+    return np.where((variance > rounding) & ~hangs, variance, np.nan)
 
 
 def condition(jac: Array) -> float:

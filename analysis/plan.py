@@ -5,8 +5,8 @@ forecast at the target has variance gᵀM⁻¹g (g the gradient of ln(loss) ther
 s² lowers it by (gᵀM⁻¹j)² / (s² + jᵀM⁻¹j); the cell with the largest fall per FLOP is added until the budget is spent.
 
 Both g and M depend on the coefficients, which the runs at hand know badly: a design that is best for the estimate alone
-can be poor for the truth (worst when the estimate has lost its floor). So the fall is that of the mean log variance over
-refits to data simulated from the fit: c-optimality averaged over what the coefficients may be.
+can be poor for the truth (worst when the estimate has lost its floor). So the fall is that of the mean log variance
+over refits to data simulated from the fit: c-optimality averaged over what the coefficients may be.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.frames import Frame, pd
-from analysis.intervals import critical_t
+from analysis.intervals import condition, critical_t
 from analysis.laws import Array
 from analysis.problem import starting_points
 from analysis.result import FitResult, Status
@@ -35,6 +35,9 @@ RIDGE = 1e-10
 SIMULATIONS = 24
 """Refits to simulated data over which a plan is judged, beside the fit itself."""
 
+SINGULAR = 1e4
+"""Condition number of the scaled Jacobian above which a refit has lost a coefficient."""
+
 POWERS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Greedy choice by fall per price^power; the best of the resulting plans is taken."""
 
@@ -46,7 +49,7 @@ class Plan:
     cells: Frame
     """n, k, seeds (how many repeats), flops (of all of them)."""
     before: tuple[float, float, float]
-    """(value, lo, hi) of the forecast now."""
+    """(value, lo, hi) of the forecast now; lo and hi from refits where the estimate has lost a coefficient."""
     after: tuple[float, float, float]
     """The same with the planned runs, were they to confirm the law."""
     flops: float
@@ -94,6 +97,8 @@ def plan(
     law = result.law
     if set(law.inputs) != {"n", "k"} or result.status is Status.FAILED or result.problem is None or result.dof < 1:
         raise UserError(f"planning needs a finished fit of a law in n and k with its runs; this one is {law.name}")
+    if result.space != "log":
+        raise UserError("planning counts relative errors: fit with space='log'")
     cap = budget / 2 if cap is None else cap
     pairs = [(a, b) for a in n for b in k if b <= a and cost(a, b) <= min(cap, budget)]
     if not pairs:
@@ -101,7 +106,8 @@ def plan(
     grid = {"n": np.array([a for a, _ in pairs], float), "k": np.array([b for _, b in pairs], float)}
     price = np.array([cost(a, b) for a, b in pairs])
     spot = {name: np.array([target[name]], float) for name in law.inputs}
-    worlds = [_world(result, theta, grid, spot) for theta in (result.theta, *_plausible(result))]
+    thetas = _identified(result, [result.theta, *_plausible(result)])
+    worlds = [_world(result, theta, grid, spot) for theta in thetas]
     start, jac, g = (np.stack(parts) for parts in zip(*worlds, strict=True))
     noise = result.variance
     plans = [_greedy(start, g, jac, price, noise, budget, most_runs, power) for power in POWERS]
@@ -115,8 +121,8 @@ def plan(
     at = float(result.log_value({name: [target[name]] for name in law.inputs})[0])
     return Plan(
         pd.DataFrame(rows, columns=["n", "k", "seeds", "flops"]),
-        _band(at, float(g[0] @ start[0] @ g[0]), result.dof, result.level),
-        _band(at, float(g[0] @ after[0] @ g[0]), result.dof + len(chosen), result.level),
+        _band(at, _typical(start, g, thetas[0] is result.theta), result.dof, result.level),
+        _band(at, _typical(after, g, thetas[0] is result.theta), result.dof + len(chosen), result.level),
         float(price[chosen].sum()) if len(chosen) else 0.0,
     )
 
@@ -132,6 +138,16 @@ def _plausible(result: FitResult) -> list[Array]:
         simulated = replace(problem, y=fitted + spread * rng.standard_normal(problem.points))
         thetas.append(minimise(simulated, starting_points(simulated, 4, 0), evaluations=200).theta)
     return thetas
+
+
+def _identified(result: FitResult, thetas: list[Array]) -> list[Array]:
+    """Those at which the runs at hand determine every coefficient, however badly; all when there are none such.
+
+    Where the floor has vanished the forecast looks certain for want of a floor, and says nothing of which runs help.
+    """
+    assert result.problem is not None
+    kept = [theta for theta in thetas if condition(result.problem.jacobian(theta)) < SINGULAR]
+    return kept or thetas
 
 
 def _world(
@@ -189,8 +205,14 @@ def _mean_log_variance(cov: Array, g: Array) -> float:
     return float(np.log(np.maximum(np.einsum("wp,wpq,wq->w", g, cov, g), 1e-300)).mean())
 
 
+def _typical(cov: Array, g: Array, estimate_first: bool) -> float:
+    """Variance at the target: that of the estimate, or the median over refits where the estimate says nothing."""
+    variance = np.einsum("wp,wpq,wq->w", g, cov, g)
+    return float(variance[0] if estimate_first else np.median(variance))
+
+
 def _band(at: float, variance: float, dof: int, level: float) -> tuple[float, float, float]:
-    half = critical_t(dof, level) * math.sqrt(max(variance, 0.0))
+    half = critical_t(dof, level) * (math.sqrt(variance) if variance > 0 else math.nan)
     return math.exp(at), math.exp(max(at - half, -700.0)), math.exp(min(at + half, 700.0))
 
 
@@ -257,7 +279,7 @@ def _first_below(x: Array, y: Array, level: float) -> float | None:
     if not len(below):
         return None
     i = int(below[0])
-    if i == 0:
-        return float(x[0])
+    if i == 0 or not np.isfinite(y[i - 1]):
+        return float(x[i])
     share = (math.log(y[i - 1]) - math.log(level)) / max(math.log(y[i - 1]) - math.log(y[i]), 1e-300)
     return float(np.exp(math.log(x[i - 1]) + share * (math.log(x[i]) - math.log(x[i - 1]))))

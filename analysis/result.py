@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from analysis.frames import Frame, pd
-from analysis.intervals import critical_t, profile, wald
+from analysis.intervals import critical_t, form_variance, profile, wald
 from analysis.laws import LAWS, Array, Law
 from analysis.notes import Note, has, note
 from analysis.problem import Problem
@@ -146,7 +146,8 @@ class FitResult:
             kind: `mean`, where the law itself lies; `new_run`, where one further run would fall.
 
         Returns a frame: the inputs, `value`, `lo`, `hi`, `extrapolation` (how far outside the data, in units of the
-        data's own span of logs: 0 inside, 1 as far beyond the edge as the data are wide).
+        data's own span of logs: 0 inside, 1 as far beyond the edge as the data are wide). `lo` and `hi` are 0 and inf
+        without degrees of freedom, and NaN where a degenerate covariance gives no band (`band_notes` says so).
         """
         if kind not in ("mean", "new_run"):
             raise UserError(f"kind={kind!r} is not known; use 'mean' or 'new_run'")
@@ -156,11 +157,10 @@ class FitResult:
         jac = self.law.jacobian(self.theta, phi)
         half = np.full(len(log_y), np.inf)
         if self.dof > 0:
-            cov = np.where(np.isfinite(self.theta_cov), self.theta_cov, 0.0)
-            variance = np.einsum("np,pq,nq->n", jac, cov, jac)
+            variance = form_variance(jac, self.theta_cov)
             if kind == "new_run":
                 variance = variance + self.variance / self._relative_weight(inputs)
-            half = critical_t(self.dof, self.level) * np.sqrt(np.maximum(variance, 0.0))
+            half = critical_t(self.dof, self.level) * np.sqrt(variance)
         out = pd.DataFrame(dict(inputs))
         with np.errstate(over="ignore"):
             out["value"] = np.exp(log_y + self.y_mean)
@@ -184,6 +184,14 @@ class FitResult:
             return []
         text = f"{int(np.sum(far > 1e-9))} prediction(s) outside the data, up to {far.max():.2f} of its span in logs"
         return [note("extrapolation", "warning" if far.max() > 0.5 else "info", text)]
+
+    def band_notes(self, band: Frame) -> list[Note]:
+        """A note when `predict` could not give a band somewhere."""
+        missing = int(band["lo"].isna().sum())
+        if not missing:
+            return []
+        text = f"{missing} prediction(s) without a band: the covariance of the coefficients is degenerate there"
+        return [note("degenerate_design", "error", text)]
 
     def contrast(self, weights: Mapping[str, float]) -> tuple[float, float | None, float | None]:
         """Σ weight·coefficient with its interval, e.g. {"beta_n": 1, "gamma": ln k} is the local slope in n.
