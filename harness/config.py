@@ -332,6 +332,10 @@ class Config:
     """Output directory; nothing outside it is written."""
 
     def __post_init__(self) -> None:
+        _require(
+            "/" not in self.sweep and self.sweep not in ("", ".", "..", "_activations"),
+            f"sweep={self.sweep!r} is not a plain name; it is a directory under out=, which may be anywhere",
+        )
         shard, sae = self.mesh.shard, self.sae
         if sae != MISSING:
             cut, name = (sae.n_experts, "n_experts") if sae.architecture == "switch" else (sae.n_latents, "n_latents")

@@ -23,6 +23,7 @@ from harness.jobs import compose, grid, plan
 from harness.jobs.study import Study, load_study, study_candidates, study_names
 from harness.record.files import write_json_atomic
 from harness.record.provenance import command_line, now
+from harness.record.signals import INTERRUPTED_EXIT_CODE
 
 WRONG_REQUEST = 2
 
@@ -85,7 +86,18 @@ def prepare(request: Request, *, dry_run: bool) -> list[plan.Job]:
 
 
 def launch(request: Request, *, dry_run: bool = False) -> Outcome:
-    """Do what `request` asks; with `dry_run` only show it. Raises `UserError` for a wrong request."""
+    """Do what `request` asks; with `dry_run` only show it. Raises `UserError` for a wrong request.
+
+    Ctrl-C counts as an interruption from the start, also while libraries load and stores are looked for.
+    """
+    try:
+        return _launch(request, dry_run)
+    except KeyboardInterrupt:
+        say("interrupted before anything was trained; the same command begins again")
+        return Outcome(INTERRUPTED_EXIT_CODE, ())
+
+
+def _launch(request: Request, dry_run: bool) -> Outcome:
     jobs = prepare(request, dry_run=dry_run)
     sweep_dirs = tuple(dict.fromkeys(job.run_dir.parent for job in jobs))
     if dry_run:

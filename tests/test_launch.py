@@ -45,6 +45,7 @@ WRONG = {
     "no budget": (["train.tokens=0"], "no budget"),
     "decay with convergence": (["train.until=convergence", "train.decay_fraction=0.1"], "constant learning rate"),
     "unknown precision": (["train.precision=fp8"], "choose one of: auto, fp32, bf16, fp64"),
+    "sweep outside": (["sweep=../../elsewhere"], "is not a plain name"),
     "uneven mesh": (["mesh.shard=7"], "cannot be cut over mesh.shard=7 ranks"),
     "uneven replicas": (["mesh.dp=7"], "cannot be cut over mesh.dp=7 replicas"),
     "unknown cluster": (["cluster=kubernetes"], "there is no such cluster configuration"),
@@ -197,3 +198,12 @@ def test_info_and_cfg(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sae: switch, switch2024, topk, topk_gao2024" in capsys.readouterr().out
     assert main([*TINY, "--cfg", "job", "-m"]) == 0
     assert "n_latents: 32" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_libraries_load_is_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.launch.prepare", interrupted)
+    assert main(["sae=topk", "sae.n_latents=64", "sae.k=4"]) == 75
+    assert "the same command begins again" in capsys.readouterr().err
