@@ -17,9 +17,6 @@ from numba.extending import overload, register_jitable
 
 log = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 4
-"""Rows combined per pass over an accumulator, which so is loaded and stored a quarter as often."""
-
 
 SHORT = 128
 """Keys that are sorted by counting."""

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 INTERRUPTED_EXIT_CODE = 75
 """EX_TEMPFAIL: stopped before the end, and the same command goes on where it stopped."""
 
+STOP, SAVE = 1, 2
+"""Bits that ranks agree on: somebody was asked to stop, it is time to save."""
+
 
 class Interrupted(Exception):
     """The work was stopped on request, at a point from which it can be resumed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -48,6 +49,11 @@ class Cell:
     def ended(self) -> bool:
         return bool(self.status)
 
+    @functools.cached_property
+    def evaluation_steps(self) -> frozenset[int]:
+        """Asked at every step, so worked out once."""
+        return evaluation_steps(self.config, self.member.last)
+
     def open_stream(self, shards: Shards) -> Stream:
         device = self.member.params["W_dec"].device
         train = self.config.train
@@ -57,7 +63,7 @@ class Cell:
         """Log, evaluate and end, whatever is due at this step; what was done at this step is not done again."""
         member = self.member
         at_end = member.done >= member.last
-        evaluation_due = at_end or member.done in evaluation_steps(self.config, member.last)
+        evaluation_due = at_end or member.done in self.evaluation_steps
         if member.summed_steps and (evaluation_due or member.done % self.config.train.log_every_steps == 0):
             self._record(member.log_line(shards))
             self.diverged_at = member.diverged_at()

@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.activations import ActivationSource, Statistics
 from harness.ops import Ops
 from harness.parallel import Shards
-from harness.record.signals import StopFlag
+from harness.record.signals import STOP, StopFlag
 from harness.saes import Normalizer, Params, Sae, forward
 
 BATCH_ROWS = 4096
@@ -59,7 +59,8 @@ def evaluate(
     documents: list[Tensor] = []
     seen = 0
     for number, (raw, document) in enumerate(source.heldout(BATCH_ROWS)):
-        if shards.agree(int(stop.requested)):
+        # ranks hear the answer one call late, so a request to save from before may arrive here: it is made again
+        if shards.agree(STOP * stop.requested) & STOP:
             return None
         span = slice(seen, min(seen + raw.shape[0], most))
         documents.append(document[: span.stop - span.start])

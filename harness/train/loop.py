@@ -10,10 +10,8 @@ import time
 
 from harness.ops import Ops
 from harness.parallel import Shards
-from harness.record.signals import Interrupted, StopFlag
+from harness.record.signals import SAVE, STOP, Interrupted, StopFlag
 from harness.train.cell import Cell
-
-STOP, SAVE = 1, 2
 
 
 def train(cells: list[Cell], shards: Shards, ops: Ops, stop: StopFlag) -> None:

@@ -17,6 +17,8 @@ from harness.ops import Codes, choose_ops, reference
 from harness.parallel import Shards
 from harness.parallel.mesh import Mesh, mesh, ranks_from_environment
 from harness.record.checkpoint import find_checkpoint, load_tensors, save_checkpoint
+from harness.record.signals import SAVE, StopFlag
+from harness.train.evaluate import evaluate
 from harness.train.member import make_member
 from tests.parallel.preactivations import KINDS, preactivations
 from tests.parallel.trajectory import CASES, CPU, case_config, trajectory
@@ -107,6 +109,15 @@ def checkpoint_loads_on_this_mesh(shards: Shards, root: Path) -> None:
         assert torch.equal(value, kept[name]), name
 
 
+def saving_is_no_reason_to_stop_an_evaluation(shards: Shards) -> None:
+    config = case_config("topk", shards.dp, shards.shard)
+    source, ops = source_of(config), choose_ops("reference")
+    member = make_member(config, source, CPU, shards, ops)
+    shards.agree(SAVE if shards.rank == 0 else 0)
+    assert evaluate(member.sae, member.params, source, member.normalizer, (500,), shards, ops, StopFlag()) is not None
+    shards.agree(0)
+
+
 def main(out: Path) -> None:
     world, port = ranks_from_environment().world, int(os.environ["MASTER_PORT"])
     for number, (dp, shard) in enumerate(MESHES[world]):
@@ -130,6 +141,7 @@ def main(out: Path) -> None:
             a_bad_batch_on_one_rank_stops_all(shards)
             an_expert_without_tokens_on_any_rank(shards)
             checkpoint_loads_on_this_mesh(shards, here / "checkpoints")
+            saving_is_no_reason_to_stop_an_evaluation(shards)
             assert [shards.agree(bits) for bits in (1 << shards.rank, 0, 0)] == [0, (1 << world) - 1, 0]
 
 
