@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis.laws import Array
+from analysis.law import Array
 from analysis.problem import Problem
 from analysis.solve import solve
 

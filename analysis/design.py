@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis.laws import Law
+from analysis.law import Law
 from analysis.load import last_doubling
 from analysis.notes import SEVERITIES, Note, note
 from analysis.table import POPULATION, RunTable

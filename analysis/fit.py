@@ -13,7 +13,8 @@ import numpy as np
 from analysis.bootstrap import cluster_bootstrap, percentile_intervals
 from analysis.design import check_table
 from analysis.intervals import covariance, profile, wald
-from analysis.laws import Array, Law, get
+from analysis.law import Array, Law
+from analysis.laws import get
 from analysis.nested import compare_nested
 from analysis.notes import SEVERITIES, Note
 from analysis.problem import Problem, pose, starting_points

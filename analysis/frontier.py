@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from analysis.frames import Frame, pd
-from analysis.laws import Array
+from analysis.law import Array
 from analysis.load import evaluations
 from analysis.notes import note
 from analysis.result import FitResult, Status

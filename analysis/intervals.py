@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import fdtri, stdtrit
 
-from analysis.laws import Array
+from analysis.law import Array
 from analysis.problem import Problem
 from analysis.solve import constrained
 

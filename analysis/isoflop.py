@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.frames import Frame, pd
-from analysis.laws import Array
+from analysis.law import Array
 from analysis.load import evaluations
 from analysis.notes import Note, note
 from analysis.result import FitResult, Status

@@ -16,7 +16,7 @@ from scipy.special import fdtrc
 
 from analysis.frames import Frame
 from analysis.intervals import covariance, critical_f, profile_f, wald
-from analysis.laws import Array, Entry, Law
+from analysis.law import Array, Entry, Law
 from analysis.notes import Note, note
 from analysis.problem import Problem, pose, starting_points
 from analysis.solve import Optimum, minimise

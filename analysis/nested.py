@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.laws import Array, Law, get
+from analysis.law import Array, Law
+from analysis.laws import get
 from analysis.problem import Problem, pose, starting_points
 from analysis.solve import Optimum, minimise
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from analysis.frames import Frame, pd
 from analysis.intervals import condition, critical_t
-from analysis.laws import Array
+from analysis.law import Array
 from analysis.problem import starting_points
 from analysis.result import FitResult, Status
 from analysis.solve import minimise

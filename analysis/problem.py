@@ -8,7 +8,8 @@ from itertools import product
 
 import numpy as np
 
-from analysis.laws import Array, Law, SmoothBreak, get
+from analysis.law import Array, Law, SmoothBreak
+from analysis.laws import get
 
 FLOOR_SHARES = (0.03, 0.1, 0.25, 0.45, 0.65, 0.8, 0.92, 0.98)
 FLOOR_SLOPES = (-1.2, -0.7, -0.35, -0.1, 0.0, 0.25)

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.special import fdtrc, stdtr
 
 from analysis.intervals import NOISELESS, condition
-from analysis.laws import Array, SmoothBreak
+from analysis.law import Array, SmoothBreak
 from analysis.notes import Note, note
 from analysis.problem import Problem
 from analysis.solve import Optimum

@@ -14,7 +14,8 @@ import numpy as np
 
 from analysis.frames import Frame, pd
 from analysis.intervals import critical_t, form_variance, profile, wald
-from analysis.laws import LAWS, Array, Law
+from analysis.law import Array, Law
+from analysis.laws import LAWS
 from analysis.notes import Note, has, note
 from analysis.problem import Problem
 from harness.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares, leastsq
 
-from analysis.laws import Array
+from analysis.law import Array
 from analysis.problem import Problem
 
 MANY = 20_000

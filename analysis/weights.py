@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.laws import Array
+from analysis.law import Array
 
 
 @dataclass(frozen=True)
