@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -293,11 +294,70 @@ class MeshConfig:
 
 @dataclass
 class ClusterConfig:
+    """Where cells run, and what a job there is given: never science, all of it may change from launch to launch."""
+
     name: str = "local"
-    """Where cells run: `local`."""
+    """`local` (this machine, or the `srun` step that the launcher runs in) or `slurm` (submitted)."""
+    pack: int = 0
+    """Cells trained together on one stream in one job: N of them, 1 for never, 0 lets the plan choose."""
+    pack_minutes: float = 60.0
+    """With `pack=0` on a cluster, cells are packed until the job is estimated to take this long."""
+    time: str = "04:00:00"
+    """Time limit of a job, as Slurm writes it; a cell that needs longer goes on in the next allocation."""
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    tasks_per_node: int = 0
+    """Ranks on one node; 0 puts all ranks of a job on one."""
+    cpus_per_task: int = 4
+    gpus_per_task: int = 1
+    """GPUs of a rank: 1, or 0 for a partition without GPUs."""
+    gpu_type: str = ""
+    """Type as the site names it, e.g. `a100`; also what the plan estimates times for."""
+    gpu_bind: str = ""
+    """Value of `--gpu-bind` (e.g. `none`, `closest`); empty leaves it to the site."""
+    mem: str = ""
+    """Memory per node, e.g. `64G`; empty leaves it to the site."""
+    max_running: int = 0
+    """At most this many elements of an array at a time; 0: no limit."""
+    requeue: bool = True
+    """Requeue a job that was stopped before its end; false (where a site forbids it): submit it again."""
+    lead_s: int = 0
+    """Seconds before the time limit at which a job begins to save; 0 derives them from the time a save takes."""
+    harvest_time: str = "04:00:00"
+    """Time limit of the job that harvests a missing store."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of the job script before anything runs, e.g. `module load cuda`."""
+    container: list[str] = field(default_factory=list)
+    """Put before every command of ours on the compute node, e.g. `[apptainer, exec, --nv, image.sif]`."""
+    python: str = ""
+    """Interpreter on the compute nodes; empty: the one that submits."""
+    flags: list[str] = field(default_factory=list)
+    """Further flags of `sbatch`, e.g. `--exclude=n7`."""
+    srun_flags: list[str] = field(default_factory=list)
+    """Further flags of `srun`."""
+    master_addr: str = ""
+    """Where ranks find rank 0; empty: the first node of the job."""
+    network_interface: str = ""
+    """Network interface of gloo and NCCL, e.g. `ib0`; empty leaves the choice to them."""
+    stage_dir: str = ""
+    """Node-local directory to copy the store into before training; may name a variable of the job, e.g. `$TMPDIR`."""
 
     def __post_init__(self) -> None:
-        _one_of("cluster", self.name, ("local",))
+        _one_of("cluster", self.name, ("local", "slurm"))
+        for name in ("pack", "tasks_per_node", "gpus_per_task", "max_running", "lead_s"):
+            value = getattr(self, name)
+            _require(value >= 0, f"cluster.{name}={value} must not be negative")
+        _require(self.gpus_per_task <= 1, f"cluster.gpus_per_task={self.gpus_per_task}: a rank uses one GPU, or 0")
+        _require(self.cpus_per_task >= 1, f"cluster.cpus_per_task={self.cpus_per_task} must be at least 1")
+        _require(self.pack_minutes > 0, f"cluster.pack_minutes={self.pack_minutes} must be positive")
+        for name in ("time", "harvest_time"):
+            value = getattr(self, name)
+            _require(
+                re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", value) is not None,
+                f"cluster.{name}={value!r} is not a time limit; write MINUTES, HH:MM:SS or DAYS-HH:MM:SS, in quotes",
+            )
 
 
 @dataclass
@@ -333,7 +393,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(
-            "/" not in self.sweep and self.sweep not in ("", ".", "..", "_activations"),
+            "/" not in self.sweep and not self.sweep.startswith((".", "_")) and self.sweep != "",
             f"sweep={self.sweep!r} is not a plain name; it is a directory under out=, which may be anywhere",
         )
         shard, sae = self.mesh.shard, self.sae

@@ -69,8 +69,8 @@ def refuse_what_is_not_here(cells: Sequence[grid.Cell]) -> None:
             raise UserError("train.device=cuda, but torch sees no GPU here; leave it at auto, or check the driver")
 
 
-def prepare(request: Request, *, dry_run: bool) -> list[plan.Job]:
-    """Cells, stores and names of a request, cheap jobs first. Raises `UserError`; writes nothing."""
+def prepare(request: Request, *, dry_run: bool) -> list[plan.Run]:
+    """Cells, stores and names of a request, cheap runs first. Raises `UserError`; writes nothing."""
     cells = cells_of(request)
     if narrow := grid.narrow_cells(cells):
         shown = "; ".join(narrow[:5]) + (f" and {len(narrow) - 5} more" if len(narrow) > 5 else "")
@@ -79,10 +79,10 @@ def prepare(request: Request, *, dry_run: bool) -> list[plan.Job]:
     for store in stores.values():
         if store.id == plan.UNRESOLVED:
             say(f"note: the activation store is unresolved here, names and states are provisional: {store.problem}")
-    jobs = plan.make_jobs(cells, stores)
-    if len(jobs) < len(cells):
-        say(f"{len(cells) - len(jobs)} of {len(cells)} cells ask for the same run as another one")
-    return jobs
+    runs = plan.make_runs(cells, stores)
+    if len(runs) < len(cells):
+        say(f"{len(cells) - len(runs)} of {len(cells)} cells ask for the same run as another one")
+    return runs
 
 
 def launch(request: Request, *, dry_run: bool = False) -> Outcome:
@@ -98,17 +98,17 @@ def launch(request: Request, *, dry_run: bool = False) -> Outcome:
 
 
 def _launch(request: Request, dry_run: bool) -> Outcome:
-    jobs = prepare(request, dry_run=dry_run)
-    sweep_dirs = tuple(dict.fromkeys(job.run_dir.parent for job in jobs))
+    runs = prepare(request, dry_run=dry_run)
+    sweep_dirs = tuple(dict.fromkeys(run.run_dir.parent for run in runs))
     if dry_run:
-        print(plan.table(jobs))
+        print(plan.table(runs))
         return Outcome(0, sweep_dirs)
     for directory in sweep_dirs:
         make_writable(directory)
-        write_study(directory, request, [job for job in jobs if job.run_dir.parent == directory])
+        write_study(directory, request, [run for run in runs if run.run_dir.parent == directory])
     from harness.jobs.local import run_jobs
 
-    return Outcome(run_jobs(jobs), sweep_dirs)
+    return Outcome(run_jobs(runs), sweep_dirs)
 
 
 def make_writable(directory: Path) -> None:
@@ -123,7 +123,7 @@ def make_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {error.strerror}; choose another out=DIR") from error
 
 
-def write_study(sweep_dir: Path, request: Request, jobs: Sequence[plan.Job]) -> None:
+def write_study(sweep_dir: Path, request: Request, runs: Sequence[plan.Run]) -> None:
     """`study.json` of a sweep: what is asked, and every run that was ever asked for in this directory."""
     path = sweep_dir / "study.json"
     earlier: list[str] = []
@@ -139,7 +139,7 @@ def write_study(sweep_dir: Path, request: Request, jobs: Sequence[plan.Job]) -> 
         "title": study.title if study else sweep_dir.name,
         "law": study.law if study else "sae_nk",
     }
-    runs = list(dict.fromkeys([*earlier, *(job.run_id for job in jobs)]))
+    runs = list(dict.fromkeys([*earlier, *(run.run_id for run in runs)]))
     write_json_atomic(path, {**about, "command": command_line(), "time": now(), "runs": runs})
 
 

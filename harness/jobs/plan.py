@@ -1,4 +1,4 @@
-"""From cells to jobs: names, what is done already, what it costs; the table of `--dry-run`."""
+"""From cells to runs: names, what is done already, what it costs; the table of `--dry-run`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Job:
+class Run:
     """A cell with its name, its place and its price."""
 
     label: str
@@ -126,9 +126,9 @@ def needs_hub(config: ActivationsConfig) -> bool:
     return not local_model or config.text == "hub"
 
 
-def make_jobs(cells: Sequence[Cell], stores: dict[str, Store]) -> list[Job]:
-    """Name every cell and see what is done; cells with the same name are one job. Cheap ones first."""
-    jobs: dict[Path, Job] = {}
+def make_runs(cells: Sequence[Cell], stores: dict[str, Store]) -> list[Run]:
+    """Name every cell and see what is done; cells with the same name are one run. Cheap ones first."""
+    runs: dict[Path, Run] = {}
     by_section: dict[int, Store] = {}  # cells share their sections
     for cell in cells:
         section = cell.config.activations
@@ -137,10 +137,10 @@ def make_jobs(cells: Sequence[Cell], stores: dict[str, Store]) -> list[Job]:
         store = by_section[id(section)]
         name = run_id(cell.config, store.id)
         run_dir = run_directory(cell.config, name)
-        if run_dir not in jobs:
+        if run_dir not in runs:
             status = "pending" if store.id == UNRESOLVED else state_of(run_dir).status
-            jobs[run_dir] = Job(cell.label, cell.config, name, run_dir, status, store)
-    return sorted(jobs.values(), key=lambda job: (job.flops or 0.0, job.run_id))
+            runs[run_dir] = Run(cell.label, cell.config, name, run_dir, status, store)
+    return sorted(runs.values(), key=lambda run: (run.flops or 0.0, run.run_id))
 
 
 def matmul_flops_per_second(precision: str) -> float:
@@ -162,52 +162,52 @@ def matmul_flops_per_second(precision: str) -> float:
     return 2.0 * rows * inner * columns * count / elapsed
 
 
-def estimated_seconds(job: Job, gemm_rate: float) -> float | None:
-    d_model = job.store.d_model
+def estimated_seconds(run: Run, gemm_rate: float) -> float | None:
+    d_model = run.store.d_model
     if d_model is None:
         return None
-    config = job.config
+    config = run.config
     parts = budget.flops_executed_per_token(config.sae, d_model, config.train.batch_tokens, n_dead=0)
     return STEP_OVER_GEMM * sum(parts.values()) * tokens_of(config, d_model) / gemm_rate
 
 
-def table(jobs: Sequence[Job]) -> str:
-    """The plan as text: one row per job, cheap ones first, then the sums."""
-    rates = {precision: matmul_flops_per_second(precision) for precision in {j.config.train.precision for j in jobs}}
-    meshes = any(job.config.mesh.dp * job.config.mesh.shard > 1 for job in jobs)
+def table(runs: Sequence[Run]) -> str:
+    """The plan as text: one row per run, cheap ones first, then the sums."""
+    rates = {precision: matmul_flops_per_second(precision) for precision in {j.config.train.precision for j in runs}}
+    meshes = any(run.config.mesh.dp * run.config.mesh.shard > 1 for run in runs)
     rows = [("run", "params", "tokens", "FLOPs", "memory", *(["sent/step"] if meshes else []), "time", "state")]
     total_flops = total_seconds = 0.0
-    for job in jobs:
-        d_model, tokens_text, params, memory, sent = job.store.d_model, "?", "?", "?", "?"
-        seconds = estimated_seconds(job, rates[job.config.train.precision])
+    for run in runs:
+        d_model, tokens_text, params, memory, sent = run.store.d_model, "?", "?", "?", "?"
+        seconds = estimated_seconds(run, rates[run.config.train.precision])
         if d_model is not None:
-            tokens_text = si(tokens_of(job.config, d_model))
-            params = si(budget.params(job.config.sae, d_model))
-            memory = f"{si(sum(budget.memory_bytes(job.config, d_model).values()))}B"
-            sent = f"{si(sum(budget.bytes_sent_per_step(job.config, d_model).values()))}B"
-        if job.status not in ("done", "diverged"):
-            total_flops += job.flops or 0.0
+            tokens_text = si(tokens_of(run.config, d_model))
+            params = si(budget.params(run.config.sae, d_model))
+            memory = f"{si(sum(budget.memory_bytes(run.config, d_model).values()))}B"
+            sent = f"{si(sum(budget.bytes_sent_per_step(run.config, d_model).values()))}B"
+        if run.status not in ("done", "diverged"):
+            total_flops += run.flops or 0.0
             total_seconds += seconds or 0.0
-        flops = "?" if job.flops is None else f"{job.flops:.2e}"
+        flops = "?" if run.flops is None else f"{run.flops:.2e}"
         rows.append(
             (
-                job.run_id,
+                run.run_id,
                 params,
                 tokens_text,
                 flops,
                 memory,
                 *([sent] if meshes else []),
                 duration(seconds) if seconds is not None else "?",
-                job.status,
+                run.status,
             )
         )
     shown = rows[: TABLE_ROWS + 1]
     lines = aligned(shown)
     if len(rows) > len(shown):
         lines.append(f"… and {len(rows) - len(shown)} more")
-    counts = Counter(job.status for job in jobs)
-    lines.append(f"{len(jobs)} cells: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
-    if any(job.flops is not None for job in jobs):
+    counts = Counter(run.status for run in runs)
+    lines.append(f"{len(runs)} cells: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    if any(run.flops is not None for run in runs):
         lines.append(
             f"to do: {total_flops:.2e} FLOPs, about {duration(total_seconds)} one after the other on this machine "
             "(a rough estimate from a short calibration; harvesting not included)"
