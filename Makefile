@@ -17,13 +17,14 @@ DP ?=
 SHARD ?=
 ARGS ?=
 SHAPES ?= C1,C2,C3
+SLURM_DIR ?= $(OUT)/_slurm
 
 PY := .venv/bin/python
 READY := .venv/.installed
 SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep report status notebook test test-all check bench bench-peers
+.PHONY: help setup sweep report status notebook test test-all check bench bench-peers slurm-up slurm-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +60,12 @@ check: $(READY) ## formatting, lint, types
 
 bench: $(READY) ## the training step by part, beside its floor and the peers (SHAPES)
 	@$(PY) -m harness.bench --shapes "$(SHAPES)"
+
+slurm-up: $(READY) ## start a Slurm of two nodes on this machine, print the line that makes a shell use it (SLURM_DIR)
+	@$(PY) -m tests.slurm.cluster up "$(SLURM_DIR)"
+
+slurm-down: $(READY) ## end it and everything it runs (SLURM_DIR)
+	@$(PY) -m tests.slurm.cluster down "$(SLURM_DIR)"
 
 bench-peers: ## make .venv-peers with the other trainers, for bench
 	$(PYTHON) -m venv .venv-peers
