@@ -109,8 +109,13 @@ class Cluster:
 
     def wait(self, job_id: str, states: Collection[str] = FINISHED, timeout_s: float = 60.0) -> list[str]:
         """Wait until the job (every element of an array) is in one of `states`; return them."""
+
+        def settled() -> list[str]:
+            found = self.states(job_id)
+            return found if set(found) <= set(states) else []
+
         return wait_for(
-            lambda: set(found := self.states(job_id)) <= set(states) and found,
+            settled,
             timeout_s,
             lambda: f"job {job_id} is {self.states(job_id)}, not {'/'.join(sorted(states))}\n{self.squeue()}",
         )
