@@ -282,8 +282,8 @@ def test_auto_takes_the_compiled_kernels_on_a_cpu() -> None:
 
 
 def test_kernels_compile_where_nothing_can_be_cached() -> None:
-    from harness.ops import cpu_kernels
+    from harness.ops.cpu.compile import compiled
 
     namespace: dict = {}
     exec("def double(x):\n    return 2 * x\n", namespace)  # no file, so no place for a cache
-    assert cpu_kernels.compiled(namespace["double"])(21) == 42
+    assert compiled(namespace["double"])(21) == 42

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from harness.ops import cpu_team
+from harness.ops.cpu import team as cpu_team
 
 
 @pytest.fixture(params=["openmp", "threads"])

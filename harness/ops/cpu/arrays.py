@@ -1,0 +1,43 @@
+"""Memory as the kernels want it: contiguous arrays, and buffers that are used again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TILE_ELEMENTS = 1 << 22
+"""Pre-activations that a thread produces and selects from at a time."""
+
+_local = threading.local()
+
+
+def scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
+    """`count` numbers of this thread's reusable buffer `name`, not initialised."""
+    key = f"{name}.{dtype}"
+    buffer = getattr(_local, key, None)
+    if buffer is None or buffer.numel() < count:
+        buffer = torch.empty(count, dtype=dtype)
+        setattr(_local, key, buffer)
+    return buffer[:count]
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory as the kernels want it: contiguous; bfloat16 as its bit patterns."""
+    tensor = tensor.detach().contiguous()
+    return tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
+
+
+def floats(tensor: Tensor) -> np.ndarray:
+    """The tensor as float32, as an array."""
+    return array(tensor.to(torch.float32))
+
+
+def blocks(spans: list[tuple[slice, slice]], size: int) -> Iterator[tuple[slice, slice]]:
+    """(tokens, rows) of each span, with at most `size` tokens at a time."""
+    for tokens, rows in spans:
+        for begin in range(tokens.start, tokens.stop, size):
+            yield slice(begin, min(begin + size, tokens.stop)), rows

@@ -1,0 +1,169 @@
+"""Weight gradients: sums over each latent's own entries, or dense products where a group is narrow."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from harness.ops import reference
+from harness.ops.cpu import product_kernels as kernels
+from harness.ops.cpu.arrays import TILE_ELEMENTS, array, floats, scratch
+from harness.ops.cpu.products import TOKENS_AT_LEAST, is_dense, sparse_ranges
+from harness.ops.cpu.team import ITEMS_PER_THREAD, cuts, run
+from harness.ops.interface import Codes, Groups
+
+PIECE_ENTRIES = 4096
+"""A latent that was active on more tokens is summed in pieces of this many, so that threads can share it."""
+
+
+def weight_grads(
+    codes: Codes,
+    dz: Float[Tensor, "tokens k"],
+    x: Float[Tensor, "tokens d"],
+    residual: Float[Tensor, "tokens d"],
+    groups: Groups,
+    out: tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"], Float[Tensor, " rows"]],
+) -> None:
+    if out[0].dtype is torch.float64:
+        return reference.weight_grads(codes, dz, x, residual, groups, out)
+    k = codes.values.shape[1]
+    inputs, residual = x.to(torch.float32).contiguous(), residual.contiguous()
+    values, gradients, index = floats(codes.values), floats(dz), array(codes.index)
+    for tokens, rows in groups.spans:
+        if is_dense(rows, k):
+            _dense_weight_grads(values, gradients, index, inputs, residual, tokens, rows, out)
+    sparse_rows = [rows for _, rows in groups.spans if not is_dense(rows, k) and rows.stop > rows.start]
+    if sparse_rows:
+        ranges = sparse_ranges(groups, k)
+        _sparse_weight_grads(values, gradients, index, inputs, residual, ranges, sparse_rows, out)
+
+
+def _dense_weight_grads(
+    values: np.ndarray,
+    gradients: np.ndarray,
+    index: np.ndarray,
+    x: Tensor,
+    residual: Tensor,
+    tokens: slice,
+    rows: slice,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Products of one group's whole width; several threads inside each product, since all write the same rows."""
+    W_enc_grad, W_dec_grad, b_enc_grad = (grad[rows] for grad in out)
+    for grad in (W_enc_grad, W_dec_grad, b_enc_grad):
+        grad.zero_()
+    width = rows.stop - rows.start
+    size = max(1, TILE_ELEMENTS // width)
+    for begin in range(tokens.start, tokens.stop, size):
+        block = slice(begin, min(begin + size, tokens.stop))
+        count = block.stop - block.start
+        dense = scratch("dense", count * width, torch.float32).view(count, width)
+        matrix, pieces = dense.numpy(), [(block.start + a, block.start + b) for a, b in cuts(count, TOKENS_AT_LEAST)]
+        for source, factor, grad in ((values, residual, W_dec_grad), (gradients, x, W_enc_grad)):
+
+            def fill(item: int, source: np.ndarray = source, matrix=matrix, pieces=pieces, first=begin) -> None:
+                kernels.densify(*pieces[item], first, source, index, rows.start, matrix)
+
+            run(len(pieces), fill)
+            grad.addmm_(dense.T, factor[block])
+        b_enc_grad.add_(dense.sum(dim=0))
+
+
+def _sparse_weight_grads(
+    values: np.ndarray,
+    gradients: np.ndarray,
+    index: np.ndarray,
+    x: Tensor,
+    residual: Tensor,
+    ranges: list[tuple[int, int]],
+    spans: list[slice],
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """One stable counting sort by latent serves all three gradients; then every latent sums its own entries."""
+    latents = out[2].shape[0]
+    share = max(1, -(-len(ranges) // torch.get_num_threads()))
+    shares = [ranges[begin : begin + share] for begin in range(0, len(ranges), share)]
+    counts = np.zeros((max(1, len(shares)), latents), np.int64)
+
+    def count(item: int) -> None:
+        for begin, end in shares[item]:
+            kernels.count_by_latent(begin, end, values, gradients, index, counts[item])
+
+    run(len(shares), count)
+    # entries are placed by latent, then by share, then by token: as one thread would
+    ends = counts.T.cumsum().reshape(latents, -1)
+    place = np.ascontiguousarray((ends - counts.T).T)
+    total = int(ends[-1, -1])
+    token = np.empty(total, np.int32)
+    weight_enc, weight_dec = np.empty(total, np.float32), np.empty(total, np.float32)
+
+    def sort(item: int) -> None:
+        for begin, end in shares[item]:
+            kernels.sort_by_latent(begin, end, values, gradients, index, place[item], token, weight_enc, weight_dec)
+
+    run(len(shares), sort)
+    rows = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+    last = ends[rows, -1]
+    first = last - counts.sum(axis=0)[rows]
+    _accumulate(rows, first, np.minimum(last, first + PIECE_ENTRIES), token, weight_enc, weight_dec, x, residual, out)
+    long = np.flatnonzero(last - first > PIECE_ENTRIES)
+    if not long.size:
+        return
+    rest = [
+        (rows[i], begin, min(begin + PIECE_ENTRIES, last[i]))
+        for i in long
+        for begin in range(first[i] + PIECE_ENTRIES, last[i], PIECE_ENTRIES)
+    ]
+    owner, first, last = np.array(rest).T
+    d = out[0].shape[1]
+    parts = torch.empty(len(rest), d), torch.empty(len(rest), d), torch.empty(len(rest))
+    _accumulate(np.arange(len(rest)), first, last, token, weight_enc, weight_dec, x, residual, parts)
+    for grad, part in zip(out, parts, strict=True):
+        for row, piece in zip(owner.tolist(), part, strict=True):
+            grad[row] += piece
+
+
+def _accumulate(
+    rows: np.ndarray,
+    first: np.ndarray,
+    last: np.ndarray,
+    token: np.ndarray,
+    weight_enc: np.ndarray,
+    weight_dec: np.ndarray,
+    x: Tensor,
+    residual: Tensor,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the sums of the entries first[i] … last[i] to row rows[i], shared among threads by their number."""
+    pieces = np.stack([rows, first, last], axis=1)
+    # writing a row costs about as much as one entry
+    cost = (last - first + 1).cumsum()
+    shares = min(len(rows), ITEMS_PER_THREAD * torch.get_num_threads())
+    bounds = [0, *np.searchsorted(cost, cost[-1] * np.arange(1, shares) // shares).tolist(), len(rows)]
+    inputs, residuals = x.numpy(), residual.numpy()
+    W_enc_grad, W_dec_grad, b_enc_grad = (grad.numpy() for grad in out)
+
+    def work(item: int) -> None:
+        kernels.accumulate(
+            bounds[item],
+            bounds[item + 1],
+            pieces,
+            token,
+            weight_enc,
+            weight_dec,
+            inputs,
+            residuals,
+            W_enc_grad,
+            W_dec_grad,
+            b_enc_grad,
+        )
+
+    run(len(bounds) - 1, work)
+
+
+def fired(codes: Codes, rows: int) -> Int[Tensor, " rows"]:
+    counts = torch.zeros(rows, dtype=torch.int64)
+    kernels.count_active(array(codes.values), array(codes.index), counts.numpy())
+    return counts

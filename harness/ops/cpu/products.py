@@ -1,0 +1,123 @@
+"""Decode, residual, loss and latent gradients: sparse, or dense where a group has few latents per active one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from harness.budget import DENSE_ROWS_PER_K
+from harness.ops import reference
+from harness.ops.cpu import product_kernels as kernels
+from harness.ops.cpu.arrays import TILE_ELEMENTS, array, blocks, floats, scratch
+from harness.ops.cpu.team import cuts, run
+from harness.ops.interface import Codes, Groups, Reduce
+
+TOKENS_AT_LEAST = 32
+"""Smallest range of tokens worth handing to a thread."""
+
+_NO_SCALE = np.empty(0, np.float32)
+
+
+def is_dense(rows: slice, k: int) -> bool:
+    return 0 < rows.stop - rows.start <= DENSE_ROWS_PER_K * k
+
+
+def _dense_blocks(groups: Groups, k: int) -> list[tuple[slice, slice]]:
+    """(tokens, rows) of the groups whose products are dense, tokens in tiles, at least one for each thread."""
+    spans = [(tokens, rows) for tokens, rows in groups.spans if is_dense(rows, k)]
+    widest = max((rows.stop - rows.start for _, rows in spans), default=1)
+    tokens = max((tokens.stop - tokens.start for tokens, _ in spans), default=1)
+    share = -(-tokens // torch.get_num_threads())
+    size = max(1, min(share, TILE_ELEMENTS // widest))
+    return list(blocks(spans, size))
+
+
+def sparse_ranges(groups: Groups, k: int) -> list[tuple[int, int]]:
+    """Ranges of the tokens whose products are sparse, which includes tokens without latents."""
+    found = []
+    for tokens, rows in groups.spans:
+        if not is_dense(rows, k):
+            pieces = cuts(tokens.stop - tokens.start, TOKENS_AT_LEAST)
+            found += [(tokens.start + begin, tokens.start + end) for begin, end in pieces]
+    return found
+
+
+def reconstruct(
+    codes: Codes,
+    W_dec: Float[Tensor, "rows d"],
+    x: Float[Tensor, "tokens d"],
+    scale: Float[Tensor, " tokens"] | None,
+    groups: Groups,
+    reduce: Reduce | None = None,
+) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, "tokens k"], Float[Tensor, " tokens"]]:
+    if W_dec.dtype is torch.float64 or x.dtype is torch.float64:
+        return reference.reconstruct(codes, W_dec, x, scale, groups, reduce)
+    k = codes.values.shape[1]
+    weight, inputs = W_dec.to(torch.float32), x.to(torch.float32).contiguous()
+    residual, dz, squared = torch.empty(x.shape), torch.empty(codes.values.shape), torch.empty(x.shape[0])
+    values, index, table = floats(codes.values), array(codes.index), array(weight)
+    factors = _NO_SCALE if scale is None else floats(scale)
+    dense, sparse = _dense_blocks(groups, k), sparse_ranges(groups, k)
+
+    def decode_dense(item: int) -> None:
+        tokens, rows = dense[item]
+        active = _densified(values, index, tokens, rows)
+        torch.mm(active, weight[rows], out=residual[tokens])
+        if scale is not None:
+            residual[tokens].mul_(scale[tokens, None])
+
+    def latent_grads_dense(item: int) -> None:
+        tokens, rows = dense[item]
+        count, width = tokens.stop - tokens.start, rows.stop - rows.start
+        products = scratch("dense", count * width, torch.float32).view(count, width)
+        torch.mm(residual[tokens], weight[rows].T, out=products)
+        kernels.gather_products(
+            tokens.start,
+            tokens.stop,
+            values,
+            index,
+            rows.start,
+            products.numpy(),
+            residual.numpy(),
+            dz.numpy(),
+            squared.numpy(),
+        )
+
+    def dense_fused(item: int) -> None:
+        decode_dense(item)
+        tokens, _ = dense[item]
+        torch.sub(inputs[tokens], residual[tokens], out=residual[tokens])
+        latent_grads_dense(item)
+
+    def sparse_fused(item: int) -> None:
+        kernels.reconstruct(
+            *sparse[item], values, index, table, inputs.numpy(), factors, residual.numpy(), dz.numpy(), squared.numpy()
+        )
+
+    def decode_sparse(item: int) -> None:
+        kernels.decode(*sparse[item], values, index, table, factors, residual.numpy())
+
+    def latent_grads_sparse(item: int) -> None:
+        kernels.latent_grads(*sparse[item], values, index, table, residual.numpy(), dz.numpy(), squared.numpy())
+
+    if reduce is None:
+        run(len(dense), dense_fused)
+        run(len(sparse), sparse_fused)
+    else:
+        run(len(dense), decode_dense)
+        run(len(sparse), decode_sparse)
+        whole = reduce(residual)
+        torch.sub(inputs, whole, out=residual)
+        run(len(dense), latent_grads_dense)
+        run(len(sparse), latent_grads_sparse)
+    return residual, dz, squared
+
+
+def _densified(values: np.ndarray, index: np.ndarray, tokens: slice, rows: slice) -> Float[Tensor, "tokens rows"]:
+    """The codes of these tokens as a matrix over the group's rows, in this thread's scratch memory."""
+    count, width = tokens.stop - tokens.start, rows.stop - rows.start
+    dense = scratch("dense", count * width, torch.float32).view(count, width)
+    kernels.densify(tokens.start, tokens.stop, tokens.start, values, index, rows.start, dense.numpy())
+    return dense

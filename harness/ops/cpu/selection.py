@@ -1,0 +1,64 @@
+"""Encoder and exact selection: a tile of pre-activations at a time, while it is in cache."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from harness.ops import reference
+from harness.ops.cpu import selection_kernels as kernels
+from harness.ops.cpu.arrays import TILE_ELEMENTS, array, blocks, floats, scratch
+from harness.ops.cpu.team import run
+from harness.ops.interface import Codes, Groups
+
+
+def _lanes(width: int, k: int) -> int:
+    """How many interleaved maxima selection keeps per row. More make finding the threshold dearer, fewer make more
+    values reach it that are read again; the balance is near √(width·k)."""
+    lanes = 16 * math.ceil(max(4 * k, math.sqrt(width * k)) / 16)
+    return lanes if 2 * lanes <= width else width
+
+
+def select(
+    x: Float[Tensor, "tokens d"],
+    W_enc: Float[Tensor, "rows d"],
+    b_enc: Float[Tensor, " rows"] | None,
+    k: int,
+    groups: Groups,
+) -> Codes:
+    if x.dtype is torch.float64:
+        return reference.select(x, W_enc, b_enc, k, groups)
+    tokens = x.shape[0]
+    values, index = torch.empty((tokens, k)), torch.empty((tokens, k), dtype=torch.int64)
+    for span, rows in groups.spans:
+        if rows.stop - rows.start < k:
+            values[span], index[span] = -torch.inf, min(rows.start, max(0, W_enc.shape[0] - 1))
+    bias = np.zeros(W_enc.shape[0], np.float32) if b_enc is None else floats(b_enc)
+    out_values, out_index = values.numpy(), index.numpy()
+    spans = [span for span in groups.spans if span[1].stop > span[1].start]
+    widest = max((rows.stop - rows.start for _, rows in spans), default=1)
+    share = -(-tokens // torch.get_num_threads())
+    tiles = list(blocks(spans, max(1, min(share, TILE_ELEMENTS // widest))))
+
+    def work(item: int) -> None:
+        span, rows = tiles[item]
+        width, kept = rows.stop - rows.start, min(k, rows.stop - rows.start)
+        tile = scratch("tile", (span.stop - span.start) * width, x.dtype).view(-1, width)
+        torch.mm(x[span], W_enc[rows].T, out=tile)
+        kernels.topk(array(tile), bias[rows], kept, _lanes(width, kept), rows.start, out_values[span], out_index[span])
+
+    run(len(tiles), work)
+    return Codes(values, index)
+
+
+def select_preactivations(preactivations: Float[Tensor, "tokens rows"], k: int) -> Codes:
+    """Exact top-k of given pre-activations, equal values to the lowest index; k ≤ rows. float32 or bfloat16."""
+    tokens, width = preactivations.shape
+    values, index = torch.empty((tokens, k)), torch.empty((tokens, k), dtype=torch.int64)
+    bias = np.zeros(width, np.float32)
+    kernels.topk(array(preactivations), bias, k, _lanes(width, k), 0, values.numpy(), index.numpy())
+    return Codes(values, index)

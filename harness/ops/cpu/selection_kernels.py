@@ -1,0 +1,185 @@
+"""Loops of selection. See `compile` for what holds for all loops."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import types
+from numba.extending import overload, register_jitable
+
+from harness.ops.cpu.compile import compiled
+
+SHORT = 128
+"""Keys that are sorted by counting."""
+
+
+def _widen(value):
+    """A float32 from a stored number: itself, or the bfloat16 with these 16 bits."""
+    raise NotImplementedError
+
+
+@overload(_widen, inline="always")
+def _widen_compiled(value):
+    if isinstance(value, types.Integer):
+        return lambda value: np.int32(np.int32(value) << np.int32(16)).view(np.float32)
+    return lambda value: value
+
+
+# A key orders candidates by value, then by lower index: value bits, monotone as unsigned integers, above ~index.
+
+
+@register_jitable
+def _key(value, index):
+    if value != value:
+        high = np.uint64(0xFFFFFFFF)  # NaN comes first, as in torch.topk, so that it reaches the loss
+    else:
+        bits = np.int64(np.float32(value + np.float32(0.0)).view(np.int32))  # -0.0 equals 0.0
+        high = np.uint64(bits ^ 0x80000000 if bits >= 0 else ~bits) & np.uint64(0xFFFFFFFF)
+    return (high << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - np.uint64(index))
+
+
+@register_jitable
+def _partition_largest(keys, count, k):
+    """Reorder keys[:count], all different, so that the k largest come first (quickselect)."""
+    low, high = 0, count - 1
+    while low < high:
+        a, b, c = keys[low], keys[(low + high) >> 1], keys[high]
+        pivot = max(min(a, b), min(max(a, b), c))
+        i, j = low, high
+        while i <= j:
+            while keys[i] > pivot:
+                i += 1
+            while keys[j] < pivot:
+                j -= 1
+            if i <= j:
+                keys[i], keys[j] = keys[j], keys[i]
+                i += 1
+                j -= 1
+        if k - 1 <= j:
+            high = j
+        elif k - 1 >= i:
+            low = i
+        else:
+            return
+
+
+@register_jitable
+def _sort_descending(keys, count, scratch):
+    """Sort keys[:count], all different. A few: a key's place is the number of larger keys, counted in vector lanes.
+    Many: radix sort by bytes, in which bytes that are all equal cost one pass less."""
+    if count <= SHORT:
+        for i in range(count):
+            key, place = keys[i], 0
+            for j in range(count):
+                place += 1 if keys[j] > key else 0
+            scratch[place] = key
+        keys[:count] = scratch[:count]
+        return
+    for shift in range(0, 64, 8):
+        starts = np.zeros(257, np.int64)
+        for i in range(count):
+            starts[256 - ((keys[i] >> np.uint64(shift)) & np.uint64(255))] += 1
+        if starts[256 - ((keys[0] >> np.uint64(shift)) & np.uint64(255))] == count:
+            continue
+        total = 0
+        for byte in range(257):
+            here = starts[byte]
+            starts[byte] = total
+            total += here
+        for i in range(count):
+            byte = 256 - ((keys[i] >> np.uint64(shift)) & np.uint64(255))
+            scratch[starts[byte]] = keys[i]
+            starts[byte] += 1
+        keys[:count] = scratch[:count]
+
+
+@register_jitable
+def _lane_maxima(row, bias, lanes, maxima):
+    """maxima[i] = max over s of row[i + s·lanes] + bias[i + s·lanes]. Returns 0, or NaN when a value is not finite."""
+    width = row.shape[0]
+    wrong = np.float32(0.0)
+    for i in range(lanes):
+        value = _widen(row[i]) + bias[i]
+        maxima[i] = value
+        wrong += value - value
+    base = lanes
+    while base + 2 * lanes <= width:
+        for i in range(lanes):
+            one = _widen(row[base + i]) + bias[base + i]
+            two = _widen(row[base + lanes + i]) + bias[base + lanes + i]
+            wrong += (one - one) + (two - two)
+            one = one if one > two else two
+            maxima[i] = one if one > maxima[i] else maxima[i]
+        base += 2 * lanes
+    while base < width:
+        for i in range(min(lanes, width - base)):
+            value = _widen(row[base + i]) + bias[base + i]
+            wrong += value - value
+            maxima[i] = value if value > maxima[i] else maxima[i]
+        base += lanes
+    return wrong
+
+
+@register_jitable
+def _threshold(maxima, lanes, k):
+    """A number that at least k of maxima[:lanes] reach, and not many more: bisection on the value."""
+    low, high = maxima[0], maxima[0]
+    for i in range(lanes):
+        low = maxima[i] if maxima[i] < low else low
+        high = maxima[i] if maxima[i] > high else high
+    slack = np.float32(k + max(2, k >> 2))
+    for _ in range(24):
+        middle = np.float32(0.5) * low + np.float32(0.5) * high
+        if not (middle > low and middle < high):
+            break
+        reach = np.float32(0.0)
+        for i in range(lanes):
+            reach += np.float32(1.0) if maxima[i] >= middle else np.float32(0.0)
+        if reach >= k:
+            low = middle
+            if reach <= slack:
+                break
+        else:
+            high = middle
+    return low
+
+
+@compiled
+def topk(tile, bias, k, lanes, first_row, values, index):
+    """Exact top-k of each row of tile + bias: (rows, width) → values, index (rows, k) by value descending, then index
+    ascending; `first_row` is added to the indices. k ≤ lanes ≤ width < 2³², or lanes = width.
+
+    The k-th largest of the lane maxima bounds the k-th largest value from below, so only lanes whose maximum reaches
+    it are read a second time.
+    """
+    rows, width = tile.shape
+    maxima, reached = np.empty(lanes, np.float32), np.empty(lanes + 1, np.int32)
+    # one place more than needed: candidates are written first and counted afterwards, which spares a branch
+    keys, scratch, candidates = np.empty(width, np.uint64), np.empty(width, np.uint64), np.empty(width + 1, np.int32)
+    for t in range(rows):
+        row = tile[t]
+        count = 0
+        if _lane_maxima(row, bias, lanes, maxima) == np.float32(0.0):
+            threshold = _threshold(maxima, lanes, k)
+            reaching = 0
+            for i in range(lanes):
+                reached[reaching] = i
+                reaching += 1 if maxima[i] >= threshold else 0
+            for lane in range(reaching):
+                for j in range(reached[lane], width, lanes):
+                    candidates[count] = j
+                    count += 1 if _widen(row[j]) + bias[j] >= threshold else 0
+        else:
+            for j in range(width):
+                candidates[j] = j
+            count = width
+        for place in range(count):
+            j = candidates[place]
+            keys[place] = _key(_widen(row[j]) + bias[j], j)
+        if count > 2 * k:
+            _partition_largest(keys, count, k)
+            count = k
+        _sort_descending(keys, count, scratch)
+        for place in range(k):
+            j = np.int64(np.uint64(0xFFFFFFFF) - (keys[place] & np.uint64(0xFFFFFFFF)))
+            values[t, place] = _widen(row[j]) + bias[j]
+            index[t, place] = first_row + j
