@@ -28,8 +28,9 @@ from harness.activations.model import HookedModel, load_model, load_tokenizer, l
 from harness.activations.shuffle import permute
 from harness.config import ActivationsConfig
 from harness.errors import UserError
+from harness.parallel import Shards, Solo
 from harness.record.files import write_json_atomic
-from harness.record.signals import Interrupted, StopFlag
+from harness.record.signals import STOP, Interrupted, StopFlag
 
 UNIT_TOKENS = 32_768
 """Tokens of a work unit: what a kill costs at most."""
@@ -144,37 +145,58 @@ def unit_path(directory: Path, split: str, unit: int) -> Path:
 
 
 def forward_units(
+    plan: Plan, hooked: HookedModel, directory: Path, stop: StopFlag, on_rows: OnRows, shards: Shards | None = None
+) -> None:
+    """Compute the units that are missing, shared among the ranks of `shards` (default: one process).
+
+    Raises `Interrupted` between two forwards when asked to stop; the units written so far stay. A rank that stops or
+    fails is heard of by the others a unit or two later, and they return early: the caller meets them (`together`).
+    """
+    shards = shards or Solo()
+    contexts = {split: open_contexts(directory, split) for split in SPLITS}
+    problem: Exception | None = None
+    # as many rounds on every rank, whatever it finds done
+    rounds = [(split, first) for split in SPLITS for first in range(0, plan.units(split), shards.size)]
+    for split, first in rounds:
+        if shards.agree(STOP * (stop.requested or problem is not None)) & STOP:
+            break
+        unit = first + shards.rank
+        path = unit_path(directory, split, unit)
+        if problem is not None or unit >= plan.units(split) or path.is_file():
+            continue
+        try:
+            _write_unit(plan, hooked, contexts[split], split, unit, path, stop, on_rows)
+        except Exception as raised:
+            problem = raised
+    if problem is not None:
+        raise problem
+    if stop.requested:
+        raise Interrupted
+
+
+def _write_unit(
     plan: Plan,
     hooked: HookedModel,
-    directory: Path,
+    contexts: Contexts,
+    split: str,
+    unit: int,
+    path: Path,
     stop: StopFlag,
     on_rows: OnRows,
-    worker: int = 0,
-    workers: int = 1,
 ) -> None:
-    """Compute the units that are missing, of those with number ≡ `worker` modulo `workers`.
-
-    Raises `Interrupted` between two forwards when asked to stop; the units written so far stay.
-    """
-    for split in SPLITS:
-        contexts = open_contexts(directory, split)
-        for unit in range(worker, plan.units(split), workers):
-            path = unit_path(directory, split, unit)
-            if path.is_file():
-                continue
-            first = unit * plan.contexts_per_unit
-            last = min(first + plan.contexts_per_unit, contexts.count)
-            rows = _unit_rows(plan, hooked, contexts, first, last, stop, on_rows)
-            numbers = np.arange(contexts.rows[first], contexts.rows[last])
-            place = permute(numbers, contexts.total_rows, "store", plan.seed, split)
-            order = np.argsort(place)
-            tensors = {"x": rows.index_select(0, torch.from_numpy(order)), "place": torch.from_numpy(place[order])}
-            if split == "heldout":
-                document = np.repeat(contexts.document[first:last], np.diff(contexts.rows[first : last + 1]))
-                tensors["document"] = torch.from_numpy(document[order])
-            beside = path.with_suffix(f".{worker}.tmp")
-            safetensors.torch.save_file(tensors, beside)
-            beside.replace(path)  # not synced: a torn unit after a power cut is found by `assemble` and made again
+    first = unit * plan.contexts_per_unit
+    last = min(first + plan.contexts_per_unit, contexts.count)
+    rows = _unit_rows(plan, hooked, contexts, first, last, stop, on_rows)
+    numbers = np.arange(contexts.rows[first], contexts.rows[last])
+    place = permute(numbers, contexts.total_rows, "store", plan.seed, split)
+    order = np.argsort(place)
+    tensors = {"x": rows.index_select(0, torch.from_numpy(order)), "place": torch.from_numpy(place[order])}
+    if split == "heldout":
+        document = np.repeat(contexts.document[first:last], np.diff(contexts.rows[first : last + 1]))
+        tensors["document"] = torch.from_numpy(document[order])
+    beside = path.with_suffix(".tmp")
+    safetensors.torch.save_file(tensors, beside)
+    beside.replace(path)  # not synced: a torn unit after a power cut is found by `assemble` and made again
 
 
 def _unit_rows(

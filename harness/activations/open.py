@@ -6,14 +6,16 @@ import errno
 import io
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from harness.activations.assemble import TornUnits, assemble, remove_scratch
-from harness.activations.harvest import describe, forward_units, prepare, rows_done
+from harness.activations.harvest import OnRows, Plan, describe, forward_units, prepare, rows_done
 from harness.activations.identity import store_id, store_root
+from harness.activations.model import HookedModel
 from harness.activations.source import ActivationSource
 from harness.activations.store import Store, is_complete
 from harness.activations.synthetic import Synthetic
@@ -23,6 +25,7 @@ from harness.parallel import Shards, Solo
 from harness.record.claim import Owner, claim
 from harness.record.progress import Progress
 from harness.record.signals import StopFlag
+from harness.record.together import together
 
 
 def open_source(
@@ -51,73 +54,85 @@ def open_source(
 
 
 def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, stop: StopFlag, shards: Shards) -> None:
+    """Rank 0 holds the claim, plans and assembles; the forwards between are everybody's. The ranks meet after each
+    part, so that what ends one ends all."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_suffix(".partial")
-    if shards.rank != 0:
-        _help(cfg, directory, partial, stop, shards)
-        return
+    partial, writer, missing = directory.with_suffix(".partial"), shards.rank == 0, False
+    prepared: tuple[Plan, HookedModel] | None = None
 
     def on_wait(owner: Owner | None) -> None:
         progress.note(f"waiting: {owner or 'another process'} is harvesting the same activations")
 
-    with claim(directory.with_suffix(".lock"), wait=True, stop=stop, on_wait=on_wait):
-        if is_complete(directory):
-            shards.sum_(torch.tensor(1), "all", "scalars")  # nothing to do: the other ranks need not help
-            shards.barrier()
-            return
-        if directory.exists():
-            raise UserError(f"{directory} has no manifest.json, so it is no store; delete it to harvest it again")
-        partial.mkdir(exist_ok=True)
-        if is_complete(partial):
-            shards.sum_(torch.tensor(1), "all", "scalars")
-        else:
-            harvest(cfg, partial, progress, stop, shards)
-        remove_scratch(partial)
-        partial.rename(directory)
-        shards.barrier()
+    with ExitStack() as stack:
+        with together(shards):
+            if writer:
+                stack.enter_context(claim(directory.with_suffix(".lock"), wait=True, stop=stop, on_wait=on_wait))
+                missing = _is_missing(directory, partial)
+                if missing:
+                    prepared = _begin(cfg, partial, progress, stop)
+        missing = bool(shards.sum_(torch.tensor(int(missing)), "all", "scalars"))
+        if missing:
+            with together(shards):
+                plan, hooked = prepared or prepare(cfg, partial, stop)
+            try:
+                with together(shards):
+                    forward_units(plan, hooked, partial, stop, _shown(plan, partial, progress), shards)
+                with together(shards):
+                    if writer:
+                        _assemble(cfg, plan, hooked, partial, progress, stop)
+            except BaseException:
+                progress.finish("")
+                raise
+        with together(shards):
+            if writer and not directory.exists():
+                remove_scratch(partial)
+                partial.rename(directory)
 
 
-def _help(cfg: ActivationsConfig, directory: Path, partial: Path, stop: StopFlag, shards: Shards) -> None:
-    """What a rank other than 0 does: its share of the units, once rank 0 has made the plan."""
-    if not int(shards.sum_(torch.tensor(0), "all", "scalars")):
-        plan, hooked = prepare(cfg, partial, stop)
-        forward_units(plan, hooked, partial, stop, lambda rows: None, shards.rank, shards.size)
-        shards.barrier()
-    shards.barrier()
+def _is_missing(directory: Path, partial: Path) -> bool:
+    """Whether anything is left to compute. Raises `UserError` for a directory of that name that is no store."""
+    if is_complete(directory):
+        return False
+    if directory.exists():
+        raise UserError(f"{directory} has no manifest.json, so it is no store; delete it to harvest it again")
+    partial.mkdir(exist_ok=True)
+    return not is_complete(partial)
 
 
-def harvest(cfg: ActivationsConfig, partial: Path, progress: Progress, stop: StopFlag, shards: Shards) -> None:
-    """Bring the unfinished store in `partial` to its end: afterwards its manifest exists. For rank 0."""
+def _begin(cfg: ActivationsConfig, partial: Path, progress: Progress, stop: StopFlag) -> tuple[Plan, HookedModel]:
     progress.note(f"harvesting {cfg.model}, {cfg.hook} of layer {cfg.layer}, over {cfg.text} text")
     plan, hooked = prepare(cfg, partial, stop)
     wanted = {"train": round(cfg.tokens), "heldout": round(cfg.heldout_tokens)}
     for split, rows in plan.rows.items():
         if rows < wanted[split]:
             progress.note(f"the text ends after {rows:,} of {wanted[split]:,} {split} rows; going on with these")
-    shards.sum_(torch.tensor(0), "all", "scalars")
-    first = True
+    return plan, hooked
+
+
+def _shown(plan: Plan, partial: Path, progress: Progress) -> OnRows:
+    """Begins a progress bar where the harvest stands, and moves it."""
+    done = rows_done(plan, partial)
+    progress.start("harvest", sum(plan.rows.values()), done)
+
+    def on_rows(rows: int) -> None:
+        nonlocal done
+        done += rows
+        progress.update(done, {})
+
+    return on_rows
+
+
+def _assemble(
+    cfg: ActivationsConfig, plan: Plan, hooked: HookedModel, partial: Path, progress: Progress, stop: StopFlag
+) -> None:
+    """Bring the harvest in `partial`, whose units are computed, to its end: afterwards its manifest exists."""
     while True:
-        done = rows_done(plan, partial)
-        progress.start("harvest", sum(plan.rows.values()), done)
-
-        def on_rows(rows: int) -> None:
-            nonlocal done
-            done += rows
-            progress.update(done, {})
-
         try:
-            # units that a crash has torn are few: made again by this rank alone
-            forward_units(plan, hooked, partial, stop, on_rows, 0, shards.size if first else 1)
-            if first:
-                shards.barrier()
-            first = False
             assemble(plan, partial, cfg.shard_rows, describe(cfg, plan), stop)
         except TornUnits as torn:
             progress.finish(f"units damaged by a crash are made again: {torn}")
+            forward_units(plan, hooked, partial, stop, _shown(plan, partial, progress))
             continue
-        except BaseException:
-            progress.finish("")
-            raise
         rows = plan.rows
         progress.finish(f"harvested {rows['train']:,} training and {rows['heldout']:,} held-out rows")
         return

@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from harness.parallel import Shards
 from harness.record.files import fsync_directory, fsync_file, write_json_atomic
+from harness.record.together import together
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the content changes so that older checkpoints cannot be continued."""
 
 
@@ -54,15 +55,6 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _raise_together(problem: OSError | None, shards: Shards) -> None:
-    """Every rank raises when one has a problem, so that none waits for it."""
-    failed = shards.sum_(torch.tensor(int(problem is not None)), "all", "scalars")
-    if problem is not None:
-        raise problem
-    if int(failed):
-        raise OSError("another rank could not write the checkpoint; its log says why")
-
-
 def save_checkpoint(
     root: Path, step: int, views: Mapping[str, Tensor], extra: dict[str, Any], run_id: str, shards: Shards
 ) -> None:
@@ -73,22 +65,15 @@ def save_checkpoint(
     """
     final = root / f"step-{step:010d}"
     beside = root / f".{final.name}.tmp"
-    problem: OSError | None = None
-    if shards.rank == 0:
-        try:
+    with together(shards):
+        if shards.rank == 0:
             _prepare(root, beside, views)
-        except OSError as error:
-            problem = error
-    _raise_together(problem, shards)
-    try:
+    with together(shards):
         with _quietly():
             writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
             save(dict(views), storage_writer=writer, no_dist=shards.size == 1)
         if shards.rank == 0:
             _commit(root, beside, final, step, extra, run_id, shards)
-    except OSError as error:
-        problem = error
-    _raise_together(problem, shards)
 
 
 def _prepare(root: Path, beside: Path, views: Mapping[str, Tensor]) -> None:

@@ -133,6 +133,7 @@ WORKER = textwrap.dedent("""
     import harness.activations.harvest as harvest
     from harness.activations.open import open_source
     from harness.config import ActivationsConfig
+    from harness.parallel import Solo
     from harness.record.signals import StopFlag
     torch.set_num_threads(1)
     harvest.UNIT_TOKENS = 1600
@@ -146,7 +147,7 @@ WORKER = textwrap.dedent("""
                 done += rows
                 if done > 4000:
                     os.kill(os.getpid(), signal.SIGKILL)
-            harvest.forward_units(*arguments[:4], die)
+            harvest.forward_units(*arguments[:4], die, *arguments[5:])
         import harness.activations.open as opening
         opening.forward_units = forward_units
         open_source(cfg, out, progress=False, stop=StopFlag())
@@ -154,7 +155,9 @@ WORKER = textwrap.dedent("""
         open_source(cfg, out, progress=True, stop=StopFlag())
     else:
         plan, hooked = harvest.prepare(cfg, out, StopFlag())
-        harvest.forward_units(plan, hooked, out, StopFlag(), lambda rows: None, int(mode), 2)
+        shards = Solo()
+        shards.rank, shards.size = int(mode), 2
+        harvest.forward_units(plan, hooked, out, StopFlag(), lambda rows: None, shards)
 """)
 
 
