@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.convergence import REGIMES, convergence_table
 from analysis.fit import fit
 from analysis.laws import LAWS
 from analysis.load import load
@@ -114,6 +115,9 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="auto", choices=["auto", "seeds", "none"])
     parser.add_argument("--ci", default="profile", choices=["profile", "wald", "bootstrap"])
     parser.add_argument("--level", type=float, default=0.95, help="confidence level")
+    parser.add_argument(
+        "--regime", default="auto", choices=REGIMES, help="runs at convergence or at fixed tokens; never both unasked"
+    )
     parser.add_argument("--starts", type=int, default=64)
     parser.add_argument("--random-seed", type=int, default=0, help="seed of the random starts and resamples")
 
@@ -150,11 +154,14 @@ def fit_from(args: argparse.Namespace, table: RunTable) -> FitResult:
         level=args.level,
         starts=args.starts,
         seed=args.random_seed,
+        regime=args.regime,
     )
 
 
 def _fit(args: argparse.Namespace) -> int:
     table = table_from(args)
+    if args.law == "tokens_to_convergence" and args.loss is None:
+        table = convergence_table(table)
     result = fit_from(args, table)
     if args.out is not None:
         result.to_json(args.out)

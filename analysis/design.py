@@ -11,13 +11,15 @@ from analysis.table import POPULATION, RunTable
 
 DEAD_RANGE = 0.05
 DEAD_MOST = 0.10
+SAME_TOKENS = 1.05
+"""Ratio of the most to the fewest tokens up to which runs count as equally long."""
 CONVERGED_GAIN = 0.01
 """Relative gain over the last doubling of tokens above which a run without a `converged` flag is not converged."""
 
 
 def check_table(table: RunTable, law: Law) -> list[Note]:
     """Notes on the data and the design for one law, most severe first; an "error" means that no fit is possible."""
-    notes = [*table.notes, *_counts(table, law), *_data(table)]
+    notes = [*table.notes, *_counts(table, law), *_data(table), *_population(table, law)]
     notes.sort(key=lambda entry: -SEVERITIES.index(entry.severity))
     return notes
 
@@ -64,10 +66,6 @@ def _data(table: RunTable) -> list[Note]:
         if len(dead) and (np.ptp(dead) > DEAD_RANGE or dead.max() > DEAD_MOST):
             text = f"dead latents range from {100 * dead.min():.1f} % to {100 * dead.max():.1f} %"
             notes.append(note("mixed_dead_latents", "warning", text))
-    different = [name for name in POPULATION if name in frame and frame[name].astype(str).nunique() > 1]
-    if different:
-        shown = "; ".join(f"{name}: {', '.join(sorted(frame[name].astype(str).unique())[:4])}" for name in different)
-        notes.append(note("mixed_population", "warning", f"the runs differ in more than their size ({shown})"))
     if table.has("n") and table.has("flops") and len(frame) > 3:
         log_n, log_c = np.log(table.values("n")), np.log(table.values("flops"))
         design = np.stack([np.ones_like(log_n), log_n], axis=1)
@@ -75,3 +73,30 @@ def _data(table: RunTable) -> list[Note]:
         if np.ptp(log_n) > 0 and np.std(left) < 0.02 * np.std(log_c):
             notes.append(note("confounded_n_flops", "info", "FLOPs follow from n alone in these runs"))
     return notes
+
+
+def _population(table: RunTable, law: Law) -> list[Note]:
+    """In what the runs of one law differ although they should not: settings, k, tokens."""
+    frame = table.frame
+    fitted = {table.roles[role] for role in law.inputs if table.has(role)}
+    names = [name for name in POPULATION if name in frame and name not in fitted]
+    if "experts" in law.inputs:
+        names = [name for name in names if name != "sae"]  # one expert is TopK
+    along_tokens = bool(fitted & table.spent)
+    if table.has("k") and table.roles["k"] not in fitted and not along_tokens:
+        names.append(table.roles["k"])
+    different = [name for name in names if frame[name].astype(str).nunique() > 1]
+    notes = []
+    if different:
+        shown = "; ".join(f"{name}: {', '.join(sorted(frame[name].astype(str).unique())[:4])}" for name in different)
+        notes.append(note("mixed_population", "warning", f"the runs differ in more than their size ({shown})"))
+    if table.has("d") and not along_tokens and not _all_converged(table) and len(frame):
+        tokens = table.values("d")
+        if tokens.max() > SAME_TOKENS * tokens.min():
+            text = f"{table.roles['d']} range from {tokens.min():.4g} to {tokens.max():.4g}: no law at fixed tokens"
+            notes.append(note("mixed_population", "warning", text))
+    return notes
+
+
+def _all_converged(table: RunTable) -> bool:
+    return table.has("converged") and bool(table.column("converged").eq(True).all())

@@ -11,6 +11,7 @@ import hashlib
 import numpy as np
 
 from analysis.bootstrap import cluster_bootstrap, percentile_intervals
+from analysis.convergence import REGIMES, one_regime
 from analysis.design import check_table
 from analysis.intervals import covariance, profile, wald
 from analysis.law import Array, Law
@@ -42,6 +43,7 @@ def fit(
     level: float = 0.95,
     starts: int = 64,
     seed: int = 0,
+    regime: str = "auto",
     evaluations: int = 2000,
     resamples: int = 1000,
 ) -> FitResult:
@@ -57,18 +59,22 @@ def fit(
             `profile` falls back to it).
         level: Confidence level of every interval.
         starts: Starts of the optimiser; `seed` fixes the random ones.
+        regime: Runs at convergence and runs at fixed tokens follow different laws in n: `converged`, `fixed`, `all`, or
+            `auto` (the converged ones where they suffice). For laws in tokens or FLOPs all runs enter.
         resamples: Bootstrap resamples.
 
     Returns a `FitResult`; when no fit is possible its status is `failed` and its notes say why. Raises `UserError` for
     a request that makes no sense.
     """
     chosen = get(law) if isinstance(law, str) else law
-    _check_request(space, robust, weights, ci, level, starts)
-    table = _first_population(table, chosen)
+    _check_request(space, robust, weights, ci, level, starts, regime)
+    table = first_population(table, chosen)
+    if not follows_tokens(chosen, table):
+        table = one_regime(table, regime, lambda part: not _errors(check_table(part, chosen)))
     for role in (*chosen.inputs, "loss"):
         table.column(role)
     notes = check_table(table, chosen)
-    if any(entry.severity == "error" for entry in notes):
+    if _errors(notes):
         return failed(chosen, notes, len(table))
     inputs = {role: table.values(role) for role in chosen.inputs}
     y = table.values("loss")
@@ -105,12 +111,24 @@ def sort_notes(notes: list[Note]) -> list[Note]:
     return sorted(dict.fromkeys(notes), key=lambda entry: -SEVERITIES.index(entry.severity))
 
 
-def _check_request(space: str, robust: str | None, weights: str, ci: str, level: float, starts: int) -> None:
+def follows_tokens(law: Law, table: RunTable) -> bool:
+    """Whether the law is one in tokens or FLOPs, in which runs of any length have their place."""
+    return "d" in law.inputs or ("x" in law.inputs and table.roles.get("x") in table.spent)
+
+
+def _errors(notes: list[Note]) -> bool:
+    return any(entry.severity == "error" for entry in notes)
+
+
+def _check_request(
+    space: str, robust: str | None, weights: str, ci: str, level: float, starts: int, regime: str
+) -> None:
     for name, value, allowed in (
         ("space", space, ("log", "linear")),
         ("robust", robust, (None, "huber")),
         ("weights", weights, ("auto", "seeds", "none")),
         ("ci", ci, ("profile", "wald", "bootstrap")),
+        ("regime", regime, REGIMES),
     ):
         if value not in allowed:
             raise UserError(f"{name}={value!r} is not known; choose one of: {', '.join(map(str, allowed))}")
@@ -120,7 +138,7 @@ def _check_request(space: str, robust: str | None, weights: str, ci: str, level:
         raise UserError(f"starts={starts} must be at least 1")
 
 
-def _first_population(table: RunTable, law: Law) -> RunTable:
+def first_population(table: RunTable, law: Law) -> RunTable:
     """One architecture at a time: a table that mixes them is fitted to TopK, or to the one with most runs."""
     if "sae" not in table.frame or "experts" in law.inputs:
         return table
@@ -201,7 +219,7 @@ def _assemble(
 
 
 def _status(result: FitResult) -> Status:
-    if any(entry.severity == "error" for entry in result.notes):
+    if _errors(result.notes):
         return Status.UNRELIABLE
     if any(None in interval for interval in result.intervals.values()):
         return Status.OPEN

@@ -19,6 +19,11 @@ SAME_OPTIMUM = 1e-5
 """Relative excess of the objective within which two solutions count as one."""
 
 
+POLISHES = 12
+DETERMINED = 1e6
+"""Condition of the scaled Jacobian up to which an optimum is polished."""
+
+
 @dataclass(frozen=True)
 class Optimum:
     theta: Array
@@ -41,7 +46,7 @@ def minimise(problem: Problem, starts: list[Array], huber: float | None = None, 
     ends = [solve(problem, start, huber, evaluations) for start in starts]
     objectives = np.array([objective for _, objective in ends])
     best = int(np.argmin(objectives))
-    theta, objective = ends[best]
+    theta, objective = ends[best] if huber is not None else _polished(problem, *ends[best])
     slack = SAME_OPTIMUM * objective + 1e-18 * problem.points
     reached = float(np.mean(objectives <= objective + slack))
     moved = bool(np.max(np.abs(theta - starts[best])) > 1e-10) or _stationary(problem, theta, huber)
@@ -111,6 +116,30 @@ def _least_squares(residual, jacobian, start: Array, evaluations: int) -> tuple[
     end, info = solution[0], solution[2]
     objective = float(np.sum(info["fvec"] ** 2))
     return (end, objective) if np.isfinite(objective) else (start, float("inf"))
+
+
+def _polished(problem: Problem, theta: Array, objective: float) -> tuple[Array, float]:
+    """Gauss–Newton down to rounding: the descent ends when the objective stands still, at half the digits of theta.
+
+    Only where all coefficients are determined: else a step runs along what the data do not see.
+    """
+    left = np.inf
+    for _ in range(POLISHES if np.isfinite(objective) else 0):
+        residual, jac = problem.residual(theta), problem.jacobian(theta)
+        scale = np.linalg.norm(jac, axis=0)
+        if not (np.all(np.isfinite(jac)) and np.all(scale > 0)):
+            break
+        q, r = np.linalg.qr(jac / scale)
+        slope = q.T @ residual
+        if np.linalg.cond(r) > DETERMINED or not np.linalg.norm(slope) < 0.5 * left:
+            break
+        left = float(np.linalg.norm(slope))
+        candidate = theta - np.linalg.solve(r, slope) / scale
+        reached = float(np.sum(problem.residual(candidate) ** 2))
+        if not reached <= objective * (1 + 1e-12) + 1e-300:
+            break
+        theta, objective = candidate, reached
+    return theta, objective
 
 
 def _stationary(problem: Problem, theta: Array, huber: float | None) -> bool:

@@ -115,6 +115,11 @@ class RunTable:
         column = self.roles[role]
         return f"{column} [{self.units[column]}]" if column in self.units else column
 
+    @property
+    def spent(self) -> set[str]:
+        """Columns that hold tokens or FLOPs, whatever role they have been given."""
+        return {self.roles.get(role, SWEEP_ROLES[role]) for role in ("d", "flops")}
+
     # -- choosing -----------------------------------------------------------------------------------------------------
 
     def where(self, reason: str = "", /, **conditions: Any) -> RunTable:
