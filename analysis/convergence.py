@@ -1,7 +1,7 @@
 """L(n) at convergence and L(n) at fixed tokens are two laws: which runs belong to which, and how many tokens it takes.
 
-A run is *converged* when its record says so (held-out loss improved by less than ε over the last doubling of tokens at a
-constant learning rate). A run belongs to the law at *fixed tokens* when its budget ended it: it was not asked to
+A run is *converged* when its record says so (held-out loss improved by less than ε over the last doubling of tokens at
+a constant learning rate). A run belongs to the law at *fixed tokens* when its budget ended it: it was not asked to
 converge, or it reached its cap first.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from analysis.frames import Frame, pd
+from analysis.frames import Frame
 from analysis.law import Array
 from analysis.notes import Note, note
 from analysis.result import FitResult, Status
@@ -25,7 +26,7 @@ TOKENS = "tokens_to_convergence"
 """Column of what `convergence_table` derives."""
 
 
-def one_regime(table: RunTable, want: str = "auto", possible: Callable[[RunTable], bool] = len) -> RunTable:
+def one_regime(table: RunTable, want: str = "auto", possible: Callable[[RunTable], Any] = len) -> RunTable:
     """The runs at convergence, or those at fixed tokens; the others are listed as left out, with a note.
 
     Args:
@@ -99,7 +100,7 @@ def convergence_table(table: RunTable, epsilon: float | None = None) -> RunTable
 
 def _tokens_at(table: RunTable, row: Frame, epsilon: float) -> float:
     """Tokens at which one run's own curve converged; NaN where it never did, decays, or has no curve."""
-    lines = table.histories.get(str(row[table.roles["run"]]), pd.DataFrame)()
+    lines = table.history(str(row[table.roles["run"]]))
     loss = table.roles["loss"]
     if float(row.get("train.decay_fraction") or 0.0) > 0 or not {loss, "tokens"} <= set(lines):
         return float("nan")
@@ -142,7 +143,7 @@ class Convergence:
 
 def tokens_to_convergence(table: RunTable, epsilon: float | None = None) -> Convergence:
     """How the tokens to convergence grow with n, of one architecture, for each k apart: D0·n^p with intervals."""
-    from analysis.fit import fit, first_population
+    from analysis.fit import first_population, fit
     from analysis.laws import get
 
     law = get("tokens_to_convergence")

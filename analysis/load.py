@@ -122,7 +122,7 @@ def evaluations(table: RunTable) -> Frame:
     for _, row in table.frame.iterrows():
         run = str(row[table.roles["run"]])
         final = {key: row.get(key) for key in ("tokens", "flops")} | {"loss": row[loss]}
-        lines = table.histories[run]() if run in table.histories else pd.DataFrame()
+        lines = table.history(run)
         if loss in lines and {"tokens", "flops"} <= set(lines):
             part = lines[lines[loss].notna()][["tokens", "flops", loss]].rename(columns={loss: "loss"})
             part = part[part["tokens"] < row.get("tokens", np.inf)]

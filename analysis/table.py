@@ -115,6 +115,10 @@ class RunTable:
         column = self.roles[role]
         return f"{column} [{self.units[column]}]" if column in self.units else column
 
+    def history(self, run: str) -> Frame:
+        """All logged lines of a run, read now; empty where there are none."""
+        return self.histories[run]() if run in self.histories else pd.DataFrame()
+
     @property
     def spent(self) -> set[str]:
         """Columns that hold tokens or FLOPs, whatever role they have been given."""
