@@ -159,11 +159,22 @@ class Cluster:
         return found[1]
 
     def restart_controller(self, down_s: float = 0.0) -> None:
-        """End slurmctld, wait `down_s`, start it again with the state it saved."""
-        processes.end(self.directory, "slurmctld")
+        """End slurmctld, wait `down_s`, start it again with the state it saved; returns when nodes accept jobs."""
+        self.stop_controller()
         time.sleep(down_s)
+        self.start_controller()
+
+    def stop_controller(self) -> None:
+        """End slurmctld only: jobs run on, every Slurm command fails after 9 s."""
+        processes.end(self.directory, "slurmctld")
+
+    def start_controller(self) -> None:
+        """Start slurmctld again with the state it saved; returns when the nodes that are not down accept jobs."""
         self._start("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
         self._wait_controller()
+        self._wait_nodes(
+            [name for name in NODES if processes.members(self.directory, name) and "DOWN" not in self.node_state(name)]
+        )
 
     def reset(self) -> None:
         """Cancel every job, bring every node back; for tests that share a cluster."""

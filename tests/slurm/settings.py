@@ -65,7 +65,8 @@ SwitchType=switch/none
 JobAcctGatherType=jobacct_gather/none
 # a node may declare more than the machine has
 SlurmdParameters=config_overrides
-ReturnToService=2
+# a node that was set down stays down, one that was lost comes back when its slurmd does
+ReturnToService=1
 
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
