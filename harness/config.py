@@ -169,6 +169,8 @@ class ActivationsConfig:
     """`auto` (bf16 where the processor computes it), `fp32` or `bf16`: the language model's forward."""
     dir: str = _service("")
     """Where stores live; empty means `<out>/_activations`."""
+    store: str = _service("")
+    """Content hash of the store; launching fills it in, so that a node without a hub finds the store by name."""
 
     def __post_init__(self) -> None:
         _one_of("activations.kind", self.kind, ("lm", "synthetic"))

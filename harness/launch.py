@@ -19,7 +19,8 @@ import yaml
 
 from harness.config import Config, to_container
 from harness.errors import UserError
-from harness.jobs import compose, grid, plan
+from harness.jobs import compose, grid, pack, plan
+from harness.jobs.rundir import FINAL
 from harness.jobs.study import Study, load_study, study_candidates, study_names
 from harness.record.files import write_json_atomic
 from harness.record.provenance import command_line, now
@@ -106,9 +107,11 @@ def _launch(request: Request, dry_run: bool) -> Outcome:
     for directory in sweep_dirs:
         make_writable(directory)
         write_study(directory, request, [run for run in runs if run.run_dir.parent == directory])
+    ended = [run for run in runs if run.status in FINAL]
+    jobs = pack.make_jobs([run for run in runs if run.status not in FINAL], lambda run: None)
     from harness.jobs.local import run_jobs
 
-    return Outcome(run_jobs(runs), sweep_dirs)
+    return Outcome(run_jobs(jobs, ended), sweep_dirs)
 
 
 def make_writable(directory: Path) -> None:
@@ -139,8 +142,8 @@ def write_study(sweep_dir: Path, request: Request, runs: Sequence[plan.Run]) -> 
         "title": study.title if study else sweep_dir.name,
         "law": study.law if study else "sae_nk",
     }
-    runs = list(dict.fromkeys([*earlier, *(run.run_id for run in runs)]))
-    write_json_atomic(path, {**about, "command": command_line(), "time": now(), "runs": runs})
+    names = list(dict.fromkeys([*earlier, *(run.run_id for run in runs)]))
+    write_json_atomic(path, {**about, "command": command_line(), "time": now(), "runs": names})
 
 
 def say(line: str) -> None:

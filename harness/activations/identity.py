@@ -30,6 +30,11 @@ def store_id(cfg: ActivationsConfig) -> str:
     return digest(recipe(cfg))
 
 
+def store_name(cfg: ActivationsConfig) -> str:
+    """The store that was found when the run was frozen, else `store_id`: nothing has to be hashed or looked up."""
+    return cfg.store or store_id(cfg)
+
+
 def digest(settings: dict[str, Any]) -> str:
     """The hash of a recipe."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

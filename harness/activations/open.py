@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from harness.activations.assemble import TornUnits, assemble, remove_scratch
 from harness.activations.harvest import OnRows, Plan, describe, forward_units, prepare, rows_done
-from harness.activations.identity import store_id, store_root
+from harness.activations.identity import store_id, store_name, store_root
 from harness.activations.model import HookedModel
 from harness.activations.source import ActivationSource
 from harness.activations.store import Store, is_complete
@@ -38,12 +38,17 @@ def open_source(
     unreadable text, no room, a damaged shard), `Interrupted` on request.
     """
     if cfg.kind == "synthetic":
-        return Synthetic(cfg, store_id(cfg))
+        return Synthetic(cfg, store_name(cfg))
     root = store_root(cfg, out)
-    directory = root / store_id(cfg)
+    directory = root / store_name(cfg)
     shards = shards or Solo()
     there = torch.tensor(int(shards.rank == 0 and is_complete(directory)))
     if not int(shards.sum_(there, "all", "scalars")):
+        if (here := store_id(cfg)) != directory.name:
+            raise UserError(
+                f"there is no store {directory}, and this machine's model and text would give another one ({here}); "
+                f"harvest it where the sweep was launched, or copy it here"
+            )
         try:
             _harvest_once(cfg, directory, Progress() if progress else Progress(io.StringIO()), stop, shards)
         except (OSError, SafetensorError) as error:

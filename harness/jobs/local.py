@@ -14,15 +14,16 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from harness.config import Config
 from harness.errors import UserError
 from harness.jobs import rundir
+from harness.jobs.attempt import attempt, claimed, write_provenance
+from harness.jobs.pack import Job, freeze_job
 from harness.jobs.plan import Run
 from harness.jobs.ranks import train_on_ranks
-from harness.jobs.state import claim_path
-from harness.record.claim import Claimed, claim
-from harness.record.files import write_json_atomic
+from harness.record.claim import Claimed
 from harness.record.progress import Progress, duration
-from harness.record.provenance import collect, command_line, now
+from harness.record.provenance import now
 from harness.record.signals import INTERRUPTED_EXIT_CODE, Interrupted, StopFlag, stop_on_signals
 
 SOME_NOT_DONE = 1
@@ -41,16 +42,17 @@ def _is_disk_full(error: Exception) -> bool:
     return isinstance(error, SafetensorError) and os.strerror(errno.ENOSPC) in str(error)
 
 
-def run_jobs(runs: Sequence[Run]) -> int:
+def run_jobs(jobs: Sequence[Job], ended: Sequence[Run] = ()) -> int:
     """Train what is not done, cheap cells first, and report each in a line. Returns the exit code of the contract.
 
-    A cell that raises is recorded as failed and the others go on; one that failed earlier is tried again. A cell that
-    another live process works on is left to it and waited for at the end.
+    `ended` are runs that were done or had diverged before. A job that raises is recorded as failed and the others go
+    on; one that failed earlier is tried again. A cell that another live process works on is left to it and waited for
+    at the end.
     """
     sources: dict[str, Any] = {}
     with stop_on_signals() as stop:
         try:
-            statuses = _run_all(runs, sources, stop)
+            statuses = _run_all(jobs, ended, sources, stop)
         except Interrupted:
             _say("interrupted; the same command goes on where it stopped")
             return INTERRUPTED_EXIT_CODE
@@ -58,9 +60,9 @@ def run_jobs(runs: Sequence[Run]) -> int:
             _say(f"error: {full}; free some space and run the same command again, it goes on where it stopped")
             return SOME_NOT_DONE
     counts = Counter(statuses.values())
-    if counts["done"] < len(runs) or any(run.status != "done" for run in runs):
-        _say(f"{counts['done']} of {len(runs)} cells done" + _unlucky(counts))
-    return 0 if counts["done"] == len(runs) else SOME_NOT_DONE
+    if counts["done"] < len(statuses) or any(run.status != "done" for job in jobs for run in job.runs):
+        _say(f"{counts['done']} of {len(statuses)} cells done" + _unlucky(counts))
+    return 0 if counts["done"] == len(statuses) else SOME_NOT_DONE
 
 
 def _unlucky(counts: Counter[str]) -> str:
@@ -68,32 +70,33 @@ def _unlucky(counts: Counter[str]) -> str:
     return "".join(parts)
 
 
-def _run_all(runs: Sequence[Run], sources: dict[str, Any], stop: StopFlag) -> dict[str, str]:
-    """Status of every run by run_id. Raises `Interrupted`."""
-    statuses = {run.run_id: run.status for run in runs if run.status in rundir.FINAL}
-    if statuses:
-        share = "all" if len(statuses) == len(runs) else f"{len(statuses)} of"
-        diverged = sum(status == "diverged" for status in statuses.values())
+def _run_all(jobs: Sequence[Job], ended: Sequence[Run], sources: dict[str, Any], stop: StopFlag) -> dict[Path, str]:
+    """Status of every run by its directory. Raises `Interrupted`."""
+    statuses = {run.run_dir: run.status for run in ended}
+    total = len(ended) + sum(len(job.runs) for job in jobs)
+    if ended:
+        share = "all" if len(ended) == total else f"{len(ended)} of"
+        diverged = sum(run.status == "diverged" for run in ended)
         what = f"have ended, {diverged} of them diverged" if diverged else "already done"
-        _say(f"{share} {len(runs)} cells {what}")
-    if retried := sum(run.status == "failed" for run in runs):
+        _say(f"{share} {total} cells {what}")
+    if retried := sum(run.status == "failed" for job in jobs for run in job.runs):
         _say(f"{retried} failed earlier and will be tried again")
-    waiting = deque(run for run in runs if run.run_id not in statuses)
-    progress, elsewhere, told = Progress(), 0, False
+    waiting, progress, elsewhere, told = deque(jobs), Progress(), 0, False
     while waiting:
         if stop.requested:
             raise Interrupted
-        run = waiting.popleft()
-        status = _claimed_run(run, sources, stop, progress)
-        if status is not None:
-            statuses[run.run_id] = status
+        job = waiting.popleft()
+        outcome = _claimed_run(job, sources, stop, progress)
+        if outcome is not None:
+            statuses |= outcome
             elsewhere = 0
             continue
-        waiting.append(run)
+        waiting.append(job)
         elsewhere += 1
         if elsewhere >= len(waiting):
             if not told:
-                _say(f"{len(waiting)} cells are being trained by another process; waiting for it")
+                cells = sum(len(job.runs) for job in waiting)
+                _say(f"{cells} cells are being trained by another process; waiting for it")
                 told = True
             _wait(stop)
     return statuses
@@ -105,52 +108,56 @@ def _wait(stop: StopFlag) -> None:
         time.sleep(0.05)
 
 
-def _claimed_run(run: Run, sources: dict[str, Any], stop: StopFlag, progress: Progress) -> str | None:
-    """Train the run unless a live process has it (then None). Returns its final status."""
+def _claimed_run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Progress) -> dict[Path, str] | None:
+    """Train the job unless a live process has one of its runs (then None). Returns the final status of each run."""
     try:
-        rundir.freeze(run.run_dir, run.config)
-        with claim(claim_path(run.run_dir)):
-            status = _finished(run)
-            return _run(run, sources, stop, progress) if status is None else status
+        run_dirs = freeze_job(job)
+        with claimed(run_dirs):
+            statuses = _ended_meanwhile(run_dirs)
+            unfinished = [run_dir for run_dir in run_dirs if run_dir not in statuses]
+            return statuses | _run(job, unfinished, sources, stop, progress) if unfinished else statuses
     except Claimed:
         return None
     except (OSError, SafetensorError) as error:
         if _is_disk_full(error):
-            raise DiskFull(f"no space left on the device of {run.run_dir.parent}") from error
+            raise DiskFull(f"no space left on the device of {job.home.parent}") from error
         raise
 
 
-def _finished(run: Run) -> str | None:
-    """The status of a run that ended since the plan was made; a failure is set aside, to be tried again."""
-    result = rundir.read_result(run.run_dir)
-    if result is None:
-        return None
-    if result["status"] in rundir.FINAL:
-        return str(result["status"])
-    rundir.set_failure_aside(run.run_dir)
-    return None
+def _ended_meanwhile(run_dirs: Sequence[Path]) -> dict[Path, str]:
+    """The statuses of runs that ended since the plan was made; failures are set aside, to be tried again."""
+    statuses = {}
+    for run_dir in run_dirs:
+        result = rundir.read_result(run_dir)
+        if result is not None and result["status"] in rundir.FINAL:
+            statuses[run_dir] = str(result["status"])
+        elif result is not None:
+            rundir.set_failure_aside(run_dir)
+    return statuses
 
 
-def _run(run: Run, sources: dict[str, Any], stop: StopFlag, progress: Progress) -> str:
-    from harness.train.run import run_cell
+def _run(
+    job: Job, unfinished: Sequence[Path], sources: dict[str, Any], stop: StopFlag, progress: Progress
+) -> dict[Path, str]:
+    from harness.train.run import Start, run_cells
 
-    config, started = run.config, now()
+    config, started = job.config, now()
     # several ranks open the source themselves, and harvest it together
-    source = _source(run, sources, stop) if config.mesh.dp * config.mesh.shard == 1 else None
-    with_log = rundir.attempt_log(run.run_dir, f"{run.run_id}: {command_line()}")
+    source = _source(job.runs[0], sources, stop) if config.mesh.dp * config.mesh.shard == 1 else None
+    log = job.home / "attempts"
     mesh = {"dp": config.mesh.dp, "shard": config.mesh.shard}
+    configs = {run_dir: rundir.read_config(run_dir) for run_dir in unfinished}
     try:
-        with with_log as log:
-            provenance = collect(store_id=run.store.id, ops=config.ops, mesh=mesh)
-            write_json_atomic(run.run_dir / "provenance.json", provenance)
+        with attempt(job.home, unfinished) as (log, numbers):
+            store_id = job.runs[0].store.id
+            provenance = write_provenance(unfinished, store_id=store_id, ops=config.ops, mesh=mesh)
             logging.getLogger("harness.attempt").info("on %s", provenance["machine"]["host"])
             begin = time.monotonic()
             if source is None:
-                train_on_ranks(run.run_dir, config, log.parent, stop)
-                result = rundir.read_result(run.run_dir)
-                assert result is not None, "all ranks ended well, so rank 0 wrote a result"
+                train_on_ranks(job.home, config, log.parent, stop)
             else:
-                result = run_cell(run.run_dir, config, source, stop, progress, rundir.attempts(run.run_dir))
+                starts = [Start(run_dir, configs[run_dir], number) for run_dir, number in numbers.items()]
+                run_cells(starts, job.home / "checkpoints", source, stop, progress)
     except Interrupted:
         progress.finish("")
         raise
@@ -158,11 +165,26 @@ def _run(run: Run, sources: dict[str, Any], stop: StopFlag, progress: Progress) 
         if _is_disk_full(error):
             progress.finish("")
             raise
-        rundir.write_failure(run.run_dir, config, run.run_id, error, started, now())
-        progress.finish(f"{describe(run)}: FAILED: {rundir.describe(error)} (log: {log})")
-        return "failed"
-    progress.finish(outcome_line(run, result, time.monotonic() - begin))
+        progress.finish("")
+        return {run_dir: _failed(run_dir, config, error, started, log, progress) for run_dir, config in configs.items()}
+    seconds = time.monotonic() - begin
+    return {run_dir: _done(run_dir, config, seconds, progress) for run_dir, config in configs.items()}
+
+
+def _done(run_dir: Path, config: Config, seconds: float, progress: Progress) -> str:
+    result = rundir.read_result(run_dir)
+    assert result is not None, "training ended well, so the result was written"
+    progress.finish(outcome_line(config, result, seconds))
     return str(result["status"])
+
+
+def _failed(run_dir: Path, config: Config, error: Exception, started: str, log: Path, progress: Progress) -> str:
+    """What a failure means for one run of the job: nothing if it had ended before."""
+    if rundir.read_result(run_dir) is not None:
+        return _done(run_dir, config, 0.0, progress)
+    rundir.write_failure(run_dir, config, run_dir.name, error, started, now())
+    progress.finish(f"{describe(config)}: FAILED: {rundir.describe(error)} (log: {log})")
+    return "failed"
 
 
 def _source(run: Run, sources: dict[str, Any], stop: StopFlag) -> Any:
@@ -179,23 +201,23 @@ def _source(run: Run, sources: dict[str, Any], stop: StopFlag) -> Any:
     return sources[run.store.id]
 
 
-def describe(run: Run) -> str:
+def describe(config: Config) -> str:
     """n, k, E and seed of a cell, in few characters."""
-    sae = run.config.sae
+    sae = config.sae
     experts = f" E={sae.n_experts}" if sae.architecture == "switch" else ""
-    return f"{sae.architecture} n={sae.n_latents} k={sae.k}{experts} seed={run.config.train.seed}"
+    return f"{sae.architecture} n={sae.n_latents} k={sae.k}{experts} seed={config.train.seed}"
 
 
-def outcome_line(run: Run, result: dict[str, Any], seconds: float) -> str:
+def outcome_line(config: Config, result: dict[str, Any], seconds: float) -> str:
     """What came out of a cell: fvu ± standard error, dead share, speed, time."""
     if result["status"] == "diverged":
-        return f"{describe(run)}: DIVERGED at step {result.get('diverged_at_step')} ({duration(seconds)})"
+        return f"{describe(config)}: DIVERGED at step {result.get('diverged_at_step')} ({duration(seconds)})"
     parts = [_number("fvu", result.get("fvu"), ".4f")]
     if result.get("fvu_se") is not None:
         parts[0] += f" ± {result['fvu_se']:.4f}"
     parts.append(_number("dead", result.get("dead_frac"), ".1%"))
     parts.append(_number("", result.get("tokens_per_s"), ",.0f") + " tok/s")
-    return f"{describe(run)}: {', '.join(parts)}, {duration(seconds)}"
+    return f"{describe(config)}: {', '.join(parts)}, {duration(seconds)}"
 
 
 def _number(name: str, value: float | None, spec: str) -> str:

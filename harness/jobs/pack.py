@@ -7,6 +7,7 @@ directory with its own metrics, weights and result.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 from harness.config import Config
 from harness.errors import UserError
 from harness.jobs.plan import Run
-from harness.jobs.rundir import read_config
+from harness.jobs.rundir import freeze, read_config
 from harness.record.files import write_json_atomic
 
 MAX_MEMBERS = 16
@@ -81,11 +82,21 @@ def job_of(runs: Sequence[Run]) -> Job:
     return Job(tuple(runs), home)
 
 
-def freeze_pack(home: Path, run_ids: Sequence[str]) -> None:
-    """Write `pack.json` unless it is there: the same name means the same runs."""
-    if not (home / "pack.json").exists():
-        home.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(home / "pack.json", {"runs": list(run_ids)})
+def freeze_job(job: Job) -> tuple[Path, ...]:
+    """Write the configurations of the job's runs and, for a pack, which runs it has. Returns their directories, for a
+    pack that began earlier also of those that were not asked for now."""
+    for run in job.runs:
+        freeze(run.run_dir, run.config)
+    if job.home == job.runs[0].run_dir:
+        return (job.home,)
+    if not (job.home / "pack.json").exists():
+        job.home.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(job.home / "pack.json", {"runs": [run.run_id for run in job.runs]})
+    run_dirs = read_target(job.home).run_dirs
+    for run_dir in set(run_dirs) - {run.run_dir for run in job.runs}:
+        place = {"mesh": job.config.mesh, "cluster": job.config.cluster, "ops": job.config.ops}
+        freeze(run_dir, dataclasses.replace(read_config(run_dir), **place))
+    return run_dirs
 
 
 def read_target(home: Path) -> Target:

@@ -91,10 +91,10 @@ def recipe_key(config: ActivationsConfig) -> str:
 
 
 def _find_store(config: ActivationsConfig, tolerant: bool) -> Store:
-    from harness.activations.identity import store_id
+    from harness.activations.identity import store_name
 
     try:
-        return Store(store_id(config), model_width(config))
+        return Store(store_name(config), model_width(config))
     except (UserError, OSError) as error:
         if not tolerant or not needs_hub(config):
             raise UserError(str(error)) from error
@@ -129,17 +129,19 @@ def needs_hub(config: ActivationsConfig) -> bool:
 def make_runs(cells: Sequence[Cell], stores: dict[str, Store]) -> list[Run]:
     """Name every cell and see what is done; cells with the same name are one run. Cheap ones first."""
     runs: dict[Path, Run] = {}
-    by_section: dict[int, Store] = {}  # cells share their sections
+    found: dict[int, tuple[Store, ActivationsConfig]] = {}  # cells share their sections
     for cell in cells:
         section = cell.config.activations
-        if id(section) not in by_section:
-            by_section[id(section)] = stores[recipe_key(section)]
-        store = by_section[id(section)]
-        name = run_id(cell.config, store.id)
-        run_dir = run_directory(cell.config, name)
+        if id(section) not in found:
+            store = stores[recipe_key(section)]
+            found[id(section)] = (store, dataclasses.replace(section, store=store.id))
+        store, named = found[id(section)]
+        config = dataclasses.replace(cell.config, activations=named)
+        name = run_id(config, store.id)
+        run_dir = run_directory(config, name)
         if run_dir not in runs:
             status = "pending" if store.id == UNRESOLVED else state_of(run_dir).status
-            runs[run_dir] = Run(cell.label, cell.config, name, run_dir, status, store)
+            runs[run_dir] = Run(cell.label, config, name, run_dir, status, store)
     return sorted(runs.values(), key=lambda run: (run.flops or 0.0, run.run_id))
 
 

@@ -23,8 +23,8 @@ class RankFailed(RuntimeError):
     """A rank ended before the run did."""
 
 
-def train_on_ranks(run_dir: Path, config: Config, attempt_dir: Path, stop: StopFlag) -> None:
-    """Run `python -m harness.train run_dir` as dp·shard processes until all have ended.
+def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag) -> None:
+    """Train the job in `home`, whose claims the caller holds, by dp·shard processes (`python -m harness.train home`).
 
     Rank 0 shows its progress here; every rank's output is in `attempt_dir/rank<r>.log`. A stop is passed on as SIGTERM,
     and `Interrupted` is raised when the ranks have saved. Raises `RankFailed`, naming the rank and its log, when one
@@ -45,7 +45,7 @@ def train_on_ranks(run_dir: Path, config: Config, attempt_dir: Path, stop: StopF
         for rank, log in enumerate(logs):
             output = stack.enter_context(log.open("wb"))
             process = subprocess.Popen(
-                [sys.executable, "-m", "harness.train", str(run_dir)],
+                [sys.executable, "-m", "harness.train", "--claimed", str(home)],
                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=output,
                 stderr=None if rank == 0 and sys.stderr.isatty() else output,

@@ -133,6 +133,11 @@ def attempts(run_dir: Path) -> int:
     return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
 
 
+def saved_step(home: Path) -> int | None:
+    """Step of the newest checkpoint of a run or a pack; None before the first."""
+    return max((int(path.name.removeprefix("step-")) for path in (home / "checkpoints").glob("step-*")), default=None)
+
+
 @contextmanager
 def attempt_log(run_dir: Path, header: str) -> Iterator[Path]:
     """A new `attempts/<n>/log.txt` that receives all logging and warnings, and the traceback if the block raises."""

@@ -65,9 +65,14 @@ def save_checkpoint(
     """
     final = root / f"step-{step:010d}"
     beside = root / f".{final.name}.tmp"
+    stands = False
     with together(shards):
         if shards.rank == 0:
-            _prepare(root, beside, views)
+            stands = _problem(final, run_id) is None
+            if not stands:
+                _prepare(root, beside, views)
+    if int(shards.sum_(torch.tensor(int(stands)), "all", "scalars")):
+        return  # the one that this attempt began from: replacing it would leave a moment without any
     with together(shards):
         with _quietly():
             writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
@@ -78,6 +83,8 @@ def save_checkpoint(
 
 def _prepare(root: Path, beside: Path, views: Mapping[str, Tensor]) -> None:
     root.mkdir(exist_ok=True)
+    for torn in root.glob(".step-*.tmp"):  # what kills have left
+        shutil.rmtree(torn)
     needed = sum(view.numel() * view.element_size() for view in views.values())
     free = shutil.disk_usage(root).free
     if free < 1.05 * needed + (1 << 20):
@@ -85,7 +92,6 @@ def _prepare(root: Path, beside: Path, views: Mapping[str, Tensor]) -> None:
             f"no room for a checkpoint in {root}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free; "
             f"free some space and start the same command again"
         )
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
 
 
@@ -123,19 +129,25 @@ def _read_marker(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "marker.json").read_text())
 
 
-def _verify(directory: Path, run_id: str) -> None:
-    """Raises `ValueError`, `KeyError` or `OSError` saying why the checkpoint cannot be continued."""
-    marker = _read_marker(directory)
-    if marker["format"] != FORMAT:
-        raise ValueError(f"format {marker['format']}, this version reads {FORMAT}")
-    if marker["run_id"] != run_id:
-        raise ValueError(f"it belongs to run {marker['run_id']}")
-    for name, expected in marker["files"].items():
-        file = directory / name
-        if file.stat().st_size != expected["bytes"]:
-            raise ValueError(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-        if _sha256(file) != expected["sha256"]:
-            raise ValueError(f"the content of {name} is not what was written")
+def _problem(directory: Path, run_id: str) -> str | None:
+    """Why the checkpoint cannot be continued; None when it can."""
+    try:
+        marker = _read_marker(directory)
+        if marker["format"] != FORMAT:
+            return f"format {marker['format']}, this version reads {FORMAT}"
+        if marker["run_id"] != run_id:
+            return f"it belongs to run {marker['run_id']}"
+        for name, expected in marker["files"].items():
+            file = directory / name
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+            if _sha256(file) != expected["sha256"]:
+                return f"the content of {name} is not what was written"
+    except FileNotFoundError as missing:
+        return f"{Path(missing.filename).name} is missing"
+    except (OSError, ValueError, KeyError) as problem:
+        return str(problem)
+    return None
 
 
 def find_checkpoint(root: Path, run_id: str, shards: Shards) -> Checkpoint | None:
@@ -145,16 +157,12 @@ def find_checkpoint(root: Path, run_id: str, shards: Shards) -> Checkpoint | Non
     """
     refused: list[str] = []
     chosen = -1
-    if shards.rank == 0:
-        for directory in _directories(root):
-            try:
-                _verify(directory, run_id)
-                chosen = _read_marker(directory)["step"]
-                break
-            except FileNotFoundError as problem:
-                refused.append(f"checkpoint {directory.name} refused: {Path(problem.filename).name} is missing")
-            except (OSError, ValueError, KeyError) as problem:
-                refused.append(f"checkpoint {directory.name} refused: {problem}")
+    for directory in _directories(root) if shards.rank == 0 else ():
+        problem = _problem(directory, run_id)
+        if problem is None:
+            chosen = _read_marker(directory)["step"]
+            break
+        refused.append(f"checkpoint {directory.name} refused: {problem}")
     step = int(shards.sum_(torch.tensor(chosen if shards.rank == 0 else 0), "all", "scalars"))
     if step >= 0:
         directory = root / f"step-{step:010d}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,32 +20,50 @@ class Interrupted(Exception):
     """The work was stopped on request, at a point from which it can be resumed."""
 
 
-class StopFlag:
-    """Set once, from a signal handler or another thread; never cleared."""
+DEADLINE_MARGIN_S = 20.0
+"""Kept free before a time limit, beside the time that saving takes."""
 
-    def __init__(self) -> None:
+
+class StopFlag:
+    """Set once, from a signal handler or another thread, or by a deadline; never cleared.
+
+    `deadline` is the time (seconds since 1970) at which the process will be ended whatever it does; `lead_s` how long
+    before it to begin to save, 0 for twice the time that a save takes.
+    """
+
+    def __init__(self, deadline: float | None = None, lead_s: float = 0.0) -> None:
         self._event = threading.Event()
+        self._deadline, self._lead_s = deadline, lead_s
+        self.reason = ""
+        """Why it was set, in a word or two."""
 
     @property
     def requested(self) -> bool:
         return self._event.is_set()
 
-    def request(self) -> None:
+    def request(self, reason: str = "") -> None:
+        self.reason = self.reason or reason
         self._event.set()
+
+    def look_at_deadline(self, save_s: float) -> None:
+        """Set the flag when no more time is left than a save needs that takes `save_s` seconds."""
+        lead = self._lead_s or 2 * save_s + DEADLINE_MARGIN_S
+        if self._deadline is not None and time.time() > self._deadline - lead:
+            self.request("time limit")
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
+def stop_on_signals(deadline: float | None = None, lead_s: float = 0.0) -> Iterator[StopFlag]:
     """Turn SIGINT, SIGTERM and SIGUSR1 into a `StopFlag` for the duration of the block.
 
     A second SIGINT leaves at once: everything on disk is whole at every moment, so nothing saved is lost.
     """
-    flag = StopFlag()
+    flag = StopFlag(deadline, lead_s)
 
     def on_signal(number: int, _frame: object) -> None:
         if number == signal.SIGINT and flag.requested:
             os._exit(128 + signal.SIGINT)
-        flag.request()
+        flag.request(signal.Signals(number).name)
 
     watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     previous = {number: signal.signal(number, on_signal) for number in watched}

@@ -1,58 +1,121 @@
-"""`python -m harness.train RUN_DIR`: one rank of one run; `torchrun --nproc-per-node N -m harness.train RUN_DIR`.
+"""`python -m harness.train JOB_DIR…`: one rank of one job; `torchrun --nproc-per-node N -m harness.train RUN_DIR`.
 
-The run directory's frozen `config.yaml` says everything. Started by the launcher for runs over several ranks; by
-hand it does the same. Exit codes: 0 the run has ended (result.json says how), 1 failed, 2 a wrong request, 75 stopped
-and resumable.
+A job's directory is a run's or a pack's; what is frozen in it says everything. Started by the launcher for jobs over
+several ranks and by the scripts of Slurm jobs; by hand it does the same. Exit codes: 0 all runs have ended (result.json
+says how), 1 failed, 2 a wrong request, 75 stopped and resumable.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 from harness.activations import open_source
 from harness.errors import UserError
 from harness.jobs import rundir
+from harness.jobs.attempt import attempt, attempt_dirs, claimed, write_ended, write_provenance
+from harness.jobs.pack import Target, read_target
+from harness.parallel import Shards
 from harness.parallel.mesh import mesh, ranks_from_environment
 from harness.record.progress import Progress
-from harness.record.signals import INTERRUPTED_EXIT_CODE, Interrupted, stop_on_signals
-from harness.train.run import pick_device, run_cell
+from harness.record.signals import INTERRUPTED_EXIT_CODE, Interrupted, StopFlag, stop_on_signals
+from harness.record.together import together
+from harness.train.run import Start, pick_device, run_cells
 
 FAILED, WRONG_REQUEST = 1, 2
 
+END_TIME = "HARNESS_END_TIME"
+"""Environment variable: when the job will be ended, in seconds since 1970."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.train", description="Train one frozen run, as one rank.")
-    parser.add_argument("run_dir", type=Path, help="a directory that holds config.yaml")
+    parser = argparse.ArgumentParser(prog="python -m harness.train", description="Train frozen jobs, as one rank.")
+    parser.add_argument("jobs", type=Path, nargs="+", metavar="JOB_DIR", help="a run's directory, or a pack's")
+    parser.add_argument("--claimed", action="store_true", help="the process that starts this one holds the claims")
+    parser.add_argument("--saved-is-success", action="store_true", help="exit 0, not 75, when stopped and saved")
+    parser.add_argument("--store-dir", default="", metavar="DIR", help="read the store from here (a node-local copy)")
     arguments = parser.parse_args(argv)
-    ranks = ranks_from_environment()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"rank {ranks.rank}: %(message)s")
+    rank = ranks_from_environment().rank
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"rank {rank}: %(message)s")
     try:
-        return _run(arguments.run_dir, ranks.rank, ranks.local_rank)
+        train_jobs(arguments.jobs, arguments.store_dir, claim_here=not arguments.claimed)
     except Interrupted:
-        return INTERRUPTED_EXIT_CODE
+        return 0 if arguments.saved_is_success else INTERRUPTED_EXIT_CODE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_REQUEST
     except Exception:
         logging.exception("failed")
         return FAILED
-
-
-def _run(run_dir: Path, rank: int, local_rank: int) -> int:
-    config = rundir.read_config(run_dir)
-    if rundir.read_result(run_dir) is not None:
-        return 0
-    device = pick_device(config.train.device, local_rank)
-    progress = Progress(None if rank == 0 else io.StringIO())
-    with stop_on_signals() as stop, mesh(config.mesh.dp, config.mesh.shard, device) as shards:
-        source = open_source(config.activations, Path(config.out), progress=rank == 0, stop=stop, shards=shards)
-        run_cell(run_dir, config, source, stop, progress, max(1, rundir.attempts(run_dir)), shards)
     return 0
+
+
+def train_jobs(homes: Sequence[Path], store_dir: str = "", *, claim_here: bool = True) -> None:
+    """Train jobs of one mesh one after the other, as the rank that this process is. Raises `Interrupted`."""
+    ranks = ranks_from_environment()
+    targets = [read_target(home) for home in homes]
+    first = targets[0].configs()[0]
+    for target in targets:
+        if (other := target.configs()[0].mesh) != first.mesh:
+            raise UserError(f"{target.home} wants another mesh ({other.dp} × {other.shard}) than {targets[0].home}")
+    device = pick_device(first.train.device, ranks.local_rank)
+    deadline = float(os.environ[END_TIME]) if END_TIME in os.environ else None
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals(deadline, first.cluster.lead_s))
+        try:
+            shards = stack.enter_context(mesh(first.mesh.dp, first.mesh.shard, device))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        for target in targets:
+            _train(target, store_dir, stop, shards, claim_here)
+
+
+def _train(target: Target, store_dir: str, stop: StopFlag, shards: Shards, claim_here: bool) -> None:
+    writer = shards.rank == 0
+    with ExitStack() as stack:
+        with together(shards):
+            if writer and claim_here:
+                stack.enter_context(claimed(target.run_dirs))
+        # decided by one rank: on a network file system the others may see less
+        todo = torch.tensor([int(writer and rundir.read_result(path) is None) for path in target.run_dirs])
+        todo = shards.sum_(todo, "all", "scalars").tolist()
+        unfinished = [path for path, wanted in zip(target.run_dirs, todo, strict=True) if wanted]
+        if not unfinished:
+            return
+        numbers = {path: max(1, rundir.attempts(path)) for path in unfinished}
+        if writer and claim_here:
+            numbers = stack.enter_context(attempt(target.home, unfinished)).numbers
+        try:
+            _train_unfinished(target, numbers, store_dir, stop, shards, claim_here)
+        except Interrupted:
+            if writer:
+                saved = rundir.saved_step(target.home)
+                write_ended(attempt_dirs(numbers), outcome="saved", reason=stop.reason, step=saved, requeued=False)
+            raise
+
+
+def _train_unfinished(
+    target: Target, numbers: dict[Path, int], store_dir: str, stop: StopFlag, shards: Shards, claim_here: bool
+) -> None:
+    writer = shards.rank == 0
+    starts = [Start(path, rundir.read_config(path), number) for path, number in numbers.items()]
+    config = starts[0].config
+    activations = dataclasses.replace(config.activations, dir=store_dir) if store_dir else config.activations
+    source = open_source(activations, Path(config.out), progress=writer, stop=stop, shards=shards)
+    if writer and claim_here:
+        mesh_shape = {"dp": config.mesh.dp, "shard": config.mesh.shard}
+        write_provenance(list(numbers), store_id=source.id, ops=config.ops, mesh=mesh_shape)
+    progress = Progress(None if writer else io.StringIO())
+    run_cells(starts, target.checkpoints, source, stop, progress, shards)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from harness.activations.synthetic import recovered
 from harness.config import Config
 from harness.ops import Ops
 from harness.parallel import Shards
-from harness.record.checkpoint import load_tensors, save_checkpoint
 from harness.record.metrics import MetricsFile, NullMetrics
 from harness.record.progress import Progress
 from harness.record.signals import StopFlag
@@ -36,6 +35,8 @@ class Cell:
     tracker: Tracker
     progress: Progress
     ops: Ops
+    together: int = 1
+    """Runs of its job: several share a stream."""
     evaluations: dict[int, float] = field(default_factory=dict)
     """fvu of the first `eval_rows` held-out rows by completed steps: the curve that decides on convergence."""
     status: str = ""
@@ -106,6 +107,7 @@ class Cell:
         limits = (self.config.train.eval_rows, self.source.heldout_rows) if whole else (self.config.train.eval_rows,)
         result = evaluate(member.sae, self.weights(), self.source, member.normalizer, limits, shards, self.ops, stop)
         member.eval_s += time.monotonic() - begun
+        member.collect_sent(shards)
         if result is None:
             return None
         self.evaluations[member.done] = result[0].fvu
@@ -125,15 +127,11 @@ class Cell:
         self.tracker.log(line)
         self.progress.update(line["tokens"], line)
 
-    def save(self, shards: Shards) -> None:
-        """Checkpoint: tensors, counters, and the evaluations so far."""
-        self.metrics.sync()
-        extra = {"scalars": self.member.scalars(), "evaluations": list(self.evaluations.items())}
-        root, views = self.run_dir / "checkpoints", self.member.views(shards)
-        save_checkpoint(root, self.member.done, views, extra, self.run_id, shards)
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the tensors."""
+        return {"scalars": self.member.scalars(), "evaluations": list(self.evaluations.items())}
 
-    def restore(self, directory: Path, extra: dict[str, Any], shards: Shards) -> None:
-        """Go on from the checkpoint in `directory`."""
-        load_tensors(directory, self.member.views(shards), shards)
-        self.member.restore(extra["scalars"], shards)
-        self.evaluations = dict(extra["evaluations"])
+    def restore(self, counters: dict[str, Any], shards: Shards) -> None:
+        """Go on from a checkpoint whose tensors have been read into the member."""
+        self.member.restore(counters["scalars"], shards)
+        self.evaluations = dict(counters["evaluations"])

@@ -10,12 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.activations import ActivationSource, Statistics
+from harness.budget import EVALUATION_BATCH
 from harness.ops import Ops
 from harness.parallel import Shards
 from harness.record.signals import STOP, StopFlag
 from harness.saes import Normalizer, Params, Sae, forward
-
-BATCH_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def evaluate(
     table = torch.zeros(len(_COLUMNS), most, device=device, dtype=dtype)
     documents: list[Tensor] = []
     seen = 0
-    for number, (raw, document) in enumerate(source.heldout(BATCH_ROWS)):
+    for number, (raw, document) in enumerate(source.heldout(EVALUATION_BATCH)):
         # ranks hear the answer one call late, so a request to save from before may arrive here: it is made again
         if shards.agree(STOP * stop.requested) & STOP:
             return None
@@ -131,7 +130,7 @@ def _explained_share(source: ActivationSource, normalizer: Normalizer) -> Float[
     """Share of the held-out rows' squared distance to the training mean in the k largest directions, by k − 1."""
     mean = normalised_mean(normalizer, source.statistics(normalizer.rule == "layernorm"))
     moment = torch.zeros(source.d_model, source.d_model, dtype=torch.float64)
-    for raw, _ in source.heldout(BATCH_ROWS):
+    for raw, _ in source.heldout(EVALUATION_BATCH):
         centred = normalizer(raw.cpu(), torch.float64) - mean
         moment += centred.T @ centred
     eigenvalues = torch.linalg.eigvalsh(moment).flip(0).clamp_min(0)

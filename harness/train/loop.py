@@ -7,6 +7,7 @@ there and one which goes on are the same run.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 
 from harness.ops import Ops
 from harness.parallel import Shards
@@ -14,45 +15,65 @@ from harness.record.signals import SAVE, STOP, Interrupted, StopFlag
 from harness.train.cell import Cell
 
 
-def train(cells: list[Cell], shards: Shards, ops: Ops, stop: StopFlag) -> None:
-    """Train every cell to its end, from wherever its member stands.
+def train(
+    cells: Sequence[Cell],
+    shards: Shards,
+    ops: Ops,
+    stop: StopFlag,
+    save: Callable[[Sequence[Cell]], None],
+    finish: Callable[[Cell], None],
+) -> None:
+    """Train every cell to its end, from wherever its member stands; one that ends earlier leaves, the others go on.
 
-    All cells share store, stream seed, batch size and position. Raises `Interrupted`, with everything saved, when
-    `stop` is set.
+    All cells share store, stream seed, batch size and position. `save` makes one checkpoint of those that still train,
+    `finish` completes the record of one that has ended. Raises `Interrupted`, all saved, when `stop` is set.
     """
-    active = [cell for cell in cells if not cell.ended]
-    if not active:
-        return
-    first = active[0]
-    done = first.member.done
+    active = list(cells)
+    first, done = active[0], active[0].member.done
     assert all(cell.member.done == done for cell in active), "cells on one stream stand at one step"
     with first.open_stream(shards) as stream:
-        saved_at = time.monotonic()
+        saver = _Saver(active, stop, save)
         for batch in stream.batches(done):
             for cell in active:
                 cell.between_steps(shards, stop)
+                if cell.ended:
+                    finish(cell)
             active = [cell for cell in active if not cell.ended]
             if not active:
                 return
-            saved_at = _stop_or_save(active, shards, stop, saved_at)
+            saver.stop_or_save(active, shards)
             for cell in active:
                 cell.member.train_step(batch, shards, ops)
-            if done == first.member.done - 1:
+            if active[0].member.done == done + 1:
                 shards.started()
 
 
-def _stop_or_save(active: list[Cell], shards: Shards, stop: StopFlag, saved_at: float) -> float:
-    """Save when it is time, stop when somebody asked, both at the same step on every rank."""
-    train, done = active[0].config.train, active[0].member.done
-    wanted = STOP * stop.requested
-    if shards.rank == 0 and train.checkpoint_every_s and time.monotonic() - saved_at >= train.checkpoint_every_s:
-        wanted |= SAVE
-    wanted = shards.agree(wanted)
-    by_steps = train.checkpoint_every_steps and done and done % train.checkpoint_every_steps == 0
-    if not wanted and not by_steps:
-        return saved_at
-    for cell in active:
-        cell.save(shards)
-    if wanted & STOP:
-        raise Interrupted
-    return time.monotonic()
+class _Saver:
+    """Saves when it is time and stops when somebody asked, both at the same step on every rank."""
+
+    def __init__(self, cells: Sequence[Cell], stop: StopFlag, save: Callable[[Sequence[Cell]], None]) -> None:
+        self._stop, self._save = stop, save
+        self._saved_at = time.monotonic()
+        self._save_s = sum(cell.member.state_bytes() for cell in cells) / ASSUMED_BYTES_PER_S
+
+    def stop_or_save(self, active: Sequence[Cell], shards: Shards) -> None:
+        train, done = active[0].config.train, active[0].member.done
+        self._stop.look_at_deadline(self._save_s)
+        wanted = STOP * self._stop.requested
+        due = train.checkpoint_every_s and time.monotonic() - self._saved_at >= train.checkpoint_every_s
+        if shards.rank == 0 and due:
+            wanted |= SAVE
+        wanted = shards.agree(wanted)
+        by_steps = train.checkpoint_every_steps and done and done % train.checkpoint_every_steps == 0
+        if not wanted and not by_steps:
+            return
+        begun = time.monotonic()
+        self._save(active)
+        self._saved_at = time.monotonic()
+        self._save_s = self._saved_at - begun
+        if wanted & STOP:
+            raise Interrupted
+
+
+ASSUMED_BYTES_PER_S = 1e8
+"""Speed of a save before one was measured; a slow network disk."""

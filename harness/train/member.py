@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ class Member:
     _mark: tuple[int, float] = (0, 0.0)
     """(completed steps, seconds of pure training) at the last log line or start, for tokens/s."""
     _dead_latents: DeadLatents | None = None
+    _sent: dict[str, float] = field(default_factory=dict)
+    """Bytes this rank sent for this member since the last log line, by kind."""
 
     @property
     def params(self) -> Params:
@@ -106,7 +108,13 @@ class Member:
         self.silent.add_(train.batch_tokens).masked_fill_(stats.fired > 0, 0)
         self.fire_counts.add_(stats.fired)
         self._accumulate(stats, norm)
+        self.collect_sent(shards)
         self.done += 1
+
+    def collect_sent(self, shards: Shards) -> None:
+        """Take note of the bytes sent since the last call, by kind: several members send over one mesh."""
+        for kind, sent in shards.take_sent().items():
+            self._sent[kind] = self._sent.get(kind, 0.0) + sent
 
     def _accumulate(self, stats: Stats, norm: Tensor | None) -> None:
         n_dead = 0 if self._dead_latents is None else self._dead_latents.total
@@ -167,7 +175,8 @@ class Member:
         if not self.config.train.clip_norm:
             del line["grad_norm"]
         steps = max(1, self._mark[0] - marked_steps)
-        line |= {f"bytes_sent_{kind}": sent / steps for kind, sent in shards.take_sent().items()}
+        line |= {f"bytes_sent_{kind}": sent / steps for kind, sent in self._sent.items()}
+        self._sent = {}
         self.sums.zero_()
         self.summed_steps = 0
         return line
@@ -186,6 +195,10 @@ class Member:
             "sums": self.sums,
             "bad_step": self.bad_step,
         }
+
+    def state_bytes(self) -> int:
+        """Bytes of this rank's part of a checkpoint."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def scalars(self) -> dict[str, Any]:
         return {

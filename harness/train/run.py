@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from harness import budget
 from harness.activations import ActivationSource
 from harness.config import Config, to_container
-from harness.ops import choose_ops
+from harness.ops import Ops, choose_ops
 from harness.parallel import Shards, Solo
-from harness.record.checkpoint import Checkpoint, find_checkpoint, remove_checkpoints
+from harness.record.checkpoint import Checkpoint, find_checkpoint, load_tensors, remove_checkpoints, save_checkpoint
 from harness.record.files import write_json_atomic, write_tensors_atomic
 from harness.record.metrics import MetricsFile, NullMetrics, cut_after
 from harness.record.progress import Progress
@@ -41,65 +42,128 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name, local_rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
 
 
-def run_cell(
-    run_dir: Path,
-    config: Config,
+class Start(NamedTuple):
+    """A run that is to be trained or gone on with."""
+
+    run_dir: Path
+    """Named by its run_id, holds the frozen configuration."""
+    config: Config
+    attempt: int
+    """Which start of it this is, from 1."""
+
+
+def run_cells(
+    starts: Sequence[Start],
+    checkpoints: Path,
     source: ActivationSource,
     stop: StopFlag,
     progress: Progress,
-    attempt: int = 1,
     shards: Shards | None = None,
-) -> dict[str, Any]:
-    """Train the cell that `run_dir` (named by its run_id) was frozen for, and return its `result.json`.
+) -> list[dict[str, Any]]:
+    """Train runs that share stream, batch size and place together, and return their `result.json`s.
 
-    Goes on from a checkpoint if there is a good one. Called by every rank of `shards` (default: one process); rank 0
-    writes. Raises `Interrupted` after saving when `stop` is set; whatever else goes wrong is raised as it is and
-    leaves no result.
+    Goes on from a good checkpoint under `checkpoints` if there is one; its parent's name says whose they are. Called by
+    every rank of `shards` (default: one process); rank 0 writes. Raises `Interrupted` after saving when `stop` is set;
+    whatever else goes wrong is raised as it is and leaves no result in runs that have not ended.
     """
-    run_id, started = run_dir.name, now()
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
+    first = starts[0].config
+    if first.train.threads:
+        torch.set_num_threads(first.train.threads)
     shards = shards or Solo()
-    device = pick_device(config.train.device)
-    ops = choose_ops(config.ops, device)
+    device = pick_device(first.train.device)
+    ops = choose_ops(first.ops, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found = _find_checkpoint(run_dir, run_id, shards)
-    member = make_member(config, source, device, shards, ops)
-    writer = shards.rank == 0
-    with ExitStack() as stack:
-        tracker = open_tracker(config, run_id, run_dir, resumed=found is not None) if writer else NullTracker()
-        metrics = stack.enter_context(MetricsFile(run_dir / "metrics.jsonl")) if writer else NullMetrics()
-        cell = Cell(run_id, run_dir, config, source, member, metrics, tracker, progress, ops)
-        if found is not None and found.directory is not None:
-            cell.restore(found.directory, found.extra, shards)
-        progress.start(run_id, member.last * config.train.batch_tokens, member.tokens)
-        summary: dict[str, Any] = {"status": "interrupted"}
-        try:
-            train([cell], shards, ops, stop)
-            _save_weights(cell, shards)
-            summary = _summary(cell, shards)
-        finally:
-            progress.finish("")
-            tracker.finish(summary, 0 if summary["status"] == "done" else 1)
-    result = _result(cell, summary, started, attempt)
-    if writer:
-        write_json_atomic(run_dir / "result.json", result)
-        if not config.train.keep_checkpoints:
-            remove_checkpoints(run_dir / "checkpoints")
-    return result
-
-
-def _find_checkpoint(run_dir: Path, run_id: str, shards: Shards) -> Checkpoint | None:
-    """The checkpoint to go on from; the record is cut back to it, so that no step appears twice."""
-    found = find_checkpoint(run_dir / "checkpoints", run_id, shards)
-    if shards.rank == 0:
-        cut_after(run_dir / "metrics.jsonl", -1 if found is None else found.step)
+    owner = checkpoints.parent.name
+    found = find_checkpoint(checkpoints, owner, shards)
     if found is not None:
         for line in found.refused:
             log.warning(line)
         log.info("goes on at step %d", found.step)
-    return found
+    results: dict[str, dict[str, Any]] = {}
+    begun = now()
+    with ExitStack() as stack:
+        cells = [
+            stack.enter_context(_opened(start, source, progress, shards, device, ops, found, len(starts)))
+            for start in starts
+        ]
+        if found is not None and found.directory is not None:
+            _restore(cells, found, shards)
+        label = cells[0].run_id if len(cells) == 1 else f"{len(cells)} runs ({owner})"
+        most = max(cells, key=lambda cell: cell.member.last).member
+        progress.start(label, most.last * first.train.batch_tokens, most.tokens)
+
+        def save(active: Sequence[Cell]) -> None:
+            _save(active, checkpoints, owner, shards)
+
+        def finish(cell: Cell) -> None:
+            attempt = next(start.attempt for start in starts if start.run_dir == cell.run_dir)
+            results[cell.run_id] = _finish(cell, shards, begun, attempt)
+
+        try:
+            train(cells, shards, ops, stop, save, finish)
+        finally:
+            progress.finish("")
+    if shards.rank == 0 and not first.train.keep_checkpoints:
+        remove_checkpoints(checkpoints)
+    return [results[start.run_dir.name] for start in starts]
+
+
+@contextmanager
+def _opened(
+    start: Start,
+    source: ActivationSource,
+    progress: Progress,
+    shards: Shards,
+    device: torch.device,
+    ops: Ops,
+    found: Checkpoint | None,
+    together: int,
+) -> Iterator[Cell]:
+    """The cell at step 0, with its record cut back to the checkpoint, so that no step appears twice in it."""
+    run_id, config = start.run_dir.name, start.config
+    member = make_member(config, source, device, shards, ops)
+    metrics, tracker = NullMetrics(), NullTracker()
+    with ExitStack() as stack:
+        if shards.rank == 0:
+            cut_after(start.run_dir / "metrics.jsonl", -1 if found is None else found.step)
+            tracker = open_tracker(config, run_id, start.run_dir, resumed=found is not None)
+            metrics = stack.enter_context(MetricsFile(start.run_dir / "metrics.jsonl"))
+        cell = Cell(run_id, start.run_dir, config, source, member, metrics, tracker, progress, ops, together)
+        try:
+            yield cell
+        finally:
+            if not cell.ended:
+                tracker.finish({"status": "interrupted"}, 1)
+
+
+def _save(active: Sequence[Cell], checkpoints: Path, owner: str, shards: Shards) -> None:
+    """One checkpoint of all cells that train: their tensors and counters stand or fall together."""
+    for cell in active:
+        cell.metrics.sync()
+    views = {f"{cell.run_id}/{name}": view for cell in active for name, view in cell.member.views(shards).items()}
+    extra = {cell.run_id: cell.counters() for cell in active}
+    save_checkpoint(checkpoints, active[0].member.done, views, extra, owner, shards)
+
+
+def _restore(cells: Sequence[Cell], found: Checkpoint, shards: Shards) -> None:
+    assert found.directory is not None
+    views = {f"{cell.run_id}/{name}": view for cell in cells for name, view in cell.member.views(shards).items()}
+    load_tensors(found.directory, views, shards)
+    for cell in cells:
+        cell.restore(found.extra[cell.run_id], shards)
+
+
+def _finish(cell: Cell, shards: Shards, started: str, attempt: int) -> dict[str, Any]:
+    """Weights, then the result: a run directory that is complete."""
+    _save_weights(cell, shards)
+    summary = _summary(cell, shards)
+    cell.tracker.finish(summary, 0 if summary["status"] == "done" else 1)
+    result = _result(cell, summary, started, attempt)
+    if shards.rank == 0:
+        cell.metrics.sync()
+        write_json_atomic(cell.run_dir / "result.json", result)
+    return result
 
 
 def _save_weights(cell: Cell, shards: Shards) -> None:
@@ -176,6 +240,7 @@ def _result(cell: Cell, summary: dict[str, Any], started: str, attempt: int) -> 
         "ops": cell.ops.NAME,
         "peak_memory_bytes": _peak_memory(cell.member.params["W_dec"].device),
         "attempts": attempt,
+        "trained_together": cell.together,
         "started": started,
         "finished": now(),
         "config": to_container(config),

@@ -105,14 +105,14 @@ def test_a_failing_cell_does_not_stop_the_sweep(
     """The failure is injected: a real one that fits every machine would be a bug to repair."""
     import harness.train.run as train_run
 
-    real = train_run.run_cell
+    real = train_run.run_cells
 
-    def fails_at_32(run_dir: Path, config: Any, *rest: Any) -> dict[str, Any]:
-        if config.sae.n_latents == 32:
+    def fails_at_32(starts: Any, *rest: Any) -> list[dict[str, Any]]:
+        if starts[0].config.sae.n_latents == 32:
             raise RuntimeError("the device\nis on fire")
-        return real(run_dir, config, *rest)
+        return real(starts, *rest)
 
-    monkeypatch.setattr(train_run, "run_cell", fails_at_32)
+    monkeypatch.setattr(train_run, "run_cells", fails_at_32)
     assert launch("sae.n_latents=32,64") == 1
     by_width = {r["n_latents"]: r for r in results(tmp_path).values()}
     assert by_width[32]["status"] == "failed"
@@ -135,10 +135,10 @@ def test_a_full_disk_ends_the_sweep_in_one_line(
     """The error is injected here; a real full disk is in tests/test_launch.py where a tmpfs can be mounted."""
     import harness.train.run as train_run
 
-    def full(*_: Any) -> dict[str, Any]:
+    def full(*_: Any) -> list[dict[str, Any]]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(train_run, "run_cell", full)
+    monkeypatch.setattr(train_run, "run_cells", full)
     assert launch("sae.n_latents=32,64") == 1
     assert "no space left" in capsys.readouterr().err
     assert results(tmp_path) == {}

@@ -11,7 +11,7 @@ from harness.activations.synthetic import Synthetic
 from harness.config import Config, from_container
 from harness.record.progress import Progress
 from harness.record.signals import StopFlag
-from harness.train.run import run_cell
+from harness.train.run import Start, run_cells
 
 OUT = Path("unused")
 
@@ -61,4 +61,6 @@ def source_of(config: Config) -> Synthetic:
 def run(directory: Path, config: Config, stop: StopFlag | None = None) -> dict[str, Any]:
     """Train `config` in `directory`, which is made when missing."""
     directory.mkdir(parents=True, exist_ok=True)
-    return run_cell(directory, config, source_of(config), stop or StopFlag(), Progress(io.StringIO()))
+    start = Start(directory, config, 1)
+    where = directory / "checkpoints"
+    return run_cells([start], where, source_of(config), stop or StopFlag(), Progress(io.StringIO()))[0]

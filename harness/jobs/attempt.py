@@ -1,0 +1,65 @@
+"""One attempt at a job: its runs are claimed, its log is open, and what became of it is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness.jobs import rundir
+from harness.jobs.state import claim_path
+from harness.record.claim import claim
+from harness.record.files import write_json_atomic
+from harness.record.provenance import collect, command_line, now
+
+
+class Attempt(NamedTuple):
+    log: Path
+    """Everything that is logged; for a pack in the pack's directory."""
+    numbers: dict[Path, int]
+    """Which start this is, by run directory."""
+
+
+@contextmanager
+def claimed(run_dirs: Sequence[Path]) -> Iterator[None]:
+    """Hold the claims of all runs of a job. Raises `Claimed` when a live process has one of them."""
+    with ExitStack() as stack:
+        for run_dir in run_dirs:
+            stack.enter_context(claim(claim_path(run_dir)))
+        yield
+
+
+@contextmanager
+def attempt(home: Path, run_dirs: Sequence[Path]) -> Iterator[Attempt]:
+    """A new attempt at the runs of the job in `home`, logged until the block ends. The caller holds the claims."""
+    with rundir.attempt_log(home, f"{', '.join(path.name for path in run_dirs)}: {command_line()}") as log:
+        numbers = {}
+        for run_dir in run_dirs:
+            if run_dir == home:
+                numbers[run_dir] = rundir.attempts(home)
+                continue
+            numbers[run_dir] = rundir.attempts(run_dir) + 1
+            folder = run_dir / "attempts" / str(numbers[run_dir])
+            folder.mkdir(parents=True)
+            (folder / "log.txt").write_text(f"trained together with others, logged in {log}\n", encoding="utf-8")
+        yield Attempt(log, numbers)
+
+
+def write_provenance(run_dirs: Sequence[Path], *, store_id: str, ops: str, mesh: dict[str, int]) -> dict[str, Any]:
+    """`provenance.json` of every run: the process that calls it is the one that trains, or that starts its ranks."""
+    provenance = collect(store_id=store_id, ops=ops, mesh=mesh)
+    for run_dir in run_dirs:
+        write_json_atomic(run_dir / "provenance.json", provenance)
+    return provenance
+
+
+def write_ended(attempt_dirs: Sequence[Path], *, outcome: str, reason: str, step: int | None, requeued: bool) -> None:
+    """`ended.json` of attempts that did not finish: why, at which saved step, and whether they go on by themselves."""
+    ended = {"outcome": outcome, "reason": reason, "step": step, "requeued": requeued, "time": now()}
+    for directory in attempt_dirs:
+        write_json_atomic(directory / "ended.json", ended)
+
+
+def attempt_dirs(numbers: dict[Path, int]) -> list[Path]:
+    return [run_dir / "attempts" / str(number) for run_dir, number in numbers.items()]
