@@ -15,8 +15,18 @@ DENSE_ROWS_PER_K = 7
 """A group of at most this many latents per active one is cheaper as dense products: where two gathers (decode, dz) and
 two accumulations (weight gradients) cost as much as four products, measured with the CPU kernels."""
 
+DENSE_ROWS_PER_K_GPU = {"bf16": 120, "fp32": 20}
+"""The same for the Triton kernels, by precision; worked out, not measured: three gathers of k rows at 4.3 TB/s against
+four products at 790 (bf16) or 60 (fp32, no tensor cores) TFLOP/s on an H200."""
+
 ADAM_FLOPS = 12
 """Per parameter: two moments (3 + 4), bias-corrected step with a square root and a division (5)."""
+
+EVALUATION_BATCH = 4096
+"""Held-out rows that are reconstructed at a time."""
+
+TILE_NUMBERS = 1 << 23
+"""Pre-activations that exist at a time, at most: two threads with a tile each."""
 
 UNIT_NORM_FLOPS = 7
 """Per decoder weight: removing the parallel gradient (4) and renormalising the row (3)."""
@@ -116,17 +126,50 @@ def total_steps(config: Config, d_model: int) -> int:
 
 
 def memory_bytes(config: Config, d_model: int) -> dict[str, int]:
-    """Bytes of one rank by part: weights with gradients and optimiser, and what a step holds per token."""
-    train, sae = config.train, config.sae
+    """Bytes of one rank by part: weights with gradients and optimiser, and what a step or an evaluation holds beside
+    them, whichever is more. On a GPU the device's; checked against the CPU kernels (docs/lab-log.md)."""
+    train, sae, mesh = config.train, config.sae, config.mesh
     word = 8 if train.precision == "fp64" else 4
     copies = 2 if train.precision == "bf16" else 0
-    averages = word if train.ema else 0
-    per_param = 4 * word + copies + averages
-    tokens = train.batch_tokens // config.mesh.dp
-    rows = params(sae, d_model) // config.mesh.shard
-    # raw batch, normalised, centred, residual; codes: two values and an index per active latent
-    activations = tokens * (4 * d_model * word + sae.k * (2 * word + 8) * 2)
-    return {"weights": rows * per_param, "activations": activations}
+    # the bias-corrected average that is evaluated is a copy of its own
+    averages = 2 * word if train.ema else 0
+    rows = params(sae, d_model) // mesh.shard
+    # since when a latent fired, how often, in this batch
+    counters = 3 * 8 * sae.n_latents // mesh.shard
+    tokens = train.batch_tokens // mesh.dp
+    width = sae.n_latents // sae.n_experts
+    # normalised, in the experts' order, centred, residual and one in passing; values, indices and gradients of codes
+    per_token = 5 * d_model * word + sae.k * (2 * word + 8) * 2
+    aux = min(aux_k(sae, d_model), width) * (5 * word + 8) + 2 * d_model * word if sae.aux_alpha else 0
+    step = max(tokens * (per_token + aux), EVALUATION_BATCH * per_token)
+    tile = min(TILE_NUMBERS, max(tokens, EVALUATION_BATCH) * width) * word
+    return {"weights": rows * (4 * word + copies + averages) + counters, "step": step + tile}
+
+
+def checkpoint_bytes(config: Config, d_model: int) -> int:
+    """Size of one checkpoint over all ranks: parameters, two moments, the average; counters of the latents."""
+    word = 8 if config.train.precision == "fp64" else 4
+    copies = 3 + (1 if config.train.ema else 0)
+    return copies * word * params(config.sae, d_model) + 17 * config.sae.n_latents
+
+
+def weights_bytes(config: Config, d_model: int) -> int:
+    """Size of the final weights of a run, with their counters."""
+    word = 8 if config.train.precision == "fp64" else 4
+    return word * params(config.sae, d_model) + 16 * config.sae.n_latents
+
+
+def floor_bytes(sae: SaeConfig, d_model: int, tokens: float, element_bytes: int, shard: int = 1) -> float:
+    """The least that one rank's step must move through memory beside the encoder product (docs/performance.md): three
+    gathers of k rows per token, one pass of Adam over both matrices, and a twentieth of the pre-activations.
+
+    `tokens` are those of a replica's batch, `element_bytes` the size of a number in products.
+    """
+    gathers = 3.0 * tokens * sae.k * d_model * element_bytes
+    # parameter and two moments, read and written in float32; and the low-precision copy
+    adam = (24.0 + (2.0 if element_bytes == 2 else 0.0)) * 2 * sae.n_latents * d_model
+    latents = 0.05 * tokens * sae.n_latents / sae.n_experts * element_bytes
+    return (gathers + adam + latents) / shard
 
 
 def bytes_sent_per_step(config: Config, d_model: int) -> dict[str, float]:
