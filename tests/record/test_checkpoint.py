@@ -35,6 +35,27 @@ def test_round_trip_and_only_the_newest_stays(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-0000000012"]
 
 
+def test_saving_the_same_step_again_keeps_what_stands(tmp_path: Path) -> None:
+    """A resumed run may be asked to save before its first step: no moment without any checkpoint."""
+    save_checkpoint(tmp_path / "c", 3, TENSORS, {}, "run")
+    (standing,) = (tmp_path / "c").iterdir()
+    made = file_of(standing).stat().st_ino
+    save_checkpoint(tmp_path / "c", 3, TENSORS, {}, "run")
+    assert file_of(standing).stat().st_ino == made
+    damaged("truncated", standing)
+    save_checkpoint(tmp_path / "c", 3, TENSORS, {}, "run")
+    found = load_checkpoint(tmp_path / "c", "run")
+    assert found is not None and found.step == 3 and not found.refused
+
+
+def test_what_kills_inside_saves_have_left_is_removed(tmp_path: Path) -> None:
+    torn = tmp_path / "c" / ".step-0000000007.tmp"
+    torn.mkdir(parents=True)
+    (torn / "half.safetensors").write_bytes(b"x" * 100)
+    save_checkpoint(tmp_path / "c", 12, TENSORS, {}, "run")
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-0000000012"]
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "c", "run") is None
 

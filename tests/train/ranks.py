@@ -87,7 +87,9 @@ def _one_rank(run_dir: str, rank: int, world: int, port: int, strike: Strike | N
         os.dup2(log.fileno(), 2)
         torch.set_num_threads(1)
         if unit_tokens:
-            importlib.import_module("harness.activations.harvest").UNIT_TOKENS = unit_tokens
+            from harness.activations import harvest
+
+            harvest.UNIT_TOKENS = unit_tokens
         if strike is not None and rank in strike.ranks:
             _arm(strike)
         from harness.train.__main__ import main

@@ -1,70 +1,45 @@
-"""`kill -9` at random moments, in steps, saves and evaluations: nothing is lost, and the weights are those of a run
-that nobody disturbed."""
+"""`kill -9` at random moments, inside saves, and with another mesh afterwards: nothing is lost, the weights are those
+of a run that nobody disturbed."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
-from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from harness.config import to_container
+from harness.config import Config
 from harness.record import metrics
 from tests.train.cells import small_config
+from tests.train.ranks import (
+    SAVE,
+    STEP,
+    SWITCH,
+    Strike,
+    join,
+    killed,
+    logs,
+    prepare,
+    processes,
+    same_weights,
+    start,
+)
 
-SWITCH = {"sae__architecture": "switch", "sae__n_experts": 4, "sae__balance_weight": 0.1}
-STEPS = 400
+__all__ = ["processes"]
 
-
-def one_rank(run_dir: str, rank: int, world: int, port: int) -> None:
-    """What a rank's process does: exactly `python -m harness.train run_dir`."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.setsid()
-    with Path(run_dir, f"rank{rank}.log").open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        torch.set_num_threads(1)
-        from harness.train.__main__ import main
-
-        raise SystemExit(main([run_dir]))
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ForkServerContext]:
-    """Ranks that start in milliseconds: their imports are done once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness.train.__main__", "harness.ops.cpu", "tests.train.test_kills"])
-    yield context
+KILL = (signal.SIGKILL,)
 
 
-def prepare(directory: Path, world: int, changes: dict[str, Any]) -> Path:
-    config = small_config(train__tokens=64 * STEPS, train__checkpoint_every_steps=7, train__eval_points=20, **changes)
-    config.mesh.shard = world
-    directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(yaml.safe_dump(to_container(config)))
-    return directory
-
-
-def start(context: ForkServerContext, run_dir: Path, world: int) -> list[Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [context.Process(target=one_rank, args=(str(run_dir), rank, world, port)) for rank in range(world)]
-    for rank in ranks:
-        rank.start()
-    return ranks
+def config_of(changes: dict[str, Any], steps: int, every: int = 7) -> Config:
+    return small_config(train__tokens=64 * steps, train__checkpoint_every_steps=every, train__eval_points=20, **changes)
 
 
 def wait_for_a_new_checkpoint(run_dir: Path, ranks: list[Any]) -> None:
@@ -78,11 +53,12 @@ def wait_for_a_new_checkpoint(run_dir: Path, ranks: list[Any]) -> None:
         time.sleep(0.002)
 
 
-def join(ranks: list[Any]) -> list[int | None]:
-    for rank in ranks:
-        rank.join(timeout=60)
-        assert rank.exitcode is not None, "a rank outlives the others"
-    return [rank.exitcode for rank in ranks]
+def ends_like(whole: Path, cut: Path) -> None:
+    """The same weights bit for bit, the same lines in the record."""
+    assert json.loads((cut / "result.json").read_text())["status"] == "done"
+    assert same_weights(whole, cut)
+    steps = [[line["step"] for line in metrics.read(run / "metrics.jsonl")] for run in (whole, cut)]
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.slow
@@ -95,10 +71,11 @@ def join(ranks: list[Any]) -> list[int | None]:
 def test_killed_runs_end_with_the_weights_of_undisturbed_ones(
     processes: ForkServerContext, changes: dict[str, Any], world: int, kills: int, tmp_path: Path
 ) -> None:
-    whole = prepare(tmp_path / "a" / "run", world, changes)
-    assert join(start(processes, whole, world)) == [0] * world, (whole / "rank0.log").read_text()[-2000:]
+    config = config_of(changes, steps=400)
+    whole = prepare(tmp_path / "a" / "run", config, shard=world)
+    assert join(start(processes, whole, world)) == [0] * world, logs(whole)
 
-    cut, moments = prepare(tmp_path / "b" / "run", world, changes), random.Random(world)
+    cut, moments = prepare(tmp_path / "b" / "run", config, shard=world), random.Random(world)
     for kill in range(kills):
         ranks = start(processes, cut, world)
         if kill:
@@ -111,9 +88,64 @@ def test_killed_runs_end_with_the_weights_of_undisturbed_ones(
             assert victim.is_alive(), "the run was over before its time"
             os.kill(victim.pid, signal.SIGKILL)
         assert 0 not in join(ranks)
-    assert join(start(processes, cut, world)) == [0] * world, (cut / "rank0.log").read_text()[-2000:]
-    assert json.loads((cut / "result.json").read_text())["status"] == "done"
-    left, right = (load_file(run / "sae" / "sae.safetensors") for run in (whole, cut))
-    assert all(torch.equal(left[name], right[name]) for name in left)
-    steps = [[line["step"] for line in metrics.read(run / "metrics.jsonl")] for run in (whole, cut)]
-    assert steps[0] == steps[1]
+    assert join(start(processes, cut, world)) == [0] * world, logs(cut)
+    ends_like(whole, cut)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("changes", "world"), [({}, 1), (SWITCH, 1), ({}, 2), (SWITCH, 2)], ids=["topk-1", "switch-1", "topk-2", "switch-2"]
+)
+def test_killed_in_the_middle_of_a_save(
+    processes: ForkServerContext, changes: dict[str, Any], world: int, tmp_path: Path
+) -> None:
+    config = config_of(changes, steps=120)
+    whole = prepare(tmp_path / "a" / "run", config, shard=world)
+    assert join(start(processes, whole, world)) == [0] * world, logs(whole)
+
+    cut = prepare(tmp_path / "b" / "run", config, shard=world)
+    strikes = [(Strike(place, 2, KILL), len(strike) % 2 == 0) for strike, place in SAVE.items()]
+    if world > 1:  # what the other ranks do in a save is write their tensors
+        strikes += [(Strike(SAVE["while tensors are written"], 2, KILL, (1,)), everyone) for everyone in (False, True)]
+    saved = 0
+    for strike, everyone in strikes:
+        killed(start(processes, cut, world, strike), strike.ranks, everyone)
+        newest = max(path.name for path in (cut / "checkpoints").glob("step-*"))
+        assert int(newest.split("-")[1]) >= saved + 7, "the save before was complete"
+        saved = int(newest.split("-")[1])
+    assert saved < 120
+    assert join(start(processes, cut, world)) == [0] * world, logs(cut)
+    ends_like(whole, cut)
+    assert not (cut / "checkpoints").exists()
+
+
+AUXK = {"sae__aux_alpha": 1 / 32, "sae__dead_after_tokens": 200}
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("changes", [AUXK, AUXK | SWITCH], ids=["topk", "switch"])
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_a_killed_run_goes_on_with_any_mesh(
+    processes: ForkServerContext, changes: dict[str, Any], precision: str, tmp_path: Path
+) -> None:
+    config = config_of(changes | {"train__precision": precision, "train__ema": 0.9, "train__clip_norm": 0.05}, 200)
+    whole = prepare(tmp_path / "a" / "run", config)
+    assert join(start(processes, whole, 1)) == [0], logs(whole)
+
+    cut = tmp_path / "b" / "run"
+    meshes = [(1, 2), (1, 1), (1, 2), (2, 1), (1, 1)]  # two to one, one to two, two shards to two replicas
+    for dp, shard in meshes[:-1]:
+        prepare(cut, config, dp, shard)
+        ranks = start(processes, cut, dp * shard, Strike(STEP, 45, KILL))
+        killed(ranks, (0,), everyone=True)
+    prepare(cut, config, *meshes[-1])
+    assert join(start(processes, cut, 1)) == [0], logs(cut)
+
+    results = [json.loads((run / "result.json").read_text()) for run in (whole, cut)]
+    assert results[1]["fvu"] == pytest.approx(results[0]["fvu"], rel=1e-9 if precision == "fp64" else 1e-4)
+    if precision == "fp64":
+        a, b = (load_file(run / "sae" / "sae.safetensors") for run in (whole, cut))
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}\n{m}")
