@@ -121,8 +121,23 @@ class Cluster:
         )
 
     def start_now(self, job_id: str) -> None:
-        """Let a requeued job start without the delay."""
-        self.scontrol("update", f"JobId={job_id}", "StartTime=now")
+        """Let a job that is being requeued start without the delay; without effect on one that runs already."""
+        wait_for(
+            lambda: "COMPLETING" not in self.states(job_id),
+            self.settings.kill_wait_s + 60.0,
+            lambda: f"job {job_id} does not end: {self.jobs(job_id)}",
+        )
+        for job in self.jobs(job_id):
+            if job["JobState"] == "PENDING":
+                self.scontrol("update", f"JobId={job['JobId']}", "StartTime=now")
+
+    def restarts(self, job_id: str) -> int:
+        """How often Slurm has requeued the job, summed over an array's elements."""
+        return sum(int(job["Restarts"]) for job in self.jobs(job_id))
+
+    def ranks(self, job_id: str) -> dict[int, int]:
+        """Rank → process id of the running `srun` step of a job (`17`, or `17_3` for an element of an array)."""
+        return processes.ranks(self.conf, job_id)
 
     def preempt(self, nodes: Sequence[str] = NODES, cpus: int | None = None, seconds: float = 1.0) -> str:
         """Submit a job of higher priority that needs `cpus` CPUs (default: all) of each of `nodes`; return its id.

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 MARK = "SCRATCH_SLURM"
@@ -25,22 +26,48 @@ def mark(directory: Path, role: str) -> dict[str, str]:
 
 def members(directory: Path, role: str | None = None) -> list[int]:
     """Ids of the live processes of one daemon (a slurmd's include the jobs on its node), or of the whole cluster."""
-    conf = f"SLURM_CONF={directory}/slurm.conf"
     found = []
+    for pid, environment in _environments():
+        marked = environment.get(MARK, "")
+        in_job = environment.get("SLURM_CONF") == f"{directory}/slurm.conf" and "SLURM_JOB_ID" in environment
+        if role is None:
+            ours = marked.startswith(f"{directory}:") or in_job
+        else:
+            ours = marked == f"{directory}:{role}" or (in_job and environment.get("SLURMD_NODENAME") == role)
+        if ours:
+            found.append(pid)
+    return found
+
+
+def ranks(conf: Path, job_id: str) -> dict[int, int]:
+    """Rank → id of the process that a slurmstepd started, for the steps of one job or of one element of an array."""
+    found = {}
+    for pid, environment in _environments():
+        get = environment.get
+        names = (get("SLURM_JOB_ID"), f"{get('SLURM_ARRAY_JOB_ID')}_{get('SLURM_ARRAY_TASK_ID')}")
+        # the batch script has a rank too, but no step
+        if get("SLURM_CONF") == str(conf) and job_id in names and "SLURM_STEP_ID" in environment:
+            found[pid] = int(environment["SLURM_PROCID"])
+    return {rank: pid for pid, rank in found.items() if _parent(pid) not in found}
+
+
+def _environments() -> Iterator[tuple[int, dict[str, str]]]:
     for path in Path("/proc").glob("[0-9]*/environ"):
+        pid = int(path.parent.name)
         try:
             entries = path.read_bytes().decode(errors="replace").split("\0")
         except (ProcessLookupError, FileNotFoundError, PermissionError):
             continue  # ended meanwhile, or someone else's
-        if role is None:
-            ours = any(entry.startswith(f"{MARK}={directory}:") for entry in entries)
-            in_job = conf in entries and any(entry.startswith("SLURM_JOB_ID=") for entry in entries)
-        else:
-            ours = f"{MARK}={directory}:{role}" in entries
-            in_job = conf in entries and f"SLURMD_NODENAME={role}" in entries
-        if ours or in_job:
-            found.append(int(path.parent.name))
-    return [pid for pid in found if pid != os.getpid()]
+        if pid != os.getpid():
+            yield pid, {name: value for name, _, value in (entry.partition("=") for entry in entries)}
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        # the name before it, in parentheses, may hold anything
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (ProcessLookupError, FileNotFoundError):
+        return None
 
 
 def end(directory: Path, role: str | None = None, wait_s: float = TERM_WAIT_S) -> None:

@@ -42,8 +42,17 @@ def test_a_job_of_higher_priority_displaces_one_that_then_goes_on(cluster: Clust
     cluster.wait(high)
     cluster.start_now(job)
     assert cluster.wait(job) == ["COMPLETED"]
-    lines = [line for line in out.read_text().splitlines() if not line.startswith(("srun:", "slurmstepd:"))]
+    lines = [line for line in out.read_text().splitlines() if not line.startswith(("srun", "slurmstepd"))]
     assert lines == ["start 0", "ready", "asked to stop", "start 1"]
+
+
+def test_one_rank_is_killed_and_srun_ends_the_other(cluster: Cluster) -> None:
+    job = cluster.sbatch("--array=3-4", "--ntasks=2", "--wrap", "srun --kill-on-bad-exit=1 sleep 100")
+    ranks = wait_for(lambda: len(found := cluster.ranks(f"{job}_3")) == 2 and found, 20, lambda: str(cluster.jobs(job)))
+    assert isinstance(ranks, dict)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert cluster.wait(f"{job}_3") == ["FAILED"]
+    assert cluster.states(f"{job}_4") == ["RUNNING"]
 
 
 def test_what_cannot_run_is_refused_at_submission(cluster: Cluster) -> None:
