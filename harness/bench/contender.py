@@ -12,11 +12,17 @@ from harness.errors import UserError
 
 
 class Process:
-    """A contender that runs in its own interpreter. Use as a context manager."""
+    """A contender that runs in its own interpreter. Use as a context manager.
+
+    Contenders end when their input does, so none outlives the driver; a session of their own keeps the terminal's
+    Ctrl-C from them, which the driver answers for all.
+    """
 
     def __init__(self, name: str, command: list[str], task: dict[str, Any]) -> None:
         self.name = name
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         self._send(json.dumps(task))
 
     def _send(self, line: str) -> None:
@@ -39,7 +45,9 @@ class Process:
     def __enter__(self) -> Process:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self._process.kill()  # it may be in the middle of something long, and has nothing to save
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it may have ended already
             self._process.stdin.close()

@@ -98,19 +98,19 @@ def measure(shape: Shape, peers: dict[str, list[str]], settings: dict[str, Any],
                         samples.setdefault(prefix + key, []).append(value)
         peaks = {label: process.ask("peak") for label, process in others.items()}
         own_peak = ours.ask("peak")
-    return _entry(shape, settings["precision"], samples, own_peak, peaks, differences)
+    return _entry(shape, settings, samples, own_peak, peaks, differences)
 
 
 def _entry(
     shape: Shape,
-    precision: str,
+    settings: dict[str, Any],
     samples: dict[str, list[float]],
     own_peak: dict[str, Any],
     peaks: dict[str, dict[str, Any]],
     differences: dict[str, float],
 ) -> dict[str, Any]:
     middle = {key: statistics.median(values) for key, values in samples.items()}
-    floor = floor_ms(shape, middle["gemm_ms_shape"], middle["bytes_per_s"], 2 if precision == "bf16" else 4)
+    floor = floor_ms(shape, middle["gemm_ms_shape"], middle["bytes_per_s"], 2 if settings["precision"] == "bf16" else 4)
     # ratios within a round, so that a change of the machine's speed between rounds cancels
     ratio = [own / product for own, product in zip(samples["step_ms"], samples["gemm_ms_shape"], strict=True)]
     peers = {}
@@ -124,6 +124,8 @@ def _entry(
             **peak,
         }
     names = ("step_ms", "gemm_ms_shape", "select_ms", "decode_ms", "backward_ms", "optimizer_ms", "other_ms")
+    names = (*names, "auxk_extra_ms")
+    with_dead = [1 + extra / own for extra, own in zip(samples["auxk_extra_ms"], samples["step_ms"], strict=True)]
     return {
         "shape": shape.name,
         "d": shape.d,
@@ -131,9 +133,11 @@ def _entry(
         "k": shape.k,
         "batch": shape.batch,
         "n_experts": shape.experts,
-        "precision": precision,
+        "precision": settings["precision"],
+        "dead": settings["dead"],
         **{name: middle[name] for name in names},
         "step_ms_spread": spread(samples["step_ms"]),
+        "auxk_step_ratio": statistics.median(with_dead),
         "step_over_gemm": statistics.median(ratio),
         "tokens_per_s": 1e3 * shape.batch / middle["step_ms"],
         "bandwidth_GB_per_s": middle["bytes_per_s"] / 1e9,

@@ -17,14 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness.config import TrainConfig
+from harness import budget
+from harness.config import SaeConfig, TrainConfig
 from harness.ops import Ops, choose_ops
 from harness.parallel import Solo
-from harness.saes import Sae, step
+from harness.saes import DeadLatents, Sae, find_dead, step
 from harness.train.member import COMPUTE
 from harness.train.optim import Optimizer
 
 LR = 1e-4
+AUX_ALPHA = 1 / 32
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 COPY_BYTES = 1 << 28
 """Size of the copy that measures bandwidth: far above any cache."""
@@ -62,7 +64,10 @@ class Contender:
         self.params = tensors if switch else {key: tensors[key] for key in ("W_enc", "W_dec", "b_enc", "b_dec")}
         variance = float((self.x - self.x.mean(dim=0)).square().sum(dim=1).mean())
         architecture, balance = ("switch", 0.03) if switch else ("topk", 0.0)
-        self.sae = Sae(architecture, task["d"], n, task["k"], experts, True, variance, 0.0, 1, balance)
+        aux_k = budget.aux_k(SaeConfig(architecture, n, task["k"], experts), task["d"])
+        self.sae = Sae(architecture, task["d"], n, task["k"], experts, True, variance, AUX_ALPHA, aux_k, balance)
+        silent = torch.rand(n, generator=torch.Generator().manual_seed(1)) < task["dead"]
+        self.dead = find_dead(self.sae, silent.to(self.device), Solo())
         self.ops = choose_ops(task["ops"], self.device)
         train, compute = TrainConfig(tokens=1), COMPUTE[task["precision"]]
         self.optimizer = Optimizer(self.sae, self.params, train, compute, self.ops)
@@ -77,14 +82,14 @@ class Contender:
             torch.cuda.synchronize()
         return 1e3 * self._seconds()
 
-    def gradients(self, ops: Ops) -> Tensor:
+    def gradients(self, ops: Ops, dead: DeadLatents | None = None) -> Tensor:
         """Loss of the batch; leaves the gradients in the optimiser."""
         optimizer = self.optimizer
-        return step(self.sae, self.params, optimizer.compute, self.x, Solo(), ops, None, optimizer.grads).loss
+        return step(self.sae, self.params, optimizer.compute, self.x, Solo(), ops, dead, optimizer.grads).loss
 
-    def take_step(self, ops: Ops) -> float:
+    def take_step(self, ops: Ops, dead: DeadLatents | None = None) -> float:
         """One whole training step; returns the milliseconds of its optimiser part."""
-        loss = self.gradients(ops)
+        loss = self.gradients(ops, dead)
         self.taken += 1
         begin = self.clock()
         self.optimizer.ops = ops
@@ -92,7 +97,8 @@ class Contender:
         return self.clock() - begin
 
     def round(self) -> dict[str, float]:
-        """Milliseconds of the bare product, one step, its parts (in a second step), and bandwidth in bytes/s."""
+        """Milliseconds of the bare product, one step, its parts (in a second step), what AuxK adds to a step where
+        latents are dead, and bandwidth in bytes/s."""
         begin = self.clock()
         self._product()
         product = self.clock()
@@ -103,6 +109,9 @@ class Contender:
         parts_end = self.clock()
         self._copy[1].copy_(self._copy[0])
         copied = self.clock()
+        if self.dead is not None:
+            self.take_step(self.ops, self.dead)
+        with_dead = self.clock()
         parts = {
             "select_ms": timed.spent["select"],
             "decode_ms": timed.spent["reconstruct"],
@@ -114,6 +123,7 @@ class Contender:
             "step_ms": end - product,
             **parts,
             "other_ms": parts_end - end - sum(parts.values()),
+            "auxk_extra_ms": 0.0 if self.dead is None else with_dead - copied - (end - product),
             "bytes_per_s": 1e3 * COPY_BYTES / (copied - parts_end),
         }
 

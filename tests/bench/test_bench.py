@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -67,3 +70,24 @@ def test_command_refuses_a_wrong_request_in_one_line() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr.startswith("unknown shape 'C9'") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_is_one_line_and_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
+    """While it waits for a contender, of rounds that would never end."""
+    out = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "harness.bench", "--shapes", "16x64x4x64", "--rounds", str(10**9)]
+    command += ["--peers=", "--json", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    driver, contenders = psutil.Process(process.pid), []
+    deadline = time.monotonic() + 120
+    while not contenders and time.monotonic() < deadline:
+        time.sleep(0.1)
+        contenders = driver.children()
+    assert contenders, "the contender never started"
+    process.send_signal(number)
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert (printed, said) == ("", "interrupted; no file was written\n")
+    assert not out.exists()
+    assert not psutil.wait_procs(contenders, timeout=10)[1]

@@ -1,0 +1,125 @@
+"""The benchmark's arguments, table and files."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.bench.measure import measure
+from harness.bench.picture import draw
+from harness.bench.shapes import parse_shapes
+from harness.errors import UserError
+from harness.record.files import write_json_atomic
+
+PEERS = ("sparsify", "dictionary_learning", "saelens")
+WORKER = Path(__file__).with_name("peer_worker.py")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine(device: torch.device, threads: int) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "processor": _processor(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads": threads or torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def installed_peers(python: Path, wanted: list[str]) -> dict[str, list[str]]:
+    """Commands of the wanted peers' workers; none when their environment is not there."""
+    if not python.exists():
+        if wanted:
+            print(f"no peers: {python} is not there (make bench-peers)", file=sys.stderr)
+        return {}
+    return {name: [str(python), str(WORKER)] for name in wanted}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """For the terminal: one line per shape, and one per peer."""
+    lines = [
+        f"{'shape':12} {'step ms':>9} {'/ product':>9} {'% floor':>7} {'select':>8} {'decode':>8} {'backward':>8} "
+        f"{'optim':>7} {'rest':>6} {'tokens/s':>9} {'peak MB':>8}"
+    ]
+    for r in results:
+        lines.append(
+            f"{r['shape']:12} {r['step_ms']:9.1f} {r['step_over_gemm']:9.2f} {r['pct_of_floor']:7.0f} "
+            f"{r['select_ms']:8.1f} {r['decode_ms']:8.1f} {r['backward_ms']:8.1f} {r['optimizer_ms']:7.1f} "
+            f"{r['other_ms']:6.1f} {r['tokens_per_s']:9.0f} {r['peak_mem_bytes'] / 1e6:8.0f}"
+        )
+        if r["dead"]:
+            lines.append(
+                f"  {'AuxK, ' + format(r['dead'], '.0%') + ' dead':30} {r['auxk_extra_ms']:9.1f} ms more"
+                f"   a step takes {r['auxk_step_ratio']:.2f} times as long"
+            )
+        lines += [
+            f"  {name + ' ' + p['version']:30} {p['step_ms']:9.1f} ms   ours is {p['ours_is_faster_by']:.2f}× faster   "
+            f"gradients differ by {p['gradient_difference']:.1e}   peak {p['peak_mem_bytes'] / 1e6:.0f} MB"
+            for name, p in r["peers"].items()
+        ]
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(prog="python -m harness.bench", description=__doc__)
+    add = result.add_argument
+    add("--shapes", default="C1,C2,C3,C3-E8", help="names, or DxNxKxB[xE], separated by commas")
+    add("--json", type=Path, metavar="FILE", help="write the results here")
+    add("--picture", type=Path, metavar="FILE", help="draw the results here (.svg, .png)")
+    add("--rounds", type=int, default=11, help="steps per contender, taken in turn")
+    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add("--ops", default="auto", help="our kernels: auto, reference, cpu")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--dead", type=float, default=0.0, help="share of latents that are dead: what AuxK adds to a step (ours only)")
+    add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
+    add(
+        "--clock",
+        choices=("wall", "process"),
+        default="wall",
+        help="process: CPU time, for a machine that others use too; only with --threads 1 on a CPU",
+    )
+    add("--peers", default=",".join(PEERS), help="which peers to run beside ours; empty for none")
+    add("--peers-python", type=Path, default=Path(".venv-peers/bin/python"), help="their environment")
+    return result
+
+
+def main() -> int:
+    """Run the command; returns its exit code. Raises `KeyboardInterrupt`, all contenders gone."""
+    arguments = parser().parse_args()
+    try:
+        shapes = parse_shapes(arguments.shapes)
+        if not 0 <= arguments.dead <= 1:
+            raise UserError(f"--dead {arguments.dead} is not a share: give a number from 0 to 1")
+        wanted = [name for name in arguments.peers.split(",") if name]
+        if unknown := set(wanted) - set(PEERS):
+            raise UserError(f"unknown peers {', '.join(sorted(unknown))}: choose from {', '.join(PEERS)}")
+        if arguments.clock == "process" and (arguments.threads != 1 or arguments.device != "cpu"):
+            raise UserError("--clock process adds up all threads and knows no GPU: use it with --threads 1 on the CPU")
+        settings = {key: getattr(arguments, key) for key in ("precision", "ops", "device", "threads", "clock", "dead")}
+        peers = installed_peers(arguments.peers_python, wanted)
+        results = []
+        for shape in shapes:
+            results.append(measure(shape, peers, settings, arguments.rounds))
+            print(table(results[-1:]), flush=True)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.json:
+        about = machine(torch.device(arguments.device), arguments.threads) | {"clock": arguments.clock}
+        write_json_atomic(arguments.json, {"machine": about, "results": results})
+    if arguments.picture:
+        draw(results, arguments.picture)
+    return 0
