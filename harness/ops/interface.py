@@ -68,6 +68,12 @@ class Hyper:
     """First remove the gradient's component parallel to each (unit) row."""
     unit_rows: bool = False
     """Afterwards scale each row to unit norm."""
+    rates: Float[Tensor, 2] | None = None
+    """`corrected` on the device, for a captured step; None: `lr` and `step` hold."""
+
+    def corrected(self) -> tuple[float, float]:
+        """(lr/(1 − β₁ᵗ), 1/(1 − β₂ᵗ)): the step size and the factor on the second moment."""
+        return self.lr / (1 - self.beta1**self.step), 1 / (1 - self.beta2**self.step)
 
 
 class Ops(Protocol):
@@ -85,9 +91,13 @@ class Ops(Protocol):
         b_enc: Float[Tensor, " rows"] | None,
         k: int,
         groups: Groups,
+        ordered: bool = True,
     ) -> Codes:
         """The k largest of x·W_encᵀ + b_enc of each token's group, before any ReLU; equal values go to the lowest
-        index. `index` counts local rows. A group with fewer than k rows pads with −inf at its first row."""
+        index. `index` counts local rows. A group with fewer than k rows pads with −inf at its first row.
+
+        `ordered=False` leaves a kernel free to return only the positive ones of these k, in any fixed order, padded
+        with values ≤ 0 at rows of the group: for callers that apply ReLU and sum (AuxK)."""
         ...
 
     def reconstruct(

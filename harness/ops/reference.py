@@ -55,6 +55,7 @@ def select(
     b_enc: Float[Tensor, " rows"] | None,
     k: int,
     groups: Groups,
+    ordered: bool = True,  # always is
 ) -> Codes:
     tokens = x.shape[0]
     values = torch.full((tokens, k), -torch.inf, dtype=x.dtype, device=x.device)

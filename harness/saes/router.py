@@ -26,13 +26,16 @@ class Routing:
     counts: Int[Tensor, " experts"] | None = None
     """Tokens of this replica's batch that each expert receives."""
 
-    def take(self, rows: Float[Tensor, "tokens d"]) -> Float[Tensor, "own d"]:
-        return rows if self.order is None else rows[self.order]
+    def take_less(self, rows: Float[Tensor, "tokens d"], offset: Float[Tensor, " d"]) -> Float[Tensor, "own d"]:
+        """The own rows minus `offset`, as a new tensor."""
+        return rows - offset if self.order is None else rows[self.order].sub_(offset)
 
 
 def router_probabilities(params: Params, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens experts"]:
     """softmax(W_r(x − b_r)), in the parameters' own precision."""
-    return torch.softmax((x.to(params["W_r"].dtype) - params["b_r"]) @ params["W_r"].T, dim=1)
+    # the product with b_r apart spares a copy of the whole batch
+    weight = params["W_r"]
+    return torch.softmax(x.to(weight.dtype) @ weight.T - weight @ params["b_r"], dim=1)
 
 
 def route(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], shards: Shards) -> Routing:
@@ -61,7 +64,7 @@ def route(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], shards: Shards
 def router_grads(
     sae: Sae,
     params: Params,
-    x: Float[Tensor, "own d"],
+    centred: Float[Tensor, "own d"],
     routing: Routing,
     share: Float[Tensor, " experts"],
     scale_grad: Float[Tensor, " own"],
@@ -70,7 +73,7 @@ def router_grads(
 ) -> None:
     """Write dL/dW_r and dL/db_r of the own tokens: from the reconstruction through p (`scale_grad` = dL/dp of the
     chosen expert), and from the balance term λ·E·Σ f_i·P_i with P_i the mean probability of expert i and f_i its
-    `share` of the global batch, which has no gradient."""
+    `share` of the global batch, which has no gradient. `centred` = x − b_dec."""
     p = routing.probabilities
     assert p is not None and routing.scale is not None
     balance = share * (sae.balance_weight * sae.n_experts / global_tokens)
@@ -79,6 +82,8 @@ def router_grads(
     inner = p @ balance + scale_grad * routing.scale
     logit_grad = p * (balance - inner[:, None])
     logit_grad.scatter_add_(1, chosen, (scale_grad * routing.scale)[:, None])
-    centred = x.to(logit_grad.dtype) - params["b_r"]
-    grads["W_r"].copy_(logit_grad.T @ centred)
-    grads["b_r"].copy_(-(logit_grad.sum(dim=0) @ params["W_r"]))
+    total = logit_grad.sum(dim=0)
+    grads["W_r"].copy_(logit_grad.T @ centred.to(logit_grad.dtype))
+    # the logits are of x − b_r
+    grads["W_r"].addr_(total, params["b_dec"] - params["b_r"])
+    grads["b_r"].copy_(-(total @ params["W_r"]))

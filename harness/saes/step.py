@@ -87,9 +87,10 @@ class Forward:
     """What the forward pass leaves for the gradients, for the own tokens."""
 
     routing: Routing
-    x: Float[Tensor, "own d"]
     centred: Float[Tensor, "own d"]
     """x − b_dec."""
+    low: Float[Tensor, "own d"]
+    """The same in the precision of the products."""
     codes: Codes
     """Active latents: values after ReLU."""
     residual: Float[Tensor, "own d"]
@@ -111,15 +112,14 @@ def forward(
 ) -> Forward:
     """Route, encode, decode: z = ReLU(top_k(W_enc(x − b_dec) + b_enc)), x̂ = scale·W_decᵀz + b_dec."""
     routing = route(sae, params, x, shards)
-    own = routing.take(x)
-    centred = own - params["b_dec"]
+    centred = routing.take_less(x, params["b_dec"])
     low = centred.to(compute["W_enc"].dtype)
     codes = ops.select(low, compute["W_enc"], params.get("b_enc"), sae.k, routing.groups)
     codes = _active(sae, codes, sae.k, shards, "selection")
     residual, dz, squared = ops.reconstruct(
         codes, compute["W_dec"], centred, routing.scale, routing.groups, _reduce(sae, shards, "reconstruction")
     )
-    return Forward(routing, own, centred, codes, residual, dz, squared)
+    return Forward(routing, centred, low, codes, residual, dz, squared)
 
 
 def _scaled(values: Float[Tensor, "own k"], factor: float | Tensor, scale: Float[Tensor, " own"] | None) -> Tensor:
@@ -147,15 +147,14 @@ def step(
     global_tokens = x.shape[0] * shards.dp
     run = forward(sae, params, compute, x, shards, ops)
     routing, codes, residual = run.routing, run.codes, run.residual
-    low = run.centred.to(compute["W_enc"].dtype)
     factor = -2.0 / (sae.variance * global_tokens)
 
     out = (grads["W_enc"], grads["W_dec"], grads["b_enc"])
     weighted = Codes(_scaled(codes.values, factor, routing.scale), codes.index)
-    ops.weight_grads(weighted, _scaled(run.dz, factor, routing.scale), low, residual, routing.groups, out)
+    ops.weight_grads(weighted, _scaled(run.dz, factor, routing.scale), run.low, residual, routing.groups, out)
     aux_loss = residual.new_zeros(())
     if dead is not None:
-        aux_loss = _aux(sae, params, compute, low, run, dead, global_tokens, own_tokens, shards, ops, grads)
+        aux_loss = _aux(sae, params, compute, run, dead, global_tokens, own_tokens, shards, ops, grads)
 
     # the ranks of a TopK replica hold the same residual: it is counted on one of them
     decoder_part = factor * residual.sum(dim=0) if sae.routed or shards.shard_rank == 0 else 0.0
@@ -166,14 +165,15 @@ def step(
         scale_grad = factor * (codes.values * run.dz).sum(dim=1)
         assert routing.probabilities is not None and routing.counts is not None
         share = shards.sum_(routing.counts.to(residual.dtype), "dp", "scalars") / global_tokens
-        router_grads(sae, params, run.x, routing, share, scale_grad, global_tokens, grads)
+        router_grads(sae, params, run.centred, routing, share, scale_grad, global_tokens, grads)
         sums[1] = torch.special.entr(routing.probabilities).sum()
         sums = torch.cat([sums, routing.probabilities.sum(dim=0)])
     for name, cut in sae.layout().items():
         shards.sum_(grads[name], "dp" if cut == "latent_rows" else "all", "gradients")
 
     sums = shards.sum_(sums, own_tokens, "scalars")
-    active = shards.sum_((codes.values > 0).sum(), "all", "scalars")
+    fired = ops.fired(codes, params["W_enc"].shape[0])
+    active = shards.sum_(fired.sum(), "all", "scalars")
     fvu = sums[0] / (sae.variance * global_tokens)
     balance = sae.n_experts * (share * sums[2:] / global_tokens).sum() if sae.routed else share.new_ones(())
     return Stats(
@@ -184,7 +184,7 @@ def step(
         l0=active.to(residual.dtype) / global_tokens,
         router_entropy=sums[1] / global_tokens,
         expert_share=share,
-        fired=shards.sum_(ops.fired(codes, params["W_enc"].shape[0]), "dp", "counters"),
+        fired=shards.sum_(fired, "dp", "counters"),
     )
 
 
@@ -192,7 +192,6 @@ def _aux(
     sae: Sae,
     params: Params,
     compute: Params,
-    low: Float[Tensor, "own d"],
     run: Forward,
     dead: DeadLatents,
     global_tokens: int,
@@ -211,10 +210,12 @@ def _aux(
     groups = Groups(routing.groups.token_offsets, dead.row_offsets)
     W_enc, W_dec = compute["W_enc"][dead.rows], compute["W_dec"][dead.rows]
     b_enc = params["b_enc"][dead.rows] if sae.enc_bias else None
-    codes = _active(sae, ops.select(low, W_enc, b_enc, dead.k, groups), dead.k, shards, "auxk")
+    # the order only says which shard keeps what
+    codes = ops.select(run.low, W_enc, b_enc, dead.k, groups, ordered=shards.shard > 1)
+    codes = _active(sae, codes, dead.k, shards, "auxk")
     error, dz, squared = ops.reconstruct(codes, W_dec, target, routing.scale, groups, _reduce(sae, shards, "auxk"))
 
-    moments = torch.cat([target.sum(dim=0), target.square().sum()[None], squared.sum()[None]])
+    moments = torch.cat([target.sum(dim=0), run.squared.sum()[None], squared.sum()[None]])
     moments = shards.sum_(moments, own_tokens, "auxk")
     spread = moments[-2] - moments[:-2].square().sum() / global_tokens
     inverse = torch.where(spread > 0, 1 / spread, 0.0)
@@ -227,7 +228,7 @@ def _aux(
         grads["W_dec"].new_empty(count, sae.d_model),
         grads["b_enc"].new_empty(count),
     )
-    ops.weight_grads(weighted, _scaled(dz, factor, routing.scale), low, error, groups, out)
+    ops.weight_grads(weighted, _scaled(dz, factor, routing.scale), run.low, error, groups, out)
     for name, grad in zip(("W_enc", "W_dec", "b_enc"), out, strict=True):
         grads[name].index_add_(0, dead.rows, grad)
     return moments[-1] * inverse

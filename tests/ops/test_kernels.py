@@ -58,6 +58,30 @@ def test_selection_is_exact_to_the_last_tie(
     assert_same_codes(found, reference.select(x, weight, bias, k, layout))
 
 
+def positive(codes: Codes, rows: int) -> Tensor:
+    """The codes after ReLU, spread over all latents."""
+    return torch.zeros(codes.values.shape[0], rows).scatter_add_(1, codes.index, codes.values.float().relu())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=60, deadline=None)
+@given(case=selections())
+def test_selection_without_order_keeps_the_same_positive_latents(
+    name: str, dtype: torch.dtype, case: tuple[int, int, int, int, int, bool, int]
+) -> None:
+    tokens, d, rows, k, groups, biased, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (small_integers(generator, count, d, largest=1) for count in (tokens, rows))
+    bias = small_integers(generator, rows) if biased else None
+    layout = even_groups(tokens, rows, groups)
+    found = choose_ops(name).select(x.to(dtype), weight.to(dtype), bias, k, layout, ordered=False)
+    assert torch.equal(positive(found, rows), positive(reference.select(x, weight, bias, k, layout), rows))
+    for span, own in layout.spans:
+        inside = (found.index[span] >= own.start) & (found.index[span] < max(own.stop, own.start + 1))
+        assert inside.all() or own.start == rows
+
+
 def preactivation_rows(width: int, generator: torch.Generator) -> Tensor:
     """Rows that a selection by thresholds finds hard."""
     rows = [
@@ -90,6 +114,8 @@ def test_cpu_selects_from_given_preactivations(width: int, k: int, dtype: torch.
     given_rows = preactivation_rows(width, torch.Generator().manual_seed(width + k)).to(dtype)
     expected = reference.select_preactivations(given_rows.float(), k)
     assert_same_codes(cpu.select_preactivations(given_rows, k), expected)
+    unordered = cpu.select_preactivations(given_rows, k, ordered=False)
+    assert torch.equal(positive(unordered, width), positive(expected, width))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan])
@@ -103,6 +129,8 @@ def test_cpu_puts_nan_first_so_that_the_loss_shows_it(bad: float) -> None:
     assert_same_codes(Codes(found.values[:1], found.index[:1]), reference.select_preactivations(rows[:1], 8))
     assert found.index[1, 0] == 500
     assert found.values[1].isnan().tolist() == [True] + 7 * [False]
+    unordered = cpu.select_preactivations(rows, 8, ordered=False)
+    assert unordered.values[1].isnan().sum() == 1 and unordered.values[2].isnan().all()
     assert found.values[2].isnan().all()
     assert found.index[2].tolist() == list(range(8))
 

@@ -5,10 +5,10 @@ BLAS does inside one tile. float64 goes to `reference`. See `interface` for the 
 what each choice was worth.
 """
 
+from harness.ops.cpu.adam import project, update
 from harness.ops.cpu.gradients import fired, weight_grads
 from harness.ops.cpu.products import reconstruct
 from harness.ops.cpu.selection import select, select_preactivations
-from harness.ops.cpu.update import project, update
 
 __all__ = ["NAME", "fired", "project", "reconstruct", "select", "select_preactivations", "update", "weight_grads"]
 

@@ -115,12 +115,13 @@ def reconstruct(begin, end, values, index, W_dec, x, scale, residual, dz, square
 
 @compiled
 def densify(begin, end, first_token, values, index, first_row, out):
-    """out[t − first_token, index[t, j] − first_row] += values[t, j], on zeros: padding adds 0 to the first row."""
+    """out[t − first_token, index[t, j] − first_row] += values[t, j], on zeros."""
     for t in range(begin, end):
         row = out[t - first_token]
         row[:] = np.float32(0.0)
         for j in range(values.shape[1]):
-            row[index[t, j] - first_row] += values[t, j]
+            if values[t, j] != 0:
+                row[index[t, j] - first_row] += values[t, j]
 
 
 @compiled

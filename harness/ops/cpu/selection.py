@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.ops import reference
 from harness.ops.cpu import selection_kernels as kernels
-from harness.ops.cpu.arrays import TILE_ELEMENTS, array, blocks, floats, scratch
+from harness.ops.cpu.arrays import TILE_ELEMENTS, array, blocks, floats, keep_freed_memory, scratch
 from harness.ops.cpu.team import run
 from harness.ops.interface import Codes, Groups
 
@@ -29,9 +29,11 @@ def select(
     b_enc: Float[Tensor, " rows"] | None,
     k: int,
     groups: Groups,
+    ordered: bool = True,
 ) -> Codes:
     if x.dtype is torch.float64:
         return reference.select(x, W_enc, b_enc, k, groups)
+    keep_freed_memory()
     tokens = x.shape[0]
     values, index = torch.empty((tokens, k)), torch.empty((tokens, k), dtype=torch.int64)
     for span, rows in groups.spans:
@@ -49,16 +51,25 @@ def select(
         width, kept = rows.stop - rows.start, min(k, rows.stop - rows.start)
         tile = scratch("tile", (span.stop - span.start) * width, x.dtype).view(-1, width)
         torch.mm(x[span], W_enc[rows].T, out=tile)
-        kernels.topk(array(tile), bias[rows], kept, _lanes(width, kept), rows.start, out_values[span], out_index[span])
+        _topk(tile, bias[rows], kept, rows.start, ordered, out_values[span], out_index[span])
 
     run(len(tiles), work)
     return Codes(values, index)
 
 
-def select_preactivations(preactivations: Float[Tensor, "tokens rows"], k: int) -> Codes:
-    """Exact top-k of given pre-activations, equal values to the lowest index; k ≤ rows. float32 or bfloat16."""
+def _topk(
+    tile: Tensor, bias: np.ndarray, k: int, first_row: int, ordered: bool, values: np.ndarray, index: np.ndarray
+) -> None:
+    if ordered:
+        kernels.topk(array(tile), bias, k, _lanes(tile.shape[1], k), first_row, values, index)
+    else:
+        kernels.positive_topk(array(tile), bias, k, first_row, values, index)
+
+
+def select_preactivations(preactivations: Float[Tensor, "tokens rows"], k: int, ordered: bool = True) -> Codes:
+    """`select` from given pre-activations, float32 or bfloat16; k ≤ rows."""
     tokens, width = preactivations.shape
     values, index = torch.empty((tokens, k)), torch.empty((tokens, k), dtype=torch.int64)
     bias = np.zeros(width, np.float32)
-    kernels.topk(array(preactivations), bias, k, _lanes(width, k), 0, values.numpy(), index.numpy())
+    _topk(preactivations, bias, k, 0, ordered, values.numpy(), index.numpy())
     return Codes(values, index)

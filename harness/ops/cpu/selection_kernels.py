@@ -183,3 +183,65 @@ def topk(tile, bias, k, lanes, first_row, values, index):
             j = np.int64(np.uint64(0xFFFFFFFF) - (keys[place] & np.uint64(0xFFFFFFFF)))
             values[t, place] = _widen(row[j]) + bias[j]
             index[t, place] = first_row + j
+
+
+@register_jitable
+def _ordered_bits(row, bias, bits):
+    """bits[i]: the bits of row[i] + bias[i], which order as the numbers do; 0 unless positive; most for NaN."""
+    for i in range(row.shape[0]):
+        value = np.float32(_widen(row[i]) + bias[i])
+        pattern = value.view(np.int32)
+        pattern = pattern if value > 0 else np.int32(0)
+        bits[i] = pattern if value == value else np.int32(0x7FFFFFFF)
+
+
+@register_jitable
+def _reaching(bits, threshold):
+    """How many of `bits` reach the threshold; fewer than 2²⁴."""
+    count = np.float32(0.0)
+    for i in range(bits.shape[0]):
+        count += np.float32(1.0) if bits[i] >= threshold else np.float32(0.0)
+    return np.int64(count)
+
+
+@compiled
+def positive_topk(tile, bias, k, first_row, values, index):
+    """The positive ones among the k largest of each row of tile + bias (rows, width), by ascending index, equal values
+    at the k-th place to the lowest; the rest of values, index (rows, k) is 0 at `first_row`. NaN counts as largest.
+
+    Bisection on the numbers' bits ends at the k-th largest exactly.
+    """
+    rows, width = tile.shape
+    # one place more than needed: written first and counted afterwards, which spares a branch
+    bits, chosen = np.empty(width, np.int32), np.empty(width + 1, np.int32)
+    for t in range(rows):
+        row = tile[t]
+        _ordered_bits(row, bias, bits)
+        low, reach_low = np.int64(1), _reaching(bits, np.int32(1))
+        high, reach_high = np.int64(1 << 31), np.int64(0)
+        # more than k values reach `low`, fewer than k reach `high`
+        while reach_low > k and high - low > 1:
+            middle = (low + high) >> 1
+            reach = _reaching(bits, np.int32(middle))
+            if reach >= k:
+                low, reach_low = middle, reach
+            else:
+                high, reach_high = middle, reach
+        threshold, count = np.int32(low), 0
+        if reach_low <= k:
+            for i in range(width):
+                chosen[count] = i
+                count += 1 if bits[i] >= threshold else 0
+        else:
+            spare = k - reach_high
+            for i in range(width):
+                chosen[count] = i
+                equal = 1 if bits[i] == threshold and spare > 0 else 0
+                spare -= equal
+                count += 1 if bits[i] > threshold else equal
+        for place in range(count):
+            i = chosen[place]
+            values[t, place] = _widen(row[i]) + bias[i]
+            index[t, place] = first_row + i
+        values[t, count:] = np.float32(0.0)
+        index[t, count:] = first_row
