@@ -126,24 +126,29 @@ def total_steps(config: Config, d_model: int) -> int:
 
 
 def memory_bytes(config: Config, d_model: int) -> dict[str, int]:
-    """Bytes of one rank by part: weights with gradients and optimiser, and what a step or an evaluation holds beside
-    them, whichever is more. On a GPU the device's; checked against the CPU kernels (docs/lab-log.md)."""
+    """Bytes of one rank by part; on a GPU the device's. Compared with the CPU kernels in docs/lab-log.md.
+
+    weights: with gradients, moments, low-precision copies, average. counters: since when each latent is silent, how
+    often it fired, and in this batch. step: what a step (AuxK included, though it needs nothing while nothing is dead)
+    or an evaluation holds beside them, whichever is more.
+    """
     train, sae, mesh = config.train, config.sae, config.mesh
     word = 8 if train.precision == "fp64" else 4
     copies = 2 if train.precision == "bf16" else 0
-    # the bias-corrected average that is evaluated is a copy of its own
-    averages = 2 * word if train.ema else 0
+    average = word if train.ema else 0
     rows = params(sae, d_model) // mesh.shard
-    # since when a latent fired, how often, in this batch
-    counters = 3 * 8 * sae.n_latents // mesh.shard
-    tokens = train.batch_tokens // mesh.dp
-    width = sae.n_latents // sae.n_experts
+    tokens, width = train.batch_tokens // mesh.dp, sae.n_latents // sae.n_experts
     # normalised, in the experts' order, centred, residual and one in passing; values, indices and gradients of codes
     per_token = 5 * d_model * word + sae.k * (2 * word + 8) * 2
     aux = min(aux_k(sae, d_model), width) * (5 * word + 8) + 2 * d_model * word if sae.aux_alpha else 0
-    step = max(tokens * (per_token + aux), EVALUATION_BATCH * per_token)
+    # the bias-corrected average that is evaluated is a copy of its own
+    step = max(tokens * (per_token + aux), EVALUATION_BATCH * per_token + rows * average)
     tile = min(TILE_NUMBERS, max(tokens, EVALUATION_BATCH) * width) * word
-    return {"weights": rows * (4 * word + copies + averages) + counters, "step": step + tile}
+    return {
+        "weights": rows * (4 * word + copies + average),
+        "counters": 3 * 8 * sae.n_latents // mesh.shard,
+        "step": step + tile,
+    }
 
 
 def checkpoint_bytes(config: Config, d_model: int) -> int:

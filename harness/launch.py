@@ -20,8 +20,11 @@ import yaml
 from harness.config import Config, to_container
 from harness.errors import UserError
 from harness.jobs import compose, grid, pack, plan
+from harness.jobs.estimate import estimate
+from harness.jobs.planfile import record_plan
 from harness.jobs.rundir import FINAL
 from harness.jobs.study import Study, load_study, study_candidates, study_names
+from harness.jobs.table import plan_text
 from harness.record.files import write_json_atomic
 from harness.record.provenance import command_line, now
 from harness.record.signals import INTERRUPTED_EXIT_CODE
@@ -101,14 +104,17 @@ def launch(request: Request, *, dry_run: bool = False) -> Outcome:
 def _launch(request: Request, dry_run: bool) -> Outcome:
     runs = prepare(request, dry_run=dry_run)
     sweep_dirs = tuple(dict.fromkeys(run.run_dir.parent for run in runs))
+    estimates = estimate(runs)
+    jobs = pack.make_jobs([run for run in runs if run.status not in FINAL], estimates.seconds_of)
     if dry_run:
-        print(plan.table(runs))
+        print(plan_text(runs, jobs, estimates))
         return Outcome(0, sweep_dirs)
     for directory in sweep_dirs:
         make_writable(directory)
-        write_study(directory, request, [run for run in runs if run.run_dir.parent == directory])
+        own = [run for run in runs if run.run_dir.parent == directory]
+        write_study(directory, request, own)
+        record_plan(directory, own, estimates)
     ended = [run for run in runs if run.status in FINAL]
-    jobs = pack.make_jobs([run for run in runs if run.status not in FINAL], lambda run: None)
     from harness.jobs.local import run_jobs
 
     return Outcome(run_jobs(jobs, ended), sweep_dirs)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.jobs.plan import aligned, si
+from harness.jobs.columns import aligned, si
 from harness.jobs.rundir import attempts, read_config
 from harness.jobs.state import STATES, RunState, newest_metrics, state_of
 from harness.record.progress import duration

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,8 @@ class Estimate:
     """Closed form, by part, of the whole run."""
     seconds: float | None = None
     """Start, training, evaluations. With `train.until=convergence`: at most."""
+    train_s: float | None = None
+    """The part of `seconds` that the record counts as `wall_s`: steps and evaluations."""
     start_s: float = 0.0
     """The part of `seconds` that a job pays once, however many runs it has."""
     memory_bytes: int | None = None
@@ -169,7 +172,7 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
     trained = _train_seconds(config, d_model, calibration)
     memory = budget.memory_bytes(config, d_model)
     checkpoint = budget.checkpoint_bytes(config, d_model)
-    own, shared = memory["weights"], memory["step"]
+    own, shared = memory["weights"] + memory["counters"], memory["step"]
     if not on_gpu(config):
         sample = START_BYTES_PER_NUMBER * d_model * _sample_rows(config)
         save = SAVE_COPIES * checkpoint // ranks_of(config)
@@ -178,7 +181,8 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
         tokens=tokens,
         params=budget.params(config.sae, d_model),
         flops={part: flops * tokens for part, flops in per_token.items()},
-        seconds=None if trained is None else start + trained,
+        seconds=None if trained is None else start + RUN_START_S + calibration.start_s + trained,
+        train_s=trained,
         start_s=start,
         memory_bytes=own + shared,
         shared_bytes=shared,
@@ -204,7 +208,7 @@ def _start_seconds(config: Config) -> float:
 
 
 def _train_seconds(config: Config, d_model: int, calibration: Calibration) -> float | None:
-    """Start of the run itself, its steps and its evaluations."""
+    """Steps and evaluations of a run."""
     steps = budget.total_steps(config, d_model)
     heldout = round(config.activations.heldout_tokens)
     looks = len(evaluation_steps(config, steps)) * min(config.train.eval_rows, heldout) + heldout
@@ -222,7 +226,7 @@ def _train_seconds(config: Config, d_model: int, calibration: Calibration) -> fl
         step_s = interpolate(points, _step_flops(config, d_model)) / at_once
         batch_s = interpolate(calibration.evaluations[_kind(config)], _evaluation_flops(config, d_model))
         row_s = batch_s / config.train.batch_tokens / at_once
-    return RUN_START_S + calibration.start_s + steps * step_s + looks * row_s
+    return steps * step_s + looks * row_s
 
 
 def _gpu(config: Config) -> Gpu | None:
@@ -304,6 +308,7 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     from harness.record.memory import reset_peak
     from harness.train.speed import measure_speed, measure_start
 
+    load = os.getloadavg()[0]
     shapes = probes(runs)
     work = sum(_step_flops(run.config, run.store.d_model or 0) * _steps(run) for run in runs) / ASSUMED_FLOPS_PER_S
     seconds = min(SHAPE_S, CALIBRATION_SHARE * work / len(shapes))
@@ -318,9 +323,10 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     for points in (*calibration.steps.values(), *calibration.evaluations.values()):
         points.sort()
     reset_peak()
-    about = machine()
-    processor = about["gpus"][0] if on_gpu(first) else f"{about['cpu']}, {first.train.threads or _cores()} threads"
-    return f"{len(shapes)} shapes timed on {processor}"
+    about, threads = machine(), first.train.threads or _cores()
+    processor = about["gpus"][0] if on_gpu(first) else f"{about['cpu']}, {threads} threads"
+    others = f" that is busy with other work (load {load:.1f})" if load > 0.5 * (os.cpu_count() or 1) else ""
+    return f"{len(shapes)} of the shapes timed on {processor}{others}"
 
 
 def _steps(run: Run) -> int:

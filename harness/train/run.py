@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from harness.ops import Ops, choose_ops
 from harness.parallel import Shards, Solo
 from harness.record.checkpoint import Checkpoint, find_checkpoint, load_tensors, remove_checkpoints, save_checkpoint
 from harness.record.files import write_json_atomic, write_tensors_atomic
+from harness.record.memory import peak_bytes, reset_peak
 from harness.record.metrics import MetricsFile, NullMetrics, cut_after
 from harness.record.progress import Progress
 from harness.record.provenance import now
@@ -74,6 +73,7 @@ def run_cells(
     ops = choose_ops(first.ops, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    reset_peak()
     owner = checkpoints.parent.name
     found = find_checkpoint(checkpoints, owner, shards)
     if found is not None:
@@ -251,8 +251,5 @@ def _result(cell: Cell, summary: dict[str, Any], started: str, attempt: int) -> 
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Peak bytes: of the device's allocator on a GPU, of the whole process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    """Peak bytes since the runs began: of the device's allocator on a GPU, of the whole process elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()

@@ -1,0 +1,198 @@
+"""What a plan needs of disk and memory, and what of it would not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import budget
+from harness.config import ActivationsConfig, Config, MeshConfig
+from harness.jobs.columns import listed, si
+from harness.jobs.estimate import Estimates, on_gpu, ranks_of
+from harness.jobs.gpus import find_gpu
+from harness.jobs.pack import Job
+from harness.jobs.plan import Run
+from harness.record.progress import duration
+
+FITS = 0.9
+"""Of a memory, what a job may plan to use: allocators keep some for themselves."""
+
+LINE_BYTES = 600
+"""A line of `metrics.jsonl`."""
+
+HARVEST_COPIES = 2.05
+"""A store that is being made takes its size about twice: units, and the shards made of them."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a plan needs."""
+
+    stores: float
+    """Of activations that are still to be harvested."""
+    harvest: float
+    """While the largest of them is made."""
+    stores_there: float
+    results: float
+    """Final weights and records of the runs to do."""
+    checkpoints: float
+    """At the most at one time, the next one being written."""
+
+    def needed(self) -> float:
+        return max(self.stores, self.harvest) + self.results + self.checkpoints
+
+
+def store_bytes(config: ActivationsConfig, d_model: int) -> float:
+    """Rows, and for each the number of its document. Synthetic rows are computed."""
+    if config.kind == "synthetic":
+        return 0.0
+    width = {"bf16": 2, "fp16": 2, "fp32": 4}[config.dtype]
+    return (config.tokens + config.heldout_tokens) * (d_model * width + 8)
+
+
+def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk:
+    """`runs` are all of the sweep, `jobs` those that are still to be trained."""
+    from harness.activations.identity import store_root
+    from harness.activations.store import is_complete
+
+    new, there = [], []
+    sections = {run.store.id: run for run in runs if run.store.d_model is not None}
+    for run in sections.values():
+        size = store_bytes(run.config.activations, run.store.d_model or 0)
+        place = store_root(run.config.activations, Path(run.config.out)) / run.store.id
+        (there if is_complete(place) else new).append(size)
+    results, saving = 0.0, []
+    for job in jobs:
+        parts = [estimates.of(run) for run in job.runs]
+        for run, part in zip(job.runs, parts, strict=True):
+            lines = (part.tokens or 0) / run.config.train.batch_tokens / run.config.train.log_every_steps
+            results += part.weights_bytes + LINE_BYTES * lines
+        saving.append(2.0 * sum(part.checkpoint_bytes for part in parts))
+    at_once = _at_once(jobs)
+    return Disk(
+        stores=sum(new),
+        harvest=sum(new) + (HARVEST_COPIES - 1) * max(new, default=0.0),
+        stores_there=sum(there),
+        results=results,
+        checkpoints=sum(sorted(saving, reverse=True)[:at_once]),
+    )
+
+
+def _at_once(jobs: Sequence[Job]) -> int:
+    """Jobs that may run at the same time."""
+    if not jobs or jobs[0].config.cluster.name == "local":
+        return 1
+    return jobs[0].config.cluster.max_running or len(jobs)
+
+
+def would_not_fit(jobs: Sequence[Job], estimates: Estimates, needed: Disk) -> list[str]:
+    """One line for each thing that is too small, with what to do."""
+    lines = []
+    for job in jobs:
+        if line := _memory_problem(job, estimates):
+            lines.append(line)
+    if len(lines) > 5:
+        lines = [*lines[:5], f"… and {len(lines) - 5} more jobs"]
+    if jobs:
+        place = _existing(jobs[0].home)
+        free = shutil.disk_usage(place).free
+        if needed.needed() > free:
+            lines.append(
+                f"disk: {si(needed.needed())}B are needed and {si(free)}B are free in {place}; "
+                "choose another out= or activations.dir=, or fewer cells"
+            )
+    return lines
+
+
+def _existing(path: Path) -> Path:
+    """The nearest directory above that exists."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.is_dir())
+
+
+def _memory_problem(job: Job, estimates: Estimates) -> str:
+    needed, there = estimates.job_memory(job), available(job.config)
+    if needed is None or there is None:
+        return ""
+    size, where = there
+    if needed <= FITS * size:
+        return ""
+    first, packed = job.runs[0], len(job.runs) > 1
+    remedy = "lower train.batch_tokens or sae.n_latents"
+    if packed:
+        remedy = "lower cluster.pack"
+    elif (shard := _enough_shards(first, size)) is not None:
+        remedy = f"mesh.shard={shard} would do"
+    name = f"pack {job.home.name}" if packed else first.run_id
+    return f"memory: {name} needs {si(needed)}B per rank, {where} has {si(size)}B; {remedy}"
+
+
+def available(config: Config) -> tuple[float, str] | None:
+    """Bytes for one rank, and whose they are; None where the plan cannot know."""
+    cluster, ranks = config.cluster, ranks_of(config)
+    if on_gpu(config):
+        if cluster.gpu_type:
+            gpu = find_gpu(cluster.gpu_type)
+            return None if gpu is None else (gpu.memory_bytes, f"an {gpu.name}")
+        if cluster.name == "slurm":
+            return None
+        import torch
+
+        return float(torch.cuda.get_device_properties(0).total_memory), "the GPU here"
+    if cluster.name == "slurm":
+        if not cluster.mem:
+            return None
+        return memory_limit(cluster.mem) / (cluster.tasks_per_node or ranks), f"its share of cluster.mem={cluster.mem}"
+    import psutil
+
+    return psutil.virtual_memory().total / ranks, "this machine" if ranks == 1 else "its share of this machine"
+
+
+def _enough_shards(run: Run, size: float) -> int | None:
+    """The smallest `mesh.shard` at which one rank's part fits on a GPU of `size` bytes."""
+    config, d_model = run.config, run.store.d_model
+    if d_model is None or not on_gpu(config):
+        return None
+    cut = config.sae.n_experts if config.sae.architecture == "switch" else config.sae.n_latents
+    for shard in (2, 4, 8, 16, 32, 64):
+        if shard > config.mesh.shard and cut % shard == 0:
+            part = dataclasses.replace(config, mesh=MeshConfig(dp=config.mesh.dp, shard=shard))
+            if sum(budget.memory_bytes(part, d_model).values()) <= FITS * size:
+                return shard
+    return None
+
+
+def memory_limit(text: str) -> float:
+    """Bytes of a memory size as Slurm reads it: `64G`, `512M`; megabytes without a unit."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "M")
+    return float(number) * units[unit]
+
+
+def time_limit(text: str) -> float:
+    """Seconds of a time limit as Slurm reads it: MINUTES, MM:SS, HH:MM:SS, DAYS-HH, DAYS-HH:MM, DAYS-HH:MM:SS."""
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = 0, parts[0], sum(parts[1:])
+    return 86400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds
+
+
+def longer_than_the_limit(jobs: Sequence[Job], estimates: Estimates) -> list[str]:
+    """Jobs that need several allocations one after the other, which they get by themselves."""
+    over = []
+    for job in jobs:
+        seconds, cluster = estimates.job_seconds(job), job.config.cluster
+        if cluster.name != "slurm" or seconds is None:
+            continue
+        room = max(time_limit(cluster.time) - cluster.lead_s, 1.0)
+        if seconds > room:
+            over.append(f"{job.home.name} in {-(-seconds // room):.0f} ({duration(seconds)})")
+    if not over:
+        return []
+    return [f"longer than cluster.time={jobs[0].config.cluster.time}, goes on in the next allocation: {listed(over)}"]

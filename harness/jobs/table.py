@@ -1,0 +1,124 @@
+"""The plan as a person reads it: a row per run, then jobs, time, disk, and what would not fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from harness.jobs.columns import aligned, si
+from harness.jobs.estimate import Estimate, Estimates, ranks_of
+from harness.jobs.limits import Disk, disk, longer_than_the_limit, would_not_fit
+from harness.jobs.pack import Job
+from harness.jobs.plan import Run
+from harness.jobs.rundir import FINAL
+from harness.record.progress import duration
+
+ROWS = 200
+
+PARTS = {"encoder": "enc", "selection": "sel", "decode": "dec", "gradients": "grad", "auxk": "aux", "router": "rt"}
+"""Parts of the FLOPs in the order of their column; the rest is the optimiser."""
+
+
+def plan_text(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> str:
+    """`runs`: all that were asked for, cheap ones first; `jobs`: how those that are not done will be trained."""
+    job_of = {run.run_dir: number for number, job in enumerate(jobs, start=1) for run in job.runs}
+    columns = _columns(runs, jobs, estimates, job_of)
+    rows = [list(columns)]
+    rows += [[form(run, estimates.of(run)) for form in columns.values()] for run in runs[:ROWS]]
+    lines = aligned(rows)
+    if len(runs) > ROWS:
+        lines.append(f"… and {len(runs) - ROWS} more")
+    counts = Counter(run.status for run in runs)
+    lines.append(f"{len(runs)} cells: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    if any(estimates.of(run).flops for run in runs):
+        lines += _summary(runs, jobs, estimates)
+    return "\n".join(lines)
+
+
+def _columns(
+    runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates, job_of: Mapping[Path, int]
+) -> dict[str, Callable[[Run, Estimate], str]]:
+    """Heading → what stands there for a run."""
+    columns: dict[str, Callable[[Run, Estimate], str]] = {
+        "run": lambda run, _: run.run_id,
+        "params": lambda _, known: _si(known.params),
+        "tokens": lambda _, known: _si(known.tokens),
+        "FLOPs": lambda _, known: f"{sum(known.flops.values()):.2e}" if known.flops else "?",
+        f"% {'/'.join(PARTS.values())}/opt": lambda _, known: _shares(known.flops),
+        "memory": lambda _, known: _si(known.memory_bytes, "B"),
+    }
+    if any(ranks_of(run.config) > 1 for run in runs):
+        columns["sent/step"] = lambda _, known: _si(known.sent_bytes if known.params else None, "B")
+    columns["checkpoint"] = lambda _, known: _si(known.checkpoint_bytes or None, "B")
+    columns["time"] = lambda _, known: "?" if known.seconds is None else duration(known.seconds)
+    if any(len(job.runs) > 1 for job in jobs):
+        columns["job"] = lambda run, _: str(job_of.get(run.run_dir, "-"))
+    columns["state"] = lambda run, _: run.status
+    return columns
+
+
+def _si(value: float | None, unit: str = "") -> str:
+    return "?" if value is None else f"{si(value)}{unit}"
+
+
+def _shares(flops: dict[str, float]) -> str:
+    total = sum(flops.values())
+    return "/".join(f"{100 * flops[part] / total:.0f}" for part in (*PARTS, "optimizer")) if total else "?"
+
+
+def _summary(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> list[str]:
+    to_do = [run for run in runs if run.status not in FINAL]
+    if not to_do:
+        return ["nothing to do"]
+    flops = sum(sum(estimates.of(run).flops.values()) for run in to_do)
+    packs = [len(job.runs) for job in jobs if len(job.runs) > 1]
+    lines = [f"to do: {flops:.2e} FLOPs in {_count(len(jobs), 'job')}{_packing(packs)}{_time(jobs, estimates)}"]
+    calibration = estimates.calibration
+    if calibration.source:
+        took = f" in {calibration.seconds:.1f} s" if calibration.seconds else ""
+        lines.append(f"times: {calibration.source}{took}; harvesting not included")
+    if calibration.problem:
+        lines.append(f"times: {calibration.problem}")
+    needed = disk(runs, jobs, estimates)
+    lines.append(f"disk: {_disk(needed)}")
+    lines += longer_than_the_limit(jobs, estimates)
+    lines += [f"would not fit: {line}" for line in would_not_fit(jobs, estimates, needed)]
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _packing(packs: Sequence[int]) -> str:
+    if not packs:
+        return ""
+    cells = str(packs[0]) if min(packs) == max(packs) else f"{min(packs)} to {max(packs)}"
+    return f" ({_count(len(packs), 'pack')} of {cells} cells)"
+
+
+def _time(jobs: Sequence[Job], estimates: Estimates) -> str:
+    """Device-hours, and how long it takes from start to end."""
+    known = [(job, seconds) for job in jobs if (seconds := estimates.job_seconds(job)) is not None]
+    if not known:
+        return ""
+    hours = sum(seconds * ranks_of(job.config) for job, seconds in known) / 3600
+    total, longest = sum(seconds for _, seconds in known), max(seconds for _, seconds in known)
+    cluster = jobs[0].config.cluster
+    if cluster.name == "local":
+        words = f"{duration(total)} one after the other"
+    elif cluster.max_running:
+        words = f"at least {duration(max(longest, total / cluster.max_running))} with {cluster.max_running} at a time"
+    else:
+        words = f"the longest takes {duration(longest)}"
+    unknown = f"; {_count(len(jobs) - len(known), 'job')} of unknown length" if len(known) < len(jobs) else ""
+    return f": {si(hours)} device-hours, {words}{unknown}"
+
+
+def _disk(needed: Disk) -> str:
+    there = f" ({si(needed.stores_there)}B are there)" if needed.stores_there else ""
+    return (
+        f"{si(needed.stores)}B of activations to harvest{there}, {si(needed.results)}B of weights and records, "
+        f"at most {si(needed.checkpoints)}B of checkpoints at a time"
+    )
