@@ -53,6 +53,9 @@ class Multiplier:
     floor: float
     crossing: float | None
     """x at which both have the same loss, when it lies inside the data; None otherwise."""
+    crossing_lo: float | None = None
+    crossing_hi: float | None = None
+    """Profile interval of that x; None for an end that the data do not bound (parallel curves never cross)."""
     floor_identified: bool = True
     notes: list[Note] = field(default_factory=list)
 
@@ -96,12 +99,13 @@ def multiplier(
     notes: list[Note] = []
     exponents = (raw["a"], raw["a"] + raw["d"])
     crossing = _crossing(raw, values)
+    ends = (None, None) if crossing is None else _crossing_interval(apart, at_apart, math.log(crossing), level)
     floor_open = profile_floor_open(apart, at_apart)
     if floor_open:
         notes.append(note("floor_not_identified", "warning", "the common floor may be zero"))
     if p >= 1 - level and at_loss is None:
         value, low, high = _shared_multiplier(shared, at_shared, level)
-        return Multiplier(value, low, high, None, p, exponents, raw["E"], crossing, not floor_open, notes)
+        return Multiplier(value, low, high, None, p, exponents, raw["E"], crossing, *ends, not floor_open, notes)
     if at_loss is None:
         low_end, high_end = max(y[group == g].min() for g in (0, 1)), min(y[group == g].max() for g in (0, 1))
         at_loss = float(np.sqrt(low_end * high_end))
@@ -110,7 +114,7 @@ def multiplier(
     reached = [y[group == g].min() <= at_loss <= y[group == g].max() for g in (0, 1)]
     if not all(reached):
         notes.append(note("extrapolation", "warning", f"loss {at_loss:.4g} was not reached by both architectures"))
-    return Multiplier(value, low, high, at_loss, p, exponents, raw["E"], crossing, not floor_open, notes)
+    return Multiplier(value, low, high, at_loss, p, exponents, raw["E"], crossing, *ends, not floor_open, notes)
 
 
 def _stacked(parts: list[Frame], table: RunTable, x: str) -> tuple[Array, Array, Array]:
@@ -154,17 +158,31 @@ def profile_floor_open(problem: Problem, optimum: Optimum, level: float = 0.95) 
 def _shared_multiplier(problem: Problem, optimum: Optimum, level: float) -> tuple[float, float | None, float | None]:
     """exp(−s/a) with its profile interval: the values m for which s + m·a = 0 is not rejected (Fieller)."""
     matrix, _ = problem.raw_map()
-    names = problem.law.params
-    s_row, a_row = matrix[names.index("s")], matrix[names.index("a")]
-    s, a = float(s_row @ optimum.theta), float(a_row @ optimum.theta)
-    best = -s / a
+    s_row, a_row = (matrix[problem.law.params.index(name)] for name in ("s", "a"))
+    best = -float(s_row @ optimum.theta) / float(a_row @ optimum.theta)
+    return math.exp(best), *_where_zero(problem, optimum, s_row, a_row, best, level)
+
+
+def _crossing_interval(
+    problem: Problem, optimum: Optimum, log_x: float, level: float
+) -> tuple[float | None, float | None]:
+    """The x at which equal losses are not rejected: s − d·ln x = 0 (Fieller)."""
+    matrix, _ = problem.raw_map()
+    s_row, d_row = (matrix[problem.law.params.index(name)] for name in ("s", "d"))
+    return _where_zero(problem, optimum, s_row, -d_row, log_x, level)
+
+
+def _where_zero(
+    problem: Problem, optimum: Optimum, row: Array, per_unit: Array, best: float, level: float
+) -> tuple[float | None, float | None]:
+    """exp of the ends of {v: (row + v·per_unit)·θ = 0 is not rejected}, by profile F; None where it has no end."""
     limit = critical_f(problem.points - problem.size, level)
 
-    def rejected(log_m: float) -> float:
-        f, _ = profile_f(problem, optimum.theta, optimum.objective, s_row + log_m * a_row, 0.0)
+    def rejected(v: float) -> float:
+        f, _ = profile_f(problem, optimum.theta, optimum.objective, row + v * per_unit, 0.0)
         return f - limit
 
-    return math.exp(best), _edge(rejected, best, -1.0), _edge(rejected, best, 1.0)
+    return _edge(rejected, best, -1.0), _edge(rejected, best, 1.0)
 
 
 def _edge(rejected: Callable[[float], float], best: float, sign: float) -> float | None:

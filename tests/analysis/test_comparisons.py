@@ -84,6 +84,48 @@ def test_different_exponents_are_rejected_and_quoted_at_a_loss():
     assert result.crossing == pytest.approx(1e12 * np.exp(0.5 / 0.15), rel=0.25)
 
 
+@pytest.mark.slow
+def test_crossing_intervals_cover():
+    truth = 1e12 * np.exp(0.5 / 0.15)
+    inside, closed = [], []
+    for seed in range(600):
+        found = multiplier(_two(0.5, exponent_b=0.45, noise=0.01, seed=seed))
+        if found.crossing is None:  # outside the data: nothing is claimed
+            continue
+        inside.append((found.crossing_lo or 0) <= truth <= (found.crossing_hi or np.inf))
+        closed.append(found.crossing_lo is not None and found.crossing_hi is not None)
+    print(f"coverage of the crossing: {np.mean(inside):.3f} of {len(inside)}, {np.mean(closed):.3f} closed")
+    assert len(inside) > 550 and 0.92 <= np.mean(inside) <= 0.98
+
+
+def test_crossing_has_an_interval_and_parallel_curves_have_none():
+    found = multiplier(_two(0.5, exponent_b=0.45, noise=0.002, seed=1))
+    assert found.crossing is not None and found.crossing_lo is not None and found.crossing_hi is not None
+    assert found.crossing_lo < 1e12 * np.exp(0.5 / 0.15) < found.crossing_hi
+    parallel = multiplier(_two(0.02, noise=0.01, seed=3))
+    assert parallel.p_shared > 0.05 and (
+        parallel.crossing is None or None in (parallel.crossing_lo, parallel.crossing_hi)
+    )
+
+
+def test_equal_n_compares_latents():
+    """The same two curves along n: how many times fewer latents the second needs."""
+    truth = 2.0
+    table = _two(-0.3 * np.log(truth), seed=1)
+    table = table.but(roles={"n": "flops", "loss": "fvu", "k": "k"})
+    found = multiplier(table, x="n")
+    assert found.value == pytest.approx(truth, rel=0.05) and found.at_loss is None
+    assert found.lo is not None and found.hi is not None and found.lo < truth < found.hi
+
+
+def test_any_two_groups_can_be_compared():
+    table = _two(-0.3 * np.log(4.0))
+    back = multiplier(table, {"sae": "switch"}, {"sae": "topk"})
+    forth = multiplier(table)
+    assert back.value is not None and forth.value is not None
+    assert back.value * forth.value == pytest.approx(1.0, rel=1e-6)
+
+
 def test_multiplier_refuses_mixed_k_and_thin_groups():
     table = _two(-0.3)
     with pytest.raises(UserError, match="fewer than 3"):
