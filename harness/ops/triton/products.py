@@ -1,0 +1,166 @@
+"""What the kernels make together: selection, reconstruction and weight gradients of all groups, on a GPU.
+
+No step waits for the device: sizes of groups are read there. Groups with few latents per active one are products over
+their whole width (`grouped`), the others gathers (`decode`, `gradients`); the encoder of a single group is cuBLAS's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from harness.budget import DENSE_ROWS_PER_K_GPU
+from harness.ops import reference
+from harness.ops.interface import Codes, Groups, Reduce
+from harness.ops.triton import gradients
+from harness.ops.triton.decode import decode
+from harness.ops.triton.grouped import add_gradients, latent_products, on_device, reconstructions
+from harness.ops.triton.selection import fits, select_rows
+
+TILE_BYTES = 1 << 29
+"""Pre-activations held at a time. Every tile reads the encoder again, so it is as large as memory well allows: at
+d = 768 tiles that fit the L2 cache would read as many bytes of weights as they save of pre-activations."""
+
+
+def _widest(groups: Groups) -> int:
+    rows = groups.row_offsets
+    return max(after - before for before, after in itertools.pairwise(rows))
+
+
+def _of_tokens(groups: Groups, tokens: int, device: torch.device) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
+    """First latent and number of latents of each token's group, int32."""
+    rows = groups.row_offsets
+    if len(rows) == 2:
+        firsts = torch.zeros(tokens, dtype=torch.int32, device=device)
+        return firsts, torch.full_like(firsts, rows[1])
+    starts = on_device(rows, device)
+    ends = groups.token_offsets[1:].contiguous()
+    group = torch.searchsorted(ends, torch.arange(tokens, device=device), right=True).clamp_(max=len(rows) - 2)
+    firsts = starts[group]
+    widths = starts[group + 1] - firsts
+    return firsts.clamp(max=max(0, rows[-1] - 1)), widths
+
+
+def _blocks(groups: Groups, tokens: int, row_bytes: int) -> Iterator[tuple[slice, Int[Tensor, " groups_plus_1"]]]:
+    """Ranges of tokens whose tiles have at most `TILE_BYTES`, with the groups' token offsets inside."""
+    size = max(1, TILE_BYTES // row_bytes)
+    for begin in range(0, tokens, size):
+        end = min(begin + size, tokens)
+        yield slice(begin, end), groups.token_offsets.clamp(begin, end) - begin
+
+
+def select(
+    x: Float[Tensor, "tokens d"],
+    W_enc: Float[Tensor, "rows d"],
+    b_enc: Float[Tensor, " rows"] | None,
+    k: int,
+    groups: Groups,
+    ordered: bool = True,  # always is
+) -> Codes:
+    (tokens, _), rows, widest = x.shape, W_enc.shape[0], _widest(groups)
+    if x.dtype is torch.float64 or rows == 0 or not fits(widest, k):
+        return reference.select(x, W_enc, b_enc, k, groups)
+    x, bias = x.contiguous(), None if b_enc is None else b_enc.to(x.dtype)
+    values = torch.empty((tokens, k), device=x.device)
+    index = torch.empty((tokens, k), dtype=torch.int64, device=x.device)
+    firsts, widths = _of_tokens(groups, tokens, x.device)
+    for block, offsets in _blocks(groups, tokens, widest * x.element_size()):
+        z = torch.empty((block.stop - block.start, widest), dtype=x.dtype, device=x.device)
+        if len(groups.row_offsets) > 2:
+            latent_products(x[block], W_enc, bias, offsets, groups.row_offsets, z)
+        elif bias is None:
+            torch.mm(x[block], W_enc.T, out=z)
+        else:
+            torch.addmm(bias, x[block], W_enc.T, out=z)
+        select_rows(z, k, firsts[block], widths[block], (values[block], index[block]))
+    return Codes(values, index)
+
+
+def _is_dense(groups: Groups, k: int, dtype: torch.dtype) -> bool:
+    precision = "fp32" if dtype is torch.float32 else "bf16"
+    return _widest(groups) <= DENSE_ROWS_PER_K_GPU[precision] * k
+
+
+def _dense(
+    values: Float[Tensor, "tokens k"], columns: Int[Tensor, "tokens k"], widest: int, dtype: torch.dtype
+) -> Float[Tensor, "tokens widest"]:
+    matrix = torch.zeros((values.shape[0], widest), dtype=dtype, device=values.device)
+    # padding points at the group's first row with value 0, so it must add, not overwrite; the order does not matter
+    return matrix.scatter_add_(1, columns, values.to(dtype))
+
+
+def reconstruct(
+    codes: Codes,
+    W_dec: Float[Tensor, "rows d"],
+    x: Float[Tensor, "tokens d"],
+    scale: Float[Tensor, " tokens"] | None,
+    groups: Groups,
+    reduce: Reduce | None = None,
+) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, "tokens k"], Float[Tensor, " tokens"]]:
+    rows = W_dec.shape[0]
+    if W_dec.dtype is torch.float64 or x.dtype is torch.float64 or rows == 0:
+        return reference.reconstruct(codes, W_dec, x, scale, groups, reduce)
+    (tokens, k), device = codes.values.shape, x.device
+    values, index = codes.values.float().contiguous(), codes.index.contiguous()
+    x = x.contiguous()
+    residual, squared = torch.empty(x.shape, device=device), torch.empty(tokens, device=device)
+    dz = torch.empty((tokens, k), device=device)
+    if not _is_dense(groups, k, W_dec.dtype):
+        out = (residual, dz, squared)
+        decode(values, index, W_dec, x, scale, out, forward=True, backward=reduce is None)
+        if reduce is None:
+            return out
+        out = (reduce(residual), dz, squared)
+        decode(values, index, W_dec, x, None, out, forward=False, backward=True)
+        return out
+    widest, columns = _widest(groups), index - _of_tokens(groups, tokens, device)[0][:, None]
+    blocks = list(_blocks(groups, tokens, widest * 4))
+    for block, offsets in blocks:
+        active = _dense(values[block], columns[block], widest, W_dec.dtype)
+        reconstructions(active, W_dec, offsets, groups.row_offsets, residual[block])
+    if scale is not None:
+        residual *= scale[:, None]
+    if reduce is not None:
+        residual = reduce(residual)
+    torch.sub(x, residual, out=residual)
+    for block, offsets in blocks:
+        products = torch.empty((block.stop - block.start, widest), device=device)
+        latent_products(residual[block].to(W_dec.dtype), W_dec, None, offsets, groups.row_offsets, products)
+        dz[block] = torch.where(values[block] > 0, products.gather(1, columns[block]), 0.0)
+    return residual, dz, residual.square().sum(dim=1)
+
+
+def weight_grads(
+    codes: Codes,
+    dz: Float[Tensor, "tokens k"],
+    x: Float[Tensor, "tokens d"],
+    residual: Float[Tensor, "tokens d"],
+    groups: Groups,
+    out: tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"], Float[Tensor, " rows"]],
+) -> None:
+    if out[0].dtype is torch.float64:
+        return reference.weight_grads(codes, dz, x, residual, groups, out)
+    (tokens, k), rows = codes.values.shape, out[0].shape[0]
+    if rows == 0:
+        return
+    values, index, dz = codes.values.float().contiguous(), codes.index.contiguous(), dz.contiguous()
+    x, residual = x.contiguous(), residual.contiguous()
+    if not _is_dense(groups, k, x.dtype):
+        gradients.weight_grads(index, values, dz, x, residual, out)
+        return
+    for grad in out:
+        grad.zero_()
+    widest, columns = _widest(groups), index - _of_tokens(groups, tokens, x.device)[0][:, None]
+    W_enc_grad, W_dec_grad, b_enc_grad = out
+    for block, offsets in _blocks(groups, tokens, widest * 4):
+        ones = torch.ones((block.stop - block.start, 1), dtype=x.dtype, device=x.device)
+        own = offsets, groups.row_offsets
+        active = _dense(values[block], columns[block], widest, x.dtype)
+        add_gradients(active, residual[block].to(x.dtype), *own, W_dec_grad)
+        active = _dense(dz[block], columns[block], widest, x.dtype)
+        add_gradients(active, x[block], *own, W_enc_grad)
+        add_gradients(active, ones, *own, b_enc_grad[:, None])
