@@ -43,9 +43,12 @@ def isoflop(table: RunTable, budgets: int | Array = 8, method: str = "akima") ->
             the nearest five sizes).
 
     A minimum counts only when sizes on both sides are worse (else note `isoflop_edge`, and the row is not bracketed).
+    Raises `UserError` for runs of several k, and for curves of fewer than three sizes.
     """
     if method not in ("akima", "parabola"):
         raise UserError(f"method={method!r} is not known; use 'akima' or 'parabola'")
+    if table.has("k") and len(set(table.values("k"))) > 1:
+        raise UserError(f"{table.name}: isoflop needs runs of one k (e.g. table.where(k=32)); these have several")
     profiles = _from_curves(table, budgets) if table.histories else _from_rows(table)
     minima, edges, rough = [], [], []
     for flops, part in profiles.groupby("flops"):

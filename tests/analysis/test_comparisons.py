@@ -1,10 +1,12 @@
 """Comparisons against known truths: forms, compute multipliers, IsoFLOP minima, frontiers, learning rates."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import RunTable, fit, frontier
+from analysis import RunTable, fit, frontier, load
 from analysis.compare import compare
 from analysis.frontier import frontier_law
 from analysis.isoflop import isoflop
@@ -12,7 +14,7 @@ from analysis.learning_rate import at_best_rate, best_rates
 from analysis.multiplier import multiplier
 from analysis.notes import has
 from harness.errors import UserError
-from tests.analysis.generate import grid_frame
+from tests.analysis.generate import grid_frame, write_run
 
 ROLES = {"n": "n_latents", "k": "k", "loss": "fvu"}
 
@@ -171,9 +173,56 @@ def test_isoflop_with_two_dips_is_flagged():
     assert has(isoflop(table).notes, "isoflop_nonconvex")
 
 
+def _curve_runs(directory, sizes, tokens, decayed=()):
+    """Run directories whose curves follow E + A·n^-a + B·D^-a with FLOPs = 6·n·D: the best n is (C/6)^(1/2)."""
+    for n in map(int, sizes):
+        run = write_run(directory, sae="topk", n=n, k=16, decay_fraction=0.2 * (n in decayed))
+        d = np.geomspace(tokens / 300, tokens, 60)
+        loss = 0.05 + 3 * n**-0.4 + 3 * d**-0.4
+        if n in decayed:
+            loss = loss / 2  # would win at every budget, were its curve allowed in
+        lines = [{"tokens": float(t), "flops": 6 * n * float(t), "fvu": float(y)} for t, y in zip(d, loss, strict=True)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        content = json.loads((run / "result.json").read_text())
+        content |= {"tokens": tokens, "flops": 6 * n * tokens, "fvu": float(loss[-1])}
+        (run / "result.json").write_text(json.dumps(content))
+    return load(directory)
+
+
+SIZES = 2 ** np.arange(8, 18)
+
+
+@pytest.mark.parametrize("method", ["akima", "parabola"])
+def test_isoflop_from_training_curves(method, tmp_path):
+    table = _curve_runs(tmp_path, SIZES, 2**16)
+    result = isoflop(table, budgets=6 * 4.0 ** np.arange(10, 15), method=method)
+    assert result.minima["bracketed"].all() and len(result.minima) == 5
+    np.testing.assert_allclose(result.minima["n"], (result.minima["flops"] / 6) ** 0.5, rtol=0.03)
+    assert result.law is not None and result.law.values["p"] == pytest.approx(0.5, abs=0.01)
+    low, high = result.law.intervals["p"]
+    assert low is not None and high is not None and low < high
+    spaced = isoflop(table, budgets=6, method=method)
+    assert len(spaced.minima) == 6 and spaced.profiles.groupby("flops")["n"].nunique().min() >= 3
+
+
+def test_isoflop_takes_no_curve_of_a_decayed_run(tmp_path):
+    result = isoflop(_curve_runs(tmp_path, SIZES, 2**16, decayed=(512,)), budgets=6 * 4.0 ** np.arange(10, 14))
+    assert 512 not in set(result.profiles["n"])
+    np.testing.assert_allclose(result.minima["n"], (result.minima["flops"] / 6) ** 0.5, rtol=0.05)
+
+
+def test_isoflop_refuses_several_k_and_too_few_sizes(tmp_path):
+    table = _curve_runs(tmp_path, SIZES[:2], 2**16)
+    with pytest.raises(UserError, match="at least three sizes"):
+        isoflop(table)
+    table.frame.loc[0, "k"] = 8
+    with pytest.raises(UserError, match="runs of one k"):
+        isoflop(table)
+
+
 def _curves(sizes, tokens, stop=None):
     rows = []
-    for n in sizes:
+    for n in map(int, sizes):
         d = np.geomspace(1e4, tokens if stop is None else stop(n), 30)
         loss = 0.05 + 3 * n**-0.5 + 20 * d**-0.5
         rows.append(pd.DataFrame({"run": f"n{n}", "tokens": d, "flops": 6 * n * d, "loss": loss, "constant_lr": True}))
@@ -216,6 +265,25 @@ def test_best_learning_rate_and_its_slope():
     np.testing.assert_allclose(result.rates["lr"], 2e-4 / np.sqrt(result.rates["n"] / 2**14), rtol=1e-6)
 
 
+def test_best_learning_rates_of_a_sweep_directory(tmp_path):
+    """Rates as the launcher writes them: c of the rule c·2e-4/√(n/2^14); the best c here is 3 at every n but noisy."""
+    rng = np.random.default_rng(0)
+    for n in (256, 512, 1024, 2048, 4096):
+        for factor in (0.75, 1.5, 3, 6, 12):
+            loss = 0.2 * np.exp(0.06 * np.log(factor / 3) ** 2 + 0.003 * rng.standard_normal())
+            run = write_run(tmp_path / f"c{factor}", sae="topk", n=n, k=16, fvu=loss)
+            content = json.loads((run / "result.json").read_text())
+            content["run_id"] += f"-c{factor}"
+            content["config"]["train"] |= {"lr_factor": factor, "lr": 0.0}
+            (run / "result.json").write_text(json.dumps(content))
+    found = best_rates(load([str(path) for path in sorted(tmp_path.iterdir())]))
+    assert found.law is not None and found.rates["bracketed"].all()
+    low, high = found.law.intervals["p"]
+    assert low is not None and high is not None
+    print(f"best learning rate of a sweep: n^{found.law.values['p']:.3f} [{low:.3f}, {high:.3f}], true -0.5")
+    assert low < -0.5 < high and high - low < 0.3
+
+
 def test_best_learning_rate_at_the_edge_is_flagged():
     result = best_rates(_rates([1.2, 2.4, 4.8]))
     assert not result.rates["bracketed"].any() and result.law is None and has(result.notes, "isoflop_edge")
@@ -247,3 +315,25 @@ def test_bilinear_experts_and_tokens_to_convergence():
     sizes = pd.DataFrame({"n": [1e3, 1e4, 1e5, 1e6], "d": 7e4 * np.array([1e3, 1e4, 1e5, 1e6]) ** 0.6})
     law = fit(RunTable(sizes, {"n": "n", "loss": "d"}), "tokens_to_convergence")
     assert law.values == pytest.approx({"D0": 7e4, "p": 0.6}, rel=1e-9)
+
+
+def test_bilinear_experts_of_a_sweep_directory(tmp_path):
+    """TopK counts as one expert; architectures and experts are what the law is about, not a mixed population."""
+    truth = {"E": 0.05, "a": -0.3, "b": 0.25, "c": -0.02, "d": 1.2}
+    rng = np.random.default_rng(1)
+    for n in 2 ** np.arange(9, 16):
+        for experts in (1, 2, 4, 8, 16):
+            ln_n, ln_e = np.log(n), np.log(experts)
+            fvu = truth["E"] + np.exp(truth["a"] * ln_n + truth["b"] * ln_e + truth["c"] * ln_n * ln_e + truth["d"])
+            fvu = float(fvu * np.exp(0.002 * rng.standard_normal()))
+            sae = "topk" if experts == 1 else "switch"
+            write_run(tmp_path, sae=sae, n=int(n), k=16, experts=experts, fvu=fvu)
+    result = fit(load(tmp_path), "bilinear_experts")
+    assert result.points == 35 and not has(result.notes, "mixed_population")
+    for name, value in truth.items():
+        low, high = result.intervals[name]
+        assert low is not None and high is not None and low <= value <= high, name
+    slope, low, high = result.slope("n", at={"experts": 8})
+    assert low is not None and high is not None and low < truth["a"] + truth["c"] * np.log(8) < high
+    write_run(tmp_path, sae="topk", n=512, k=8, fvu=0.3)
+    assert has(fit(load(tmp_path), "bilinear_experts", ci="wald").notes, "mixed_population")
