@@ -20,7 +20,7 @@ import yaml
 from harness.config import Config, to_container
 from harness.errors import UserError
 from harness.jobs import compose, grid, pack, plan
-from harness.jobs.estimate import estimate
+from harness.jobs.estimate import Estimates, estimate
 from harness.jobs.planfile import record_plan
 from harness.jobs.rundir import FINAL
 from harness.jobs.study import Study, load_study, study_candidates, study_names
@@ -29,7 +29,7 @@ from harness.record.files import write_json_atomic
 from harness.record.provenance import command_line, now
 from harness.record.signals import INTERRUPTED_EXIT_CODE
 
-WRONG_REQUEST = 2
+SOME_NOT_DONE, WRONG_REQUEST = 1, 2
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Outcome:
     exit_code: int
     sweep_dirs: tuple[Path, ...]
     """Where the runs are, one directory per `sweep=`."""
+    submitted: bool = False
+    """Whether the runs are left to a cluster, so that there may be nothing to report yet."""
 
 
 def cells_of(request: Request) -> list[grid.Cell]:
@@ -61,12 +63,14 @@ def cells_of(request: Request) -> list[grid.Cell]:
             raise UserError("no cell is left: the overrides and the study's own filters exclude every combination")
         cells = grid.build_cells(candidates)
     refuse_what_is_not_here(cells)
+    if len({cell.config.cluster.name for cell in cells}) > 1:
+        raise UserError("one launch runs here or is submitted, not both; write cluster=local or cluster=slurm")
     return [grid.Cell(cell.label, plan.resolve_precision(cell.config)) for cell in cells]
 
 
 def refuse_what_is_not_here(cells: Sequence[grid.Cell]) -> None:
     """Raises `UserError` for cells that need a device that this machine does not have."""
-    if any(cell.config.train.device == "cuda" for cell in cells):
+    if any(cell.config.train.device == "cuda" and cell.config.cluster.name == "local" for cell in cells):
         import torch
 
         if not torch.cuda.is_available():
@@ -89,19 +93,21 @@ def prepare(request: Request, *, dry_run: bool) -> list[plan.Run]:
     return runs
 
 
-def launch(request: Request, *, dry_run: bool = False) -> Outcome:
+def launch(request: Request, *, dry_run: bool = False, wait: bool = False) -> Outcome:
     """Do what `request` asks; with `dry_run` only show it. Raises `UserError` for a wrong request.
+
+    On a cluster the runs are submitted; with `wait` it returns when they have ended.
 
     Ctrl-C counts as an interruption from the start, also while libraries load and stores are looked for.
     """
     try:
-        return _launch(request, dry_run)
+        return _launch(request, dry_run, wait)
     except KeyboardInterrupt:
         say("interrupted before anything was trained; the same command begins again")
         return Outcome(INTERRUPTED_EXIT_CODE, ())
 
 
-def _launch(request: Request, dry_run: bool) -> Outcome:
+def _launch(request: Request, dry_run: bool, wait: bool) -> Outcome:
     runs = prepare(request, dry_run=dry_run)
     sweep_dirs = tuple(dict.fromkeys(run.run_dir.parent for run in runs))
     estimates = estimate(runs)
@@ -114,10 +120,27 @@ def _launch(request: Request, dry_run: bool) -> Outcome:
         own = [run for run in runs if run.run_dir.parent == directory]
         write_study(directory, request, own)
         record_plan(directory, own, estimates)
+    if runs[0].config.cluster.name == "slurm":
+        return _submit(runs, estimates, sweep_dirs, wait)
     ended = [run for run in runs if run.status in FINAL]
     from harness.jobs.local import run_jobs
 
     return Outcome(run_jobs(jobs, ended), sweep_dirs)
+
+
+def _submit(runs: list[plan.Run], estimates: Estimates, sweep_dirs: tuple[Path, ...], wait: bool) -> Outcome:
+    """Hand the runs to Slurm; with `wait`, come back when the queue is empty and judge what became of them."""
+    from harness.jobs.slurm.submit import submit_runs, wait_for
+
+    jobs = submit_runs(runs, estimates)
+    for directory in sweep_dirs:
+        say(f"{jobs} jobs submitted; python -m harness.status {directory} --watch shows what becomes of them")
+    if not wait:
+        return Outcome(0, sweep_dirs, submitted=True)
+    statuses = wait_for(runs).values()
+    done = sum(status == "done" for status in statuses)
+    say(f"{done} of {len(runs)} cells done")
+    return Outcome(0 if done == len(runs) else SOME_NOT_DONE, sweep_dirs)
 
 
 def make_writable(directory: Path) -> None:
@@ -185,6 +208,7 @@ def parser() -> argparse.ArgumentParser:
         "--only", action="append", default=[], metavar="KEY=A,B", help="keep only cells with these values"
     )
     result.add_argument("--dry-run", action="store_true", help="show cells, costs and what is done; write nothing")
+    result.add_argument("--wait", action="store_true", help="with cluster=slurm: return when all runs have ended")
     result.add_argument(
         "--cfg", choices=["job", "hydra", "all"], help="print the composed configuration of the first cell and leave"
     )
@@ -216,7 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         print_config(cells_of(request)[0].config)
         return 0
-    return launch(request, dry_run=arguments.dry_run).exit_code
+    return launch(request, dry_run=arguments.dry_run, wait=arguments.wait).exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -58,12 +58,16 @@ def tokens_of(config: Config, d_model: int) -> int:
 
 
 def resolve_precision(config: Config) -> Config:
-    """Replace `train.precision=auto` by what this machine computes in: a bf16 and an fp32 run are different runs."""
+    """Replace `train.precision=auto` by what the training machine computes in: a bf16 and an fp32 run are different
+    runs. A job on a cluster computes on a GPU if it asks for one."""
     if config.train.precision != "auto":
         return config
-    import torch
+    if config.cluster.name == "slurm":
+        on_gpu = config.train.device != "cpu" and config.cluster.gpus_per_task > 0
+    else:
+        import torch
 
-    on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
+        on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
     train = dataclasses.replace(config.train, precision="bf16" if on_gpu else "fp32")
     return dataclasses.replace(config, train=train)
 

@@ -1,0 +1,60 @@
+"""`python -m harness.activations.stage STORE DIR`: copy a store to a node-local directory before training reads it.
+
+One process a node. Without room, or where DIR cannot be written, it says so and ends well: the shared one is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.activations.store import is_complete
+from harness.record.claim import claim
+from harness.record.files import fsync_directory
+
+
+def stage(store: Path, target: Path) -> Path:
+    """Copy `store` into `target` unless it is there, and return the copy. Raises `OSError` without room.
+
+    The copy appears under its name when it is whole; what it holds is verified against the manifest when it is opened.
+    """
+    copy = target / store.name
+    target.mkdir(parents=True, exist_ok=True)
+    with claim(target / f"{store.name}.lock", wait=True):
+        if is_complete(copy):
+            return copy
+        size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+        free = shutil.disk_usage(target).free
+        if free < 1.02 * size:
+            raise OSError(f"{target} has {free / 1e9:.1f} GB free, the store takes {size / 1e9:.1f} GB")
+        beside = target / f"{store.name}.{os.getpid()}.tmp"
+        try:
+            shutil.copytree(store, beside)
+            beside.rename(copy)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        fsync_directory(target)
+    return copy
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m harness.activations.stage", description="Copy a store to a node.")
+    parser.add_argument("store", type=Path)
+    parser.add_argument("target", type=Path, metavar="DIR")
+    arguments = parser.parse_args(argv)
+    if not is_complete(arguments.store):
+        print(f"note: {arguments.store} is no finished store, so it is not copied", file=sys.stderr)
+        return 0
+    try:
+        stage(arguments.store, arguments.target)
+    except OSError as error:
+        print(f"note: the store is not copied to this node: {error}; the shared one is read", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

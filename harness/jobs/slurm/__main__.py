@@ -1,0 +1,27 @@
+"""`python -m harness.jobs.slurm begin|end ARRAY_DIR INDEX [EXIT_CODE]`: called by job scripts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.jobs.slurm.task import begin, end
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m harness.jobs.slurm", description="Called by job scripts.")
+    parser.add_argument("when", choices=["begin", "end"])
+    parser.add_argument("array", type=Path, metavar="ARRAY_DIR")
+    parser.add_argument("index", type=int, metavar="SLURM_ARRAY_TASK_ID")
+    parser.add_argument("exit_code", type=int, nargs="?", default=0, help="of the ranks")
+    arguments = parser.parse_args(argv)
+    if arguments.when == "begin":
+        print(begin(arguments.array, arguments.index))
+        return 0
+    return end(arguments.array, arguments.index, arguments.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Slurm's commands as functions: never without a timeout, errors in one line."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from harness.errors import UserError
+
+TIMEOUT_S = 60.0
+RETRY_S = 2.0
+ABSENT = "it is not on this machine; run this on a login node of the cluster, or use cluster=local"
+
+
+class Element(NamedTuple):
+    """One element of an array that waits or runs."""
+
+    id: str
+    """`17_3`: what `scancel` and `scontrol` take."""
+    name: str
+    index: int
+    state: str
+    """As Slurm says it: PENDING, RUNNING, COMPLETING …"""
+
+
+class SlurmError(RuntimeError):
+    """Slurm refused or did not answer; the text is what it said, in one line."""
+
+
+def call(*command: str, stdin: str | None = None) -> str:
+    """The standard output of a Slurm command. Raises `UserError` where there is none, `SlurmError` when it fails."""
+    if shutil.which(command[0]) is None:
+        raise UserError(f"cannot call {command[0]}: {ABSENT}")
+    try:
+        done = subprocess.run(command, input=stdin or "", capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} gave no answer within {TIMEOUT_S:.0f} s") from None
+    if done.returncode:
+        raise SlurmError(_said(done.stderr) or f"{command[0]} ended with exit code {done.returncode}")
+    return done.stdout
+
+
+def _said(stderr: str) -> str:
+    """Slurm's message without the name of the command before every line."""
+    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line.strip()) for line in stderr.splitlines() if line.strip()]
+    return "; ".join(lines)
+
+
+def elements(names: Sequence[str]) -> list[Element]:
+    """The elements of the arrays of these names that wait or run now."""
+    if not names:
+        return []
+    found = []
+    for line in call("squeue", "--noheader", "--array", "--me", "--format=%i|%j|%K|%T").splitlines():
+        identity, name, index, state = line.strip().split("|")
+        if name in names:
+            found.append(Element(identity, name, int(index) if index.isdigit() else 0, state))
+    return found
+
+
+def submit(script: str, *flags: str) -> str:
+    """Submit a job script, return the job's id."""
+    # a federated cluster appends its name
+    return call("sbatch", "--parsable", *flags, script).strip().split(";")[0]
+
+
+def max_array_size() -> int:
+    """Elements that one array may have here."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
+    return int(found[1]) if found else 1001
+
+
+def state(job_id: str) -> tuple[str, float | None]:
+    """State of a job, and when it will be ended in seconds since 1970, if Slurm says."""
+    text = call("scontrol", "show", "job", "--oneliner", job_id)
+    job_state = re.search(r"\bJobState=(\w+)", text)
+    end = re.search(r"\bEndTime=(\S+)", text)
+    try:
+        ends = time.mktime(time.strptime(end[1], "%Y-%m-%dT%H:%M:%S")) if end else None
+    except ValueError:
+        ends = None  # "Unknown": a partition without limits
+    return (job_state[1] if job_state else "UNKNOWN"), ends
+
+
+def insist(*command: str, attempts: int = 60) -> str:
+    """`call`, again and again while the controller does not answer: it may be restarting."""
+    for attempt in range(attempts):
+        try:
+            return call(*command)
+        except SlurmError as error:
+            told = str(error)
+            silent = "Unable to contact" in told or "no answer" in told or "Unexpected message" in told
+            if not silent or attempt == attempts - 1:
+                raise
+            time.sleep(RETRY_S)
+    raise AssertionError("the last attempt returns or raises")

@@ -1,0 +1,106 @@
+"""The text of a job script: readable, kept in the sweep directory, submitted as it is."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+
+from harness.config import ClusterConfig, MeshConfig
+
+IGNORE_EARLY = """bash -c 'trap "" USR1; exec "$@"' --"""
+"""A signal that comes while Python loads would end the rank; afterwards its own handler counts."""
+
+
+def quoted(words: list[str]) -> str:
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def resources(cluster: ClusterConfig, ranks: int) -> list[str]:
+    """The `#SBATCH` flags for a job of so many ranks."""
+    per_node = min(cluster.tasks_per_node or ranks, ranks)
+    flags = [
+        f"--nodes={math.ceil(ranks / per_node)}",
+        f"--ntasks={ranks}",
+        f"--ntasks-per-node={per_node}",
+        f"--cpus-per-task={cluster.cpus_per_task}",
+    ]
+    if cluster.gpus_per_task:
+        kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
+        flags.append(f"--gpus-per-node={kind}{per_node}")
+    for name in ("mem", "partition", "account", "qos", "constraint"):
+        if value := getattr(cluster, name):
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def job_script(
+    directory: Path, cluster: ClusterConfig, mesh: MeshConfig, count: int, lead_s: int, *, harvest: bool, about: str
+) -> str:
+    """The script of an array of `count` jobs whose tables lie in `directory`. `about` says in a line what it is for."""
+    ranks = mesh.dp * mesh.shard
+    python = quoted([*cluster.container, cluster.python or sys.executable])
+    here = shlex.quote(str(directory))
+    throttle = f"%{cluster.max_running}" if cluster.max_running else ""
+    flags = [
+        f"--job-name={directory.name}",
+        f"--array=0-{count - 1}{throttle}",
+        f"--output={directory}/log/%A_%a.out",
+        "--open-mode=append",
+        f"--time={cluster.harvest_time if harvest else cluster.time}",
+        *resources(cluster, ranks),
+        f"--signal=USR1@{lead_s}",
+        "--requeue" if cluster.requeue else "--no-requeue",
+        *cluster.flags,
+    ]
+    srun = [
+        "srun",
+        "--kill-on-bad-exit=1",
+        *([f"--gpu-bind={cluster.gpu_bind}"] if cluster.gpu_bind and cluster.gpus_per_task else []),
+        *cluster.srun_flags,
+    ]
+    work = "harness.harvest" if harvest else "harness.train"
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {shlex.quote(flag)}" for flag in flags),
+        f"# {about}",
+        "",
+        # each node of the compute partition starts from the same place as the command that submitted
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
+        *cluster.setup,
+        *_network(cluster),
+        "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
+        "trap : TERM USR1  # whatever ends the ranks, the last line is to be reached",
+        "",
+        "# freeze this element's runs; sets JOB (empty when nothing is left to do), STORE, where the ranks meet",
+        f'settings=$({python} -m harness.jobs.slurm begin {here} "$SLURM_ARRAY_TASK_ID") || exit',
+        'eval "$settings"',
+        '[ -n "$JOB" ] || exit 0',
+        "",
+        *_staging(cluster, python, srun, harvest),
+        f"{quoted(srun)} {IGNORE_EARLY} \\",
+        f'    {python} -m {work} --saved-is-success "${{STAGED[@]}}" "$JOB"',
+        "",
+        "# done, or requeue this element alone, or give up after three failures at one step",
+        f'exec {python} -m harness.jobs.slurm end {here} "$SLURM_ARRAY_TASK_ID" $?',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _network(cluster: ClusterConfig) -> list[str]:
+    name = shlex.quote(cluster.network_interface)
+    return [f"export GLOO_SOCKET_IFNAME={name} NCCL_SOCKET_IFNAME={name}"] if cluster.network_interface else []
+
+
+def _staging(cluster: ClusterConfig, python: str, srun: list[str], harvest: bool) -> list[str]:
+    if not cluster.stage_dir or harvest:
+        return ["STAGED=()"]
+    # in double quotes: the directory may name a variable of the job
+    target = '"' + cluster.stage_dir.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'
+    once = quoted([*srun[:1], "--ntasks-per-node=1"])
+    return [
+        "# one copy of the store per node; without room for it the shared one is read",
+        f"STAGED=(--store-dir {target})",
+        f'{once} --ntasks="$SLURM_NNODES" {python} -m harness.activations.stage "$STORE" {target}',
+    ]

@@ -1,0 +1,213 @@
+"""Jobs to Slurm arrays. The same command again submits only what has no result and no live job."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.activations.identity import store_name, store_root
+from harness.config import ClusterConfig, Config, to_container
+from harness.errors import UserError
+from harness.jobs.estimate import Estimates
+from harness.jobs.limits import time_limit
+from harness.jobs.pack import Job, make_jobs
+from harness.jobs.plan import Run
+from harness.jobs.rundir import FINAL, freeze, set_failure_aside
+from harness.jobs.slurm import client
+from harness.jobs.slurm.script import job_script
+from harness.jobs.state import state_of
+from harness.record.claim import claim
+from harness.record.files import fsync_directory, write_json_atomic, write_text_atomic
+from harness.record.provenance import command_line, now
+
+ASSUMED_BYTES_PER_S = 1e8
+"""Of a checkpoint on its way to a slow network disk."""
+
+LEAD_MARGIN_S = 60
+POLL_S = 15.0
+"""Between two looks at a sweep that is waited for."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """An array in the queue."""
+
+    directory: Path
+    job_id: str
+    jobs: int
+
+
+def arrays_root(sweep_dir: Path) -> Path:
+    return sweep_dir / "_slurm"
+
+
+def arrays(sweep_dir: Path) -> list[Path]:
+    """Directories of the arrays that were ever submitted for a sweep."""
+    return sorted(path.parent for path in arrays_root(sweep_dir).glob("*/runs.json"))
+
+
+def live_elements(sweep_dir: Path) -> Iterator[tuple[client.Element, list[str]]]:
+    """What of a sweep waits or runs now: elements of its arrays with the run_ids that they train."""
+    tables = {directory.name: directory for directory in arrays(sweep_dir)}
+    read: dict[str, list[list[str]]] = {}
+    for element in client.elements(list(tables)):
+        if element.name not in read:
+            read[element.name] = json.loads((tables[element.name] / "runs.json").read_text(encoding="utf-8"))
+        yield element, read[element.name][element.index]
+
+
+def submit_runs(runs: Sequence[Run], estimates: Estimates) -> int:
+    """Submit what has no result, no live job and nobody who trains it elsewhere; say what was done in a few lines.
+
+    Returns the number of jobs. Raises `UserError` when Slurm refuses: then nothing of this call stays submitted.
+    """
+    submitted: list[Submitted] = []
+    try:
+        for sweep_dir in dict.fromkeys(run.run_dir.parent for run in runs):
+            own = [run for run in runs if run.run_dir.parent == sweep_dir]
+            arrays_root(sweep_dir).mkdir(exist_ok=True)
+            # of two launches at once the second waits, and then sees the jobs of the first
+            with claim(arrays_root(sweep_dir) / "submit.lock", wait=True):
+                _submit_sweep(sweep_dir, own, estimates, submitted)
+    except client.SlurmError as refused:
+        for array in submitted:
+            client.insist("scancel", array.job_id)
+            shutil.rmtree(array.directory)
+        told = f"Slurm refused: {refused}; nothing was submitted; what a job asks for is set by cluster.*=…"
+        raise UserError(told) from refused
+    return sum(array.jobs for array in submitted)
+
+
+def _submit_sweep(sweep_dir: Path, runs: Sequence[Run], estimates: Estimates, submitted: list[Submitted]) -> None:
+    queued = {sweep_dir / run_id for _, run_ids in live_elements(sweep_dir) for run_id in run_ids}
+    _drop_unsubmitted(sweep_dir)
+    states = {run.run_dir: state_of(run.run_dir).status for run in runs}
+    ended = [run for run in runs if states[run.run_dir] in FINAL]
+    elsewhere = [run for run in runs if states[run.run_dir] == "running" and run.run_dir not in queued]
+    left_out = {run.run_dir for run in (*ended, *elsewhere)} | queued
+    todo = [run for run in runs if run.run_dir not in left_out]
+    waiting = sum(run.run_dir in queued for run in runs)
+    _say(f"{sweep_dir}: {len(runs)} cells, {len(ended)} have ended, {waiting} have a job already" + _trained(elsewhere))
+    if not todo:
+        return
+    for run in todo:
+        if states[run.run_dir] == "failed":
+            set_failure_aside(run.run_dir)
+    harvests = _submit_harvests(sweep_dir, todo, submitted)
+    groups: dict[str, list[Job]] = {}
+    for job in make_jobs(todo, estimates.seconds_of):
+        shape = (job.config.mesh, job.config.cluster, harvests.get(_store_path(job.config)))
+        groups.setdefault(repr(shape), []).append(job)
+    size = client.max_array_size()
+    for jobs in groups.values():
+        for start in range(0, len(jobs), size):
+            part = jobs[start : start + size]
+            submitted.append(_submit_array(sweep_dir, part, estimates, harvests.get(_store_path(part[0].config))))
+
+
+def _trained(elsewhere: Sequence[Run]) -> str:
+    return f", {len(elsewhere)} are being trained outside Slurm" if elsewhere else ""
+
+
+def _drop_unsubmitted(sweep_dir: Path) -> None:
+    """Remove the tables of a launch that was killed before it submitted them."""
+    names = {element.name for element, _ in live_elements(sweep_dir)}
+    for directory in arrays(sweep_dir):
+        if directory.name not in names and not (directory / "submitted.json").exists():
+            shutil.rmtree(directory)
+
+
+def _store_path(config: Config) -> Path:
+    return store_root(config.activations, Path(config.out)) / store_name(config.activations)
+
+
+def _submit_harvests(sweep_dir: Path, runs: Sequence[Run], submitted: list[Submitted]) -> dict[Path, str]:
+    """A job for every store that is not there yet; job ids by store. Jobs of cells wait for theirs."""
+    ids: dict[Path, str] = {}
+    stores = {_store_path(run.config): run.config for run in runs if run.config.activations.kind != "synthetic"}
+    for store, config in stores.items():
+        if (store / "manifest.json").is_file():
+            continue
+        directory = _array_directory(sweep_dir, "harvest")
+        freeze(directory, config)
+        write_json_atomic(directory / "runs.json", [[]])
+        array = _sbatch(directory, config, 1, LEAD_MARGIN_S, harvest=True, about=f"makes the store {store}")
+        submitted.append(array)
+        ids[store] = array.job_id
+        _say(f"job {array.job_id} harvests the activations first")
+    return ids
+
+
+def _submit_array(sweep_dir: Path, jobs: Sequence[Job], estimates: Estimates, after: str | None) -> Submitted:
+    """Freeze what the elements need, then submit them."""
+    directory = _array_directory(sweep_dir, "cells")
+    write_json_atomic(directory / "runs.json", [[run.run_id for run in job.runs] for job in jobs])
+    frozen = ({run.run_id: to_container(run.config) for run in job.runs} for job in jobs)
+    write_text_atomic(directory / "configs.jsonl", "".join(json.dumps(entry) + "\n" for entry in frozen))
+    config = jobs[0].config
+    size = max(sum(estimates.of(run).checkpoint_bytes for run in job.runs) for job in jobs)
+    cells = sum(len(job.runs) for job in jobs)
+    ranks, lead_s = config.mesh.dp * config.mesh.shard, _lead_s(config.cluster, size)
+    about = f"{cells} cells of {sweep_dir} in {len(jobs)} jobs of {ranks} ranks; {command_line()}"
+    array = _sbatch(directory, config, len(jobs), lead_s, harvest=False, about=about, after=after)
+    _say(f"job {array.job_id}: {cells} cells in {len(jobs)} jobs ({directory / 'job.sh'})")
+    return array
+
+
+def _lead_s(cluster: ClusterConfig, checkpoint_bytes: float) -> int:
+    """Seconds before the end at which Slurm is to send its signal (it may come a minute early)."""
+    lead = cluster.lead_s or round(LEAD_MARGIN_S + 2 * checkpoint_bytes / ASSUMED_BYTES_PER_S)
+    return max(1, min(lead, round(time_limit(cluster.time) / 2)))
+
+
+def _array_directory(sweep_dir: Path, what: str) -> Path:
+    """A new directory; its name is the job's name."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in range(10_000):
+        directory = arrays_root(sweep_dir) / f"{sweep_dir.name}-{what}-{stamp}-{number}"
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            continue
+        (directory / "log").mkdir()
+        return directory
+    raise AssertionError("ten thousand arrays in one second")
+
+
+def _sbatch(
+    directory: Path, config: Config, count: int, lead_s: int, *, harvest: bool, about: str, after: str | None = None
+) -> Submitted:
+    script = directory / "job.sh"
+    text = job_script(directory.resolve(), config.cluster, config.mesh, count, lead_s, harvest=harvest, about=about)
+    write_text_atomic(script, text)
+    fsync_directory(directory)
+    # a harvest that fails must not leave its dependents waiting for ever
+    flags = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    try:
+        job_id = client.submit(str(script), *flags)
+    except (client.SlurmError, UserError):
+        shutil.rmtree(directory)
+        raise
+    write_json_atomic(directory / "submitted.json", {"job_id": job_id, "jobs": count, "time": now()})
+    return Submitted(directory, job_id, count)
+
+
+def wait_for(runs: Sequence[Run]) -> dict[Path, str]:
+    """Wait until none of the runs waits or runs any more; the status of each."""
+    while True:
+        statuses = {run.run_dir: state_of(run.run_dir).status for run in runs}
+        if all(status in (*FINAL, "failed") for status in statuses.values()):
+            return statuses
+        sweep_dirs = dict.fromkeys(run.run_dir.parent for run in runs)
+        if not any(True for sweep_dir in sweep_dirs for _ in live_elements(sweep_dir)):
+            return {run.run_dir: state_of(run.run_dir).status for run in runs}
+        time.sleep(POLL_S)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
