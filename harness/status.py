@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.jobs.columns import aligned, si
 from harness.jobs.rundir import attempts, read_config
 from harness.jobs.state import STATES, RunState, newest_metrics, state_of
+from harness.record.notes import read_notes
 from harness.record.progress import duration
 
 
@@ -21,7 +22,7 @@ def sweep_status(sweep_dir: Path) -> list[dict[str, Any]]:
     """One row per run that was asked for or exists in `sweep_dir`. Raises `UserError`.
 
     Keys: run_id, status, progress (share of the budget, None if unknown), tokens, fvu, fvu_se, dead_frac,
-    tokens_per_s, wall_s, attempts, host (while it runs), error.
+    tokens_per_s, wall_s, attempts, host (while it runs), notes (a list), error.
     """
     if not sweep_dir.is_dir():
         raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
@@ -51,7 +52,7 @@ def _row(run_dir: Path) -> dict[str, Any]:
         row["progress"] = 1.0
     if state.status == "diverged":
         row["error"] = f"diverged at step {known.get('diverged_at_step')}"
-    return {**row, "attempts": attempts(run_dir), "host": state.host}
+    return {**row, "attempts": attempts(run_dir), "host": state.host, "notes": read_notes(run_dir)}
 
 
 def _live(run_dir: Path, state: RunState) -> dict[str, Any]:
@@ -85,6 +86,7 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
         )
     lines = aligned(table)
     lines += [f"{row['run_id']}: {row['error']}" for row in rows if row["error"]]
+    lines += [f"{row['run_id']}: {note}" for row in rows for note in row["notes"]]
     counts = Counter(row["status"] for row in rows)
     lines.append(f"{len(rows)} runs: " + ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name]))
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from harness.record.files import write_text_atomic
 class MetricsFile:
     """Appends lines to `metrics.jsonl`; each is written through to the file at once.
 
-    Values that JSON does not have (NaN, infinity) become null. Open it after `cut_after` when a run is resumed.
+    Values that JSON does not have (NaN, infinity) become null. Open it after `cut_back` when a run is resumed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,6 +29,11 @@ class MetricsFile:
         """Return when everything appended is on the disk; called before a checkpoint that relies on it."""
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def position(self) -> int:
+        """Bytes of the lines appended so far: where a resumed run cuts the file."""
+        self._file.flush()
+        return self._file.tell()
 
     def close(self) -> None:
         if not self._file.closed:
@@ -50,6 +55,9 @@ class NullMetrics:
 
     def sync(self) -> None:
         pass
+
+    def position(self) -> int:
+        return 0
 
 
 def _finite(value: Any) -> Any:
@@ -97,9 +105,12 @@ def last(path: Path, tail_bytes: int = 8192) -> dict[str, Any]:
     return newest
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Drop the lines of steps later than `step`, and a torn last line: the run goes on from a checkpoint at `step`."""
+def cut_back(path: Path, position: int) -> None:
+    """Drop what was appended after `position`, which is `MetricsFile.position` of when the checkpoint was saved that a
+    run goes on from, and a torn last line."""
     if not path.exists():
         return
-    kept = [line for line in read(path) if line["step"] <= step]
-    write_text_atomic(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept))
+    content = path.read_bytes()[:position]
+    whole = content[: content.rfind(b"\n") + 1]
+    if path.stat().st_size != len(whole):
+        write_text_atomic(path, whole.decode("utf-8"))

@@ -129,7 +129,8 @@ class Cell:
 
     def counters(self) -> dict[str, Any]:
         """What a checkpoint holds beside the tensors."""
-        return {"scalars": self.member.scalars(), "evaluations": list(self.evaluations.items())}
+        evaluations = list(self.evaluations.items())
+        return {"scalars": self.member.scalars(), "evaluations": evaluations, "metrics": self.metrics.position()}
 
     def restore(self, counters: dict[str, Any], shards: Shards) -> None:
         """Go on from a checkpoint whose tensors have been read into the member."""

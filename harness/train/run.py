@@ -18,7 +18,8 @@ from harness.parallel import Shards, Solo
 from harness.record.checkpoint import Checkpoint, find_checkpoint, load_tensors, remove_checkpoints, save_checkpoint
 from harness.record.files import write_json_atomic, write_tensors_atomic
 from harness.record.memory import peak_bytes, reset_peak
-from harness.record.metrics import MetricsFile, NullMetrics, cut_after
+from harness.record.metrics import MetricsFile, NullMetrics, cut_back
+from harness.record.notes import add_note, read_notes
 from harness.record.progress import Progress
 from harness.record.provenance import now
 from harness.record.signals import StopFlag
@@ -79,6 +80,8 @@ def run_cells(
     if found is not None:
         for line in found.refused:
             log.warning(line)
+            for start in starts:
+                add_note(start.run_dir, line)
         log.info("goes on at step %d", found.step)
     results: dict[str, dict[str, Any]] = {}
     begun = now()
@@ -126,7 +129,8 @@ def _opened(
     metrics, tracker = NullMetrics(), NullTracker()
     with ExitStack() as stack:
         if shards.rank == 0:
-            cut_after(start.run_dir / "metrics.jsonl", -1 if found is None else found.step)
+            written = found.extra[run_id]["metrics"] if found is not None and found.directory is not None else 0
+            cut_back(start.run_dir / "metrics.jsonl", written)
             tracker = open_tracker(config, run_id, start.run_dir, resumed=found is not None)
             metrics = stack.enter_context(MetricsFile(start.run_dir / "metrics.jsonl"))
         cell = Cell(run_id, start.run_dir, config, source, member, metrics, tracker, progress, ops, together)
@@ -240,6 +244,7 @@ def _result(cell: Cell, summary: dict[str, Any], started: str, attempt: int) -> 
         "ops": cell.ops.NAME,
         "peak_memory_bytes": _peak_memory(cell.member.params["W_dec"].device),
         "attempts": attempt,
+        "notes": read_notes(cell.run_dir),
         "trained_together": cell.together,
         "started": started,
         "finished": now(),

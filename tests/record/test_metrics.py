@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.record.metrics import MetricsFile, cut_after, last, read
+from harness.record.metrics import MetricsFile, cut_back, last, read
 
 
 def write(path: Path, steps: int) -> None:
@@ -37,7 +37,7 @@ def test_a_torn_last_line_is_left_out_and_then_cut(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
     assert [line["step"] for line in read(path)] == [1, 2, 3]
-    cut_after(path, 3)
+    cut_back(path, path.stat().st_size)
     with MetricsFile(path) as file:
         file.append({"step": 4})
     assert [line["step"] for line in read(path)] == [1, 2, 3, 4]
@@ -45,12 +45,19 @@ def test_a_torn_last_line_is_left_out_and_then_cut(tmp_path: Path) -> None:
 
 def test_cutting_back_to_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    write(path, 5)
-    cut_after(path, 2)
-    assert [line["step"] for line in read(path)] == [1, 2]
-    cut_after(path, -1)
+    with MetricsFile(path) as file:
+        file.append({"step": 1, "loss": 0.5})
+        file.append({"step": 2, "loss": 0.25})
+        saved = file.position()
+        file.append({"step": 2, "fvu": 0.3})  # of the same step, but after the checkpoint: it will be made again
+        file.append({"step": 3, "loss": 0.125})
+    cut_back(path, saved)
+    assert read(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    with MetricsFile(path) as file:
+        assert file.position() == saved
+    cut_back(path, 0)
     assert read(path) == []
-    cut_after(tmp_path / "missing", 3)
+    cut_back(tmp_path / "missing", 3)
     assert read(tmp_path / "missing") == []
 
 

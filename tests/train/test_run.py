@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from harness.config import Config
+from harness import status
+from harness.config import Config, to_container
 from harness.record import metrics
 from harness.record.signals import Interrupted, StopFlag
 from harness.train.member import Member
@@ -160,6 +163,26 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path, caplog, 
     result = run(other, config)
     assert result["status"] == "done"
     assert "refused: it belongs to run first" in caplog.text
+    (note,) = result["notes"]
+    assert note.endswith("checkpoint step-0000000020 refused: it belongs to run first")
+
+
+def test_a_refused_checkpoint_is_in_the_record_and_shown_by_status(tmp_path: Path, monkeypatch, capsys) -> None:
+    config = small_config(train__checkpoint_every_steps=7)
+    cut = tmp_path / "sweep" / "run"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        run(cut, config, StopAfterSteps(20, patch))
+    (cut / "config.yaml").write_text(yaml.safe_dump(to_container(config)))
+    (file,) = (cut / "checkpoints" / "step-0000000020").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-3])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        run(cut, config, StopAfterSteps(30, patch))
+    assert status.main([str(tmp_path / "sweep")]) == 0
+    assert re.search(r"run: .* checkpoint step-0000000020 refused: .* bytes instead of", capsys.readouterr().out)
+    result = run(cut, config)  # the note is of an earlier attempt
+    assert len(result["notes"]) == 1 and "step-0000000020 refused" in result["notes"][0]
+    whole = run(tmp_path / "whole", config)
+    assert whole["notes"] == [] and lines_without_clock(cut) == lines_without_clock(tmp_path / "whole")
 
 
 def test_synthetic_features_are_recovered(tmp_path: Path) -> None:
