@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from harness.jobs.state import claim_path
 from harness.record.claim import claim
 from harness.record.files import write_json_atomic
 from harness.record.provenance import collect, command_line, now
+from harness.record.signals import INTERRUPTED_EXIT_CODE
 
 
 class Attempt(NamedTuple):
@@ -26,8 +29,14 @@ def claimed(run_dirs: Sequence[Path]) -> Iterator[None]:
     """Hold the claims of all runs of a job. Raises `Claimed` when a live process has one of them."""
     with ExitStack() as stack:
         for run_dir in run_dirs:
-            stack.enter_context(claim(claim_path(run_dir)))
+            stack.enter_context(claim(claim_path(run_dir), on_lost=_leave))
         yield
+
+
+def _leave(path: Path) -> None:
+    """Somebody took this process for dead (it was suspended, or cut off from its disk) and trains the run now."""
+    print(f"error: {path} was taken over by another process; leaving the run to it", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED_EXIT_CODE)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,6 +48,7 @@ def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag
             process = subprocess.Popen(
                 [sys.executable, "-m", "harness.train", "--claimed", str(home)],
                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,  # never written to: see `end_with_starter`
                 stdout=output,
                 stderr=None if rank == 0 and sys.stderr.isatty() else output,
                 start_new_session=True,  # Ctrl-C reaches this process only, which passes it on once
@@ -56,6 +58,18 @@ def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag
             _watch(ranks, logs, stop)
         finally:
             _end(ranks)
+
+
+def end_with_starter() -> None:
+    """In a rank that `train_on_ranks` started: leave at once when that process is gone, however it ended. It holds the
+    claims, and what is no longer claimed may be trained by somebody else. Its end is the end of standard input."""
+    threading.Thread(target=_leave_at_end_of_input, name="starter", daemon=True).start()
+
+
+def _leave_at_end_of_input() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        continue
+    os._exit(INTERRUPTED_EXIT_CODE)
 
 
 def _free_port() -> int:
@@ -68,6 +82,9 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: list[Path], stop: StopFla
     told = False
     while True:
         codes = [process.poll() for process in ranks]
+        if told and -signal.SIGTERM in codes:  # it had not begun to listen, so it had nothing to save
+            _wait(ranks, GRACE_S)
+            raise Interrupted
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED_EXIT_CODE)]
         if failed:
             _wait(ranks, GRACE_S)
@@ -107,3 +124,5 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         if process.poll() is None:
             process.kill()
         process.wait()
+        assert process.stdin is not None
+        process.stdin.close()

@@ -1,8 +1,8 @@
 """Claiming a directory or a piece of work, so that two processes never do it at once.
 
-A claim is a small file that names its owner (host, process id and start time) and whose modification time its owner
-renews. A dead owner on the same host is recognised at once, one on another host by a modification time that is no
-longer renewed. The file system's own clock is the reference, so hosts need not agree on the time.
+A claim is a small file that names its owner (host, process id and start time, job) and whose modification time is a
+heartbeat: its owner renews it. A dead owner on the same host is recognised at once, one on another host by a heartbeat
+that has stopped. The file system's own clock is the reference, so hosts need not agree on the time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -39,9 +39,11 @@ class Owner(NamedTuple):
     """Start time of the process in seconds since 1970: a process id alone may have been reused."""
     token: str
     """Distinguishes two claims of one process."""
+    job: str = ""
+    """Of a batch system, as its own commands name it; empty outside one."""
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        return f"process {self.pid} on {self.host}" + (f", job {self.job}" if self.job else "")
 
 
 class Claimed(OSError):
@@ -53,10 +55,11 @@ class Claimed(OSError):
 
 
 class Claim:
-    """A claim that is held. `lost` turns true if another process took it over: then leave the work alone."""
+    """A claim that is held. If another process took it over, `lost` turns true and `on_lost` is called with its path,
+    by the thread that renews it: then leave the work alone."""
 
-    def __init__(self, path: Path, owner: Owner) -> None:
-        self._path, self._owner = path, owner
+    def __init__(self, path: Path, owner: Owner, on_lost: Callable[[Path], None] | None = None) -> None:
+        self._path, self._owner, self._on_lost = path, owner, on_lost
         self._end = threading.Event()
         self.lost = False
         self._thread = threading.Thread(target=self._renew, name=f"claim {path.name}", daemon=True)
@@ -73,6 +76,8 @@ class Claim:
             try:
                 if _read(self._path) != self._owner:
                     self.lost = True
+                    if self._on_lost is not None:
+                        self._on_lost(self._path)
                     return
                 os.utime(self._path)
             except OSError:
@@ -86,6 +91,7 @@ def claim(
     wait: bool = False,
     stop: StopFlag | None = None,
     on_wait: Callable[[Owner | None], None] | None = None,
+    on_lost: Callable[[Path], None] | None = None,
 ) -> Iterator[Claim]:
     """Hold the claim file `path` (its directory must exist) for the duration of the block.
 
@@ -105,7 +111,7 @@ def claim(
         if stop is not None and stop.requested:
             raise Interrupted
         time.sleep(POLL_S)
-    held = Claim(path, owner)
+    held = Claim(path, owner, on_lost)
     try:
         yield held
     finally:
@@ -190,7 +196,15 @@ def _age(path: Path) -> float:
 
 def _this_process() -> Owner:
     process = psutil.Process()
-    return Owner(socket.gethostname(), _machine(), process.pid, process.create_time(), uuid.uuid4().hex)
+    token = uuid.uuid4().hex
+    return Owner(socket.gethostname(), _machine(), process.pid, process.create_time(), token, _job(os.environ))
+
+
+def _job(environment: Mapping[str, str]) -> str:
+    """`123`, or `120_4` for a task of an array."""
+    if "SLURM_ARRAY_JOB_ID" in environment and "SLURM_ARRAY_TASK_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment.get("SLURM_JOB_ID", "")
 
 
 def _machine() -> str:

@@ -24,8 +24,10 @@ from harness.errors import UserError
 from harness.jobs import rundir
 from harness.jobs.attempt import attempt, attempt_dirs, claimed, write_ended, write_provenance
 from harness.jobs.pack import Target, read_target
+from harness.jobs.ranks import end_with_starter
 from harness.parallel import Shards
 from harness.parallel.mesh import mesh, ranks_from_environment
+from harness.record.claim import Claimed
 from harness.record.progress import Progress
 from harness.record.signals import INTERRUPTED_EXIT_CODE, Interrupted, StopFlag, stop_on_signals
 from harness.record.together import together
@@ -40,17 +42,19 @@ END_TIME = "HARNESS_END_TIME"
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.train", description="Train frozen jobs, as one rank.")
     parser.add_argument("jobs", type=Path, nargs="+", metavar="JOB_DIR", help="a run's directory, or a pack's")
-    parser.add_argument("--claimed", action="store_true", help="the process that starts this one holds the claims")
+    parser.add_argument("--claimed", action="store_true", help="the starting process has the claims; end with it")
     parser.add_argument("--saved-is-success", action="store_true", help="exit 0, not 75, when stopped and saved")
     parser.add_argument("--store-dir", default="", metavar="DIR", help="read the store from here (a node-local copy)")
     arguments = parser.parse_args(argv)
+    if arguments.claimed:
+        end_with_starter()
     rank = ranks_from_environment().rank
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"rank {rank}: %(message)s")
     try:
         train_jobs(arguments.jobs, arguments.store_dir, claim_here=not arguments.claimed)
     except Interrupted:
         return 0 if arguments.saved_is_success else INTERRUPTED_EXIT_CODE
-    except UserError as error:
+    except (UserError, Claimed) as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_REQUEST
     except Exception:

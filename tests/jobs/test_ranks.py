@@ -28,6 +28,7 @@ def launch(out: Path, *overrides: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # threads that wait for each other are slow on a busy machine
     )
 
 
@@ -80,6 +81,45 @@ def test_sigterm_saves_once_on_all_ranks_and_the_same_command_goes_on(tmp_path: 
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert result(tmp_path)["status"] == "done" and result(tmp_path)["attempts"] == 2
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_ranks_end_with_the_launcher_whatever_ends_it(tmp_path: Path) -> None:
+    """Its claim is free as soon as it is gone, so nobody may train on; what was saved is there and goes on."""
+    cell = ("sae=topk", "mesh.shard=2", "train.tokens=1e9", "train.checkpoint_every_steps=50")
+    for end in ((signal.SIGKILL,), (signal.SIGINT, signal.SIGINT)):
+        process = launch(tmp_path, *cell)
+        ranks = [wait_for_rank(process, rank) for rank in (0, 1)]
+        wait_for_checkpoint(tmp_path, beyond=newest_checkpoint(tmp_path))
+        for number in end:
+            process.send_signal(number)
+            time.sleep(0.02)
+        process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGINT, 75)
+        assert psutil.wait_procs(ranks, timeout=10)[1] == []
+        assert newest_checkpoint(tmp_path) > 0
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_sigterm_while_the_ranks_are_starting_is_an_interruption(tmp_path: Path) -> None:
+    process = launch(tmp_path, "sae=topk", "mesh.shard=2", "train.tokens=1e9")
+    wait_for_rank(process, 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75, process.communicate()[0]
+    assert not list(tmp_path.glob("s/*/result.json"))
+
+
+def newest_checkpoint(out: Path) -> int:
+    return max((int(path.name.split("-")[1]) for path in out.glob("s/*/checkpoints/step-*")), default=0)
+
+
+def wait_for_checkpoint(out: Path, beyond: int) -> None:
+    end = time.monotonic() + 120
+    while newest_checkpoint(out) <= beyond:
+        assert time.monotonic() < end, "nothing was saved"
+        time.sleep(0.02)
 
 
 def wait_for_rank(process: subprocess.Popen[str], rank: int) -> psutil.Process:

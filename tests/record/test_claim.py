@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.record import claim as claims
@@ -102,6 +103,20 @@ def test_waiting_stops_when_asked(path: Path) -> None:
         pass
 
 
+def test_a_claim_says_who_holds_it_since_when_and_for_which_job(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "124")
+    with claim(path):
+        owner = json.loads(path.read_text())
+        assert owner["host"] == socket.gethostname() and owner["pid"] == os.getpid() and owner["job"] == "124"
+        assert owner["started"] == pytest.approx(psutil.Process().create_time(), abs=1)
+        with pytest.raises(Claimed, match=r", job 124"), claim(path):
+            pass
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "120")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    with claim(path):
+        assert json.loads(path.read_text())["job"] == "120_4"
+
+
 def write_owner(path: Path, age: float, **changes: object) -> None:
     owner = claims._this_process()._replace(token="other", **changes)  # pyright: ignore
     path.write_text(json.dumps(owner._asdict()))
@@ -143,13 +158,14 @@ def test_an_unreadable_claim_is_respected_until_it_is_stale(path: Path) -> None:
 
 def test_the_heartbeat_renews_and_notices_a_takeover(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "HEARTBEAT_S", 0.05)
-    with claim(path) as held:
+    told: list[Path] = []
+    with claim(path, on_lost=told.append) as held:
         os.utime(path, (0, 0))
         time.sleep(0.3)
         assert path.stat().st_mtime > 0 and not held.lost
         write_owner(path, age=0, host="elsewhere")
         time.sleep(0.3)
-        assert held.lost
+        assert held.lost and told == [path]
     assert path.exists()  # not ours any more
 
 
