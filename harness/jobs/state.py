@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.jobs.rundir import FINAL, read_result
+from harness.jobs.rundir import FINAL, attempts, read_result
 from harness.record import metrics
 from harness.record.claim import holder
 
-STATES = ("pending", "running", "interrupted", "done", "diverged", "failed")
+STATES = ("failed", "diverged", "running", "preempted", "interrupted", "pending", "done")
+"""The most urgent first. `preempted`: stopped, and starts again by itself; `interrupted`: only when it is launched."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class RunState:
     result: dict[str, Any] | None
     host: str | None = None
     """Machine of the process that works on it now."""
+    ended: dict[str, Any] | None = None
+    """How the newest attempt ended, if it left word: `outcome`, `reason`, `step`, `requeued`, `time`."""
 
     @property
     def final(self) -> bool:
@@ -42,8 +46,20 @@ def state_of(run_dir: Path) -> RunState:
         return RunState(run_dir.name, "running", None, owner.host)
     if result is not None:
         return RunState(run_dir.name, str(result.get("status", "failed")), result)
-    started = (run_dir / "attempts").is_dir()
-    return RunState(run_dir.name, "interrupted" if started else "pending", None)
+    number = attempts(run_dir)
+    if not number:
+        return RunState(run_dir.name, "pending", None)
+    ended = _read_ended(run_dir / "attempts" / str(number))
+    again = ended is not None and bool(ended.get("requeued"))
+    return RunState(run_dir.name, "preempted" if again else "interrupted", None, ended=ended)
+
+
+def _read_ended(attempt: Path) -> dict[str, Any] | None:
+    """`ended.json` of an attempt that was stopped; None when it was killed before it could say so."""
+    try:
+        return json.loads((attempt / "ended.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 def newest_metrics(run_dir: Path) -> dict[str, Any]:

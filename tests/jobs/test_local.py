@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness import status
+from harness.jobs.rows import sweep_rows
 from harness.record import metrics
 from harness.record.claim import claim
 from tests.jobs.conftest import TINY, Launch
@@ -94,7 +94,7 @@ def test_a_diverged_cell_is_a_result(launch: Launch, tmp_path: Path, capsys: pyt
     assert "DIVERGED at step" in capsys.readouterr().err
     assert launch(*grid) == 1
     assert "all 2 cells have ended, 1 of them diverged" in capsys.readouterr().err
-    runs = {row["run_id"]: row for row in status.sweep_status(tmp_path / "t")}
+    runs = {row["run_id"]: row for row in sweep_rows(tmp_path / "t")}
     assert sorted(row["status"] for row in runs.values()) == ["diverged", "done"]
     assert all(row["attempts"] == 1 for row in runs.values())
 
@@ -174,7 +174,7 @@ def test_a_cell_that_somebody_else_trains_is_waited_for(
     done = (run_dir / "result.json").read_text()
     (run_dir / "result.json").unlink()
     with claim(run_dir / "claim.json"):
-        (row,) = status.sweep_status(tmp_path / "t")
+        (row,) = sweep_rows(tmp_path / "t")
         assert row["status"] == "running"
         assert row["host"]
 
@@ -200,7 +200,7 @@ def test_interrupt_and_resume(tmp_path: Path) -> None:
     _, error = broken.communicate(timeout=120)
     assert broken.returncode == 75, error
     assert error.strip().splitlines()[-1] == "interrupted; the same command goes on where it stopped"
-    (row,) = status.sweep_status(tmp_path / "a/t")
+    (row,) = sweep_rows(tmp_path / "a/t")
     assert row["status"] == "interrupted"
 
     for out in ("a", "b"):

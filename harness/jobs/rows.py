@@ -1,0 +1,151 @@
+"""The runs of a sweep as rows: how far each is, what went wrong, planned beside real. From the files alone."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from harness.jobs.pack import packs_root
+from harness.jobs.planfile import read_plan
+from harness.jobs.rundir import attempts, read_config
+from harness.jobs.state import RunState, newest_metrics, state_of
+from harness.record.notes import read_notes
+
+Row = dict[str, Any]
+
+KNOWN = ("progress", "tokens", "fvu", "fvu_se", "dead_frac", "tokens_per_s", "wall_s", "error")
+
+TAIL_BYTES = 4096
+
+
+def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row]:
+    """One row per run that was asked for or exists in `sweep_dir`. Raises `UserError`.
+
+    Keys: run_id, status, progress (share of the budget), tokens, fvu, fvu_se, dead_frac, tokens_per_s, wall_s,
+    attempts, restarts, host (while it runs), ends (expected, ISO 8601, while it runs), together (runs of its job), log
+    (path), error (what went wrong, in a line), notes (a list), planned_s and took_s (steps and evaluations; in a pack
+    its share), planned_memory_bytes, peak_memory_bytes. What is not known is None.
+
+    `final` keeps the rows of runs that have ended from one call to the next: they are not read again.
+    """
+    if not sweep_dir.is_dir():
+        raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
+    found = {path.parent.name for path in sweep_dir.glob("*/config.yaml")}
+    names = list(dict.fromkeys([*_asked_for(sweep_dir), *sorted(found)]))
+    if not names:
+        raise UserError(f"{sweep_dir} holds no runs")
+    planned = read_plan(sweep_dir)["runs"]
+    rows = []
+    for name in names:
+        row = (final or {}).get(name)
+        if row is None:
+            row = _row(sweep_dir / name, planned.get(name, {}), found)
+            if final is not None and row["status"] in ("done", "diverged"):
+                final[name] = row
+        rows.append(row)
+    return rows
+
+
+def _asked_for(sweep_dir: Path) -> list[str]:
+    path = sweep_dir / "study.json"
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); launching the sweep again writes a new one") from error
+
+
+def _row(run_dir: Path, planned: Mapping[str, Any], found: set[str]) -> Row:
+    state = state_of(run_dir) if run_dir.name in found else RunState(run_dir.name, "pending", None)
+    known = state.result if state.result is not None else _live(run_dir, state, planned.get("tokens"))
+    number = attempts(run_dir) if run_dir.name in found else 0
+    together = known.get("trained_together") or 1
+    took_s = known.get("wall_s")
+    row = {
+        "run_id": run_dir.name,
+        "status": state.status,
+        **{key: known.get(key) for key in KNOWN},
+        "attempts": number,
+        "restarts": max(0, number - 1),
+        "host": state.host,
+        "ends": _expected_end(known) if state.status == "running" else None,
+        "together": together,
+        "planned_s": planned.get("train_s"),
+        "took_s": None if took_s is None else took_s / together,
+        "planned_memory_bytes": planned.get("memory_bytes"),
+        "peak_memory_bytes": known.get("peak_memory_bytes"),
+        "notes": read_notes(run_dir) if number else [],
+        "log": None,
+    }
+    if state.status == "done":
+        row["progress"] = 1.0
+    elif number:
+        log = _newest_log(run_dir, number)
+        row["log"] = None if log is None else str(log)
+        row["error"] = _what_happened(state, known, log)
+    return row
+
+
+def _live(run_dir: Path, state: RunState, tokens: float | None) -> dict[str, Any]:
+    """What the metrics of an unfinished run say; `tokens` it will have trained on in the end, where the plan knows."""
+    if state.status == "pending":
+        return {}
+    newest = newest_metrics(run_dir)
+    if newest.get("tokens") and tokens:
+        newest["progress"] = min(newest["tokens"] / tokens, 1.0)
+    elif newest.get("tokens") and newest.get("flops"):
+        train = read_config(run_dir).train
+        shares = [newest["tokens"] / train.tokens] if train.tokens else []
+        shares += [newest["flops"] / train.flops] if train.flops else []
+        newest["progress"] = min(max(shares, default=0.0), 1.0)
+    return newest
+
+
+def _expected_end(newest: Mapping[str, Any]) -> str | None:
+    """If it goes on as at the last log line."""
+    share, tokens, rate = newest.get("progress"), newest.get("tokens"), newest.get("tokens_per_s")
+    if not share or not tokens or not rate:
+        return None
+    left_s = tokens * (1 / share - 1) / rate
+    return (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=left_s)).isoformat(timespec="seconds")
+
+
+def _newest_log(run_dir: Path, number: int) -> Path | None:
+    """Log of the newest attempt; for a run of a pack the pack's, which its own names."""
+    own = run_dir / "attempts" / str(number) / "log.txt"
+    if not own.is_file():
+        return None
+    line = last_line(own)
+    root = packs_root(run_dir.parent)
+    if f"{root.name}/" not in line:
+        return own
+    # the path may be relative to where it was launched
+    shared = root / line.rpartition(f"{root.name}/")[2]
+    return shared if shared.is_file() else own
+
+
+def last_line(path: Path) -> str:
+    """The last line of a text that is not empty."""
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - TAIL_BYTES))
+        lines = file.read().decode("utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _what_happened(state: RunState, known: Mapping[str, Any], log: Path | None) -> str | None:
+    """Why it failed, diverged or stopped, in a line."""
+    if state.status == "diverged":
+        return f"diverged at step {known.get('diverged_at_step')}"
+    if state.status == "failed":
+        error, line = str(known.get("error")), "" if log is None else last_line(log)
+        return error if not line or line in error or error in line else f"{error} | {line}"
+    if state.ended is None:
+        return None if state.status == "running" else "stopped without a word (killed, or its machine was lost)"
+    at = f" at step {state.ended['step']}" if state.ended.get("step") is not None else ""
+    return f"{state.ended.get('outcome')}{at}: {state.ended.get('reason')}"
