@@ -14,14 +14,14 @@ from harness.errors import UserError
 class Process:
     """A contender that runs in its own interpreter. Use as a context manager.
 
-    Contenders end when their input does, so none outlives the driver; a session of their own keeps the terminal's
+    Contenders end when their input does, so none outlives the driver; a process group of their own keeps the terminal's
     Ctrl-C from them, which the driver answers for all.
     """
 
     def __init__(self, name: str, command: list[str], task: dict[str, Any]) -> None:
         self.name = name
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
         )
         self._send(json.dumps(task))
 
