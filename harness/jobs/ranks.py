@@ -32,14 +32,7 @@ def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag
     dies; the others are ended first.
     """
     world = config.mesh.dp * config.mesh.shard
-    environment = os.environ | {
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
-    # without a share for each, every rank would start a thread per core and they would wait for each other
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world)))
+    environment = rank_environment(world)
     logs = [attempt_dir / f"rank{rank}.log" for rank in range(world)]
     with ExitStack() as stack:
         ranks = []
@@ -58,6 +51,19 @@ def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag
             _watch(ranks, logs, stop)
         finally:
             _end(ranks)
+
+
+def rank_environment(world: int) -> dict[str, str]:
+    """Environment of the ranks of one group on this machine, still without RANK and LOCAL_RANK."""
+    environment = os.environ | {
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    # without a share for each, every rank would start a thread per core and they would wait for each other
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world)))
+    return environment
 
 
 def end_with_starter() -> None:

@@ -107,7 +107,8 @@ def test_sigterm_while_the_ranks_are_starting_is_an_interruption(tmp_path: Path)
     process = launch(tmp_path, "sae=topk", "mesh.shard=2", "train.tokens=1e9")
     wait_for_rank(process, 1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 75, process.communicate()[0]
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
     assert not list(tmp_path.glob("s/*/result.json"))
 
 
