@@ -14,6 +14,7 @@ from harness.bench.measure import measure
 from harness.bench.picture import draw
 from harness.bench.shapes import parse_shapes
 from harness.errors import UserError
+from harness.ops import choose_ops
 from harness.record.files import write_json_atomic
 
 PEERS = ("sparsify", "dictionary_learning", "saelens")
@@ -81,8 +82,8 @@ def parser() -> argparse.ArgumentParser:
     add("--picture", type=Path, metavar="FILE", help="draw the results here (.svg, .png)")
     add("--rounds", type=int, default=11, help="steps per contender, taken in turn")
     add("--precision", choices=("fp32", "bf16"), default="fp32")
-    add("--ops", default="auto", help="our kernels: auto, reference, cpu")
-    add("--device", default="cpu", help="cpu or cuda")
+    add("--ops", choices=("auto", "reference", "cpu", "triton"), default="auto", help="our kernels")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dead", type=float, default=0.0, help="share of latents that are dead: what AuxK adds to a step (ours only)")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
     add(
@@ -96,13 +97,29 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for what would fail only after minutes, or in a contender."""
+    if not 0 <= arguments.dead <= 1:
+        raise UserError(f"--dead {arguments.dead} is not a share: give a number from 0 to 1")
+    if arguments.rounds < 1 or arguments.threads < 0:
+        raise UserError(f"--rounds {arguments.rounds} --threads {arguments.threads}: at least 1 round and 0 threads")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no GPU here; leave it out, or check the driver")
+    try:
+        choose_ops(arguments.ops, torch.device(arguments.device))
+    except ValueError as error:
+        raise UserError(f"--ops {arguments.ops}: {error}") from None
+    for file in (arguments.json, arguments.picture):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UserError(f"{file} cannot be written: there is no directory {file.parent}")
+
+
 def main() -> int:
     """Run the command; returns its exit code. Raises `KeyboardInterrupt`, all contenders gone."""
     arguments = parser().parse_args()
     try:
         shapes = parse_shapes(arguments.shapes)
-        if not 0 <= arguments.dead <= 1:
-            raise UserError(f"--dead {arguments.dead} is not a share: give a number from 0 to 1")
+        _check(arguments)
         wanted = [name for name in arguments.peers.split(",") if name]
         if unknown := set(wanted) - set(PEERS):
             raise UserError(f"unknown peers {', '.join(sorted(unknown))}: choose from {', '.join(PEERS)}")

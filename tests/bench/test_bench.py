@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from harness.bench.command import main
 from harness.bench.measure import floor_ms, gradient_difference
 from harness.bench.shapes import SHAPES, Shape, parse_shapes
 from harness.errors import UserError
@@ -65,11 +66,26 @@ def test_command_writes_what_the_contract_names(tmp_path: Path) -> None:
         assert {"shape", "d", "n", "k", "batch", "pct_of_floor", "peak_mem_bytes", "peers"} <= set(result)
 
 
-def test_command_refuses_a_wrong_request_in_one_line() -> None:
-    command = [sys.executable, "-m", "harness.bench", "--shapes", "C9"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert done.stderr.startswith("unknown shape 'C9'") and done.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--shapes", "C9"], "unknown shape 'C9'"),
+        (["--dead", "1.5"], "--dead 1.5"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--clock", "process"], "--clock process"),
+        (["--peers", "mine"], "unknown peers mine"),
+        (["--json", "no/such/directory/bench.json"], "no/such/directory/bench.json"),
+        (["--ops", "triton"], "--ops triton"),
+    ],
+)
+def test_command_refuses_a_wrong_request_in_one_line(
+    wrong: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(sys, "argv", ["harness.bench", *wrong])
+    assert main() == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(said) and captured.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
