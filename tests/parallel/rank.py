@@ -19,6 +19,7 @@ from harness.parallel import Shards
 from harness.parallel.mesh import Mesh, mesh, ranks_from_environment
 from harness.record.checkpoint import find_checkpoint, load_tensors, save_checkpoint
 from harness.record.signals import SAVE, StopFlag
+from harness.train import evaluate as evaluation
 from harness.train.evaluate import evaluate
 from harness.train.member import make_member
 from tests.parallel.preactivations import chosen, selections
@@ -90,6 +91,34 @@ def a_bad_batch_on_one_rank_stops_all(shards: Shards) -> None:
     assert torch.equal(member.params["W_enc"], before)
 
 
+def weights_that_fail_on_one_rank_stop_all(shards: Shards) -> None:
+    for name in ("topk", "switch"):
+        config = case_config(name, shards.dp, shards.shard)
+        source, ops = source_of(config), choose_ops("reference")
+        member = make_member(config, source, CPU, shards, ops)
+        if shards.rank == shards.size - 1:
+            member.params["W_dec"].fill_(torch.nan)
+        stream = source.stream(0, 64, CPU, shards.dp_rank, shards.dp)
+        for step in range(2):
+            member.train_step(stream.batch(step), shards, ops)
+        assert member.diverged_at() == 0, name
+
+
+def batches_that_no_axis_divides(shards: Shards) -> None:
+    """Held-out rows in batches of which replicas get different numbers, the last one shorter than a replica's share."""
+    for name in ("topk", "switch"):
+        config = case_config(name, shards.dp, shards.shard)
+        source, ops = source_of(config), choose_ops("reference")
+        member = make_member(config, source, CPU, shards, ops)
+        found = []
+        for rows in (4096, 499, 107):  # 1500 rows: 1 batch; 4, the last of 3; 15, the last of 2
+            evaluation.BATCH_ROWS = rows
+            result = evaluate(member.sae, member.params, source, member.normalizer, (1500,), shards, ops, StopFlag())
+            assert result is not None
+            found.append(result[0].fvu)
+        assert max(found) - min(found) < 1e-12 * found[0], (name, found)
+
+
 def an_expert_without_tokens_on_any_rank(shards: Shards) -> None:
     config = case_config("switch_auxk", shards.dp, shards.shard)
     config.sae.dead_after_tokens = 1.0
@@ -151,6 +180,8 @@ def main(out: Path) -> None:
             if shards.rank == 0:
                 save_file(found, here / "topk_auxk_fp32.safetensors")
             a_bad_batch_on_one_rank_stops_all(shards)
+            weights_that_fail_on_one_rank_stop_all(shards)
+            batches_that_no_axis_divides(shards)
             an_expert_without_tokens_on_any_rank(shards)
             checkpoint_loads_on_this_mesh(shards, here / "checkpoints")
             saving_is_no_reason_to_stop_an_evaluation(shards)
