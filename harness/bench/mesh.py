@@ -1,0 +1,145 @@
+"""`python -m harness.bench.mesh`: the training step on several ranks beside the cost model of docs/scaling.md.
+
+Starts the ranks of each mesh on this machine (gloo on CPUs, NCCL on GPUs), measures the network alone, the step, the
+time inside each kind of exchange and the bytes sent, and sets beside them the bytes of `harness.budget` and the time
+that latency and bandwidth predict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.bench.command import machine
+from harness.bench.shapes import Shape, parse_shapes
+from harness.errors import UserError
+from harness.jobs.ranks import rank_environment
+from harness.record.files import write_json_atomic
+
+EXCHANGES_PER_CALL = {"selection": 2}
+"""Candidates one way, counts back; every other kind is one all-reduce."""
+
+
+def parse_meshes(text: str) -> list[tuple[int, int]]:
+    """(dp, shard) pairs from `1x1,2x1`. Raises `UserError`."""
+    found = []
+    for item in text.split(","):
+        pair = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", item.strip())
+        if pair is None:
+            raise UserError(f"'{item.strip()}' is no mesh: DPxSHARD, as in 2x1")
+        found.append((int(pair[1]), int(pair[2])))
+    return found
+
+
+def run_mesh(task: dict[str, Any]) -> dict[str, Any]:
+    """What rank 0 answers. Raises `UserError` with the last line of a rank that failed."""
+    world = task["dp"] * task["shard"]
+    environment = rank_environment(world)
+    command = [sys.executable, "-m", "harness.bench.mesh_rank", json.dumps(task)]
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(world):
+            with Path(folder, f"{rank}.out").open("w") as out, Path(folder, f"{rank}.err").open("w") as err:
+                own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                ranks.append(subprocess.Popen(command, env=own, stdout=out, stderr=err))
+        codes = [process.wait() for process in ranks]
+        for rank, code in enumerate(codes):
+            if code:
+                lines = Path(folder, f"{rank}.err").read_text().strip().splitlines()
+                raise UserError(f"rank {rank} of {world} ended with {code}: {lines[-1] if lines else 'no output'}")
+        return json.loads(Path(folder, "0.out").read_text())
+
+
+def predicted_ms(kind: str, exchange: dict[str, float], network: dict[str, dict[str, float]]) -> float:
+    """Latency of its exchanges plus its bytes over the bandwidth that the probe found."""
+    rates = network["all_to_all" if kind == "selection" else "all_reduce"]
+    transfer = rates["small_bytes"] / rates["bytes_per_s"]
+    latency = EXCHANGES_PER_CALL.get(kind, 1) * max(0.0, rates["small_s"] - transfer)
+    return 1e3 * (exchange["calls"] * latency + exchange["bytes"] / rates["bytes_per_s"])
+
+
+def entry(shape: Shape, dp: int, shard: int, threads: int, found: dict[str, Any], network: Any) -> dict[str, Any]:
+    exchanges = found.pop("exchanges")
+    for kind, exchange in exchanges.items() if network else ():
+        exchange["predicted_ms"] = predicted_ms(kind, exchange, network)
+    sizes = asdict(shape)
+    result = {"shape": sizes.pop("name"), **sizes, "dp": dp, "shard": shard, "threads": threads, **found}
+    result["n_experts"] = result.pop("experts")
+    return result | {
+        "tokens_per_s": 1e3 * shape.batch / found["step_ms"],
+        "exchange_ms": sum(exchange["ms"] for exchange in exchanges.values()) if network else 0.0,
+        "predicted_exchange_ms": sum(exchange["predicted_ms"] for exchange in exchanges.values()) if network else 0.0,
+        "bytes_sent": sum(exchange["bytes"] for exchange in exchanges.values()),
+        "formula_bytes": sum(exchange["formula_bytes"] for exchange in exchanges.values()),
+        "exchanges": exchanges,
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    """For the terminal."""
+    low, high = result["step_ms_spread"]["q1"], result["step_ms_spread"]["q3"]
+    return (
+        f"{result['shape']:20} dp {result['dp']} shard {result['shard']}  step {result['step_ms']:7.1f} ms "
+        f"({low:.1f}–{high:.1f})  exchanges {result['exchange_ms']:6.1f} ms, predicted "
+        f"{result['predicted_exchange_ms']:6.1f}  sent {result['bytes_sent'] / 1e6:8.3f} MB, formula "
+        f"{result['formula_bytes'] / 1e6:8.3f}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m harness.bench.mesh", description="The step on several ranks.")
+    add = parser.add_argument
+    add("--shapes", default="384x1024x16x2048,384x4096x32x2048,384x4096x32x2048x8", help="names or DxNxKxB[xE]")
+    add("--meshes", default="1x1,1x2,2x1", help="DPxSHARD, separated by commas")
+    add("--rounds", type=int, default=15, help="steps that are timed")
+    add("--precision", default="fp32", help="fp32, bf16 or fp64")
+    add("--ops", default="auto", help="kernels")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--threads", type=int, default=1, help="CPU threads of each rank; 0: the cores divided by the ranks")
+    add("--json", type=Path, help="write the results here")
+    arguments = parser.parse_args()
+    try:
+        shapes, meshes = parse_shapes(arguments.shapes), parse_meshes(arguments.meshes)
+        if arguments.rounds < 2:
+            raise UserError(f"--rounds {arguments.rounds}: at least 2, for quartiles")
+        settings = {key: getattr(arguments, key) for key in ("precision", "ops", "device", "threads", "rounds")}
+        sizes = [
+            {("n_experts" if key == "experts" else key): value for key, value in asdict(s).items()} for s in shapes
+        ]
+        results, networks = [], []
+        for dp, shard in meshes:
+            for shape in shapes:
+                if shape.n % shard or (shape.experts > 1 and shape.experts % shard) or shape.batch % dp:
+                    raise UserError(f"{shape.name} cannot be cut {dp} × {shard}")
+            found = run_mesh(settings | {"dp": dp, "shard": shard, "shapes": sizes, "out": "unused"})
+            network = found.get("network")
+            if network:
+                networks.append({"ranks": dp * shard, **network})
+                for kind, rates in network.items():
+                    print(
+                        f"{dp * shard} ranks, {kind}: {rates['small_s'] * 1e6:.0f} µs for 16 KiB, "
+                        f"{rates['bytes_per_s'] / 1e9:.2f} GB/s sent"
+                    )
+            for shape, measured in zip(shapes, found["results"], strict=True):
+                results.append(entry(shape, dp, shard, arguments.threads, measured, network))
+                print(line(results[-1]), flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        about = machine(torch.device(arguments.device), arguments.threads)
+        write_json_atomic(arguments.json, {"machine": about, "network": networks, "results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""One rank of the mesh benchmark: `python -m harness.bench.mesh_rank TASK`, TASK as JSON; rank 0 answers on stdout.
+
+Measures the network alone, and training steps of one SAE with the time spent inside its exchanges.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import budget
+from harness.activations import open_source
+from harness.activations.synthetic import Synthetic
+from harness.config import Config, from_container
+from harness.ops import choose_ops
+from harness.parallel import Axis, Kind, Shards
+from harness.parallel.mesh import mesh
+from harness.parallel.probe import Exchange, exchange_seconds
+from harness.record.signals import StopFlag
+from harness.train.member import make_member
+from harness.train.run import pick_device
+
+PROBE_NUMBERS = (1 << 12, 1 << 20)
+"""float32 numbers per probe: 16 KiB and 4 MiB."""
+WARM_UP = 3
+
+
+class Timed:
+    """A mesh that adds up, by kind, the seconds in its exchanges, waiting for other ranks included."""
+
+    def __init__(self, shards: Shards, device: torch.device) -> None:
+        self._shards, self._device = shards, device
+        self.spent: dict[Kind, float] = {}
+        self.calls: dict[Kind, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shards, name)
+
+    def clock(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def keep(self, values: Tensor, k: int, kind: Kind) -> Tensor:
+        begin = self.clock()
+        kept = self._shards.keep(values, k, kind)
+        self._add(kind, begin)
+        return kept
+
+    def sum_(self, tensor: Tensor, over: Axis, kind: Kind) -> Tensor:
+        begin = self.clock()
+        self._shards.sum_(tensor, over, kind)
+        self._add(kind, begin)
+        return tensor
+
+    def _add(self, kind: Kind, begin: float) -> None:
+        self.spent[kind] = self.spent.get(kind, 0.0) + self.clock() - begin
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+
+
+def config_of(task: dict[str, Any]) -> Config:
+    """The configuration whose step is measured; no AuxK, since its bytes depend on how many latents are dead."""
+    switch = task["n_experts"] > 1
+    sae = {"architecture": "switch" if switch else "topk", "n_latents": task["n"], "k": task["k"], "aux_alpha": 0.0}
+    if switch:
+        sae |= {"n_experts": task["n_experts"], "balance_weight": 0.03}
+    synthetic = {"d_model": task["d"], "n_features": 2 * task["d"]}
+    return from_container(
+        {
+            "sae": sae,
+            "activations": {"kind": "synthetic", "synthetic": synthetic},
+            "train": {"tokens": 1e9, "batch_tokens": task["batch"], "lr": 1e-4, "device": task["device"]}
+            | {"precision": task["precision"]},
+            "mesh": {"dp": task["dp"], "shard": task["shard"]},
+            "ops": task["ops"],
+            "tracker": {"name": "none"},
+        }
+    )
+
+
+def network(shards: Shards, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+    """By kind of exchange: seconds for 16 KiB, and bytes per second that a rank sends when it is 4 MiB."""
+    found = {}
+    kinds: tuple[tuple[Exchange, int], ...] = (("all_reduce", 2), ("all_to_all", 1))
+    for kind, passes in kinds:
+        seconds = [statistics.median(exchange_seconds(kind, n, device, rounds)) for n in PROBE_NUMBERS]
+        sent = [passes * 4 * n * (shards.size - 1) / shards.size for n in PROBE_NUMBERS]
+        found[kind] = {"small_s": seconds[0], "small_bytes": sent[0], "bytes_per_s": sent[1] / seconds[1]}
+    return found
+
+
+def measure(task: dict[str, Any], shards: Shards, device: torch.device) -> dict[str, Any]:
+    """Milliseconds and bytes of a step on this mesh, as this rank sees them."""
+    config = config_of(task)
+    source = open_source(config.activations, task["out"], progress=False, stop=StopFlag())
+    assert isinstance(source, Synthetic)
+    ops, timed = choose_ops(config.ops, device), Timed(shards, device)
+    member = make_member(config, source, device, shards, ops)
+    stream = source.stream(0, task["batch"], device, shards.dp_rank, shards.dp)
+    batches = [stream.batch(step) for step in range(2)]
+    for step in range(WARM_UP):
+        member.train_step(batches[step % 2], shards, ops)
+    shards.take_sent()
+    seconds = []
+    for step in range(task["rounds"]):
+        shards.barrier()
+        begin = timed.clock()
+        member.train_step(batches[step % 2], timed, ops)  # type: ignore[arg-type]
+        seconds.append(timed.clock() - begin)
+    rounds = task["rounds"]
+    sent = shards.take_sent()
+    formula = budget.bytes_sent_per_step(config, task["d"])
+    quartiles = statistics.quantiles(seconds, n=4)
+    return {
+        "step_ms": 1e3 * quartiles[1],
+        "step_ms_spread": {"q1": 1e3 * quartiles[0], "q3": 1e3 * quartiles[2]},
+        "exchanges": {
+            kind: {
+                "calls": timed.calls[kind] / rounds,
+                "ms": 1e3 * spent / rounds,
+                "bytes": sent.get(kind, 0.0) / rounds,
+                "formula_bytes": formula.get(kind, 0.0),
+            }
+            for kind, spent in timed.spent.items()
+        },
+    }
+
+
+def main() -> None:
+    task = json.loads(sys.argv[1])
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    device = pick_device(task["device"], int(os.environ.get("LOCAL_RANK", "0")))
+    with mesh(task["dp"], task["shard"], device) as shards:
+        answer: dict[str, Any] = {"results": [measure(task | shape, shards, device) for shape in task["shapes"]]}
+        if shards.size > 1:
+            answer["network"] = network(shards, device, task["rounds"])
+        if shards.rank == 0:
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

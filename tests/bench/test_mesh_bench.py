@@ -1,0 +1,51 @@
+"""The mesh benchmark: ranks of its own, counted bytes beside the formula, a network that is measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.bench.mesh import parse_meshes, predicted_ms
+from harness.errors import UserError
+
+
+def test_meshes() -> None:
+    assert parse_meshes("1x1, 2x4") == [(1, 1), (2, 4)]
+    for text in ("2", "0x1", "2x", ""):
+        with pytest.raises(UserError, match="is no mesh"):
+            parse_meshes(text)
+
+
+def test_prediction_is_latency_of_every_exchange_plus_bytes_over_bandwidth() -> None:
+    rates = {"small_s": 3e-3, "small_bytes": 1e6, "bytes_per_s": 1e9}  # a latency of 2 ms
+    network = {"all_reduce": rates, "all_to_all": rates}
+    exchange = {"calls": 3.0, "bytes": 5e6}
+    assert predicted_ms("gradients", exchange, network) == pytest.approx(3 * 2 + 5)
+    assert predicted_ms("selection", exchange, network) == pytest.approx(2 * 3 * 2 + 5)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_command_writes_bytes_that_equal_the_formula(tmp_path: Path) -> None:
+    out = tmp_path / "mesh.json"
+    command = [sys.executable, "-m", "harness.bench.mesh", "--meshes", "1x1,1x2", "--rounds", "3", "--json", str(out)]
+    command += ["--shapes", "16x64x4x64,16x64x4x64x4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(out.read_text())
+    assert [network["ranks"] for network in written["network"]] == [2]
+    assert all(rates["bytes_per_s"] > 0 for rates in (written["network"][0][k] for k in ("all_reduce", "all_to_all")))
+    assert len(written["results"]) == 4
+    for result in written["results"]:
+        assert result["bytes_sent"] == pytest.approx(result["formula_bytes"]) and result["step_ms"] > 0
+        assert (result["shard"] == 1) == (result["bytes_sent"] == 0)
+
+
+def test_a_shape_that_a_mesh_cannot_cut_is_refused() -> None:
+    command = [sys.executable, "-m", "harness.bench.mesh", "--meshes", "1x3", "--shapes", "16x64x4x64"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "16x64x4x64 cannot be cut 1 × 3" in done.stderr
