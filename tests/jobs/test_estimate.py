@@ -1,0 +1,197 @@
+"""Estimates: what they are made of, and that they come near what happens."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from harness import budget
+from harness.jobs import estimate as module
+from harness.jobs.estimate import Timed, estimate, interpolate, probes
+from harness.jobs.gpus import FLOOR_SHARE, find_gpu, step_seconds
+from harness.jobs.pack import job_of
+from harness.jobs.planfile import read_plan, record_plan
+from harness.train import speed
+from tests.jobs.conftest import Launch
+from tests.jobs.planned import a_config, a_run
+
+
+def test_times_lie_on_a_line_between_the_measured_points() -> None:
+    points = [Timed(1e6, 1e-3), Timed(1e8, 1e-2), Timed(1e9, 1e-1)]
+    assert interpolate(points, 1e7) == pytest.approx(math.sqrt(1e-3 * 1e-2))
+    assert interpolate(points, 1e8) == pytest.approx(1e-2)
+    assert interpolate(points, 1e10) == pytest.approx(1.0), "in proportion above"
+    assert interpolate(points, 1e3) == 1e-3, "no step is cheaper than the cheapest that was timed"
+
+
+def test_a_few_shapes_of_each_kind_are_timed(tmp_path: Path) -> None:
+    widths = [64, 128, 256, 512, 1024, 2048]
+    runs = [a_run(tmp_path, a_config(sae__n_latents=n)) for n in widths]
+    runs += [a_run(tmp_path, a_config(sae__architecture="switch", sae__n_experts=4, sae__n_latents=n)) for n in widths]
+    chosen = [config for config, _ in probes(runs)]
+    assert len(chosen) == module.SHAPES
+    for architecture in ("topk", "switch"):
+        timed = [c.sae.n_latents for c in chosen if c.sae.architecture == architecture]
+        assert len(set(timed)) == 3 and max(timed) == 2048
+
+
+def test_a_step_too_large_for_a_calibration_is_cut_down(tmp_path: Path) -> None:
+    config = a_config(sae__n_latents=1 << 21, sae__k=64, train__batch_tokens=131072, mesh={"shard": 4})
+    ((small, d_model),) = probes([a_run(tmp_path, config, d_model=768)])
+    flops = budget.flops_executed_per_token(small.sae, d_model, small.train.batch_tokens, 0)
+    assert sum(flops.values()) * small.train.batch_tokens <= module.MOST_STEP_FLOPS
+    assert small.sae.k == 64 and small.mesh.shard == 1
+    assert budget.memory_bytes(small, d_model)["weights"] < 1e9
+
+
+@pytest.fixture
+def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that needs 1 ms for a step and 0.5 ms for an evaluated batch, whatever their size."""
+    monkeypatch.setattr(speed, "measure_speed", lambda *_: speed.Speed(1e-3, 5e-4))
+    monkeypatch.setattr(speed, "measure_start", lambda *_: 0.25)
+
+
+@pytest.mark.usefixtures("fixed_speed")
+def test_steps_evaluations_and_start_are_counted(tmp_path: Path) -> None:
+    run = a_run(tmp_path, a_config(train__eval_points=2, activations__heldout_tokens=640))
+    known = estimate([run]).of(run)
+    looks = (2 * 512 + 640) / 64  # batches: twice the first 512 held-out rows, all 640 at the end
+    assert known.train_s == pytest.approx(100 * 1e-3 + looks * 5e-4)
+    assert known.seconds == pytest.approx((known.train_s or 0) + 0.25 + module.RUN_START_S)
+    assert known.tokens == 6400
+    assert sum(known.flops.values()) == pytest.approx(run.flops)
+
+
+def test_real_steps_are_timed(tmp_path: Path) -> None:
+    few = a_run(tmp_path, a_config(), "few")
+    many = a_run(tmp_path, a_config(train__tokens=64 * 1000), "many")
+    known = estimate([few, many])
+    assert known.calibration.source and not known.calibration.problem and known.calibration.seconds > 0
+    assert 0 < (known.of(few).train_s or 0) < (known.of(many).train_s or 0)
+
+
+def test_the_number_of_threads_is_left_as_it_was(tmp_path: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    estimate([a_run(tmp_path, a_config(train__threads=1))])
+    assert torch.get_num_threads() == before
+
+
+def test_runs_that_have_ended_need_no_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def must_not(*_: object) -> None:
+        raise AssertionError("timed a step for nothing")
+
+    monkeypatch.setattr(module, "_calibrate_here", must_not)
+    run = a_run(tmp_path, a_config(), status="done")
+    assert estimate([run]).of(run).seconds is None
+    assert estimate([run]).of(run).memory_bytes
+
+
+def test_a_calibration_that_fails_leaves_the_plan_without_times(tmp_path: Path) -> None:
+    run = a_run(tmp_path, a_config(train__device="cuda", cluster={"name": "slurm"}))
+    known = estimate([run])
+    assert known.of(run).seconds is None
+    assert "no GPU here" in known.calibration.problem
+
+
+def test_an_unknown_width_leaves_everything_open(tmp_path: Path) -> None:
+    run = a_run(tmp_path, a_config(), d_model=None)
+    assert estimate([run]).of(run).seconds is None
+
+
+@pytest.mark.usefixtures("fixed_speed")
+def test_a_pack_starts_once_and_steps_in_turn(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path, a_config(cluster={"name": "slurm", "gpus_per_task": 0}), str(i)) for i in range(3)]
+    known = estimate(runs)
+    alone, three = known.job_seconds(job_of(runs[:1])), known.job_seconds(job_of(runs))
+    assert alone is not None and three is not None
+    assert three == pytest.approx(3 * alone - 2 * module.PROCESS_START_S)
+    one, all_ = known.job_memory(job_of(runs[:1])), known.job_memory(job_of(runs))
+    assert one is not None and all_ is not None
+    assert one < all_ < 1.1 * one, "the process and a step's memory are there once"
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("a100", "a100"),
+        ("nvidia_a100-sxm4-80gb", "a100-80"),
+        ("A100-SXM4-40GB", "a100"),
+        ("gpu:h100:4", "h100"),
+        ("h100_pcie", "h100-pcie"),
+        ("NVIDIA-H200", "h200"),
+        ("l40s", "l40s"),
+        ("L40", "l40"),
+        ("l4", "l4"),
+        ("a10", "a10"),
+        ("a100_3g.20gb", None),
+        ("gh200", None),
+        ("rtx4090", None),
+    ],
+)
+def test_gpus_by_the_names_of_sites(said: str, meant: str | None) -> None:
+    gpu = find_gpu(said)
+    assert (gpu.name if gpu else None) == meant
+
+
+def test_a_named_gpu_is_estimated_from_its_data_sheet(tmp_path: Path) -> None:
+    runs = {}
+    for name in ("a100", "h200"):
+        config = a_config(
+            sae__n_latents=32768, sae__k=32, train__batch_tokens=8192, train__precision="bf16",
+            cluster={"name": "slurm", "gpu_type": name},
+        )  # fmt: skip
+        runs[name] = a_run(tmp_path, config, name, d_model=768)
+    known = estimate(list(runs.values()))
+    assert (known.seconds_of(runs["a100"]) or 0) > (known.seconds_of(runs["h200"]) or 0) > 0
+    assert "unmeasured" in known.calibration.source and not known.calibration.steps
+    # encoder product 0.52 ms, three gathers 0.28, Adam 0.30, a twentieth of the latents: at an H200's measured rates
+    gpu, config = find_gpu("h200"), runs["h200"].config
+    assert gpu is not None
+    assert (step_seconds(gpu, config, 768) or 0) * FLOOR_SHARE == pytest.approx(1.12e-3, rel=0.03)
+
+
+def test_an_unknown_gpu_leaves_times_open_and_says_which_are_known(tmp_path: Path) -> None:
+    run = a_run(tmp_path, a_config(cluster={"name": "slurm", "gpu_type": "mi300"}))
+    known = estimate([run])
+    assert known.seconds_of(run) is None
+    assert "mi300" in known.calibration.problem and "h200" in known.calibration.problem
+
+
+@pytest.mark.usefixtures("fixed_speed")
+def test_a_mesh_on_a_cluster_shares_work_and_weights(tmp_path: Path) -> None:
+    cluster = {"name": "slurm", "gpus_per_task": 0}
+    one = a_run(tmp_path, a_config(sae__n_latents=4096, cluster=cluster), "one")
+    four = a_run(tmp_path, a_config(sae__n_latents=4096, cluster=cluster, mesh={"shard": 4}), "four")
+    known = estimate([one, four])
+    assert known.of(four).train_s == pytest.approx((known.of(one).train_s or 0) / 4)
+    assert (known.of(four).memory_bytes or 0) < (known.of(one).memory_bytes or 0)
+
+
+def test_the_plan_of_a_launch_is_kept_and_widened(launch: Launch, tmp_path: Path) -> None:
+    assert launch() == 0
+    first = read_plan(tmp_path / "t")
+    ((name, entry),) = first["runs"].items()
+    assert entry["train_s"] > 0 and entry["memory_bytes"] > 0 and entry["tokens"] == 4096
+    assert entry["flops"]["encoder"] > 0
+    assert launch("sae.n_latents=32,64") == 0
+    second = read_plan(tmp_path / "t")
+    assert second["runs"][name] == entry, "what was expected of a run that is done stays"
+    assert len(second["runs"]) == 2 and len(second["calibrations"]) == 2
+    assert launch("sae.n_latents=32,64") == 0
+    assert read_plan(tmp_path / "t") == second, "nothing to do, nothing written"
+
+
+def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    run = a_run(tmp_path, a_config())
+    known = estimate([run])
+    record_plan(tmp_path / "s", [run], known)
+    assert json.loads((tmp_path / "s/plan.json").read_text())["runs"].keys() == {run.run_id}
+    (tmp_path / "s/plan.json").write_text("{")
+    with pytest.raises(ValueError, match=r"plan\.json is damaged"):
+        record_plan(tmp_path / "s", [run], known)
