@@ -25,6 +25,7 @@ Step = Callable[[], None]
 """Runs forward and backward only, or a whole step."""
 
 LR = 1e-4
+SHORT_MS = 250.0
 
 
 def _adam(parameters: Any, steel: bool) -> torch.optim.Adam:
@@ -142,18 +143,22 @@ def main() -> None:
         torch.Tensor.topk = lambda self, *args, **kw: plain(self, *args, **{"sorted": False, **kw})
     gradients, whole, found = build(data, task["k"], task["steel"])
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=task["precision"] == "bf16")
+    last_ms = SHORT_MS
     for line in sys.stdin:
         command = line.split()
         answer: dict[str, Any] = {}
         if command[0] == "round":
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            begin = clock()
-            with autocast():
-                whole()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            answer = {"step_ms": 1e3 * (clock() - begin)}
+            # as ours: a short step is taken twice and the second counts
+            for _ in range(2 if last_ms < SHORT_MS else 1):
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                begin = clock()
+                with autocast():
+                    whole()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                last_ms = 1e3 * (clock() - begin)
+            answer = {"step_ms": last_ms}
         elif command[0] == "gradients":
             with autocast():
                 gradients()
