@@ -70,12 +70,12 @@ def fit(
     _check_request(space, robust, weights, ci, level, starts, regime)
     table = first_population(table, chosen)
     if not follows_tokens(chosen, table):
-        table = one_regime(table, regime, lambda part: not _errors(check_table(part, chosen)))
+        table = one_regime(table, regime, lambda part: not errors(check_table(part, chosen)))
     for role in (*chosen.inputs, "loss"):
         table.column(role)
     notes = check_table(table, chosen)
-    if _errors(notes):
-        return failed(chosen, notes, len(table))
+    if errors(notes):
+        return failed(chosen, notes, len(table), table.left_out())
     inputs = {role: table.values(role) for role in chosen.inputs}
     y = table.values("loss")
     noise = seed_noise(inputs, y, chosen.scale_input)
@@ -100,6 +100,7 @@ def fit(
     result.domain = {role: (float(values.min()), float(values.max())) for role, values in inputs.items()}
     result.weighting = weighting
     result.inputs, result.y, result.weights = inputs, y, weight
+    result.excluded = table.left_out()
     result.data_hash = _hash(problem)
     if chosen.nested and huber is None and problem.points <= MANY:
         result.nested = compare_nested(chosen, problem, inputs, y, weight, optimum)
@@ -116,7 +117,8 @@ def follows_tokens(law: Law, table: RunTable) -> bool:
     return "d" in law.inputs or ("x" in law.inputs and table.roles.get("x") in table.spent)
 
 
-def _errors(notes: list[Note]) -> bool:
+def errors(notes: list[Note]) -> bool:
+    """Whether a note of severity error is among `notes`."""
     return any(entry.severity == "error" for entry in notes)
 
 
@@ -219,7 +221,7 @@ def _assemble(
 
 
 def _status(result: FitResult) -> Status:
-    if _errors(result.notes):
+    if errors(result.notes):
         return Status.UNRELIABLE
     if any(None in interval for interval in result.intervals.values()):
         return Status.OPEN

@@ -113,6 +113,22 @@ def profile(
     return low, high
 
 
+def profile_curve(problem: Problem, theta: Array, rss: float, contrast: Array, values: Array) -> Array:
+    """√F (points,) with contrast·theta held at each of some increasing values, each fit started at its neighbour's end.
+
+    The fits go outwards from the estimate, so that every start is a solution nearby.
+    """
+    roots = np.empty(len(values))
+    middle = int(np.searchsorted(values, float(contrast @ theta)))
+    unit = contrast / (contrast @ contrast)
+    for indices in (range(middle - 1, -1, -1), range(middle, len(values))):
+        start, at = theta, float(contrast @ theta)
+        for i in indices:
+            f, start = profile_f(problem, theta, rss, contrast, float(values[i]), start + unit * (values[i] - at))
+            roots[i], at = np.sqrt(max(f, 0.0)), float(values[i])
+    return roots
+
+
 def _end(
     problem: Problem, theta: Array, rss: float, contrast: Array, estimate: float, step: float, root: float
 ) -> float | None:

@@ -33,7 +33,7 @@ class IsoFlop:
     """n_opt = D0·C^p over the bracketed minima (parameters D0 and p); None with fewer than three."""
 
 
-def isoflop(table: RunTable, budgets: int | Array = 8, method: str = "akima") -> IsoFlop:
+def isoflop(table: RunTable, budgets: int | np.ndarray = 8, method: str = "akima") -> IsoFlop:
     """The loss-minimising n at each of several FLOP budgets, runs of one k.
 
     Args:
@@ -121,7 +121,7 @@ def _from_rows(table: RunTable) -> Frame:
     return frame
 
 
-def _from_curves(table: RunTable, budgets: int | Array) -> Frame:
+def _from_curves(table: RunTable, budgets: int | np.ndarray) -> Frame:
     """Every constant-lr run's loss at each budget that it passes, interpolated log-log along its own curve."""
     curves = evaluations(table)
     curves = curves[curves["constant_lr"].astype(bool)]

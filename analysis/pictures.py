@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,14 +16,17 @@ from analysis.result import FitResult
 from analysis.words import interval, number
 
 if TYPE_CHECKING:
-    from analysis.report import Findings
+    from analysis.findings import Findings
 
 
 def all_pictures(findings: Findings) -> list[dict[str, str]]:
     """Every picture that the data of a sweep allow: title, caption, alt, src."""
     if not len(findings.table):
         return []
-    makers = (_loss_n, _loss_flops, _versus_n, _versus_flops, _dead, _rates)
+    makers = (
+        *(_loss_n, _blind, _loss_flops, _isoflop, _versus_n, _versus_flops),
+        *(_tokens, _dead, _rates, _profiles),
+    )
     return [picture for maker in makers if (picture := maker(findings)) is not None]
 
 
@@ -43,11 +47,11 @@ def _loss_n(findings: Findings) -> dict[str, str]:
     figure = plot.figure(5.4 if pairs else 3.9)
     if pairs:
         upper, lower = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-        plot.loss_against_n(upper, main, pairs)
+        plot.loss_against_n(upper, main, pairs, extend=4)
         upper.set_xlabel("")
         plot.residuals_against_n(lower, main, pairs)
         lower.set_xlabel("number of latents n")
-        what = f"Lines: {_names([result for _, result in findings.fits])}, with the 95 % band of the mean."
+        what = f"Lines: {_names([result for _, result in findings.fits])}, with the bands of the mean and of a new run."
         floor = " Dotted: its floor." if any(result.law.floor is not None for _, result in findings.fits) else ""
         caption = f"{what}{floor} Below: residuals (shifted sideways a little, so that they do not hide each other)."
     else:
@@ -55,6 +59,65 @@ def _loss_n(findings: Findings) -> dict[str, str]:
         caption = "No law could be fitted; the runs alone are shown."
     name = _architecture(main.frame)
     return _picture(figure, f"Loss against width ({name})", caption, f"Held-out fvu of {name} against n for each k")
+
+
+def _blind(findings: Findings) -> dict[str, str] | None:
+    if not findings.blind:
+        return None
+    main = findings.main
+    largest = main.values("n") == main.values("n").max()
+    seen, held = main.keep(~largest, "held out"), main.keep(largest, "fitted")
+    seen.excluded = main.excluded
+    figure = plot.figure(4.1)
+    pairs: list[Any] = [result if k is None else (k, result) for k, result in findings.blind]
+    plot.loss_against_n(figure.subplots(), seen, pairs, held_out=held)
+    caption = "The same law fitted without the largest n (hollow): what it would have forecast."
+    return _picture(figure, "The forecast put to the test", caption, "The law fitted without the largest n")
+
+
+def _profiles(findings: Findings) -> dict[str, str] | None:
+    usable = [(k, result) for k, result in findings.fits if result.dof > 0 and result.problem is not None]
+    if not usable:
+        return None
+    k, result = usable[len(usable) // 2]
+    names = result.law.params
+    rows = math.ceil(len(names) / 2)
+    figure = plot.figure(1.7 * rows)
+    panels = figure.subplots(rows, 2, squeeze=False).ravel()
+    for ax, name in zip(panels, names, strict=False):
+        plot.profile(ax, result, name)
+    for ax in panels[len(names) :]:
+        ax.set_axis_off()
+    where = "" if k is None else f", k = {k:g}"
+    caption = (
+        "√F with one parameter held at a value and the others refitted; the interval is where it stays below the line. "
+        "Dashed: what a parabola (Wald) would give."
+    )
+    return _picture(figure, f"Profiles of {result.law.name}{where}", caption, "Profile of each parameter of the law")
+
+
+def _isoflop(findings: Findings) -> dict[str, str] | None:
+    if not findings.isoflops:
+        return None
+    k, found = findings.isoflops[len(findings.isoflops) // 2]
+    figure = plot.figure(5.6)
+    upper, lower = figure.subplots(2, 1, height_ratios=[3, 2])
+    plot.isoflop_profiles(upper, found)
+    plot.isoflop_minima(lower, found)
+    caption = "Loss of each size at the same compute. Stars: the minimum, hollow where it is not bracketed."
+    if found.law is not None:
+        ends = interval(*found.law.intervals["p"])
+        caption += f" The best n goes as C^{number(found.law.values['p'])} {ends}."
+    return _picture(figure, f"IsoFLOP profiles, k = {k:g}", caption, "Loss against n at equal compute, and the best n")
+
+
+def _tokens(findings: Findings) -> dict[str, str] | None:
+    if findings.convergence is None or not len(findings.convergence.table):
+        return None
+    figure = plot.figure(3.8)
+    plot.tokens_to_convergence(figure.subplots(), findings.convergence)
+    caption = "Converged runs only. Lines: D0·n^p for each k, with the 95 % band."
+    return _picture(figure, "Tokens to convergence", caption, "Tokens to convergence against n for each k")
 
 
 def _loss_flops(findings: Findings) -> dict[str, str] | None:

@@ -4,75 +4,31 @@ from __future__ import annotations
 
 import datetime
 import json
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from analysis.cells import cell_rows, cell_text
-from analysis.fit import fit
-from analysis.frames import Frame, pd
-from analysis.frontier import frontier, frontier_law
-from analysis.laws import get
-from analysis.learning_rate import BestRates, at_best_rate, best_rates
-from analysis.load import evaluations, read_sweep, varied
-from analysis.multiplier import Multiplier, multiplier
-from analysis.notes import Note, note
+from analysis.findings import Comparison, Findings, gather, read_runs
+from analysis.frames import pd
 from analysis.pictures import all_pictures
-from analysis.result import FitResult, Status
+from analysis.result import FitResult
 from analysis.table import RunTable
-from analysis.versus import equal_n_and_flops
 from analysis.words import (
     comparison_sentences,
     converged_words,
+    convergence_sentences,
+    forecast_sentences,
     interval,
     law_sentences,
     multiplier_sentences,
     number,
     rate_sentences,
 )
-from harness.errors import UserError
 from harness.record.files import write_text_atomic
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-
-
-@dataclass
-class Study:
-    """What a sweep says about itself."""
-
-    name: str
-    title: str
-    question: str = ""
-    law: str = "sae_nk"
-    runs: tuple[str, ...] = ()
-    """Every run that was asked for, started or not."""
-
-
-@dataclass
-class Findings:
-    """Everything that a report shows, before it is laid out."""
-
-    table: RunTable
-    """All usable runs."""
-    main: RunTable
-    """The population that the law is about: TopK where there is any."""
-    study: Study
-    fits: list[tuple[float | None, FitResult]] = field(default_factory=list)
-    """(k, fit): k is None for a law in n and k."""
-    failures: list[FitResult] = field(default_factory=list)
-    """Fits that were tried and not possible."""
-    curves: Frame = field(default_factory=pd.DataFrame)
-    front: Frame = field(default_factory=pd.DataFrame)
-    front_fit: FitResult | None = None
-    versus: list[dict[str, Any]] = field(default_factory=list)
-    multipliers: list[tuple[float, Multiplier]] = field(default_factory=list)
-    """(k, comparison of TopK with Switch in FLOPs)."""
-    rates: BestRates | None = None
-    """Best learning rates, where several were tried at one n and k."""
-    notes: list[Note] = field(default_factory=list)
 
 
 def write_report(sweep_dir: str | Path, law: str | None = None) -> Path:
@@ -95,125 +51,13 @@ def write_report(sweep_dir: str | Path, law: str | None = None) -> Path:
 
 def summary_table(sweep: str | Path | RunTable, limit: int = 40) -> str:
     """A short text table of the cells of a sweep, for the terminal."""
-    table = sweep if isinstance(sweep, RunTable) else _read(Path(sweep))
+    table = sweep if isinstance(sweep, RunTable) else read_runs(Path(sweep))
     return cell_text(table, limit)
-
-
-def gather(directory: Path, law: str | None = None) -> Findings:
-    """Read a sweep and fit what can be fitted."""
-    table = _read(directory)
-    study = read_study(directory)
-    if law is not None:
-        study.law = law
-    population = _main_population(table)
-    main = at_best_rate(population)
-    findings = Findings(table=table, main=main, study=study)
-    if len(main) < len(population):
-        findings.rates = best_rates(population)
-    _fit_laws(findings)
-    findings.curves = evaluations(table)
-    findings.front = frontier(table, findings.curves)
-    if len(findings.front) > 4:
-        attempt = frontier_law(table, findings.curves, resamples=200)
-        findings.front_fit = attempt if attempt.status is not Status.FAILED else None
-    findings.multipliers = _multipliers(table)
-    findings.versus = equal_n_and_flops(table)
-    extra = findings.rates.notes if findings.rates is not None else []
-    if findings.front_fit is not None:
-        extra = [*extra, *(entry for entry in findings.front_fit.notes if entry.code == "frontier_owned_by_end")]
-    findings.notes = list(dict.fromkeys([n for result in _all_fits(findings) for n in result.notes] + extra))
-    differing = varied(table)
-    if differing:
-        text = f"the runs also differ in {', '.join(differing[:6])}"
-        findings.notes.append(note("mixed_population", "warning", text))
-    return findings
-
-
-def read_study(directory: Path) -> Study:
-    """`study.json` or `study.yaml` of a sweep directory; a plain description of it when there is none."""
-    for name in ("study.json", "study.yaml"):
-        path = directory / name
-        if not path.exists():
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-            if name.endswith("json"):
-                content = json.loads(text)
-            else:
-                import yaml
-
-                content = yaml.safe_load(text)
-            said = {key: str(content[key]) for key in ("name", "title", "question", "law") if content.get(key)}
-        except (ValueError, AttributeError, OSError) as problem:
-            raise UserError(f"{path} cannot be read: {str(problem).splitlines()[0]}; mend or remove it") from None
-        return Study(
-            name=said.get("name", directory.name),
-            title=said.get("title", f"Sweep {directory.resolve().name}"),
-            question=said.get("question", ""),
-            law=get(said.get("law", "sae_nk")).name,
-            runs=tuple(map(str, content.get("runs") or ())),
-        )
-    return Study(directory.name, f"Sweep {directory.resolve().name}")
-
-
-def _read(directory: Path) -> RunTable:
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory; name a sweep directory, e.g. runs/quick")
-    table = read_sweep(directory)
-    missing = [run for run in read_study(directory).runs if run not in table.directories]
-    if missing:
-        rows = pd.DataFrame({table.roles["run"]: missing, "reason": "asked for, not started"})
-        table.excluded = pd.concat([part for part in (table.excluded, rows) if len(part)], ignore_index=True)
-    return table
-
-
-def _main_population(table: RunTable) -> RunTable:
-    if "sae" not in table.frame or not len(table):
-        return table
-    counts = table.frame["sae"].astype(str).value_counts()
-    return table.where("another architecture", sae="topk" if "topk" in counts.index else str(counts.index[0]))
-
-
-def _fit_laws(findings: Findings) -> None:
-    """The study's law; where that is not possible, a floor law in n for each k that allows it."""
-    main, law = findings.main, findings.study.law
-    inputs = set(get(law).inputs)
-    if inputs <= {"n", "k"} and inputs != {"n"}:
-        result = fit(main, law)
-        if result.status is not Status.FAILED:
-            findings.fits.append((None, result))
-            return
-        findings.failures.append(result)
-    levels = sorted(set(main.values("k"))) if len(main) else []
-    for k in levels:
-        part = main.where(f"k is not {k:g}", k=k)
-        part = part.but(roles={**part.roles, "x": part.roles["n"]})
-        attempts = [fit(part, name) for name in ("power_floor", "power")]
-        best = next((attempt for attempt in attempts if attempt.status is not Status.FAILED), None)
-        if best is not None:
-            findings.fits.append((k, best))
-        else:
-            findings.failures.append(attempts[0])
-
-
-def _multipliers(table: RunTable) -> list[tuple[float, Multiplier]]:
-    """TopK against Switch in FLOPs for every k at which both have enough sizes."""
-    if "sae" not in table.frame or not {"topk", "switch"} <= set(table.frame["sae"]):
-        return []
-    found = []
-    for k in sorted(set(table.values("k"))):
-        with suppress(UserError):  # too few sizes of one of them at this k: nothing to say
-            found.append((k, multiplier(at_best_rate(table.where("another k", k=k)))))
-    return found
-
-
-def _all_fits(findings: Findings) -> list[FitResult]:
-    return [result for _, result in findings.fits] + findings.failures
 
 
 def _context(findings: Findings, directory: Path) -> dict[str, Any]:
     table, study = findings.table, findings.study
-    words = converged_words(table)
+    words = converged_words(findings.main)
     title = study.title
     if words and "converged" not in title.lower():
         title = f"{title} — {words}"
@@ -226,11 +70,13 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
         "laws": [_law_rows(k, result) for k, result in findings.fits],
         "failures": _failure_rows(findings),
         "versus": findings.versus,
-        "multipliers": [_multiplier_row(k, entry) for k, entry in findings.multipliers],
+        "forecasts": [_forecast_row(row) for row in findings.forecasts],
+        "comparisons": [_comparison_row(entry) for entry in findings.comparisons],
+        "convergence": _convergence_rows(findings),
         "rates": findings.rates.rates.to_dict("records") if findings.rates is not None else [],
         "cells": cell_rows(table),
         "anchors": _anchors(table),
-        "excluded": _excluded_rows(table),
+        "excluded": _excluded_rows(findings),
         "notes": [entry.as_dict() for entry in sorted(findings.notes, key=lambda e: e.severity == "info")],
         "provenance": _provenance(table, directory),
     }
@@ -254,10 +100,13 @@ def _lead(findings: Findings) -> list[str]:
     for level, result in findings.fits:
         at = f"k = {level:g}: " if level is not None else ""
         lines.extend(at + sentence for sentence in law_sentences(result, list(k)))
+    lines.extend(forecast_sentences(findings.forecasts))
     if not findings.fits:
         lines.append("No law can be fitted to these runs; the section “What could not be fitted” says why.")
     lines.extend(comparison_sentences(findings.versus))
-    lines.extend(multiplier_sentences(findings.multipliers))
+    lines.extend(multiplier_sentences(findings.comparisons))
+    if findings.convergence is not None:
+        lines.extend(convergence_sentences(findings.convergence))
     if findings.rates is not None:
         lines.extend(rate_sentences(findings.rates))
     if "topk" not in set(table.frame.get("sae", [])):
@@ -290,17 +139,46 @@ def _law_rows(k: float | None, result: FitResult) -> dict[str, Any]:
     }
 
 
-def _multiplier_row(k: float, entry: Multiplier) -> dict[str, str]:
+def _comparison_row(entry: Comparison) -> dict[str, str]:
+    found = entry.found
+    unit = "FLOPs" if entry.x == "flops" else "latents"
+    crossing = f"{number(found.crossing)} {unit} {interval(found.crossing_lo, found.crossing_hi)}"
     return {
-        "k": number(k),
-        "value": "–" if entry.value is None else number(entry.value),
-        "interval": interval(entry.lo, entry.hi),
-        "at": "every loss" if entry.at_loss is None else f"fvu {number(entry.at_loss)}",
-        "p": number(entry.p_shared, 2),
-        "exponents": f"{number(entry.exponents[0])} / {number(entry.exponents[1])}",
-        "floor": number(entry.floor) + ("" if entry.floor_identified else " (may be zero)"),
-        "crossing": "none in the data" if entry.crossing is None else f"{number(entry.crossing)} FLOPs",
+        "k": number(entry.k),
+        "experts": number(entry.experts),
+        "of": unit,
+        "value": "–" if found.value is None else number(found.value),
+        "interval": interval(found.lo, found.hi),
+        "at": "every loss" if found.at_loss is None else f"fvu {number(found.at_loss)}",
+        "p": number(found.p_shared, 2),
+        "exponents": f"{number(found.exponents[0])} / {number(found.exponents[1])}",
+        "floor": number(found.floor) + ("" if found.floor_identified else " (may be zero)"),
+        "crossing": "none in the data" if found.crossing is None else crossing,
     }
+
+
+def _forecast_row(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "k": number(row["k"]),
+        "n": number(row["n"]),
+        "value": number(row["value"]),
+        "mean": interval(*row["mean"]),
+        "new": interval(*row["new"]),
+        "extrapolation": f"{row['extrapolation']:.2f}",
+    }
+
+
+def _convergence_rows(findings: Findings) -> list[dict[str, str]]:
+    laws = findings.convergence.laws if findings.convergence is not None else []
+    return [
+        {
+            "k": "–" if k is None else number(k),
+            "runs": str(law.points),
+            "p": f"{number(law.values['p'])} {interval(*law.intervals['p'])}",
+            "d0": f"{number(law.values['D0'])} {interval(*law.intervals['D0'])}",
+        }
+        for k, law in laws
+    ]
 
 
 def _failure_rows(findings: Findings) -> list[dict[str, str]]:
@@ -322,9 +200,16 @@ def _anchors(table: RunTable) -> list[dict[str, Any]]:
     return [{"k": k, "pca": found[k], "best": best.get(k)} for k in sorted(found)]
 
 
-def _excluded_rows(table: RunTable) -> list[dict[str, str]]:
+def _excluded_rows(findings: Findings) -> list[dict[str, str]]:
+    """Runs that cannot be used, then those that can but did not enter the law."""
+    table, main = findings.table, findings.main
     run = table.roles["run"]
-    return [{"run": str(row[run]), "reason": str(row["reason"])} for _, row in table.excluded.iterrows()]
+    known = set(table.excluded[run].astype(str)) if len(table.excluded) else set()
+    rows = [{"run": str(row[run]), "reason": str(row["reason"])} for _, row in table.excluded.iterrows()]
+    for _, row in main.excluded.iterrows():
+        if str(row[run]) not in known and not str(row["reason"]).startswith("another architecture"):
+            rows.append({"run": str(row[run]), "reason": f"{row['reason']} (shown in the comparisons and cells)"})
+    return rows
 
 
 def _provenance(table: RunTable, directory: Path) -> list[tuple[str, str]]:

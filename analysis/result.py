@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,8 +19,6 @@ from analysis.notes import Note, has, note
 from analysis.problem import Problem
 from harness.errors import UserError
 from harness.record.files import write_json_atomic
-
-SCHEMA = 1
 
 
 class Status(enum.StrEnum):
@@ -71,6 +68,8 @@ class FitResult:
     """Seed-noise model behind the weights: slope, centre, mean weight; empty when all weights are one."""
     nested: list[dict[str, Any]] = field(default_factory=list)
     """Comparison with simpler forms: law, parameters, rss_log, aicc, holdout."""
+    excluded: list[dict[str, str]] = field(default_factory=list)
+    """Every run that did not enter: run, reason."""
     data_hash: str = ""
     problem: Problem | None = field(default=None, repr=False)
     """The data behind the fit; absent after `from_json`."""
@@ -121,6 +120,18 @@ class FitResult:
     def variance(self) -> float:
         """Residual variance s² of ln y at mean weight; NaN without degrees of freedom."""
         return self.rss / self.dof if self.dof > 0 else float("nan")
+
+    def coefficient(self, name: str) -> tuple[Array, float]:
+        """(row, offset): the raw coefficient of that name is row @ theta + offset."""
+        matrix, offset = self._map()
+        i = self.law.params.index(name)
+        return matrix[i], float(offset[i])
+
+    def coefficient_se(self, name: str) -> float:
+        """Standard error of a raw coefficient; NaN or inf where the data do not determine it."""
+        row, _ = self.coefficient(name)
+        with np.errstate(invalid="ignore"):
+            return float(np.sqrt(row @ self.theta_cov @ row))
 
     def _map(self) -> tuple[Array, Array]:
         return self.law.centring_matrix(self.means), self.law.centring_offset(self.means, self.y_mean)
@@ -307,46 +318,9 @@ class FitResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form: the contract's keys first, then what `from_json` needs."""
-        failed = self.status is Status.FAILED
-        values = self.values
-        return {
-            "law": self.law.name,
-            "formula": self.law.formula,
-            "params": {}
-            if failed
-            else {
-                name: {
-                    "value": _json(values[name]),
-                    "lo": _json(self.intervals[name][0]),
-                    "hi": _json(self.intervals[name][1]),
-                }
-                for name in self.law.params
-            },
-            "cov": [] if failed else _json(self.cov),
-            "rss_log": _json(self.rss),
-            "notes": [entry.as_dict() for entry in self.notes],
-            "status": self.status.value,
-            "level": self.level,
-            "ci": self.ci,
-            "space": self.space,
-            "robust": self.robust,
-            "points": self.points,
-            "dof": self.dof,
-            "starts": self.starts,
-            "starts_at_optimum": self.reached,
-            "columns": self.columns,
-            "domain": {name: list(span) for name, span in self.domain.items()},
-            "weighting": self.weighting,
-            "nested": _json(self.nested),
-            "data_sha256": self.data_hash,
-            "centred": {
-                "theta": _json(self.theta),
-                "means": self.means,
-                "y_mean": self.y_mean,
-                "cov": _json(self.theta_cov),
-            },
-            "schema": SCHEMA,
-        }
+        from analysis.fit_json import to_dict
+
+        return to_dict(self)
 
     def to_json(self, path: str | Path) -> None:
         """Write the fit, whole or not at all."""
@@ -354,43 +328,16 @@ class FitResult:
 
     @classmethod
     def from_json(cls, path: str | Path) -> FitResult:
-        """Read a fit back: predictions are bit-equal; profiles need the data and are not available."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["law"] not in LAWS:
-                raise UserError(f"{path}: law {content['law']!r} is not known here")
-            law, centred = LAWS[content["law"]], content["centred"]
-            return cls(
-                law=law,
-                theta=np.array(centred["theta"], dtype=float),
-                means=dict(centred["means"]),
-                y_mean=float(centred["y_mean"]),
-                theta_cov=np.array(centred["cov"], dtype=float),
-                intervals={name: (entry["lo"], entry["hi"]) for name, entry in content["params"].items()},
-                rss=_nan(content["rss_log"]),
-                dof=content["dof"],
-                points=content["points"],
-                notes=[Note(**entry) for entry in content["notes"]],
-                status=Status(content["status"]),
-                level=content["level"],
-                ci=content["ci"],
-                space=content["space"],
-                robust=content["robust"],
-                reached=content["starts_at_optimum"],
-                starts=content["starts"],
-                columns=content["columns"],
-                domain={name: (span[0], span[1]) for name, span in content["domain"].items()},
-                weighting=content["weighting"],
-                nested=content["nested"],
-                data_hash=content["data_sha256"],
-            )
-        except OSError as problem:
-            raise UserError(f"{path} cannot be read: {problem.strerror}") from None
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as problem:
-            raise UserError(f"{path} is not a fit written by this package ({problem!r})") from None
+        """Read a fit back: predictions are bit-equal; profiles need the data and are not available.
+
+        Raises `UserError` for a file that is not a fit written by this package.
+        """
+        from analysis.fit_json import read
+
+        return read(Path(path))
 
 
-def failed(law: Law, notes: list[Note], points: int) -> FitResult:
+def failed(law: Law, notes: list[Note], points: int, excluded: list[dict[str, str]] | None = None) -> FitResult:
     """The result of a fit that was not possible; its notes say why."""
     assert has(notes, "too_few_points") or any(entry.severity == "error" for entry in notes)
     size = len(law.params)
@@ -406,6 +353,7 @@ def failed(law: Law, notes: list[Note], points: int) -> FitResult:
         points=points,
         notes=notes,
         status=Status.FAILED,
+        excluded=excluded or [],
     )
 
 
@@ -418,20 +366,3 @@ def format_interval(low: float | None, high: float | None, digits: int = 4) -> s
 
 def _plus(value: float | None, shift: float) -> float | None:
     return None if value is None else value + shift
-
-
-def _nan(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
-
-
-def _json(value: Any) -> Any:
-    """Plain JSON: arrays as lists, what is not finite as null."""
-    if isinstance(value, np.ndarray):
-        return _json(value.tolist())
-    if isinstance(value, Mapping):
-        return {key: _json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(entry) for entry in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value

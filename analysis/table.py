@@ -124,6 +124,11 @@ class RunTable:
         """Columns that hold tokens or FLOPs, whatever role they have been given."""
         return {self.roles.get(role, SWEEP_ROLES[role]) for role in ("d", "flops")}
 
+    def left_out(self) -> list[dict[str, str]]:
+        """Every run that is not used: run, reason."""
+        names, reasons = (self.excluded[column].astype(str) for column in (self.roles["run"], "reason"))
+        return [{"run": run, "reason": reason} for run, reason in zip(names, reasons, strict=True)]
+
     # -- choosing -----------------------------------------------------------------------------------------------------
 
     def where(self, reason: str = "", /, **conditions: Any) -> RunTable:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.convergence import Convergence
+from analysis.findings import Comparison
 from analysis.learning_rate import BestRates
-from analysis.multiplier import Multiplier
 from analysis.notes import has
 from analysis.result import FitResult, Status
 from analysis.table import RunTable
@@ -105,22 +106,44 @@ def comparison_sentences(rows: Sequence[dict]) -> list[str]:
     return sentences
 
 
-def multiplier_sentences(found: Sequence[tuple[float, Multiplier]]) -> list[str]:
-    """How much compute the second architecture saves, for each k."""
+def multiplier_sentences(found: Sequence[Comparison]) -> list[str]:
+    """How much compute the Switch saves, for each k and number of experts."""
     sentences = []
-    for k, entry in found:
-        if entry.value is None:
+    for entry in found:
+        result = entry.found
+        if result.value is None or entry.x != "flops":
             continue
-        where = "for every loss" if entry.at_loss is None else f"for fvu {number(entry.at_loss)}"
-        why = "exponents agree" if entry.at_loss is None else f"exponents differ, p = {number(entry.p_shared, 2)}"
-        sentences.append(
-            f"k = {k:g}: Switch needs {number(entry.value)} times fewer training FLOPs than TopK {where} "
-            f"{interval(entry.lo, entry.hi)} ({why})."
-            if entry.value >= 1
-            else f"k = {k:g}: Switch needs {number(1 / entry.value)} times more training FLOPs than TopK {where} "
-            f"{interval(_inverse(entry.hi), _inverse(entry.lo))} ({why})."
-        )
+        who = f"k = {entry.k:g}: Switch with {entry.experts:g} experts needs"
+        where = "for every loss" if result.at_loss is None else f"for fvu {number(result.at_loss)}"
+        why = "exponents agree" if result.at_loss is None else f"exponents differ, p = {number(result.p_shared, 2)}"
+        times, ends, word = number(result.value), interval(result.lo, result.hi), "fewer"
+        if result.value < 1:
+            times, word = number(1 / result.value), "more"
+            ends = interval(_inverse(result.hi), _inverse(result.lo))
+        sentences.append(f"{who} {times} times {word} training FLOPs than TopK {where} {ends} ({why}).")
     return sentences
+
+
+def convergence_sentences(found: Convergence) -> list[str]:
+    """How the tokens to convergence grow with n."""
+    return [
+        f"{'' if k is None else f'k = {k:g}: '}tokens to convergence go as n^{number(law.values['p'])} "
+        f"{interval(*law.intervals['p'])} ({law.points} converged runs)."
+        for k, law in found.laws
+    ]
+
+
+def forecast_sentences(rows: Sequence[dict]) -> list[str]:
+    """The first size beyond the data, at each k: what a new run there is expected to reach."""
+    if not rows:
+        return []
+    first = min(row["n"] for row in rows)
+    said = [
+        f"{number(row['value'])} {interval(*row['new'])} at k = {row['k']:g}"
+        for row in rows
+        if row["n"] == first and all(map(math.isfinite, row["new"]))
+    ]
+    return [f"Forecast for a new run at n = {number(first)}, twice the largest: fvu {_and(said)}."] if said else []
 
 
 def rate_sentences(found: BestRates) -> list[str]:

@@ -333,7 +333,7 @@ def test_bilinear_experts_of_a_sweep_directory(tmp_path):
     for name, value in truth.items():
         low, high = result.intervals[name]
         assert low is not None and high is not None and low <= value <= high, name
-    slope, low, high = result.slope("n", at={"experts": 8})
+    _, low, high = result.slope("n", at={"experts": 8})
     assert low is not None and high is not None and low < truth["a"] + truth["c"] * np.log(8) < high
     write_run(tmp_path, sae="topk", n=512, k=8, fvu=0.3)
     assert has(fit(load(tmp_path), "bilinear_experts", ci="wald").notes, "mixed_population")
