@@ -44,13 +44,14 @@ def record_plan(sweep_dir: Path, runs: Sequence[Run], estimates: Estimates) -> N
 
 def _expected(run: Run, estimates: Estimates, calibration: int) -> dict[str, Any]:
     """Keys: seconds (start included), train_s (what the record calls wall_s, of this run's share in a pack), tokens,
-    flops by part, memory_bytes of a rank that trains it alone, and the number of the calibration."""
+    flops by part, memory_bytes of a rank that trains it alone (mapped rows of the store included, as the system counts
+    them), and the number of the calibration."""
     known = estimates.of(run)
     return {
         "seconds": known.seconds,
         "train_s": known.train_s,
         "tokens": known.tokens,
         "flops": known.flops,
-        "memory_bytes": known.memory_bytes,
+        "memory_bytes": None if known.memory_bytes is None else known.memory_bytes + known.mapped_bytes,
         "calibration": calibration,
     }

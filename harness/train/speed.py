@@ -27,6 +27,8 @@ LEAST_REPEATS, MOST_REPEATS = 4, 40
 class Speed(NamedTuple):
     step_s: float
     """Seconds of one training step without dead latents."""
+    dead_step_s: float
+    """Of one with a share of them dead, so that AuxK works."""
     evaluation_s: float
     """Seconds of an evaluation of as many rows as a batch has."""
 
@@ -62,10 +64,10 @@ class _RandomRows:
             yield part, torch.arange(start, start + len(part))
 
 
-def measure_speed(config: Config, d_model: int, seconds: float) -> Speed:
+def measure_speed(config: Config, d_model: int, seconds: float, dead_share: float) -> Speed:
     """The fastest of a few steps and evaluations of `config` on rows of width `d_model`, in about `seconds` beside a
     first call of each, which loads kernels. The fastest, since what else the machine does meanwhile comes and goes.
-    `config.train.precision` is resolved. The number of threads is left as it was.
+    `config.train.precision` is resolved, `dead_share` above 0. The number of threads is left as it was.
 
     Raises `ValueError` where the kernels do not run on the device, `RuntimeError` where its memory does not suffice.
     """
@@ -83,11 +85,21 @@ def measure_speed(config: Config, d_model: int, seconds: float) -> Speed:
         def train() -> None:
             member.train_step(batch, shards, ops)
 
+        every = round(1 / dead_share)
+
+        def train_with_dead() -> None:
+            member.silent[::every] = round(config.sae.dead_after_tokens) + config.train.batch_tokens
+            train()
+
         def look() -> None:
             limits = (source.heldout_rows,)
             evaluate(member.sae, member.params, source, member.normalizer, limits, shards, ops, StopFlag())
 
-        return Speed(_least_s(train, 2 / 3 * seconds, device), _least_s(look, seconds / 3, device))
+        step_s = dead_step_s = _least_s(train, seconds / 3, device)
+        if config.sae.aux_alpha:
+            member.done = 0  # the list of the dead is made at the first step
+            dead_step_s = _least_s(train_with_dead, seconds / 3, device)
+        return Speed(step_s, dead_step_s, _least_s(look, seconds / 3, device))
     finally:
         torch.set_num_threads(threads)
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from harness import budget
+from harness.jobs import calibrate
 from harness.jobs import estimate as module
-from harness.jobs.estimate import Timed, estimate, interpolate, probes
+from harness.jobs.calibrate import Timed, interpolate, probes
+from harness.jobs.estimate import estimate
 from harness.jobs.gpus import FLOOR_SHARE, find_gpu, step_seconds
 from harness.jobs.pack import job_of
 from harness.jobs.planfile import read_plan, record_plan
@@ -32,7 +34,7 @@ def test_a_few_shapes_of_each_kind_are_timed(tmp_path: Path) -> None:
     runs = [a_run(tmp_path, a_config(sae__n_latents=n)) for n in widths]
     runs += [a_run(tmp_path, a_config(sae__architecture="switch", sae__n_experts=4, sae__n_latents=n)) for n in widths]
     chosen = [config for config, _ in probes(runs)]
-    assert len(chosen) == module.SHAPES
+    assert len(chosen) == calibrate.SHAPES
     for architecture in ("topk", "switch"):
         timed = [c.sae.n_latents for c in chosen if c.sae.architecture == architecture]
         assert len(set(timed)) == 3 and max(timed) == 2048
@@ -42,15 +44,15 @@ def test_a_step_too_large_for_a_calibration_is_cut_down(tmp_path: Path) -> None:
     config = a_config(sae__n_latents=1 << 21, sae__k=64, train__batch_tokens=131072, mesh={"shard": 4})
     ((small, d_model),) = probes([a_run(tmp_path, config, d_model=768)])
     flops = budget.flops_executed_per_token(small.sae, d_model, small.train.batch_tokens, 0)
-    assert sum(flops.values()) * small.train.batch_tokens <= module.MOST_STEP_FLOPS
+    assert sum(flops.values()) * small.train.batch_tokens <= calibrate.MOST_STEP_FLOPS
     assert small.sae.k == 64 and small.mesh.shard == 1
     assert budget.memory_bytes(small, d_model)["weights"] < 1e9
 
 
 @pytest.fixture
 def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that needs 1 ms for a step and 0.5 ms for an evaluated batch, whatever their size."""
-    monkeypatch.setattr(speed, "measure_speed", lambda *_: speed.Speed(1e-3, 5e-4))
+    """A machine that needs 1 ms for a step, 2 ms with dead latents, 0.5 ms for an evaluated batch, of any size."""
+    monkeypatch.setattr(speed, "measure_speed", lambda *_: speed.Speed(1e-3, 2e-3, 5e-4))
     monkeypatch.setattr(speed, "measure_start", lambda *_: 0.25)
 
 
@@ -59,7 +61,8 @@ def test_steps_evaluations_and_start_are_counted(tmp_path: Path) -> None:
     run = a_run(tmp_path, a_config(train__eval_points=2, activations__heldout_tokens=640))
     known = estimate([run]).of(run)
     looks = (2 * 512 + 640) / 64  # batches: twice the first 512 held-out rows, all 640 at the end
-    assert known.train_s == pytest.approx(100 * 1e-3 + looks * 5e-4)
+    # nothing can be dead in the first 2,000 of 6,400 tokens; a step takes 2 ms when something is
+    assert known.train_s == pytest.approx(100 * (1e-3 * 2000 / 6400 + 2e-3 * 4400 / 6400) + looks * 5e-4)
     assert known.seconds == pytest.approx((known.train_s or 0) + 0.25 + module.RUN_START_S)
     assert known.tokens == 6400
     assert sum(known.flops.values()) == pytest.approx(run.flops)
@@ -85,7 +88,7 @@ def test_runs_that_have_ended_need_no_calibration(tmp_path: Path, monkeypatch: p
     def must_not(*_: object) -> None:
         raise AssertionError("timed a step for nothing")
 
-    monkeypatch.setattr(module, "_calibrate_here", must_not)
+    monkeypatch.setattr(calibrate, "_calibrate_here", must_not)
     run = a_run(tmp_path, a_config(), status="done")
     assert estimate([run]).of(run).seconds is None
     assert estimate([run]).of(run).memory_bytes

@@ -1,0 +1,230 @@
+"""Timing real steps of a few cells on this machine; the others lie between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import psutil
+
+from harness import budget
+from harness.config import Config, MeshConfig
+from harness.jobs.gpus import find_gpu, known_gpus
+from harness.jobs.plan import Run
+from harness.record.provenance import machine, now
+
+SHAPES = 6
+"""Steps of this many cells are timed; the others lie between them."""
+
+SHAPE_S = 0.25
+"""Seconds for one of them, beside loading kernels."""
+
+CALIBRATION_SHARE = 0.02
+"""Calibration may take this share of the time that the work would take at `ASSUMED_FLOPS_PER_S`."""
+
+ASSUMED_FLOPS_PER_S = 1e11
+MOST_STEP_FLOPS = 1e10
+"""Larger steps are timed at a smaller batch, then a smaller width."""
+
+LEAST_BATCH = 256
+DEAD_SHARES = {"topk": 0.02, "switch": 0.1}
+"""Of the latents, taken to be dead once a run is longer than `sae.dead_after_tokens`: what AuxK works on. As seen in
+the default study (docs/lab-log.md)."""
+
+PROCESS_BYTES = 450_000_000
+"""Interpreter, torch and compiled kernels."""
+
+
+class Timed(NamedTuple):
+    """A measured point: FLOPs of what was timed, and seconds."""
+
+    flops: float
+    seconds: float
+
+
+@dataclass
+class Calibration:
+    """Where times come from."""
+
+    source: str = ""
+    """In words, for people; empty when there are no times."""
+    problem: str = ""
+    """Why there are none, or not for all."""
+    time: str = ""
+    seconds: float = 0.0
+    """How long it took."""
+    start_s: float = 0.0
+    process_bytes: int = PROCESS_BYTES
+    """Memory of the process before anything is trained."""
+    steps: dict[tuple[Any, ...], list[Timed]] = field(default_factory=dict)
+    """By `kind_of`, FLOPs ascending."""
+    dead_steps: dict[tuple[Any, ...], list[Timed]] = field(default_factory=dict)
+    """The same with `DEAD_SHARES` of the latents dead; FLOPs as without."""
+    evaluations: dict[tuple[Any, ...], list[Timed]] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """For the record."""
+        words = {"source": self.source, "problem": self.problem, "time": self.time, "seconds": self.seconds}
+        measured = {"steps": self.steps, "dead_steps": self.dead_steps, "evaluations": self.evaluations}
+        points = {
+            name: [{"kind": list(kind), **point._asdict()} for kind, points in by_kind.items() for point in points]
+            for name, by_kind in measured.items()
+        }
+        return {**words, "start_s": self.start_s, **points}
+
+
+def ranks_of(config: Config) -> int:
+    return config.mesh.dp * config.mesh.shard
+
+
+def on_gpu(config: Config) -> bool:
+    """Whether the run will train on a GPU, as far as can be known here."""
+    if config.train.device == "cpu":
+        return False
+    if config.cluster.gpu_type:
+        return True
+    if config.cluster.name == "slurm":
+        return config.cluster.gpus_per_task > 0
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def sample_rows(config: Config) -> int:
+    from harness.activations.source import SAMPLE_ROWS
+
+    activations = config.activations
+    return SAMPLE_ROWS if activations.kind == "synthetic" else min(SAMPLE_ROWS, round(activations.tokens))
+
+
+def cores() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def kind_of(config: Config) -> tuple[Any, ...]:
+    """Cells of one kind differ in size only."""
+    train = config.train
+    return (config.sae.architecture, train.precision, train.device, train.threads, config.ops)
+
+
+def step_flops(config: Config, d_model: int) -> float:
+    batch = config.train.batch_tokens
+    return sum(budget.flops_executed_per_token(config.sae, d_model, batch, n_dead=0).values()) * batch
+
+
+def evaluation_flops(config: Config, d_model: int) -> float:
+    """Of a batch that is only reconstructed."""
+    batch = config.train.batch_tokens
+    parts = budget.flops_executed_per_token(config.sae, d_model, batch, n_dead=0)
+    return sum(parts[name] for name in ("encoder", "selection", "decode", "router")) * batch
+
+
+def interpolate(points: Sequence[Timed], flops: float) -> float:
+    """Seconds at `flops`: straight lines between the points in log-log; above them in proportion to FLOPs, below as
+    much as the cheapest."""
+    if flops <= points[0].flops:
+        return points[0].seconds
+    for left, right in itertools.pairwise(points):
+        if flops <= right.flops:
+            share = math.log(flops / left.flops) / math.log(right.flops / left.flops)
+            return left.seconds * (right.seconds / left.seconds) ** share
+    return points[-1].seconds * flops / points[-1].flops
+
+
+def calibrate(runs: Sequence[Run]) -> Calibration:
+    """Time real steps of a few of the runs on this machine; what cannot be timed is said in `problem`."""
+    calibration = Calibration(time=now())
+    here = [run for run in runs if not run.config.cluster.gpu_type and run.store.d_model is not None]
+    named = {run.config.cluster.gpu_type for run in runs} - {""}
+    said = []
+    for name in sorted(named):
+        gpu = find_gpu(name)
+        if gpu is None:
+            calibration.problem = f"no figures for cluster.gpu_type={name}; known: {known_gpus()}"
+        else:
+            said.append(f"data sheet of {gpu.name}, unmeasured")
+    if here:
+        begin = time.perf_counter()
+        try:
+            said.append(_calibrate_here(here, calibration))
+        except (RuntimeError, ValueError, MemoryError) as error:
+            # a step that this machine cannot do says nothing against the cluster that is to do it
+            calibration.problem = f"steps could not be timed here: {' '.join(str(error).split())}"
+        calibration.seconds = time.perf_counter() - begin
+    calibration.source = "; ".join(said)
+    return calibration
+
+
+def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
+    """Fill in `calibration` and return what was measured, in words."""
+    from harness.record.memory import reset_peak
+    from harness.train.speed import measure_speed, measure_start
+
+    load = os.getloadavg()[0]
+    shapes = probes(runs)
+    work = sum(step_flops(run.config, run.store.d_model or 0) * _steps(run) for run in runs) / ASSUMED_FLOPS_PER_S
+    seconds = min(SHAPE_S, CALIBRATION_SHARE * work / len(shapes))
+    first, d_model = shapes[0]
+    calibration.start_s = measure_start(first, d_model, sample_rows(first))
+    for config, d_model in shapes:
+        speed = measure_speed(config, d_model, seconds, DEAD_SHARES[config.sae.architecture])
+        kind, flops = kind_of(config), step_flops(config, d_model)
+        calibration.steps.setdefault(kind, []).append(Timed(flops, speed.step_s))
+        calibration.dead_steps.setdefault(kind, []).append(Timed(flops, speed.dead_step_s))
+        looked = Timed(evaluation_flops(config, d_model), speed.evaluation_s)
+        calibration.evaluations.setdefault(kind, []).append(looked)
+    for by_kind in (calibration.steps, calibration.dead_steps, calibration.evaluations):
+        for points in by_kind.values():
+            points.sort()
+    calibration.process_bytes = psutil.Process().memory_info().rss
+    reset_peak()
+    about, threads = machine(), first.train.threads or cores()
+    processor = about["gpus"][0] if on_gpu(first) else f"{about['cpu']}, {threads} threads"
+    others = f" that is busy with other work (load {load:.1f})" if load > 0.5 * (os.cpu_count() or 1) else ""
+    return f"{len(shapes)} of the shapes timed on {processor}{others}"
+
+
+def _steps(run: Run) -> int:
+    return budget.total_steps(run.config, run.store.d_model or 1)
+
+
+def probes(runs: Iterable[Run]) -> list[tuple[Config, int]]:
+    """(configuration, d_model) of the steps to time: for each kind of cell at quantiles of FLOPs, cut down where they
+    are too dear."""
+    kinds: dict[tuple[Any, ...], dict[float, tuple[Config, int]]] = {}
+    for run in runs:
+        config, d_model = run.config, run.store.d_model or 0
+        kinds.setdefault(kind_of(config), {})[step_flops(config, d_model)] = (config, d_model)
+    each = max(1, SHAPES // len(kinds))
+    chosen: dict[tuple[Any, ...], tuple[Config, int]] = {}
+    for kind, cells in kinds.items():
+        ordered = [cells[flops] for flops in sorted(cells)]
+        count = min(each, len(ordered))
+        places = {round(i * (len(ordered) - 1) / max(1, count - 1)) for i in range(count)}
+        for place in sorted(places):
+            config, d_model = ordered[place]
+            small = _smaller(config, d_model)
+            chosen[(kind, step_flops(small, d_model))] = (small, d_model)
+    return list(chosen.values())
+
+
+def _smaller(config: Config, d_model: int) -> Config:
+    """One process, and a step of at most `MOST_STEP_FLOPS`."""
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    while step_flops(config, d_model) > MOST_STEP_FLOPS:
+        sae, train = config.sae, config.train
+        if train.batch_tokens >= 2 * LEAST_BATCH:
+            config = dataclasses.replace(config, train=dataclasses.replace(train, batch_tokens=train.batch_tokens // 2))
+        elif sae.n_latents // 2 >= 8 * sae.k * sae.n_experts and sae.n_latents % (2 * sae.n_experts) == 0:
+            config = dataclasses.replace(config, sae=dataclasses.replace(sae, n_latents=sae.n_latents // 2))
+        else:
+            break
+    return config
