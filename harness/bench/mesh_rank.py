@@ -33,12 +33,13 @@ WARM_UP = 3
 
 
 class Timed:
-    """A mesh that adds up, by kind, the seconds in its exchanges, waiting for other ranks included."""
+    """A mesh that adds up, by kind, bytes sent and seconds in its exchanges, waiting for other ranks included."""
 
     def __init__(self, shards: Shards, device: torch.device) -> None:
         self._shards, self._device = shards, device
         self.spent: dict[Kind, float] = {}
         self.calls: dict[Kind, int] = {}
+        self.sent: dict[Kind, float] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._shards, name)
@@ -51,16 +52,25 @@ class Timed:
     def keep(self, values: Tensor, k: int, kind: Kind) -> Tensor:
         begin = self.clock()
         kept = self._shards.keep(values, k, kind)
-        self._add(kind, begin)
+        self._add(kind, begin, self._shards.shard)
         return kept
 
     def sum_(self, tensor: Tensor, over: Axis, kind: Kind) -> Tensor:
         begin = self.clock()
         self._shards.sum_(tensor, over, kind)
-        self._add(kind, begin)
+        sizes = {"shard": self._shards.shard, "dp": self._shards.dp, "all": self._shards.size}
+        self._add(kind, begin, sizes[over])
         return tensor
 
-    def _add(self, kind: Kind, begin: float) -> None:
+    def take_sent(self) -> dict[Kind, float]:
+        sent = self._shards.take_sent()
+        for kind, count in sent.items():
+            self.sent[kind] = self.sent.get(kind, 0.0) + count
+        return sent
+
+    def _add(self, kind: Kind, begin: float, ranks: int) -> None:
+        if ranks == 1:
+            return
         self.spent[kind] = self.spent.get(kind, 0.0) + self.clock() - begin
         self.calls[kind] = self.calls.get(kind, 0) + 1
 
@@ -115,7 +125,7 @@ def measure(task: dict[str, Any], shards: Shards, device: torch.device) -> dict[
         member.train_step(batches[step % 2], timed, ops)  # type: ignore[arg-type]
         seconds.append(timed.clock() - begin)
     rounds = task["rounds"]
-    sent = shards.take_sent()
+    timed.take_sent()
     formula = budget.bytes_sent_per_step(config, task["d"])
     quartiles = statistics.quantiles(seconds, n=4)
     return {
@@ -125,7 +135,7 @@ def measure(task: dict[str, Any], shards: Shards, device: torch.device) -> dict[
             kind: {
                 "calls": timed.calls[kind] / rounds,
                 "ms": 1e3 * spent / rounds,
-                "bytes": sent.get(kind, 0.0) / rounds,
+                "bytes": timed.sent.get(kind, 0.0) / rounds,
                 "formula_bytes": formula.get(kind, 0.0),
             }
             for kind, spent in timed.spent.items()
