@@ -112,7 +112,7 @@ def batches_that_no_axis_divides(shards: Shards) -> None:
         member = make_member(config, source, CPU, shards, ops)
         found = []
         for rows in (4096, 499, 107):  # 1500 rows: 1 batch; 4, the last of 3; 15, the last of 2
-            evaluation.BATCH_ROWS = rows
+            evaluation.EVALUATION_BATCH = rows
             result = evaluate(member.sae, member.params, source, member.normalizer, (1500,), shards, ops, StopFlag())
             assert result is not None
             found.append(result[0].fvu)
