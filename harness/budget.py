@@ -73,22 +73,30 @@ def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int) -> dict[str
     }
 
 
-def _per_use(width: float, k: float, d_model: int) -> float:
+def dense_rows_per_k(ops: str, precision: str) -> int:
+    """The rule of the kernel set `ops` for dense products at this precision."""
+    return DENSE_ROWS_PER_K_GPU[precision] if ops == "triton" and precision != "fp64" else DENSE_ROWS_PER_K
+
+
+def _per_use(width: float, k: float, d_model: int, dense: int) -> float:
     """FLOPs per token of one product over the active latents: dense over a narrow group, else sparse."""
-    return 2.0 * d_model * (width if width <= DENSE_ROWS_PER_K * k else k)
+    return 2.0 * d_model * (width if width <= dense * k else k)
 
 
-def flops_executed_per_token(sae: SaeConfig, d_model: int, batch_tokens: int, n_dead: float) -> dict[str, float]:
-    """What a step computes when `n_dead` latents are dead, by part; per token, averaged over experts.
+def flops_executed_per_token(
+    sae: SaeConfig, d_model: int, batch_tokens: int, n_dead: float, dense: int = DENSE_ROWS_PER_K
+) -> dict[str, float]:
+    """What a step computes when `n_dead` latents are dead, by part; per token, averaged over experts. `dense`: the
+    kernels' rule for dense products.
 
     AuxK encodes the dead latents of the token's group again and is free when nothing is dead.
     """
     width = sae.n_latents // sae.n_experts
-    use = _per_use(width, sae.k, d_model)
+    use = _per_use(width, sae.k, d_model, dense)
     dead = n_dead / sae.n_experts
     aux = 0.0
     if sae.aux_alpha and n_dead:
-        aux = 2.0 * d_model * dead + 4 * _per_use(dead, min(aux_k(sae, d_model), dead), d_model)
+        aux = 2.0 * d_model * dead + 4 * _per_use(dead, min(aux_k(sae, d_model), dead), d_model, dense)
     return {
         "encoder": 2.0 * d_model * width,
         "selection": float(width),

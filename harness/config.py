@@ -224,6 +224,9 @@ class TrainConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 6.25e-10
+    cuda_graph: bool = _service(False)
+    """Replay the step as a CUDA graph while no latent is dead: for small SAEs, whose kernels are shorter than the time
+    to start them. One process, ops=triton; not yet measured."""
     ema: float = 0.0
     """Decay of the exponential moving average of the weights (bias-corrected); 0: none. With an average, it is
     what is evaluated and saved."""
@@ -387,7 +390,8 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata=SERVICE)
     tracker: TrackerConfig = field(default_factory=TrackerConfig, metadata=SERVICE)
     ops: str = _service("auto")
-    """Kernels: `auto` (the fastest for the device), `reference`, or `cpu`."""
+    """Kernels: `auto` (the fastest for the device, or those that the checkpoint was made with), `reference`, `cpu`, or
+    `triton` (GPUs)."""
     sweep: str = _service("default")
     """Name of the directory under `out` (and the W&B group) that collects the runs."""
     out: str = _service("runs")
@@ -411,7 +415,7 @@ class Config:
                 f"train.batch_tokens={self.train.batch_tokens} cannot be cut over mesh.dp={self.mesh.dp} replicas; "
                 f"choose a mesh.dp that divides it",
             )
-        _one_of("ops", self.ops, ("auto", "reference", "cpu"))
+        _one_of("ops", self.ops, ("auto", "reference", "cpu", "triton"))
 
 
 def from_container(container: Any) -> Config:

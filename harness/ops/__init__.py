@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 
 from harness.ops.interface import AdamState, Codes, Groups, Hyper, Ops, Reduce
@@ -10,17 +13,29 @@ __all__ = ["AdamState", "Codes", "Groups", "Hyper", "Ops", "Reduce", "choose_ops
 
 
 def choose_ops(name: str, device: torch.device | None = None) -> Ops:
-    """The kernel set called `name`; `auto` takes the fastest that is exact on this device (default: the CPU).
+    """The kernel set called `name`; `auto` takes the fastest that is exact on this device (default: the CPU). Raises
+    `ValueError` for one that does not run there.
 
     Kernel sets are imported when asked for: their compilers are slow to load.
     """
     on_cpu = device is None or device.type == "cpu"
-    if name == "cpu" or (name == "auto" and on_cpu):
+    has_triton = importlib.util.find_spec("triton") is not None
+    if name == "auto":
+        name = "cpu" if on_cpu else "triton" if has_triton else "reference"
+    if name == "cpu":
         if not on_cpu:
             raise ValueError(f"ops=cpu does not run on {device}; leave ops at auto, or set train.device=cpu")
         from harness.ops import cpu
 
         return cpu
+    if name == "triton":
+        if on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("ops=triton needs a GPU and this is a CPU; leave ops at auto, or set ops=reference")
+        if not has_triton:
+            raise ValueError("ops=triton needs the package triton, which is not installed; pip install triton")
+        from harness.ops import triton
+
+        return triton
     from harness.ops import reference
 
     return reference

@@ -27,7 +27,7 @@ from harness.parallel import Shards
 from harness.record.files import fsync_directory, fsync_file, write_json_atomic
 from harness.record.together import together
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the content changes so that older checkpoints cannot be continued."""
 
 

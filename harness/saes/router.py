@@ -42,11 +42,13 @@ def route(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], shards: Shards
     """Send each token to its most probable expert (the lowest one, where equal), without noise or capacity."""
     rows = shards.rows(sae.n_latents)
     if not sae.routed:
-        whole = torch.tensor([0, x.shape[0]], device=x.device)
+        # made on the device: copying it there would wait
+        whole = torch.arange(2, device=x.device) * x.shape[0]
         return Routing(Groups(whole, (0, rows.stop - rows.start)))
     probabilities = router_probabilities(params, x)
     expert = probabilities.argmax(dim=1)
-    counts = torch.bincount(expert, minlength=sae.n_experts)
+    # bincount would wait for the device
+    counts = expert.new_zeros(sae.n_experts).scatter_add_(0, expert, torch.ones_like(expert))
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     order = expert.argsort(stable=True)
     own = shards.rows(sae.n_experts)

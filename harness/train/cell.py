@@ -130,7 +130,12 @@ class Cell:
     def counters(self) -> dict[str, Any]:
         """What a checkpoint holds beside the tensors."""
         evaluations = list(self.evaluations.items())
-        return {"scalars": self.member.scalars(), "evaluations": evaluations, "metrics": self.metrics.position()}
+        return {
+            "scalars": self.member.scalars(),
+            "evaluations": evaluations,
+            "metrics": self.metrics.position(),
+            "ops": self.ops.NAME,
+        }
 
     def restore(self, counters: dict[str, Any], shards: Shards) -> None:
         """Go on from a checkpoint whose tensors have been read into the member."""

@@ -29,6 +29,7 @@ from harness.saes import (
     resolve_sae,
     step,
 )
+from harness.train.graph import StepGraph
 from harness.train.optim import Optimizer
 from harness.train.schedule import lr_at
 
@@ -60,6 +61,8 @@ class Member:
     """Sums over the steps since the last log line, float64: see `_SUMS`, then each expert's share."""
     bad_step: Tensor
     """Number of completed steps when the loss first was not finite; −1 while all is well. int64."""
+    number: Tensor
+    """`done` on the device, int64."""
     done: int = 0
     summed_steps: int = 0
     wall_s: float = 0.0
@@ -71,6 +74,7 @@ class Member:
     _mark: tuple[int, float] = (0, 0.0)
     """(completed steps, seconds of pure training) at the last log line or start, for tokens/s."""
     _dead_latents: DeadLatents | None = None
+    _graph: StepGraph | None = None
     _sent: dict[str, float] = field(default_factory=dict)
     """Bytes this rank sent for this member since the last log line, by kind."""
 
@@ -94,22 +98,47 @@ class Member:
 
     def train_step(self, raw: Float[Tensor, "tokens d"], shards: Shards, ops: Ops) -> None:
         """One step on this replica's rows of the batch. No host synchronisation outside the AuxK refresh."""
-        train, sae = self.config.train, self.sae
+        sae = self.sae
         if self.done % self.config.sae.aux_refresh_steps == 0:
             self.dead.copy_(self.silent >= self.config.sae.dead_after_tokens)
             self._dead_latents = find_dead(sae, self.dead, shards)
+        self.number.fill_(self.done)
+        graph = self._graphed(raw, shards, ops)
+        self.optimizer.set_rates(lr_at(self.config, self.done, self.last), self.done + 1)
+        if graph is None:
+            self._compute(raw, shards, ops)
+        else:
+            graph(raw)
+        self._count_flops()
+        self.collect_sent(shards)
+        self.summed_steps += 1
+        self.done += 1
+
+    def _compute(self, raw: Float[Tensor, "tokens d"], shards: Shards, ops: Ops) -> None:
+        """The part of a step that runs on the device."""
+        sae = self.sae
         x = self.normalizer(raw, self.params["W_dec"].dtype)
         optimizer = self.optimizer
         stats = step(sae, self.params, optimizer.compute, x, shards, ops, self._dead_latents, optimizer.grads)
         well = stats.loss.isfinite() & (self.bad_step < 0)
         lr = lr_at(self.config, self.done, self.last)
         well, norm = optimizer.apply(lr, self.done + 1, well, shards)
-        self.bad_step.copy_(torch.where(well | (self.bad_step >= 0), self.bad_step, self.done))
-        self.silent.add_(train.batch_tokens).masked_fill_(stats.fired > 0, 0)
+        self.bad_step.copy_(torch.where(well | (self.bad_step >= 0), self.bad_step, self.number))
+        self.silent.add_(self.config.train.batch_tokens).masked_fill_(stats.fired > 0, 0)
         self.fire_counts.add_(stats.fired)
         self._accumulate(stats, norm)
-        self.collect_sent(shards)
-        self.done += 1
+
+    def _graphed(self, raw: Float[Tensor, "tokens d"], shards: Shards, ops: Ops) -> StepGraph | None:
+        """The step as a graph, where that is asked for and every step is alike: one process, nothing dead."""
+        train, alike = self.config.train, shards.size == 1 and self._dead_latents is None
+        # other kernels take the learning rate from the host, where a recording would freeze it
+        able = raw.device.type == "cuda" and ops.NAME == "triton" and train.precision != "fp64"
+        if not (train.cuda_graph and alike and able):
+            return None
+        if self._graph is None:
+            self._graph = StepGraph(lambda batch: self._compute(batch, shards, ops), raw)
+            self.optimizer.rates = torch.empty(2, device=raw.device)
+        return self._graph if self._graph.fits(raw) else None
 
     def collect_sent(self, shards: Shards) -> None:
         """Take note of the bytes sent since the last call, by kind: several members send over one mesh."""
@@ -122,11 +151,12 @@ class Member:
         values = [stats.loss, stats.fvu, stats.aux_loss, stats.balance, stats.l0, stats.router_entropy]
         values += [zero if norm is None else norm, zero + n_dead]
         self.sums += torch.cat([torch.stack(values), stats.expert_share]).to(self.sums.dtype)
-        self.summed_steps += 1
-        executed = budget.flops_executed_per_token(
-            self.config.sae, self.sae.d_model, self.config.train.batch_tokens, n_dead
-        )
-        self.flops_executed += sum(executed.values()) * self.config.train.batch_tokens
+
+    def _count_flops(self) -> None:
+        train, n_dead = self.config.train, 0 if self._dead_latents is None else self._dead_latents.total
+        dense = budget.dense_rows_per_k(self.optimizer.ops.NAME, train.precision)
+        executed = budget.flops_executed_per_token(self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense)
+        self.flops_executed += sum(executed.values()) * train.batch_tokens
 
     def flops(self) -> float:
         """Closed-form FLOPs so far."""
@@ -251,5 +281,6 @@ def make_member(config: Config, source: ActivationSource, device: torch.device, 
         dead=torch.zeros(rows, dtype=torch.bool, device=device),
         sums=torch.zeros(len(_SUMS) + sae.n_experts, dtype=torch.float64, device=device),
         bad_step=torch.tensor(-1, device=device),
+        number=torch.tensor(0, device=device),
         clock=time.monotonic(),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -26,11 +28,23 @@ class Optimizer:
         self.moments = {name: AdamState(torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items()}
         self.average: Params = {n: torch.zeros_like(p) for n, p in params.items()} if config.ema else {}
         self.compute: Params = {name: params[name].to(compute_dtype) for name in ("W_enc", "W_dec")}
+        self.rates: Float[Tensor, " two"] | None = None
+        """The rates of the next update on the device, for a step that is a graph; `set_rates` writes them."""
 
     def refresh_copies(self) -> None:
         """Bring the low-precision copies up to date after the parameters were loaded."""
         for name, copy in self.compute.items():
             copy.copy_(self.params[name])
+
+    def _hyper(self, lr: float, number: int) -> Hyper:
+        config = self.config
+        return Hyper(lr, config.adam_beta1, config.adam_beta2, config.adam_eps, number, rates=self.rates)
+
+    def set_rates(self, lr: float, number: int) -> None:
+        """Prepare `rates`, if there are any, for update number `number`; without waiting for the device."""
+        if self.rates is not None:
+            for place, value in enumerate(self._hyper(lr, number).corrected()):
+                self.rates[place].fill_(value)
 
     def apply(
         self, lr: float, number: int, finite: Bool[Tensor, ""], shards: Shards
@@ -43,18 +57,10 @@ class Optimizer:
             norm = self._gradient_norm(shards)
             scale = (config.clip_norm / norm).clamp(max=1.0)
             finite = finite & norm.isfinite()
+        common = self._hyper(lr, number)
         for name, param in self.params.items():
             unit = name == UNIT_ROWS
-            hyper = Hyper(
-                lr=lr,
-                beta1=config.adam_beta1,
-                beta2=config.adam_beta2,
-                eps=config.adam_eps,
-                step=number,
-                scale=scale,
-                project=unit and not config.clip_norm,
-                unit_rows=unit,
-            )
+            hyper = replace(common, scale=scale, project=unit and not config.clip_norm, unit_rows=unit)
             copy = self.compute.get(name)
             low_precision = None if copy is param else copy
             self.ops.update(param, self.grads[name], self.moments[name], hyper, finite, low_precision)

@@ -71,7 +71,6 @@ def run_cells(
         torch.set_num_threads(first.train.threads)
     shards = shards or Solo()
     device = pick_device(first.train.device)
-    ops = choose_ops(first.ops, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     reset_peak()
@@ -83,6 +82,7 @@ def run_cells(
             for start in starts:
                 add_note(start.run_dir, line)
         log.info("goes on at step %d", found.step)
+    ops = _kernels(starts, found, device)
     results: dict[str, dict[str, Any]] = {}
     begun = now()
     with ExitStack() as stack:
@@ -110,6 +110,24 @@ def run_cells(
     if shards.rank == 0 and not first.train.keep_checkpoints:
         remove_checkpoints(checkpoints)
     return [results[start.run_dir.name] for start in starts]
+
+
+def _kernels(starts: Sequence[Start], found: Checkpoint | None, device: torch.device) -> Ops:
+    """The kernels that are asked for; with `auto` those of the checkpoint, so that the run ends with the same bits."""
+    asked = starts[0].config.ops
+    if found is None or found.directory is None:
+        return choose_ops(asked, device)
+    pinned = found.extra[starts[0].run_dir.name]["ops"]
+    if asked in ("auto", pinned):
+        try:
+            return choose_ops(pinned, device)
+        except ValueError as problem:
+            raise ValueError(
+                f"the checkpoint was made with ops={pinned}, which does not run here ({problem}); go on where it does, "
+                f"or with ops=reference (equal to rounding, not to the bit)"
+            ) from None
+    log.warning("goes on with ops=%s, begun with ops=%s: equal to rounding, not to the bit", asked, pinned)
+    return choose_ops(asked, device)
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.ops import AdamState, Codes, Groups, Hyper, choose_ops, reference
-
-KERNELS = ["cpu"]
+from tests.ops.sets import FAST, KERNELS, kernel_set
 
 
 def assert_close(found: Tensor, expected: Tensor, size: float = 1.0) -> None:
@@ -41,20 +40,24 @@ def selections(draw) -> tuple[int, int, int, int, int, bool, int]:
     return draw(st.integers(1, 40)), d, rows, k, groups, draw(st.booleans()), draw(st.integers(0, 2**31))
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=60, deadline=None)
 @given(case=selections())
 def test_selection_is_exact_to_the_last_tie(
     name: str, dtype: torch.dtype, case: tuple[int, int, int, int, int, bool, int]
 ) -> None:
+    assert_selects_exactly(name, dtype, case)
+
+
+def assert_selects_exactly(name: str, dtype: torch.dtype, case: tuple[int, int, int, int, int, bool, int]) -> None:
     tokens, d, rows, k, groups, biased, seed = case
     generator = torch.Generator().manual_seed(seed)
     x, weight = (small_integers(generator, count, d, largest=1) for count in (tokens, rows))
     bias = small_integers(generator, rows) if biased else None
     layout = even_groups(tokens, rows, groups)
     # integers below 256 are exact in bfloat16 too
-    found = choose_ops(name).select(x.to(dtype), weight.to(dtype), bias, k, layout)
+    found = kernel_set(name).select(x.to(dtype), weight.to(dtype), bias, k, layout)
     assert_same_codes(found, reference.select(x, weight, bias, k, layout))
 
 
@@ -63,7 +66,7 @@ def positive(codes: Codes, rows: int) -> Tensor:
     return torch.zeros(codes.values.shape[0], rows).scatter_add_(1, codes.index, codes.values.float().relu())
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=60, deadline=None)
 @given(case=selections())
@@ -75,7 +78,7 @@ def test_selection_without_order_keeps_the_same_positive_latents(
     x, weight = (small_integers(generator, count, d, largest=1) for count in (tokens, rows))
     bias = small_integers(generator, rows) if biased else None
     layout = even_groups(tokens, rows, groups)
-    found = choose_ops(name).select(x.to(dtype), weight.to(dtype), bias, k, layout, ordered=False)
+    found = kernel_set(name).select(x.to(dtype), weight.to(dtype), bias, k, layout, ordered=False)
     assert torch.equal(positive(found, rows), positive(reference.select(x, weight, bias, k, layout), rows))
     for span, own in layout.spans:
         inside = (found.index[span] >= own.start) & (found.index[span] < max(own.stop, own.start + 1))
@@ -153,7 +156,7 @@ def nan(*shape: int) -> Tensor:
 
 def assert_products_equal(name: str, codes: Codes, d: int, rows: int, groups: Groups, scaled: bool, seed: int) -> None:
     """`reconstruct`, with and without `reduce`, `weight_grads` and `fired`."""
-    ops, generator = choose_ops(name), torch.Generator().manual_seed(seed)
+    ops, generator = kernel_set(name), torch.Generator().manual_seed(seed)
     tokens = codes.values.shape[0]
     x, weight = (torch.randn(count, d, generator=generator) for count in (tokens, rows))
     weight /= weight.norm(dim=1, keepdim=True)
@@ -185,7 +188,7 @@ def layouts(draw) -> tuple[int, int, int, Groups, int]:
     return sum(token_counts), sum(row_counts), k, groups, draw(st.integers(0, 2**31))
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", FAST)
 @settings(max_examples=50, deadline=None)
 @given(case=layouts(), d=st.integers(1, 40), scaled=st.booleans())
 def test_products_equal_reference(name: str, case: tuple[int, int, int, Groups, int], d: int, scaled: bool) -> None:
@@ -194,7 +197,7 @@ def test_products_equal_reference(name: str, case: tuple[int, int, int, Groups, 
     assert_products_equal(name, codes, d, rows, groups, scaled, seed)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize(
     ("tokens", "d", "rows", "k"), [(70, 4096, 300, 1), (50, 384, 6400, 512), (33, 1, 900, 3), (9000, 3, 200, 2)]
 )
@@ -204,18 +207,22 @@ def test_products_equal_reference_at_the_edges(name: str, tokens: int, d: int, r
     assert_products_equal(name, codes, d, rows, groups, False, 2)
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_a_latent_active_in_every_token_is_summed_in_pieces(name: str) -> None:
-    groups = even_groups(10_000, 64, 1)
-    codes = random_codes(torch.Generator().manual_seed(3), 10_000, 2, groups)
+def codes_with_a_latent_in_every_token(tokens: int, groups: Groups) -> Codes:
+    codes = random_codes(torch.Generator().manual_seed(3), tokens, 2, groups)
     codes.index[:, 0], codes.index[:, 1] = 5, torch.where(codes.index[:, 1] == 5, 6, codes.index[:, 1])
     codes.values[:, 0] += 0.1
-    assert_products_equal(name, codes, 4, 64, groups, True, 4)
+    return codes
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", FAST)
+def test_a_latent_active_in_every_token_is_summed_in_pieces(name: str) -> None:
+    groups = even_groups(10_000, 64, 1)
+    assert_products_equal(name, codes_with_a_latent_in_every_token(10_000, groups), 4, 64, groups, True, 4)
+
+
+@pytest.mark.parametrize("name", FAST)
 def test_kernels_give_the_same_bits_twice_and_on_any_number_of_threads(name: str) -> None:
-    ops, generator = choose_ops(name), torch.Generator().manual_seed(7)
+    ops, generator = kernel_set(name), torch.Generator().manual_seed(7)
     tokens, d, rows, k = 3000, 24, 640, 3
     groups = even_groups(tokens, rows, 2)
     x, W_enc, W_dec = (torch.randn(count, d, generator=generator) for count in (tokens, rows, rows))
@@ -245,7 +252,7 @@ def test_kernels_give_the_same_bits_twice_and_on_any_number_of_threads(name: str
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("shape", [(50, 33), (7,), (1, 1), (0, 5)])
 def test_updates_equal_reference(name: str, shape: tuple[int, ...], low: bool) -> None:
-    ops, generator = choose_ops(name), torch.Generator().manual_seed(11)
+    ops, generator = kernel_set(name), torch.Generator().manual_seed(11)
     matrix = len(shape) == 2
     for step, (clipped, unit) in enumerate(((False, False), (True, matrix), (False, matrix), (True, False)), start=1):
         param, grad, mean = (torch.randn(shape, generator=generator) for _ in range(3))
@@ -276,7 +283,7 @@ def test_a_withheld_update_survives_nan_gradients(name: str) -> None:
     param, grad = torch.ones(4, 3), nan(4, 3)
     state = AdamState(torch.ones(4, 3), torch.ones(4, 3))
     hyper = Hyper(1e-2, 0.9, 0.999, 1e-8, 1, None, True, True)
-    choose_ops(name).update(param, grad, state, hyper, torch.tensor(False))
+    kernel_set(name).update(param, grad, state, hyper, torch.tensor(False))
     assert all(torch.equal(tensor, torch.ones(4, 3)) for tensor in (param, *state))
 
 
@@ -287,7 +294,7 @@ def test_the_low_precision_copy_is_rounded_to_nearest_even(name: str) -> None:
     still = AdamState(torch.zeros_like(param), torch.zeros_like(param))
     copy = torch.zeros_like(param, dtype=torch.bfloat16)
     hyper = Hyper(0.0, 0.9, 0.999, 1e-8, 1)
-    choose_ops(name).update(param, torch.zeros_like(param), still, hyper, torch.tensor(True), copy)
+    kernel_set(name).update(param, torch.zeros_like(param), still, hyper, torch.tensor(True), copy)
     assert torch.equal(copy, param.bfloat16())
 
 
@@ -298,7 +305,7 @@ def test_project_equals_reference(name: str) -> None:
     param /= param.norm(dim=1, keepdim=True)
     expected = grad.clone()
     reference.project(param, expected)
-    choose_ops(name).project(param, grad)
+    kernel_set(name).project(param, grad)
     assert_close(grad, expected)
 
 

@@ -11,7 +11,7 @@ from harness.parallel import Solo
 from harness.saes import Sae, find_dead, step
 from harness.saes.step import forward
 from harness.train.optim import Optimizer
-from tests.ops.test_kernels import KERNELS
+from tests.ops.sets import FAST, KERNELS, kernel_set
 from tests.saes.test_step import assert_step_equals_dense, random_params
 
 CASES = {
@@ -23,10 +23,10 @@ CASES = {
 }
 
 
-def case(name: str) -> tuple[Sae, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+def case(name: str, kernels: str) -> tuple[Sae, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     sae, generator = CASES[name], torch.Generator().manual_seed(17)
     params = {key: value.float() for key, value in random_params(sae, generator).items()}
-    x = torch.randn(300, sae.d_model, generator=generator)
+    x = torch.randn(40 if kernels == "triton" else 300, sae.d_model, generator=generator)
     silent = torch.where(torch.rand(sae.n_latents, generator=generator) < 0.3, 20, 0)
     return sae, params, x, silent
 
@@ -34,13 +34,13 @@ def case(name: str) -> tuple[Sae, dict[str, torch.Tensor], torch.Tensor, torch.T
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", CASES)
 def test_step_equals_dense_autograd(kernels: str, name: str) -> None:
-    sae, params, x, silent = case(name)
+    sae, params, x, silent = case(name, kernels)
     assert_step_equals_dense(sae, params, x, silent, kernels, tolerance=2e-4)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_float64_is_as_exact_as_the_reference(kernels: str) -> None:
-    sae, params, x, silent = case("switch")
+    sae, params, x, silent = case("switch", kernels)
     params = {key: value.double() for key, value in params.items()}
     assert_step_equals_dense(sae, params, x.double(), silent, kernels)
 
@@ -48,12 +48,12 @@ def test_float64_is_as_exact_as_the_reference(kernels: str) -> None:
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", CASES)
 def test_step_gives_the_same_bits_twice(kernels: str, name: str) -> None:
-    sae, params, x, silent = case(name)
+    sae, params, x, silent = case(name, kernels)
     runs = []
     for _ in range(2):
         grads = {key: torch.full_like(value, torch.nan) for key, value in params.items()}
         grads.setdefault("b_enc", torch.full((sae.n_latents,), torch.nan))
-        stats = step(sae, params, params, x, Solo(), choose_ops(kernels), find_dead(sae, silent >= 10, Solo()), grads)
+        stats = step(sae, params, params, x, Solo(), kernel_set(kernels), find_dead(sae, silent >= 10, Solo()), grads)
         runs.append([stats.loss, stats.fired, *grads.values()])
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
 
@@ -63,7 +63,7 @@ def test_step_gives_the_same_bits_twice(kernels: str, name: str) -> None:
 def test_bfloat16_copies_give_the_reference_s_step(kernels: str, name: str) -> None:
     """Master weights and gradients in float32, products of bfloat16 numbers. Powers of two keep pre-activations exact
     in bfloat16, so that both sets select the same latents."""
-    sae, params, x, silent = case(name)
+    sae, params, x, silent = case(name, kernels)
     generator = torch.Generator().manual_seed(5)
     x = torch.randint(-2, 3, x.shape, generator=generator).float()
     params["b_dec"].zero_()
@@ -77,16 +77,18 @@ def test_bfloat16_copies_give_the_reference_s_step(kernels: str, name: str) -> N
         for _ in range(2)
     )
     dead = find_dead(sae, silent >= 10, Solo())
-    stats = step(sae, params, compute, x, Solo(), choose_ops(kernels), dead, found)
+    stats = step(sae, params, compute, x, Solo(), kernel_set(kernels), dead, found)
     should = step(sae, params, compute, x, Solo(), choose_ops("reference"), dead, expected)
     assert torch.equal(stats.fired, should.fired)
     torch.testing.assert_close(stats.loss, should.loss)
+    # dense products of the Triton kernels take gradients in bfloat16 too
+    tolerance = 1e-4 if kernels == "cpu" else 2e-2
     for key, grad in expected.items():
-        torch.testing.assert_close(found[key], grad, rtol=1e-4, atol=1e-4 * max(1.0, float(grad.abs().max())))
+        torch.testing.assert_close(found[key], grad, rtol=tolerance, atol=tolerance * max(1.0, float(grad.abs().max())))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", FAST)
 def test_bfloat16_trains_to_the_same_fvu(kernels: str) -> None:
     """500 steps on sparse combinations of known directions: within 0.5 % of float32."""
     sae = Sae("topk", 64, 512, 8, 1, True, 8.0, 1 / 32, 32, 0.0)
@@ -104,7 +106,7 @@ def test_bfloat16_trains_to_the_same_fvu(kernels: str) -> None:
         params["W_enc"] = params["W_dec"].clone()
         params["b_enc"].zero_()
         params["b_dec"].zero_()
-        ops = choose_ops(kernels)
+        ops = kernel_set(kernels)
         optimizer = Optimizer(sae, params, TrainConfig(tokens=1), dtype, ops)
         for number in range(500):
             stats = step(sae, params, optimizer.compute, batch(number), Solo(), ops, None, optimizer.grads)

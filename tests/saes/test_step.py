@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.ops import choose_ops
 from harness.parallel import Solo
 from harness.saes import Sae, find_dead, step
+from tests.ops.sets import kernel_set
 from tests.saes.dense import dense_loss
 
 
@@ -28,7 +28,7 @@ def random_params(sae: Sae, generator: torch.Generator) -> dict[str, torch.Tenso
 
 
 def assert_step_equals_dense(sae: Sae, params, x, silent, ops_name="reference", tolerance=1e-9) -> None:
-    ops = choose_ops(ops_name)
+    ops = kernel_set(ops_name)
     dead = find_dead(sae, silent >= 10, Solo())
     grads = {name: torch.full_like(value, torch.nan) for name, value in params.items()}
     grads.setdefault("b_enc", torch.full((sae.n_latents,), torch.nan, dtype=x.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -76,6 +77,32 @@ def test_a_run_leaves_the_record_of_the_contract(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
     norms = weights(tmp_path / "run")["W_dec"].norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(64))
+
+
+def test_kernels_are_pinned_where_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config()
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        run(tmp_path / "run", dataclasses.replace(config, ops="reference"), StopAfterSteps(40, patched))
+    resumed = run(tmp_path / "run", config)
+    assert config.ops == "auto" and resumed["ops"] == "reference"
+    run(tmp_path / "whole", dataclasses.replace(config, ops="reference"))
+    for one, two in zip(weights(tmp_path / "run").values(), weights(tmp_path / "whole").values(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_kernels_that_do_not_run_here_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = small_config()
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        run(tmp_path / "run", config, StopAfterSteps(40, patched))
+    (marker,) = tmp_path.glob("run/checkpoints/*/marker.json")
+    content = json.loads(marker.read_text())
+    assert content["extra"]["run"]["ops"] == "cpu"
+    content["extra"]["run"]["ops"] = "triton"
+    marker.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="made with ops=triton, which does not run here.*ops=reference"):
+        run(tmp_path / "run", config)
+    assert run(tmp_path / "run", dataclasses.replace(config, ops="reference"))["ops"] == "reference"
 
 
 @pytest.mark.parametrize("changes", [{}, SWITCH], ids=["topk", "switch"])

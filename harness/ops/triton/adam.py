@@ -1,5 +1,8 @@
 """One optimiser update on a GPU in one pass over each row: projection, Adam, unit norm, low-precision copy."""
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
+# (the language of the kernels has types of its own)
 from __future__ import annotations
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from harness.ops import reference
 from harness.ops.interface import AdamState, Hyper
-from harness.ops.triton.selection import INTERPRETED
+from harness.ops.triton.sizes import INTERPRETED, power_of_2, tiles
 
 VECTOR_ROW = 1 << 10
 """A vector is cut into rows of this many numbers."""
@@ -71,7 +74,7 @@ def project_kernel(param, grad, rows, d, ROWS: tl.constexpr, BLOCK_D: tl.constex
 
 def _blocks(d: int) -> tuple[int, int]:
     """(rows, numbers of a row rounded up) of one program."""
-    width = triton.next_power_of_2(d)
+    width = power_of_2(d)
     return max(1, ROW_ELEMENTS // width), width
 
 
@@ -82,7 +85,7 @@ def project(param: Float[Tensor, "rows d"], grad: Float[Tensor, "rows d"]) -> No
     if param.numel() == 0:
         return
     count, width = _blocks(d)
-    project_kernel[(triton.cdiv(rows, count),)](param, grad, rows, d, ROWS=count, BLOCK_D=width)
+    project_kernel[(tiles(rows, count),)](param, grad, rows, d, ROWS=count, BLOCK_D=width)
 
 
 def update(
@@ -98,10 +101,10 @@ def update(
     if param.numel() == 0:
         return
     d = param.shape[1] if param.ndim == 2 else VECTOR_ROW
-    rows = triton.cdiv(param.numel(), d)
+    rows = tiles(param.numel(), d)
     count, width = _blocks(d)
     step_size, inverse_correction = hyper.corrected()
-    adam_kernel[(triton.cdiv(rows, count),)](
+    adam_kernel[(tiles(rows, count),)](
         param, grad, *state,
         param if low_precision is None else low_precision.view(torch.int16),
         ok,

@@ -1,5 +1,8 @@
 """Decode, residual, squared error and dz of each token in one pass on a GPU, while its k decoder rows are in cache."""
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
+# (the language of the kernels has types of its own)
 from __future__ import annotations
 
 import triton
@@ -7,7 +10,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.ops.triton.selection import INTERPRETED
+from harness.ops.triton.sizes import INTERPRETED, power_of_2
 
 TILE_ELEMENTS = (1 << 16) if INTERPRETED else (1 << 12)
 """Numbers of decoder rows that a program holds at a time."""
@@ -70,8 +73,8 @@ def decode(
     (tokens, k), d = values.shape, x.shape[1]
     if tokens == 0:
         return
-    block_d = triton.next_power_of_2(d)
-    block_k = max(1, min(triton.next_power_of_2(k), TILE_ELEMENTS // block_d))
+    block_d = power_of_2(d)
+    block_k = max(1, min(power_of_2(k), TILE_ELEMENTS // block_d))
     decode_kernel[(tokens,)](
         values, index, weight, x, x if scale is None else scale, *out, k, d,
         DECODE=forward, GRADS=backward, SCALED=scale is not None, BLOCK_K=block_k, BLOCK_D=block_d,

@@ -4,6 +4,9 @@ One stable sort of the entries by latent serves all three. A latent with more th
 by several programs, and the pieces added up in order: no atomics, the same bits every time.
 """
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
+# (the language of the kernels has types of its own)
 from __future__ import annotations
 
 import torch
@@ -12,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.ops.triton.selection import INTERPRETED
+from harness.ops.triton.sizes import INTERPRETED, power_of_2
 
 PIECE = 256
 """Entries of a latent that one program sums."""
@@ -112,7 +115,7 @@ def weight_grads(
     most_extras = tokens * k // PIECE
     extra_ends = ((ends - begins - 1) // PIECE).clamp_(min=0).cumsum(0)
     owners = torch.searchsorted(extra_ends, torch.arange(most_extras, device=index.device), right=True)
-    block_d = triton.next_power_of_2(d)
+    block_d = power_of_2(d)
     block_e = max(1, min(64 if INTERPRETED else 16, TILE_ELEMENTS // block_d))
     shared = order, begins, ends, owners, extra_ends, dz, values, x, residual
     sizes, warps = (rows, d, k), 8 if block_d > TILE_ELEMENTS else 4

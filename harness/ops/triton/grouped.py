@@ -4,6 +4,9 @@ For the encoder of a Switch SAE, and for groups with so few latents per active o
 width are cheaper than gathers. Operands float32 or bfloat16, sums and results as the output asks, added up in float32.
 """
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
+# (the language of the kernels has types of its own)
 from __future__ import annotations
 
 import functools
@@ -14,7 +17,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.ops.triton.selection import INTERPRETED
+from harness.ops.triton.sizes import INTERPRETED, power_of_2, tiles
 
 TILE = 64 if INTERPRETED else 128
 """Rows and columns of the output that a program computes."""
@@ -138,13 +141,13 @@ def _constants(dtype: torch.dtype, groups: int | None = None) -> dict[str, int |
     # the interpreter computes products of bfloat16 wrongly
     found: dict[str, int | bool] = {"UPCAST": INTERPRETED and dtype is torch.bfloat16, "TILE": TILE, "STEP": STEP}
     if groups is not None:
-        found["GROUPS"] = triton.next_power_of_2(groups)
+        found["GROUPS"] = power_of_2(groups)
     return found | {"num_warps": 8}
 
 
 def _token_tiles(tokens: int, groups: int) -> int:
     """At least as many tiles as any division of the tokens into groups needs."""
-    return triton.cdiv(tokens, TILE) + groups
+    return tiles(tokens, TILE) + groups
 
 
 def latent_products(
@@ -158,7 +161,7 @@ def latent_products(
     """out[t, c] = x_t · weight[first latent of t's group + c] (+ bias), for c below the group's width; the rest of
     `out` is left as it is."""
     groups, (tokens, d) = len(row_offsets) - 1, x.shape
-    grid = (_token_tiles(tokens, groups), triton.cdiv(out.shape[1], TILE))
+    grid = (_token_tiles(tokens, groups), tiles(out.shape[1], TILE))
     offsets = on_device(row_offsets, x.device)
     latent_products_kernel[grid](
         x, weight, x if bias is None else bias, out, token_offsets, offsets, groups, d, out.stride(0),
@@ -175,7 +178,7 @@ def reconstructions(
 ) -> None:
     """out_t = Σ_c z[t, c]·weight[first latent of t's group + c], float32; every token belongs to a group."""
     groups, (tokens, d) = len(row_offsets) - 1, out.shape
-    grid = (_token_tiles(tokens, groups), triton.cdiv(d, TILE))
+    grid = (_token_tiles(tokens, groups), tiles(d, TILE))
     offsets = on_device(row_offsets, z.device)
     reconstruction_kernel[grid](
         z, weight, out, token_offsets, offsets, groups, d, z.stride(0), **_constants(z.dtype, groups)
@@ -191,6 +194,6 @@ def add_gradients(
 ) -> None:
     """out[first latent of t's group + c] += Σ_t z[t, c]·y_t, float32, always in the same order."""
     groups, d = len(row_offsets) - 1, y.shape[1]
-    grid = (triton.cdiv(z.shape[1], TILE), triton.cdiv(d, TILE), groups)
+    grid = (tiles(z.shape[1], TILE), tiles(d, TILE), groups)
     offsets = on_device(row_offsets, z.device)
     gradient_kernel[grid](z, y, out, token_offsets, offsets, d, z.stride(0), **_constants(z.dtype))

@@ -7,6 +7,9 @@ no two keys are equal and ties need no special case. Everything compares bit pat
 −0 and NaN (taken as largest, so that the loss shows it) are exact on every machine.
 """
 
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
+# (the language of the kernels has types of its own)
 from __future__ import annotations
 
 import math
@@ -19,9 +22,7 @@ from torch import Tensor
 
 from harness.ops import reference
 from harness.ops.interface import Codes
-
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether kernels run in Triton's interpreter, on CPU tensors: for tests."""
+from harness.ops.triton.sizes import INTERPRETED, power_of_2, tiles
 
 MOST_LANES = 1 << 14
 MOST_CANDIDATES = 1 << 16
@@ -149,15 +150,12 @@ def order_kernel(
     tl.store(index + at, column + first.to(tl.int64)[:, None], mask=inside)
 
 
-def _power(number: float) -> int:
-    """The power of two at or above."""
-    return triton.next_power_of_2(max(1, math.ceil(number)))
-
-
 def lanes_for(width: int, k: int) -> int:
     """How many lanes a row has. More make their threshold dearer, fewer leave more candidates; at 4·k lanes hardly two
     of the k largest share one, and √(width·k) balances the two tiles."""
-    return min(_power(max(16, 4 * k, math.sqrt(width * k))), _power(max(16, width)), max(MOST_LANES, _power(k)))
+    return min(
+        power_of_2(max(16, 4 * k, math.sqrt(width * k))), power_of_2(max(16, width)), max(MOST_LANES, power_of_2(k))
+    )
 
 
 def _warps(tile: int) -> int:
@@ -176,14 +174,14 @@ def select_rows(
     tokens, width = z.shape
     if tokens == 0:
         return
-    lanes, slots = lanes_for(width, k), _power(k)
-    chunks = triton.cdiv(width, lanes)
+    lanes, slots = lanes_for(width, k), power_of_2(k)
+    chunks = tiles(width, lanes)
     values, index = out
     value_bits = 8 * z.element_size()
     bits = z.view(torch.int32 if value_bits == 32 else torch.int16)
     chosen = torch.empty((tokens, k), dtype=torch.int32, device=z.device)
     winners = torch.empty((tokens, k), dtype=torch.int64, device=z.device)
-    index_bits = max(1, (_power(width) - 1).bit_length())
+    index_bits = max(1, (power_of_2(width) - 1).bit_length())
     shared = bits, widths
     sizes = tokens, z.stride(0), k
     bit_counts = {"VALUE_BITS": value_bits, "INDEX_BITS": index_bits}
@@ -194,20 +192,20 @@ def select_rows(
 
     def launch(kernel, tile: int, *arguments: object, **constants: int | bool) -> None:
         count = rows(tile)
-        grid = (triton.cdiv(tokens, count),)
+        grid = (tiles(tokens, count),)
         kernel[grid](*arguments, ROWS=count, **bit_counts, **constants, num_warps=_warps(count * tile))
 
     launch(lanes_kernel, lanes, *shared, chosen, winners, *sizes, LANES=lanes, WHOLE=chunks == 1)
     if chunks > 1:
-        tile = slots * _power(chunks)
-        pieces = {"LANES": lanes, "SLOTS": slots, "CHUNKS": _power(chunks)}
+        tile = slots * power_of_2(chunks)
+        pieces = {"LANES": lanes, "SLOTS": slots, "CHUNKS": power_of_2(chunks)}
         launch(candidates_kernel, tile, *shared, chosen, winners, *sizes, **pieces)
     launch(order_kernel, slots, *shared, firsts, winners, values, index, *sizes, SLOTS=slots)
 
 
 def fits(width: int, k: int) -> bool:
     """Whether the kernels can hold the candidates of such a selection."""
-    return _power(k) * _power(triton.cdiv(width, lanes_for(width, k))) <= MOST_CANDIDATES
+    return power_of_2(k) * power_of_2(tiles(width, lanes_for(width, k))) <= MOST_CANDIDATES
 
 
 def select_preactivations(preactivations: Float[Tensor, "tokens rows"], k: int) -> Codes:

@@ -1,0 +1,45 @@
+"""One training step as a CUDA graph: recorded once, then started with a single call, without Python in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+WARM_UP = 3
+"""Steps taken on the recording's stream first: they compile kernels and make the allocations that stay."""
+
+
+class StepGraph:
+    """Calls `compute(batch)`, from the fourth time on by replaying what it did on the device.
+
+    `compute` must always do the same device work on the same tensors, and neither wait for the device nor change
+    anything on the host. Every call does one step: recording itself executes nothing.
+    """
+
+    def __init__(self, compute: Callable[[Float[Tensor, "tokens d"]], None], like: Float[Tensor, "tokens d"]) -> None:
+        self._compute, self._batch = compute, torch.empty_like(like)
+        self._stream = torch.cuda.Stream(like.device)
+        self._taken = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def fits(self, batch: Float[Tensor, "tokens d"]) -> bool:
+        """Whether `batch` has the size and type that was recorded."""
+        return batch.shape == self._batch.shape and batch.dtype == self._batch.dtype
+
+    def __call__(self, batch: Float[Tensor, "tokens d"]) -> None:
+        self._batch.copy_(batch)
+        if self._taken < WARM_UP:
+            self._taken += 1
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._compute(self._batch)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._compute(self._batch)
+        self._graph.replay()

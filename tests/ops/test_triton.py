@@ -1,0 +1,146 @@
+"""The Triton kernels in the interpreter: the cases of `test_kernels`, as small as it needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.ops import Codes, Groups, choose_ops, reference
+from tests.ops.sets import kernel_set
+from tests.ops.test_kernels import (
+    assert_products_equal,
+    assert_same_codes,
+    assert_selects_exactly,
+    codes_with_a_latent_in_every_token,
+    even_groups,
+    layouts,
+    nan,
+    preactivation_rows,
+    random_codes,
+    selections,
+)
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> None:
+    """Skips where the kernels are compiled, or cannot be imported."""
+    kernel_set("triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=12, deadline=None)
+@given(case=selections())
+def test_selection_is_exact_to_the_last_tie(
+    dtype: torch.dtype, case: tuple[int, int, int, int, int, bool, int]
+) -> None:
+    assert_selects_exactly("triton", dtype, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("width", "k"),
+    [(1, 1), (17, 17), (128, 1), (1000, 16), (1000, 512), (4097, 32), pytest.param(2048, 2048, marks=pytest.mark.slow)],
+)
+def test_selects_from_given_preactivations(width: int, k: int, dtype: torch.dtype) -> None:
+    rows = preactivation_rows(width, torch.Generator().manual_seed(width + k)).to(dtype)
+    found = kernel_set("triton").select_preactivations(rows, k)
+    assert_same_codes(found, reference.select_preactivations(rows.float(), k))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan])
+def test_nan_comes_first_so_that_the_loss_shows_it(bad: float) -> None:
+    rows = torch.randn(3, 600, generator=torch.Generator().manual_seed(0))
+    rows[1, 500] = bad
+    rows[2] = bad
+    found = kernel_set("triton").select_preactivations(rows, 8)
+    assert_same_codes(Codes(found.values[:1], found.index[:1]), reference.select_preactivations(rows[:1], 8))
+    assert found.index[1, 0] == 500
+    assert found.values[1].isnan().tolist() == [True] + 7 * [False]
+    assert found.values[2].isnan().all()
+    assert found.index[2].tolist() == list(range(8))
+
+
+def test_a_selection_too_wide_for_the_kernels_is_the_reference_s() -> None:
+    from harness.ops.triton import selection
+
+    width, k = 1 << 17, 1 << 14
+    assert not selection.fits(width, k) and selection.fits(1 << 20, 512)
+    row = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+    assert_same_codes(selection.select_preactivations(row, k), reference.select_preactivations(row, k))
+
+
+@settings(max_examples=8, deadline=None)
+@given(case=layouts(), d=st.integers(1, 40), scaled=st.booleans())
+def test_products_equal_reference(case: tuple[int, int, int, Groups, int], d: int, scaled: bool) -> None:
+    tokens, rows, k, groups, seed = case
+    codes = random_codes(torch.Generator().manual_seed(seed), tokens, k, groups)
+    assert_products_equal("triton", codes, d, rows, groups, scaled, seed)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "d", "rows", "k"),
+    [(9, 4096, 60, 1), (6, 24, 700, 512), (33, 1, 200, 3), pytest.param(50, 384, 11_000, 512, marks=pytest.mark.slow)],
+)
+def test_products_equal_reference_at_the_edges(tokens: int, d: int, rows: int, k: int) -> None:
+    groups = even_groups(tokens, rows, 1)
+    codes = random_codes(torch.Generator().manual_seed(1), tokens, k, groups)
+    assert_products_equal("triton", codes, d, rows, groups, False, 2)
+
+
+def test_a_latent_active_in_every_token_is_summed_in_pieces() -> None:
+    tokens, groups = 600, even_groups(600, 64, 1)
+    codes = codes_with_a_latent_in_every_token(tokens, groups)
+    assert_products_equal("triton", codes, 4, 64, groups, True, 4)
+
+
+def test_tiles_of_tokens_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from harness.ops.triton import products
+
+    ops, generator = kernel_set("triton"), torch.Generator().manual_seed(9)
+    groups = Groups(torch.tensor([0, 11, 11, 40]), (0, 60, 61, 100))
+    x, weight = torch.randn(40, 5, generator=generator), torch.randn(100, 5, generator=generator)
+    codes = random_codes(generator, 40, 6, groups)
+    found = []
+    for tile_bytes in (1 << 20, 60 * 4 * 7):
+        monkeypatch.setattr(products, "TILE_BYTES", tile_bytes)
+        out = nan(100, 5), nan(100, 5), nan(100)
+        selected = ops.select(x, weight, None, 6, groups)
+        residual, dz, _ = ops.reconstruct(codes, weight, x, None, groups)
+        ops.weight_grads(codes, dz, x, residual, groups, out)
+        found.append((selected.index, residual, dz, *out))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_kernels_are_refused_where_they_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_ops("triton").NAME == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="ops=triton needs a GPU"):
+        choose_ops("triton", torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    changes = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.compile_for_hopper"],
+        capture_output=True,
+        text=True,
+        env=os.environ | changes,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {
+        *("lanes_kernel", "candidates_kernel", "order_kernel", "decode_kernel", "segments_kernel", "combine_kernel"),
+        *("latent_products_kernel", "reconstruction_kernel", "gradient_kernel", "adam_kernel", "project_kernel"),
+    }
+    assert all(found[name]["matrix_units"] for name in found if name.endswith(("products_kernel", "gradient_kernel")))

@@ -1,0 +1,115 @@
+"""Invariant 7: a step does not wait for the device, beyond what is listed here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from harness.ops import choose_ops
+from harness.parallel import Solo
+from harness.train.member import Member, make_member
+from harness.train.run import pick_device
+from tests.ops.sets import kernel_set
+from tests.train.cells import small_config, source_of
+
+WAITS = (
+    *("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "argwhere", "masked_select"),
+    *("bincount", "unique", "equal", "allclose", "is_nonzero", "repeat_interleave"),
+)
+"""Functions of a tensor that need its numbers, or a size that depends on them, on the host."""
+
+SWITCH = {"sae__architecture": "switch", "sae__n_experts": 4, "sae__balance_weight": 0.1}
+
+
+class Waits(TorchFunctionMode):
+    """Counts the calls that would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in WAITS:
+            self.counted[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def make(changes: dict[str, Any], kernels: str, device: str = "cpu") -> tuple[Member, torch.Tensor]:
+    """A member whose AuxK has work from the third step on, and a batch. Refreshes at steps 0, 3, 6 …"""
+    config = small_config(sae__dead_after_tokens=100, train__device=device, **changes)
+    source = source_of(config)
+    on = pick_device(device)
+    ops = choose_ops("triton", on) if device == "cuda" else kernel_set(kernels)
+    member = make_member(config, source, on, Solo(), ops)
+    with source.stream(0, 64, on, 0, 1) as stream:
+        return member, next(iter(stream.batches(0)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernels", "waits"),
+    [
+        # the CPU kernels read the tokens of each group, and again for AuxK; on CPU tensors nobody waits for that
+        ({}, "cpu", {"tolist": 2}),
+        ({}, "triton", {}),
+        (SWITCH | {"train__clip_norm": 0.5, "train__ema": 0.9}, "triton", {}),
+        (SWITCH, "cpu", {"tolist": 2}),
+    ],
+    ids=["topk-cpu", "topk-triton", "switch-triton", "switch-cpu"],
+)
+def test_a_step_waits_for_nothing_else(changes: dict[str, Any], kernels: str, waits: dict[str, int]) -> None:
+    member, batch = make(changes, kernels)
+    ops = member.optimizer.ops
+    for _ in range(4):
+        member.train_step(batch, Solo(), ops)
+    assert member._dead_latents is not None, "AuxK takes part"
+    for _ in range(2):
+        with Waits() as found:
+            member.train_step(batch, Solo(), ops)
+        assert dict(found.counted) == waits
+    with Waits() as refresh:
+        member.train_step(batch, Solo(), ops)
+    assert dict(refresh.counted) == {"tolist": 1 + waits.get("tolist", 0), "nonzero": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, SWITCH], ids=["topk", "switch"])
+def test_a_step_on_a_gpu_waits_for_nothing(changes: dict[str, Any]) -> None:
+    member, batch = make(changes, "triton", "cuda")
+    ops = member.optimizer.ops
+    for _ in range(4):
+        member.train_step(batch, Solo(), ops)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            member.train_step(batch, Solo(), ops)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, SWITCH, {"train__clip_norm": 0.5, "train__ema": 0.9}])
+def test_a_graph_of_the_step_gives_the_same_bits(changes: dict[str, Any]) -> None:
+    ends = []
+    for graph in (False, True):
+        member, batch = make(changes | {"train__cuda_graph": graph, "sae__aux_alpha": 0.0}, "triton", "cuda")
+        for number in range(12):
+            member.train_step(batch.roll(number, 0) * (1 + number / 10), Solo(), member.optimizer.ops)
+        ends.append(member.tensors())
+    for name, one in ends[0].items():
+        assert torch.equal(one, ends[1][name]), name
+
+
+def test_without_a_gpu_the_step_is_no_graph() -> None:
+    plain, batch = make({}, "cpu")
+    asked, _ = make({"train__cuda_graph": True}, "cpu")
+    for member in (plain, asked):
+        for _ in range(3):
+            member.train_step(batch, Solo(), member.optimizer.ops)
+    for name, one in plain.tensors().items():
+        assert torch.equal(one, asked.tensors()[name]), name
