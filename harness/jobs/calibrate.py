@@ -29,6 +29,9 @@ CALIBRATION_SHARE = 0.02
 """Calibration may take this share of the time that the work would take at `ASSUMED_FLOPS_PER_S`."""
 
 ASSUMED_FLOPS_PER_S = 1e11
+MOST_S = 5.0
+"""After so long, only kinds of cells that have no timed shape yet are timed."""
+
 MOST_STEP_FLOPS = 1e10
 """Larger steps are timed at a smaller batch, then a smaller width."""
 
@@ -174,9 +177,12 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     seconds = min(SHAPE_S, CALIBRATION_SHARE * work / len(shapes))
     first, d_model = shapes[0]
     calibration.start_s = measure_start(first, d_model, sample_rows(first))
+    late = time.perf_counter() + MOST_S
     for config, d_model in shapes:
-        speed = measure_speed(config, d_model, seconds, DEAD_SHARES[config.sae.architecture])
         kind, flops = kind_of(config), step_flops(config, d_model)
+        if kind in calibration.steps and time.perf_counter() > late:
+            continue
+        speed = measure_speed(config, d_model, seconds, DEAD_SHARES[config.sae.architecture])
         calibration.steps.setdefault(kind, []).append(Timed(flops, speed.step_s))
         calibration.dead_steps.setdefault(kind, []).append(Timed(flops, speed.dead_step_s))
         looked = Timed(evaluation_flops(config, d_model), speed.evaluation_s)
@@ -188,8 +194,9 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     reset_peak()
     about, threads = machine(), first.train.threads or cores()
     processor = about["gpus"][0] if on_gpu(first) else f"{about['cpu']}, {threads} threads"
-    others = f" that is busy with other work (load {load:.1f})" if load > 0.5 * (os.cpu_count() or 1) else ""
-    return f"{len(shapes)} of the shapes timed on {processor}{others}"
+    others = f" (busy with other work: load {load:.1f})" if load > 0.5 * (os.cpu_count() or 1) else ""
+    timed = sum(map(len, calibration.steps.values()))
+    return f"{timed} shape{'s' if timed > 1 else ''} timed on {processor}{others}"
 
 
 def _steps(run: Run) -> int:
