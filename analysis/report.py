@@ -13,6 +13,7 @@ from analysis.cells import cell_rows, cell_text
 from analysis.findings import Comparison, Findings, gather, read_runs
 from analysis.frames import pd
 from analysis.pictures import all_pictures
+from analysis.planned import planned_rows
 from analysis.result import FitResult
 from analysis.table import RunTable
 from analysis.words import (
@@ -75,6 +76,7 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
         "convergence": _convergence_rows(findings),
         "rates": findings.rates.rates.to_dict("records") if findings.rates is not None else [],
         "cells": cell_rows(table),
+        "planned": planned_rows(table, directory),
         "anchors": _anchors(table),
         "excluded": _excluded_rows(findings),
         "notes": [entry.as_dict() for entry in sorted(findings.notes, key=lambda e: e.severity == "info")],
