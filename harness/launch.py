@@ -17,12 +17,15 @@ from typing import Any
 
 import yaml
 
+from harness import joined
 from harness.config import Config, to_container
 from harness.errors import UserError
 from harness.jobs import compose, grid, pack, plan
 from harness.jobs.estimate import Estimates, estimate
+from harness.jobs.limits import cut_into_jobs
 from harness.jobs.planfile import record_plan
 from harness.jobs.rundir import FINAL
+from harness.jobs.state import state_of
 from harness.jobs.study import Study, load_study, study_candidates, study_names
 from harness.jobs.table import plan_text
 from harness.record.files import write_json_atomic
@@ -40,6 +43,12 @@ class Request:
     study: Study | None = None
     only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Cells with other values at these keys are left out."""
+
+    def about(self) -> dict[str, str]:
+        """What a study says of itself."""
+        if self.study is None:
+            return {}
+        return {key: getattr(self.study, key) for key in ("name", "question", "title", "law")}
 
 
 @dataclass(frozen=True)
@@ -101,46 +110,81 @@ def launch(request: Request, *, dry_run: bool = False, wait: bool = False) -> Ou
     Ctrl-C counts as an interruption from the start, also while libraries load and stores are looked for.
     """
     try:
-        return _launch(request, dry_run, wait)
+        if joined.step_ranks() > 1 and not dry_run:
+            return _join(request)
+        return carry_out(prepare(request, dry_run=dry_run), request.about(), dry_run=dry_run, wait=wait)
     except KeyboardInterrupt:
         say("interrupted before anything was trained; the same command begins again")
         return Outcome(INTERRUPTED_EXIT_CODE, ())
 
 
-def _launch(request: Request, dry_run: bool, wait: bool) -> Outcome:
-    runs = prepare(request, dry_run=dry_run)
-    sweep_dirs = tuple(dict.fromkeys(run.run_dir.parent for run in runs))
+def _join(request: Request) -> Outcome:
+    """As one of the ranks of an `srun` step."""
+    configs = [cell.config for cell in cells_of(request)]
+    sweep_dirs = tuple(dict.fromkeys(Path(config.out) / config.sweep for config in configs))
+    out = Path(configs[0].out)
+    if joined.step_rank() != 0:
+        return Outcome(joined.follow(out), sweep_dirs)
+    runs: list[plan.Run] = []
+
+    def planned() -> list[pack.Job]:
+        runs.extend(prepare(request, dry_run=False))
+        estimates = estimate(runs)
+        _record(request.about(), runs, estimates)
+        return cut_into_jobs([run for run in runs if run.status not in FINAL], estimates)
+
+    def all_done() -> bool:
+        statuses = [state_of(run.run_dir).status for run in runs]
+        say(f"{statuses.count('done')} of {len(runs)} cells done")
+        return statuses.count("done") == len(runs)
+
+    return Outcome(joined.lead(out, planned, all_done), sweep_dirs)
+
+
+def carry_out(runs: list[plan.Run], about: Mapping[str, str], *, dry_run: bool, wait: bool) -> Outcome:
+    """Train runs that have their names, here or on a cluster; `about` describes the sweep, empty for a known one."""
+    sweep_dirs = sweep_dirs_of(runs)
     estimates = estimate(runs)
-    jobs = pack.make_jobs([run for run in runs if run.status not in FINAL], estimates.seconds_of)
     if dry_run:
+        jobs = cut_into_jobs([run for run in runs if run.status not in FINAL], estimates)
         print(plan_text(runs, jobs, estimates))
         return Outcome(0, sweep_dirs)
-    for directory in sweep_dirs:
-        make_writable(directory)
-        own = [run for run in runs if run.run_dir.parent == directory]
-        write_study(directory, request, own)
-        record_plan(directory, own, estimates)
+    _record(about, runs, estimates)
     if runs[0].config.cluster.name == "slurm":
-        return _submit(runs, estimates, sweep_dirs, wait)
+        return _submit(runs, estimates, wait)
+    jobs = cut_into_jobs([run for run in runs if run.status not in FINAL], estimates)
     ended = [run for run in runs if run.status in FINAL]
     from harness.jobs.local import run_jobs
 
     return Outcome(run_jobs(jobs, ended), sweep_dirs)
 
 
-def _submit(runs: list[plan.Run], estimates: Estimates, sweep_dirs: tuple[Path, ...], wait: bool) -> Outcome:
+def _submit(runs: list[plan.Run], estimates: Estimates, wait: bool) -> Outcome:
     """Hand the runs to Slurm; with `wait`, come back when the queue is empty and judge what became of them."""
     from harness.jobs.slurm.submit import submit_runs, wait_for
 
-    jobs = submit_runs(runs, estimates)
-    for directory in sweep_dirs:
-        say(f"{jobs} jobs submitted; python -m harness.status {directory} --watch shows what becomes of them")
+    jobs, sweep_dirs = submit_runs(runs, estimates), sweep_dirs_of(runs)
+    for directory in sweep_dirs if jobs else ():
+        say(f"submitted; what becomes of it: python -m harness.status {directory} --watch")
     if not wait:
         return Outcome(0, sweep_dirs, submitted=True)
     statuses = wait_for(runs).values()
     done = sum(status == "done" for status in statuses)
     say(f"{done} of {len(runs)} cells done")
     return Outcome(0 if done == len(runs) else SOME_NOT_DONE, sweep_dirs)
+
+
+def sweep_dirs_of(runs: Sequence[plan.Run]) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys(run.run_dir.parent for run in runs))
+
+
+def _record(about: Mapping[str, str], runs: Sequence[plan.Run], estimates: Estimates) -> None:
+    """What was asked and what it is expected to cost, in every sweep's directory."""
+    for directory in sweep_dirs_of(runs):
+        make_writable(directory)
+        own = [run for run in runs if run.run_dir.parent == directory]
+        write_study(directory, about, own)
+        record_plan(directory, own, estimates)
 
 
 def make_writable(directory: Path) -> None:
@@ -155,24 +199,20 @@ def make_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {error.strerror}; choose another out=DIR") from error
 
 
-def write_study(sweep_dir: Path, request: Request, runs: Sequence[plan.Run]) -> None:
+def write_study(sweep_dir: Path, about: Mapping[str, str], runs: Sequence[plan.Run]) -> None:
     """`study.json` of a sweep: what is asked, and every run that was ever asked for in this directory."""
     path = sweep_dir / "study.json"
-    earlier: list[str] = []
+    earlier: dict[str, Any] = {"runs": []}
     if path.exists():
         try:
-            earlier = json.loads(path.read_text(encoding="utf-8"))["runs"]
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            list(earlier["runs"])
         except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is damaged ({error}); remove it and run the same command again") from error
-    study = request.study
-    about = {
-        "name": study.name if study else sweep_dir.name,
-        "question": study.question if study else "",
-        "title": study.title if study else sweep_dir.name,
-        "law": study.law if study else "sae_nk",
-    }
-    names = list(dict.fromkeys([*earlier, *(run.run_id for run in runs)]))
-    write_json_atomic(path, {**about, "command": command_line(), "time": now(), "runs": names})
+    unnamed = {"name": sweep_dir.name, "question": "", "title": sweep_dir.name, "law": "sae_nk"}
+    known = about or {key: earlier.get(key, value) for key, value in unnamed.items()}
+    names = list(dict.fromkeys([*earlier["runs"], *(run.run_id for run in runs)]))
+    write_json_atomic(path, {**unnamed, **known, "command": command_line(), "time": now(), "runs": names})
 
 
 def say(line: str) -> None:

@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     for name, (key, text) in OVERRIDES.items():
         result.add_argument(f"--{name}", default="", metavar="A,B", help=f"{text} ({key})")
     result.add_argument("--dry-run", action="store_true", help="show cells and costs; write nothing")
+    result.add_argument(
+        "--wait", action="store_true", help="with CLUSTER=slurm: return, with a report, when all have ended"
+    )
     result.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further Hydra overrides")
     return result
 
@@ -74,11 +77,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     try:
-        outcome = launch(request(arguments), dry_run=arguments.dry_run)
+        outcome = launch(request(arguments), dry_run=arguments.dry_run, wait=arguments.wait)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_REQUEST
-    if arguments.dry_run or outcome.exit_code == INTERRUPTED_EXIT_CODE:
+    if arguments.dry_run or outcome.submitted or outcome.exit_code == INTERRUPTED_EXIT_CODE:
         return outcome.exit_code
     for sweep_dir in outcome.sweep_dirs:
         report(sweep_dir)

@@ -11,9 +11,9 @@ from pathlib import Path
 from harness import budget
 from harness.config import ActivationsConfig, Config, MeshConfig
 from harness.jobs.columns import listed, si
-from harness.jobs.estimate import Estimates, on_gpu, ranks_of
+from harness.jobs.estimate import NUMBER_BYTES, Estimates, on_gpu, ranks_of
 from harness.jobs.gpus import find_gpu
-from harness.jobs.pack import Job
+from harness.jobs.pack import Job, make_jobs
 from harness.jobs.plan import Run
 from harness.record.progress import duration
 
@@ -49,8 +49,7 @@ def store_bytes(config: ActivationsConfig, d_model: int) -> float:
     """Rows, and for each the number of its document. Synthetic rows are computed."""
     if config.kind == "synthetic":
         return 0.0
-    width = {"bf16": 2, "fp16": 2, "fp32": 4}[config.dtype]
-    return (config.tokens + config.heldout_tokens) * (d_model * width + 8)
+    return (config.tokens + config.heldout_tokens) * (d_model * NUMBER_BYTES[config.dtype] + 8)
 
 
 def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk:
@@ -79,6 +78,11 @@ def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk
         results=results,
         checkpoints=sum(sorted(saving, reverse=True)[:at_once]),
     )
+
+
+def cut_into_jobs(runs: Sequence[Run], estimates: Estimates) -> list[Job]:
+    """The runs that are to be trained as jobs that are not too long and find room in memory."""
+    return make_jobs(runs, estimates.seconds_of, lambda job: not _memory_problem(job, estimates))
 
 
 def _at_once(jobs: Sequence[Job]) -> int:

@@ -104,8 +104,8 @@ def read_target(home: Path) -> Target:
     if not (home / "pack.json").is_file():
         read_config(home)
         return Target(home, (home,))
-    sweep_dir = home.parent.parent
-    return Target(home, tuple(sweep_dir / run_id for run_id in _members(home)))
+    members = (home.parent.parent / run_id for run_id in _members(home))
+    return Target(home, tuple(run_dir for run_dir in members if not begun_alone(run_dir)))
 
 
 def _members(home: Path) -> list[str]:
@@ -123,18 +123,25 @@ def begun_packs(sweep_dir: Path) -> Iterator[tuple[Path, list[str]]]:
             yield path.parent, _members(path.parent)
 
 
-def make_jobs(runs: Sequence[Run], seconds_of: Callable[[Run], float | None]) -> list[Job]:
+def begun_alone(run_dir: Path) -> bool:
+    """Whether a run has saved something by itself: then it is where no other is, and stays alone."""
+    return any((run_dir / "checkpoints").glob("step-*"))
+
+
+def make_jobs(runs: Sequence[Run], seconds_of: Callable[[Run], float | None], fits: Callable[[Job], bool]) -> list[Job]:
     """Cut the runs that are to be trained into jobs, in their order.
 
-    A run that has saved something alone stays alone, a pack that has saved something stays this pack; the others are
-    packed as `cluster.pack` says. `seconds_of` estimates a run's time.
+    A run that has saved something alone stays alone, a pack that has saved something stays this pack (unless
+    `cluster.pack=1` forbids packs: its runs then begin anew, alone); the others are packed as `cluster.pack` says.
+    `seconds_of` estimates a run's time, `fits` whether a job finds room in memory.
     """
     by_name = {run.run_dir: run for run in runs}
     jobs: list[Job] = []
     settled: set[Path] = set()
     for sweep_dir in dict.fromkeys(run.run_dir.parent for run in runs):
         for home, members in begun_packs(sweep_dir):
-            present = [by_name[sweep_dir / name] for name in members if sweep_dir / name in by_name]
+            asked = [by_name[sweep_dir / name] for name in members if sweep_dir / name in by_name]
+            present = [run for run in asked if run.config.cluster.pack != 1 and not begun_alone(run.run_dir)]
             if present:
                 jobs.append(Job(tuple(present), home))
                 settled.update(run.run_dir for run in present)
@@ -142,10 +149,10 @@ def make_jobs(runs: Sequence[Run], seconds_of: Callable[[Run], float | None]) ->
     for run in runs:
         if run.run_dir in settled:
             continue
-        alone = run.config.cluster.pack == 1 or any((run.run_dir / "checkpoints").glob("step-*"))
+        alone = run.config.cluster.pack == 1 or begun_alone(run.run_dir)
         groups.setdefault(run.run_dir if alone else _shared(run), []).append(run)
     for members in groups.values():
-        jobs += [job_of(part) for part in _cut(members, seconds_of)]
+        jobs += [job_of(part) for part in _cut(members, seconds_of, fits)]
     order = {run.run_dir: place for place, run in enumerate(runs)}
     return sorted(jobs, key=lambda job: order[job.runs[0].run_dir])
 
@@ -158,9 +165,11 @@ def _shared(run: Run) -> tuple[Any, ...]:
     return (run.run_dir.parent, run.store.id, config.stream.seed, train.batch_tokens, *place)
 
 
-def _cut(members: Sequence[Run], seconds_of: Callable[[Run], float | None]) -> Iterator[list[Run]]:
+def _cut(
+    members: Sequence[Run], seconds_of: Callable[[Run], float | None], fits: Callable[[Job], bool]
+) -> Iterator[list[Run]]:
     """Packs of `cluster.pack` runs, or as many as the plan thinks good: locally none (one process trains all of them
-    anyway), on a cluster until a job is estimated to take `cluster.pack_minutes`."""
+    anyway), on a cluster until a job is estimated to take `cluster.pack_minutes` or to fill the memory."""
     cluster = members[0].config.cluster
     most = cluster.pack or (1 if cluster.name == "local" else MAX_MEMBERS)
     limit_s = float("inf") if cluster.pack else 60 * cluster.pack_minutes
@@ -169,7 +178,8 @@ def _cut(members: Sequence[Run], seconds_of: Callable[[Run], float | None]) -> I
     for run in members:
         seconds = seconds_of(run)
         cost = limit_s if seconds is None and not cluster.pack else seconds or 0.0
-        if part and (len(part) == most or planned_s + cost > limit_s):
+        full = len(part) == most or planned_s + cost > limit_s
+        if part and (full or not (cluster.pack or fits(job_of([*part, run])))):
             yield part
             part, planned_s = [], 0.0
         part.append(run)

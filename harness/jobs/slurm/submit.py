@@ -14,8 +14,8 @@ from harness.activations.identity import store_name, store_root
 from harness.config import ClusterConfig, Config, to_container
 from harness.errors import UserError
 from harness.jobs.estimate import Estimates
-from harness.jobs.limits import time_limit
-from harness.jobs.pack import Job, make_jobs
+from harness.jobs.limits import cut_into_jobs, time_limit
+from harness.jobs.pack import Job
 from harness.jobs.plan import Run
 from harness.jobs.rundir import FINAL, freeze, set_failure_aside
 from harness.jobs.slurm import client
@@ -100,7 +100,7 @@ def _submit_sweep(sweep_dir: Path, runs: Sequence[Run], estimates: Estimates, su
             set_failure_aside(run.run_dir)
     harvests = _submit_harvests(sweep_dir, todo, submitted)
     groups: dict[str, list[Job]] = {}
-    for job in make_jobs(todo, estimates.seconds_of):
+    for job in cut_into_jobs(todo, estimates):
         shape = (job.config.mesh, job.config.cluster, harvests.get(_store_path(job.config)))
         groups.setdefault(repr(shape), []).append(job)
     size = client.max_array_size()

@@ -1,0 +1,72 @@
+"""`python -m harness.cancel runs/<sweep> [RUN_ID…]`: end what waits or runs; what was saved stays, a launch goes on.
+
+Jobs on Slurm are cancelled. A launcher on this machine is asked to save and stop, with all that it still had to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from harness.errors import UserError
+from harness.jobs.slurm import client
+from harness.jobs.slurm.submit import arrays, live_elements
+from harness.jobs.state import claim_path
+from harness.record.claim import holder
+
+
+def cancel(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:
+    """End the named runs of a sweep, or all when none is named; a line for each thing done. Raises `UserError`."""
+    if not sweep_dir.is_dir():
+        raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
+    if arrays(sweep_dir):
+        yield from _cancel_elements(sweep_dir, run_ids)
+    wanted = sorted(run_ids) or [path.parent.name for path in sorted(sweep_dir.glob("*/claim.json"))]
+    asked: set[int] = set()
+    for run_id in wanted:
+        owner = holder(claim_path(sweep_dir / run_id))
+        if owner is None or owner.job or owner.pid in asked:
+            continue
+        if owner.host != socket.gethostname():
+            yield f"{run_id} is being trained by {owner}: cancel it there"
+            continue
+        os.kill(owner.pid, signal.SIGTERM)
+        asked.add(owner.pid)
+        yield f"{owner} was asked to save and stop"
+
+
+def _cancel_elements(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:
+    elements = list(live_elements(sweep_dir))
+    chosen = [(element, runs) for element, runs in elements if not run_ids or set(runs) & set(run_ids)]
+    if chosen:
+        client.call("scancel", *(element.id for element, _ in chosen))
+    for element, runs in chosen:
+        others = sorted(set(runs) - set(run_ids)) if run_ids else []
+        together = f"; trained together with it and cancelled too: {', '.join(others)}" if others else ""
+        yield f"job {element.id} cancelled ({len(runs)} runs{together})" if runs else f"harvest {element.id} cancelled"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m harness.cancel", description="End what waits or runs of a sweep.")
+    parser.add_argument("sweep_dir", type=Path, metavar="runs/SWEEP")
+    parser.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="only these; default: all of the sweep")
+    arguments = parser.parse_args(argv)
+    try:
+        lines = list(cancel(arguments.sweep_dir, arguments.run_ids))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except client.SlurmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(lines) or "nothing of it waits or runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""`python -m harness.retry runs/<sweep> [RUN_ID…] [KEY=VALUE…]`: train failed runs again, or diverged ones otherwise.
+
+Failed runs go on from what they saved. A run is a function of its configuration, so a diverged one is tried with
+something changed, e.g. `train.lr_factor=2`: that is another run, in a directory of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.config import Config, from_container, to_container
+from harness.errors import UserError
+from harness.jobs import plan
+from harness.jobs.compose import one_line
+from harness.jobs.grid import Cell
+from harness.jobs.rundir import read_config
+from harness.jobs.state import state_of
+from harness.launch import WRONG_REQUEST, carry_out, say
+
+
+def cells_to_retry(sweep_dir: Path, run_ids: Sequence[str], overrides: Sequence[str]) -> list[Cell]:
+    """The failed runs of a sweep (with overrides the diverged ones too), or those named, with `overrides` applied.
+
+    Raises `UserError`.
+    """
+    if not sweep_dir.is_dir():
+        raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
+    names = list(run_ids) or sorted(path.parent.name for path in sweep_dir.glob("*/result.json"))
+    wanted = ("failed", "diverged") if overrides else ("failed",)
+    cells = []
+    for name in names:
+        if not (sweep_dir / name / "config.yaml").is_file():
+            raise UserError(f"{sweep_dir} has no run {name}; python -m harness.status {sweep_dir} lists them")
+        status = state_of(sweep_dir / name).status
+        if status in wanted:
+            here = dataclasses.replace(read_config(sweep_dir / name), out=str(sweep_dir.parent), sweep=sweep_dir.name)
+            cells.append(Cell(name, _changed(here, overrides)))
+        elif run_ids:
+            hint = "; give what is to be different, e.g. train.lr_factor=2" if status == "diverged" else ""
+            raise UserError(f"{name} is {status}, and only failed or diverged runs are tried again{hint}")
+    if not cells:
+        raise UserError(f"no run of {sweep_dir} is {' or '.join(wanted)}")
+    return cells
+
+
+def _changed(config: Config, overrides: Sequence[str]) -> Config:
+    try:
+        return from_container(OmegaConf.merge(to_container(config), OmegaConf.from_dotlist(list(overrides))))
+    except OmegaConfBaseException as error:
+        raise UserError(f"cannot apply {' '.join(overrides)}: {one_line(error)}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.retry", description="Train failed runs again, or diverged ones with another setting."
+    )
+    parser.add_argument("sweep_dir", type=Path, metavar="runs/SWEEP")
+    parser.add_argument("what", nargs="*", metavar="RUN_ID | KEY=VALUE", help="which runs, and what is to be different")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be trained")
+    parser.add_argument("--wait", action="store_true", help="with cluster=slurm: return when all runs have ended")
+    arguments = parser.parse_args(argv)
+    overrides = [word for word in arguments.what if "=" in word]
+    run_ids = [word for word in arguments.what if "=" not in word]
+    try:
+        cells = cells_to_retry(arguments.sweep_dir, run_ids, overrides)
+        stores = plan.find_stores([cell.config.activations for cell in cells], tolerant=False)
+        runs = plan.make_runs(cells, stores)
+        return carry_out(runs, {}, dry_run=arguments.dry_run, wait=arguments.wait).exit_code
+    except UserError as error:
+        say(f"error: {error}")
+        return WRONG_REQUEST
+
+
+if __name__ == "__main__":
+    sys.exit(main())
