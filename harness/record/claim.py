@@ -183,15 +183,19 @@ def _runs(owner: Owner) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the claim was renewed, by the clock of the file system it lies on."""
+    """Seconds since the claim was renewed, by the clock of the file system it lies on; by ours where nothing can be
+    written, as for somebody who only looks."""
     probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}.clock")
     try:
         probe.touch()
-        return probe.stat().st_mtime - path.stat().st_mtime
+        now = probe.stat().st_mtime
+        probe.unlink()
+    except OSError:
+        now = time.time()
+    try:
+        return now - path.stat().st_mtime
     except FileNotFoundError:
         return 0.0  # released meanwhile: the next attempt creates it
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def _this_process() -> Owner:

@@ -132,6 +132,18 @@ def test_another_host_is_judged_by_its_heartbeat(path: Path) -> None:
         assert not held.lost
 
 
+def test_who_only_looks_needs_to_write_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    path.write_text(json.dumps({"host": "elsewhere", "machine": "m", "pid": 1, "started": 0.0, "token": "t"}))
+    monkeypatch.setattr(Path, "touch", refused)
+    found = claims.holder(path)
+    assert found is not None and found.host == "elsewhere"
+    os.utime(path, (time.time() - 1000,) * 2)
+    assert claims.holder(path) is None
+
+
 def test_a_reused_process_id_is_not_the_owner(path: Path) -> None:
     write_owner(path, age=0, started=claims._this_process().started - 1000)
     with claim(path):
