@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def _add_forecasts(commands: Any) -> None:
     _add_sources(six)
     _add_fit_options(six)
     six.add_argument("--fvu", type=float, required=True, help="the loss to reach")
-    six.add_argument("--at-k", type=float, help="active latents")
+    six.add_argument("--at-k", type=float, help="active latents; --k NUMBER means the same")
     six.set_defaults(handler=_ask)
 
 
@@ -203,6 +204,9 @@ def _plan(args: argparse.Namespace) -> int:
 def _ask(args: argparse.Namespace) -> int:
     from analysis.cli_forecast import run_ask
 
+    if args.k is not None and args.at_k is None:
+        with suppress(ValueError):  # a name: the column that holds k, as in the other commands
+            args.k, args.at_k = None, float(args.k)
     table = table_from(args)
     result = fit_from(args, table)
     return _refuse(result, table) or run_ask(args, table, result)

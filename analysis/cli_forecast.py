@@ -58,6 +58,8 @@ def run_predict(args: argparse.Namespace, result: FitResult) -> int:
 
 
 def run_plan(args: argparse.Namespace, table: RunTable, result: FitResult) -> int:
+    from analysis.findings import read_study
+
     target = parse_point(args.target)
     if set(target) != {"n", "k"}:
         raise UserError(f"--target {args.target!r} must name n and k, e.g. 'n=2**20 k=64'")
@@ -72,12 +74,16 @@ def run_plan(args: argparse.Namespace, table: RunTable, result: FitResult) -> in
     print(found.cells.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(f"in all {number(found.flops)} FLOPs")
     seeds = table.values("seed") if table.has("seed") else np.array([0.0])
-    text = found.study(args.name, int(np.nanmax(seeds)) + 1, args.overrides.split())
-    if args.out is None:
-        print(text, end="")
-    else:
+    first_seed = int(np.nanmax(seeds)) + 1
+    text = found.study(args.name, first_seed, args.overrides.split())
+    sweep = Path(args.source[0])
+    if args.out is not None:
         write_text_atomic(Path(args.out), text)
         print(f"written: {args.out}")
+    elif len(args.source) == 1 and sweep.is_dir():
+        print("\n".join(found.make_lines(read_study(sweep).name, sweep, first_seed)))
+    else:
+        print(text, end="")
     return 0
 
 

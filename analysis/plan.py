@@ -12,8 +12,10 @@ over refits to data simulated from the fit: c-optimality averaged over what the 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -53,6 +55,16 @@ class Plan:
     after: tuple[float, float, float]
     """The same with the planned runs, were they to confirm the law."""
     flops: float
+
+    def make_lines(self, study: str, sweep: Path, first_seed: int) -> list[str]:
+        """`make sweep` commands that run the plan with a study's settings, into the sweep that it came from."""
+        lines = []
+        for (k, seeds), cells in self.cells.groupby(["k", "seeds"]):
+            widths = ",".join(f"{n:.0f}" for n in cells["n"])
+            numbers = ",".join(str(first_seed + i) for i in range(int(seeds)))
+            where = f"STUDY={shlex.quote(study)} SWEEP={shlex.quote(sweep.name)} OUT={shlex.quote(str(sweep.parent))}"
+            lines.append(f"make sweep {where} ARCH=topk WIDTH={widths} K={k:.0f} SEEDS={numbers}")
+        return lines
 
     def study(self, name: str, first_seed: int, overrides: Sequence[str] = ()) -> str:
         """A study file (YAML) that runs the plan with `python -m harness.launch --study`."""

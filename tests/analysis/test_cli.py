@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis.cli import main
@@ -106,3 +108,60 @@ def test_module_runs(csv):
     line = [sys.executable, "-m", "analysis", "fit", str(csv), "--n", "width", "--k", "active", "--loss", "nmse"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "status: ok" in done.stdout
+
+
+EXAMPLES = {
+    "fit RUNS --law sae_nk --out OUT": (0, "status: ok"),
+    "fit TABLE --law sae_nk --n n --k k --loss nmse --out OUT": (0, "status: ok"),
+    "fit CHINCHILLA --law chinchilla --n N --d D --loss loss --robust huber --delta 1e-3 --drop-largest-loss 5": (
+        0,
+        "5 × one of the 5 largest losses",
+    ),
+    "fit TABLE --law power_floor --x n --loss nmse --where k=32": (0, "E + A·x^−a"),
+    "fit TABLE --law power_floor --x flops --loss nmse --where k=32": (0, "E + A·x^−a"),
+    "compare RUNS": (0, "sae_nk_no_floor"),
+    'predict RUNS --at "n=2**16 k=32" --kind new_run': (0, "extrapolation"),
+    'plan RUNS --target "n=2**20 k=64" --budget 1e18': (0, "after the planned runs"),
+    "ask RUNS --fvu 0.2 --k 64": (0, "is predicted to reach 0.2"),
+    "ask RUNS --fvu 0.001 --k 64": (0, "not reachable: floor at"),
+    "ask TABLE --n n --k k --loss nmse --fvu 0.5 --at-k 64": (0, "is predicted to reach 0.5"),
+    "report RUNS": (0, "report.html"),
+    "fit TABLE --law sae_nk --n n --k k --loss nmse --where k=32": (1, "too_few_levels"),
+    "ask RUNS --fvu 0.2 --k 64 --where k=8": (1, "too_few_levels"),
+    "fit TABLE --law sae_nk --n width --k k --loss nmse": (2, "no column 'width'"),
+    "ask RUNS --fvu -1 --k 64": (2, "must be positive"),
+    "plan RUNS --target n=2**20 --budget 1e18": (2, "must name n and k"),
+    "report NOWHERE": (2, "is not a directory"),
+}
+"""The command lines of the documentation, as they are typed."""
+
+
+@pytest.fixture(scope="module")
+def places(sweep, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tables")
+    frame = grid_frame(2 ** np.arange(11, 20), 2 ** np.arange(5, 10), 0.005).assign(
+        flops=lambda f: 6e9 * f["n_latents"]
+    )
+    frame.rename(columns={"n_latents": "n", "fvu": "nmse"}).to_csv(path / "table.csv", index=False)
+    rng = np.random.default_rng(0)
+    n, d = np.exp(rng.uniform(np.log(5e7), np.log(1e10), 245)), np.exp(rng.uniform(np.log(1e9), np.log(3e11), 245))
+    loss = (1.82 + 482 * n**-0.348 + 2085 * d**-0.366) * np.exp(0.003 * rng.standard_t(3, 245))
+    pd.DataFrame({"N": n, "D": d, "loss": loss}).to_csv(path / "chinchilla.csv", index=False)
+    return {"RUNS": sweep, "TABLE": path / "table.csv", "CHINCHILLA": path / "chinchilla.csv", "NOWHERE": path / "x"}
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_examples_as_they_are_typed(line, places, tmp_path, capsys):
+    code, says = EXAMPLES[line]
+    words = [str(places.get(word, tmp_path / "fit.json" if word == "OUT" else word)) for word in shlex.split(line)]
+    assert main(words) == code
+    out, err = capsys.readouterr()
+    assert says in out + err and (code != 2 or len(err.strip().splitlines()) == 1)
+
+
+def test_every_left_out_run_is_in_the_file_with_its_reason(sweep, tmp_path):
+    out = tmp_path / "fit.json"
+    assert main(["fit", str(sweep), "--out", str(out)]) == 0
+    reasons = {entry["run"]: entry["reason"] for entry in json.loads(out.read_text())["excluded"]}
+    assert reasons["topk-n4096-k32-s7-generated"] == "status diverged at step 200"
+    assert sum("another architecture" in reason for reason in reasons.values()) == 12

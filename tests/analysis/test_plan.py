@@ -1,5 +1,7 @@
 """The planner and the question "what do I need", on synthetic truths."""
 
+import shlex
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ from analysis import RunTable, fit
 from analysis.cli import main
 from analysis.plan import Plan, cost_of, need, plan
 from harness.errors import UserError
-from tests.analysis.generate import GPT4, grid_frame, sae_nk
+from tests.analysis.generate import GPT4, grid_frame, sae_nk, write_sweep
 
 ROLES = {"n": "n_latents", "k": "k", "loss": "fvu"}
 TARGET = {"n": 2.0**17, "k": 64.0}
@@ -175,3 +177,18 @@ def test_commands(name, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert got == code and text in out + err, out + err
     assert code != 2 or len(err.strip().splitlines()) == 1
+
+
+def test_plan_of_a_sweep_prints_make_lines_that_go_into_it(tmp_path, capsys):
+    sweep = write_sweep(tmp_path / "my runs" / "quick")
+    line = ["plan", str(sweep), "--target", "n=2**16 k=32", "--budget", "1e15", "--starts", "16"]
+    assert main(line) == 0
+    lines = [text for text in capsys.readouterr().out.splitlines() if text.startswith("make sweep ")]
+    assert lines
+    for text in lines:
+        words = {word.partition("=")[0]: word.partition("=")[2] for word in shlex.split(text)[2:]}
+        assert words["STUDY"] == "quick" and words["SWEEP"] == "quick" and words["OUT"] == str(tmp_path / "my runs")
+        assert words["ARCH"] == "topk" and all(int(n) >= 256 for n in words["WIDTH"].split(","))
+        assert min(map(int, words["SEEDS"].split(","))) > 1
+    assert main([*line, "--out", str(tmp_path / "next.yaml")]) == 0
+    assert yaml.safe_load((tmp_path / "next.yaml").read_text())["grids"]
