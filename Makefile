@@ -20,6 +20,7 @@ SHAPES ?= C1,C2,C3
 SLURM_DIR ?= $(OUT)/_slurm
 
 PY := .venv/bin/python
+OPENAI := git+https://github.com/openai/sparse_autoencoder@4a32f5e70993b4baa80a3f2dc1366484bfd21d29
 READY := .venv/.installed
 SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 
@@ -59,7 +60,7 @@ check: $(READY) ## formatting, lint, types
 	@$(PY) -m pyright
 
 bench: $(READY) ## the training step by part, beside its floor and the peers (SHAPES)
-	@$(PY) -m harness.bench --shapes "$(SHAPES)"
+	@$(PY) -m harness.bench --shapes "$(SHAPES)" $(ARGS)
 
 slurm-up: $(READY) ## start a Slurm of two nodes on this machine, print the line that makes a shell use it (SLURM_DIR)
 	@$(PY) -m tests.slurm.cluster up "$(SLURM_DIR)"
@@ -71,6 +72,8 @@ bench-peers: ## make .venv-peers with the other trainers, for bench
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 eai-sparsify==1.3.3 dictionary-learning==0.1.0 sae-lens==6.54.0
 	.venv-peers/bin/python -m pip uninstall --quiet -y torchvision
+	.venv-peers/bin/python -m pip install --quiet --no-deps $(OPENAI) \
+		|| echo "without openai's kernels, which are compared on a GPU only: $(OPENAI) cannot be installed"
 
 $(READY): requirements.lock pyproject.toml
 	@$(PY) -m pip --version >/dev/null 2>&1 \

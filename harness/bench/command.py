@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from harness.errors import UserError
 from harness.ops import choose_ops
 from harness.record.files import write_json_atomic
 
-PEERS = ("sparsify", "dictionary_learning", "saelens")
+PEERS = ("sparsify", "dictionary_learning", "saelens", "openai")
+GPU_PEERS = ("openai",)
+"""Those that have no CPU code."""
 WORKER = Path(__file__).with_name("peer_worker.py")
 
 
@@ -41,12 +44,26 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def installed_peers(python: Path, wanted: list[str]) -> dict[str, list[str]]:
-    """Commands of the wanted peers' workers; none when their environment is not there."""
-    if not python.exists():
-        if wanted:
-            print(f"no peers: {python} is not there (make bench-peers)", file=sys.stderr)
+    """Commands of the workers of those wanted peers that are installed in their environment."""
+    if not wanted:
         return {}
-    return {name: [str(python), str(WORKER)] for name in wanted}
+    if not python.exists():
+        print(f"no peers: {python} is not there (make bench-peers)", file=sys.stderr)
+        return {}
+    listed = subprocess.run([str(python), str(WORKER), "installed"], capture_output=True, text=True, check=True)
+    found = listed.stdout.split()
+    for name in wanted:
+        if name not in found:
+            print(f"no {name}: not installed beside {python} (make bench-peers)", file=sys.stderr)
+    return {name: [str(python), str(WORKER)] for name in wanted if name in found}
+
+
+def add_comparisons(results: list[dict[str, Any]]) -> None:
+    """To the last result, if it is of a Switch SAE: how much longer the TopK of its size took, if that was measured."""
+    last = results[-1]
+    for other in results[:-1] if last["n_experts"] > 1 else ():
+        if other["n_experts"] == 1 and all(other[key] == last[key] for key in ("d", "n", "k", "batch")):
+            last["topk_over_switch"] = other["step_ms"] / last["step_ms"]
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -61,6 +78,14 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{r['select_ms']:8.1f} {r['decode_ms']:8.1f} {r['backward_ms']:8.1f} {r['optimizer_ms']:7.1f} "
             f"{r['other_ms']:6.1f} {r['tokens_per_s']:9.0f} {r['peak_mem_bytes'] / 1e6:8.0f}"
         )
+        if "torch_topk_ms" in r:
+            lines.append(
+                f"  {'selection alone':30} {r['selection_ms']:9.2f} ms   torch.topk takes "
+                f"{r['selection_over_topk']:.1f} times as long   "
+                f"the encoder runs at {r['encoder_pct_of_cublas']:.0f} % of cuBLAS"
+            )
+        if "topk_over_switch" in r:
+            lines.append(f"  {'TopK of the same size':30} takes {r['topk_over_switch']:.2f} times as long")
         if r["dead"]:
             lines.append(
                 f"  {'AuxK, ' + format(r['dead'], '.0%') + ' dead':30} {r['auxk_extra_ms']:9.1f} ms more"
@@ -81,10 +106,12 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the results here")
     add("--picture", type=Path, metavar="FILE", help="draw the results here (.svg, .png)")
     add("--rounds", type=int, default=11, help="steps per contender, taken in turn")
-    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, else fp32")
     add("--ops", choices=("auto", "reference", "cpu", "triton"), default="auto", help="our kernels")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--dead", type=float, default=0.0, help="share of latents that are dead: what AuxK adds to a step (ours only)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
+    add(
+        "--dead", type=float, help="share of latents that are dead: what AuxK adds to a step (ours only); 0.05 on a GPU"
+    )
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
     add(
         "--clock",
@@ -92,9 +119,22 @@ def parser() -> argparse.ArgumentParser:
         default="wall",
         help="process: CPU time, for a machine that others use too; only with --threads 1 on a CPU",
     )
-    add("--peers", default=",".join(PEERS), help="which peers to run beside ours; empty for none")
+    add("--peers", default=",".join(PEERS), help="which of the installed peers to run beside ours; empty for none")
     add("--peers-python", type=Path, default=Path(".venv-peers/bin/python"), help="their environment")
     return result
+
+
+def _resolve(arguments: argparse.Namespace) -> None:
+    """Fill in what depends on the machine."""
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = arguments.device == "cuda"
+    if arguments.precision == "auto":
+        arguments.precision = "bf16" if on_gpu else "fp32"
+    if arguments.dead is None:
+        arguments.dead = 0.05 if on_gpu else 0.0
+    if not on_gpu:
+        arguments.peers = ",".join(name for name in arguments.peers.split(",") if name not in GPU_PEERS)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -119,6 +159,7 @@ def main() -> int:
     arguments = parser().parse_args()
     try:
         shapes = parse_shapes(arguments.shapes)
+        _resolve(arguments)
         _check(arguments)
         wanted = [name for name in arguments.peers.split(",") if name]
         if unknown := set(wanted) - set(PEERS):
@@ -130,6 +171,7 @@ def main() -> int:
         results = []
         for shape in shapes:
             results.append(measure(shape, peers, settings, arguments.rounds))
+            add_comparisons(results)
             print(table(results[-1:]), flush=True)
     except UserError as error:
         print(error, file=sys.stderr)

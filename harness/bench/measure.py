@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.bench.contender import Process
 from harness.bench.shapes import Shape
+from harness.errors import UserError
 
 WARM_UP = 2
 """Rounds that are not counted; the first compiles our kernels."""
@@ -83,22 +84,33 @@ def measure(shape: Shape, peers: dict[str, list[str]], settings: dict[str, Any],
                 others[label] = stack.enter_context(Process(label, command, peer_task))
         ours.ask("gradients", Path(folder) / "ours.safetensors")
         differences = {}
-        for label, process in others.items():
-            process.ask("gradients", Path(folder) / f"{label}.safetensors")
+        for label in _ask_all(others, "gradients", Path(folder)):
             differences[label] = gradient_difference(
                 Path(folder) / "ours.safetensors", Path(folder) / f"{label}.safetensors"
             )
         samples: dict[str, list[float]] = {}
         for number in range(WARM_UP + rounds):
             answers = [("", ours.ask("round"))]
-            answers += [(f"{label}.", process.ask("round")) for label, process in others.items()]
+            answers += [(f"{label}.", answer) for label, answer in _ask_all(others, "round").items()]
             if number >= WARM_UP:
                 for prefix, answer in answers:
                     for key, value in answer.items():
                         samples.setdefault(prefix + key, []).append(value)
-        peaks = {label: process.ask("peak") for label, process in others.items()}
+        peaks = _ask_all(others, "peak")
         own_peak = ours.ask("peak")
     return _entry(shape, settings, samples, own_peak, peaks, differences)
+
+
+def _ask_all(peers: dict[str, Process], command: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
+    """The peers' answers, in turn. One that dies, of lack of memory for example, is named and leaves `peers`."""
+    answers = {}
+    for label, process in list(peers.items()):
+        try:
+            answers[label] = process.ask(command, *([] if folder is None else [folder / f"{label}.safetensors"]))
+        except UserError as error:
+            print(f"goes on without {label}: {error}", file=sys.stderr)
+            del peers[label]
+    return answers
 
 
 def _entry(
@@ -126,6 +138,16 @@ def _entry(
     names = ("step_ms", "gemm_ms_shape", "select_ms", "decode_ms", "backward_ms", "optimizer_ms", "other_ms")
     names = (*names, "auxk_extra_ms")
     with_dead = [1 + extra / own for extra, own in zip(samples["auxk_extra_ms"], samples["step_ms"], strict=True)]
+    on_gpu = {}
+    if "selection_ms" in middle:
+        selection, topk = middle["selection_ms"], middle["torch_topk_ms"]
+        on_gpu = {
+            "selection_ms": selection,
+            "torch_topk_ms": topk,
+            "selection_over_topk": topk / selection,
+            # select is the encoder, then the selection
+            "encoder_pct_of_cublas": 100 * middle["gemm_ms_shape"] / (middle["select_ms"] - selection),
+        }
     return {
         "shape": shape.name,
         "d": shape.d,
@@ -136,6 +158,7 @@ def _entry(
         "precision": settings["precision"],
         "dead": settings["dead"],
         **{name: middle[name] for name in names},
+        **on_gpu,
         "step_ms_spread": spread(samples["step_ms"]),
         "auxk_step_ratio": statistics.median(with_dead),
         "step_over_gemm": statistics.median(ratio),

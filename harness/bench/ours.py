@@ -34,20 +34,24 @@ COPY_BYTES = 1 << 28
 """Size of the copy that measures bandwidth: far above any cache."""
 
 
-class Timed:
-    """A kernel set that adds up the milliseconds spent in each operation."""
+GPU_REPEATS = 5
+"""Times that work is queued on a GPU between two events; the mean counts, as training queues step after step."""
 
-    def __init__(self, ops: Ops, clock: Callable[[], float]) -> None:
-        self._ops, self._clock = ops, clock
-        self.spent: dict[str, float] = {}
+
+class Timed:
+    """A kernel set that notes a mark before and after each operation."""
+
+    def __init__(self, ops: Ops, mark: Callable[[], Any]) -> None:
+        self._ops, self._mark = ops, mark
+        self.marks: list[tuple[str, Any, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._ops, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = self._clock()
+            begin = self._mark()
             result = operation(*args, **kwargs)
-            self.spent[name] = self.spent.get(name, 0.0) + self._clock() - begin
+            self.marks.append((name, begin, self._mark()))
             return result
 
         return timed
@@ -79,62 +83,87 @@ class Contender:
         self._product = self._encoder_product(compute, experts)
         self._copy = torch.empty(2, COPY_BYTES // 8, device=self.device)
 
-    def clock(self) -> float:
-        """Milliseconds of the chosen clock; on a GPU after everything queued has finished."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return 1e3 * self._seconds()
+    def mark(self) -> Any:
+        """A point in time: milliseconds of the chosen clock, on a GPU an event in the queue."""
+        if self.device.type != "cuda":
+            return 1e3 * self._seconds()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Milliseconds from one mark to the other."""
+        if self.device.type != "cuda":
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end)
 
     def gradients(self, ops: Ops, dead: DeadLatents | None = None) -> Tensor:
         """Loss of the batch; leaves the gradients in the optimiser."""
         optimizer = self.optimizer
         return step(self.sae, self.params, optimizer.compute, self.x, Solo(), ops, dead, optimizer.grads).loss
 
-    def take_step(self, ops: Ops, dead: DeadLatents | None = None) -> float:
-        """One whole training step; returns the milliseconds of its optimiser part."""
+    def take_step(self, ops: Ops, dead: DeadLatents | None = None) -> tuple[Any, Any]:
+        """One whole training step; returns the marks around its optimiser part."""
         loss = self.gradients(ops, dead)
         self.taken += 1
-        begin = self.clock()
+        begin = self.mark()
         self.optimizer.ops = ops
         self.optimizer.apply(LR, self.taken, loss.isfinite(), Solo())
-        return self.clock() - begin
+        return begin, self.mark()
 
     def round(self) -> dict[str, float]:
         """Milliseconds of the bare product, one step, its parts (in a second step), what AuxK adds to a step where
         latents are dead, and bandwidth in bytes/s."""
         product_ms = self._steady("product", self._product)
         step_ms = self._steady("step", lambda: self.take_step(self.ops))
-        end = self.clock()
-        timed = Timed(self.ops, self.clock)
-        optimizer_ms = self.take_step(timed)  # type: ignore[arg-type]
-        parts_end = self.clock()
+        end = self.mark()
+        timed = Timed(self.ops, self.mark)
+        optimizer = self.take_step(timed)  # type: ignore[arg-type]
+        parts_end = self.mark()
         self._copy[1].copy_(self._copy[0])
-        copied = self.clock()
+        copied = self.mark()
+        spent: dict[str, float] = {}
+        for name, begin, ended in timed.marks:
+            spent[name] = spent.get(name, 0.0) + self.between(begin, ended)
         with_dead_ms = step_ms
         if self.dead is not None:
             with_dead_ms = self._steady("dead", lambda: self.take_step(self.ops, self.dead))
         parts = {
-            "select_ms": timed.spent["select"],
-            "decode_ms": timed.spent["reconstruct"],
-            "backward_ms": timed.spent["weight_grads"],
-            "optimizer_ms": optimizer_ms,
+            "select_ms": spent["select"],
+            "decode_ms": spent["reconstruct"],
+            "backward_ms": spent["weight_grads"],
+            "optimizer_ms": self.between(*optimizer),
         }
         return {
             "gemm_ms_shape": product_ms,
             "step_ms": step_ms,
             **parts,
-            "other_ms": parts_end - end - sum(parts.values()),
+            "other_ms": self.between(end, parts_end) - sum(parts.values()),
             "auxk_extra_ms": with_dead_ms - step_ms,
-            "bytes_per_s": 1e3 * COPY_BYTES / (copied - parts_end),
+            "bytes_per_s": 1e3 * COPY_BYTES / self.between(parts_end, copied),
+            **self._selection(),
+        }
+
+    def _selection(self) -> dict[str, float]:
+        """On a GPU: the selection alone, from the bare product's output, and `torch.topk` on the same numbers."""
+        if self.device.type != "cuda":
+            return {}
+        z, k, ops = self._preactivations.flatten(0, 1), self.sae.k, self.ops
+        return {
+            "selection_ms": self._steady("selection", lambda: ops.select_preactivations(z, k)),  # type: ignore[attr-defined]
+            "torch_topk_ms": self._steady("topk", lambda: torch.topk(z, k, dim=1, sorted=False)),
         }
 
     def _steady(self, name: str, work: Callable[[], object]) -> float:
         """Milliseconds of `work`; done twice, and the second counts, where the last time was short: after the other
         contenders' turns caches are cold and threads asleep, which in training they are not."""
+        repeats = GPU_REPEATS if self.device.type == "cuda" else 1
         for _ in range(2 if self._last.get(name, SHORT_MS) < SHORT_MS else 1):
-            begin = self.clock()
-            work()
-            self._last[name] = self.clock() - begin
+            begin = self.mark()
+            for _ in range(repeats):
+                work()
+            self._last[name] = self.between(begin, self.mark()) / repeats
         return self._last[name]
 
     def _encoder_product(self, dtype: torch.dtype, experts: int) -> Callable[[], object]:
@@ -144,7 +173,7 @@ class Contender:
         rows, width = x.shape[0] // experts, weight.shape[0] // experts
         grouped = x[: rows * experts].view(experts, rows, -1)
         weights = weight.view(experts, width, -1)
-        out = torch.empty(experts, rows, width, dtype=dtype, device=self.device)
+        out = self._preactivations = torch.empty(experts, rows, width, dtype=dtype, device=self.device)
 
         def product() -> None:
             for expert in range(experts):

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.bench.command import main
-from harness.bench.measure import floor_ms, gradient_difference
+from harness.bench.command import add_comparisons, installed_peers, main
+from harness.bench.contender import Process
+from harness.bench.measure import _ask_all, floor_ms, gradient_difference
 from harness.bench.shapes import SHAPES, Shape, parse_shapes
 from harness.errors import UserError
 
@@ -37,6 +38,27 @@ def test_unknown_shapes_are_named(text: str) -> None:
 def test_floor_of_the_facts_first_row() -> None:
     """(768, 32768, 32, 8192) in bf16 at 0.52 ms per product and 4.3 TB/s: 1.11 ms."""
     assert floor_ms(SHAPES["S1"], 0.52, 4.3e12, 2) == pytest.approx(1.11, abs=0.01)
+
+
+def test_a_switch_is_set_beside_the_topk_of_its_size() -> None:
+    size = {"d": 8, "n": 64, "k": 4, "batch": 32}
+    results = [size | {"n_experts": 1, "step_ms": 6.0}, size | {"batch": 64, "n_experts": 1, "step_ms": 9.0}]
+    for experts in (8, 1):
+        results.append(size | {"n_experts": experts, "step_ms": 2.0})
+        add_comparisons(results)
+    assert [result.get("topk_over_switch") for result in results] == [None, None, 3.0, None]
+
+
+def test_only_installed_peers_take_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = Path(sys.executable)
+    assert installed_peers(here, ["openai"]) == {} and "no openai" in capsys.readouterr().err
+    assert installed_peers(tmp_path / "python", ["sparsify"]) == {} and "make bench-peers" in capsys.readouterr().err
+
+
+def test_a_peer_that_dies_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    peers = {"mortal": Process("mortal", [sys.executable, "-c", "input()"], {})}
+    assert _ask_all(peers, "round") == {} and not peers
+    assert capsys.readouterr().err.startswith("goes on without mortal: mortal ended early")
 
 
 def test_gradient_difference_fits_the_loss_factor(tmp_path: Path) -> None:

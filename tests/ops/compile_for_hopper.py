@@ -15,6 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from harness.ops import AdamState, Codes, Hyper
+from tests.ops.test_kernels import even_groups
 
 
 class Absent:

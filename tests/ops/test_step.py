@@ -26,7 +26,7 @@ CASES = {
 def case(name: str, kernels: str) -> tuple[Sae, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     sae, generator = CASES[name], torch.Generator().manual_seed(17)
     params = {key: value.float() for key, value in random_params(sae, generator).items()}
-    x = torch.randn(40 if kernels == "triton" else 300, sae.d_model, generator=generator)
+    x = torch.randn(12 if kernels == "triton" else 300, sae.d_model, generator=generator)
     silent = torch.where(torch.rand(sae.n_latents, generator=generator) < 0.3, 20, 0)
     return sae, params, x, silent
 
