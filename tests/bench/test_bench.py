@@ -56,8 +56,9 @@ def test_only_installed_peers_take_part(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_peer_that_dies_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    peers = {"mortal": Process("mortal", [sys.executable, "-c", "input()"], {})}
-    assert _ask_all(peers, "round") == {} and not peers
+    with Process("mortal", [sys.executable, "-c", "input()"], {}) as mortal:
+        peers = {"mortal": mortal}
+        assert _ask_all(peers, "round") == {} and not peers
     assert capsys.readouterr().err.startswith("goes on without mortal: mortal ended early")
 
 
