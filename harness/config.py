@@ -330,6 +330,8 @@ class ClusterConfig:
     """Requeue a job that was stopped before its end; false (where a site forbids it): submit it again."""
     lead_s: int = 0
     """Seconds before the time limit at which a job begins to save; 0 derives them from the time a save takes."""
+    backoff_s: float = 20.0
+    """Wait after a failure before a job starts again; three times as long after the second. Slurm adds its own delay."""
     harvest_time: str = "04:00:00"
     """Time limit of the job that harvests a missing store."""
     setup: list[str] = field(default_factory=list)
@@ -351,7 +353,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         _one_of("cluster", self.name, ("local", "slurm"))
-        for name in ("pack", "tasks_per_node", "gpus_per_task", "max_running", "lead_s"):
+        for name in ("pack", "tasks_per_node", "gpus_per_task", "max_running", "lead_s", "backoff_s"):
             value = getattr(self, name)
             _require(value >= 0, f"cluster.{name}={value} must not be negative")
         _require(self.gpus_per_task <= 1, f"cluster.gpus_per_task={self.gpus_per_task}: a rank uses one GPU, or 0")
@@ -433,9 +435,18 @@ def from_container(container: Any) -> Config:
     return config
 
 
-def to_container(config: Config) -> dict[str, Any]:
-    """The configuration as a plain nested dict, ready for YAML or JSON."""
-    return dataclasses.asdict(config)
+def to_container(config: Any) -> dict[str, Any]:
+    """The configuration (or a section of it) as a plain nested dict, ready for YAML or JSON."""
+    # dataclasses.asdict copies deeply, which takes seconds for ten thousand cells
+    values = vars(config).items()
+    return {
+        name: to_container(value)
+        if dataclasses.is_dataclass(value)
+        else list(value)
+        if isinstance(value, list)
+        else value
+        for name, value in values
+    }
 
 
 def science(config: Any) -> dict[str, Any]:

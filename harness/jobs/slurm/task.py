@@ -27,10 +27,6 @@ from harness.record.provenance import now
 SAME_STEP_FAILURES = 3
 """A job that fails so often at one saved step is given up."""
 
-BACKOFF_S = 20.0
-"""Wait after the first failure, three times as long after the second; Slurm adds its own two minutes."""
-
-
 BEGUN = "HARNESS_ATTEMPTS_BEFORE"
 """Environment variable of the script: attempts at the job before this start of it."""
 
@@ -97,11 +93,11 @@ def end(directory: Path, index: int, exit_code: int) -> int:
     times at one saved step; its runs are then `failed`, with the end of the log.
     """
     if is_harvest(directory):
-        home = directory
-        unfinished = [] if _store(rundir.read_config(directory)).joinpath("manifest.json").is_file() else [directory]
+        home, config = directory, rundir.read_config(directory)
+        unfinished = [] if _store(config).joinpath("manifest.json").is_file() else [directory]
     else:
         job = job_at(directory, index)
-        home = job.home
+        home, config = job.home, job.config
         unfinished = [run_dir for run_dir in freeze_job(job) if rundir.read_result(run_dir) is None]
     if not unfinished:
         return 0
@@ -123,7 +119,7 @@ def end(directory: Path, index: int, exit_code: int) -> int:
     failures = _count_failures(directory, index, step)
     write_ended(attempts, outcome="failed", reason=why, step=step, requeued=failures < SAME_STEP_FAILURES)
     if failures < SAME_STEP_FAILURES:
-        time.sleep(BACKOFF_S * (2**failures - 1))
+        time.sleep(config.cluster.backoff_s * (2**failures - 1))
         _again(directory, index)
         return 0
     problem = RuntimeError(f"failed {failures} times at step {step or 0}: {why}")
