@@ -72,6 +72,9 @@ def main() -> None:
         compile_all(768, 8192, 32, 24, 1, dtype)
     compile_all(768, 2048, 32, 24, 4, torch.bfloat16)
     compile_all(4096, 4096, 16, 16, 1, torch.bfloat16)
+    # numbers equal to 1 become constants of the compiled kernel
+    compile_all(1, 500, 1, 1, 1, torch.float32)
+    compile_all(33, 40, 1, 300, 4, torch.bfloat16)
     print(json.dumps({name: {"variants": len(uses), "matrix_units": any(uses)} for name, uses in found.items()}))
 
 
