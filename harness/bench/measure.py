@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from harness import budget
 from harness.bench.contender import Process
 from harness.bench.shapes import Shape
+from harness.config import SaeConfig
 from harness.errors import UserError
 
 WARM_UP = 2
@@ -48,13 +50,10 @@ def spread(samples: list[float]) -> dict[str, float]:
 
 
 def floor_ms(shape: Shape, gemm_ms: float, bytes_per_s: float, element_bytes: int) -> float:
-    """The least a step can take with this product and this bandwidth (docs/performance.md): the encoder product,
-    three gathers of k rows per token, one pass of Adam over both matrices, and a twentieth of the pre-activations."""
-    gathers = 3.0 * shape.batch * shape.k * shape.d * element_bytes
-    # parameter and two moments, read and written in float32; and the low-precision copy
-    adam = (24.0 + (2.0 if element_bytes == 2 else 0.0)) * 2 * shape.n * shape.d
-    latents = 0.05 * shape.batch * shape.n / shape.experts * element_bytes
-    return gemm_ms + 1e3 * (gathers + adam + latents) / bytes_per_s
+    """The least a step can take with this product and this bandwidth (docs/performance.md): the encoder product and
+    `budget.floor_bytes`."""
+    sae = SaeConfig("switch" if shape.experts > 1 else "topk", shape.n, shape.k, shape.experts)
+    return gemm_ms + 1e3 * budget.floor_bytes(sae, shape.d, shape.batch, element_bytes) / bytes_per_s
 
 
 def gradient_difference(ours: Path, theirs: Path) -> float:
