@@ -69,7 +69,8 @@ def traffic_equals_the_formula(name: str, shards: Mesh) -> None:
     shards.take_sent()
     member.train_step(batch, shards, ops)
     formula = budget.bytes_sent_per_step(config, member.sae.d_model)
-    counted = {kind: sent for kind, sent in shards.take_sent().items() if sent}
+    line, prefix = member.log_line(shards), "bytes_sent_"
+    counted = {name.removeprefix(prefix): sent for name, sent in line.items() if name.startswith(prefix) and sent}
     assert counted.keys() == formula.keys(), (counted, formula)
     for kind, sent in counted.items():
         assert abs(sent - formula[kind]) < 1e-6, (name, kind, sent, formula[kind])
