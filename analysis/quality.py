@@ -10,7 +10,7 @@ from analysis.law import Array, SmoothBreak
 from analysis.notes import Note, note
 from analysis.problem import Problem
 from analysis.solve import Optimum
-from analysis.weights import SeedNoise
+from analysis.weights import SeedNoise, cell_numbers
 
 Interval = tuple[float | None, float | None]
 
@@ -139,9 +139,8 @@ def _added_p(base: Array, added: Array, residual: Array) -> float:
 
 def _lack_of_fit(problem: Problem, residual: Array) -> float:
     """p-value of the pure-error F test: residual mean squares between against within repeated cells."""
-    flat = np.round(problem.phi.transpose(1, 0, 2).reshape(problem.points, -1), 9)
-    _, cell = np.unique(flat, axis=0, return_inverse=True)
-    cell = np.ravel(cell)
+    features = problem.phi.transpose(0, 2, 1).reshape(-1, problem.points)
+    cell = cell_numbers(np.round(column, 9) for column in features if column.any())
     weight = problem.root_weight**2
     mean = np.bincount(cell, problem.root_weight * residual) / np.bincount(cell, weight)
     within = float(np.sum((residual - problem.root_weight * mean[cell]) ** 2))

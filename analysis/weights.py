@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from analysis.frames import pd
 from analysis.law import Array
 
 
@@ -39,6 +40,15 @@ class SeedNoise:
         return float(np.sqrt(self.pure_error / self.dof))
 
 
+def cell_numbers(columns: Iterable[Array]) -> np.ndarray:
+    """Number of the cell of each point (points,), from 0: points with equal values in all columns share one."""
+    cell = np.zeros(1, dtype=np.int64)
+    for values in columns:
+        codes, levels = pd.factorize(values)
+        cell, _ = pd.factorize(cell * len(levels) + codes)
+    return cell
+
+
 def seed_noise(inputs: Mapping[str, Array], y: Array, scale: str) -> SeedNoise | None:
     """Estimate the noise from cells (equal inputs) that were run more than once; None when there are none.
 
@@ -49,9 +59,7 @@ def seed_noise(inputs: Mapping[str, Array], y: Array, scale: str) -> SeedNoise |
     from scipy.special import chdtrc
 
     log_y = np.log(y)
-    keys = np.stack([np.asarray(values, dtype=float) for values in inputs.values()])
-    _, cell = np.unique(keys, axis=1, return_inverse=True)
-    cell = np.ravel(cell)
+    cell = cell_numbers(np.asarray(values, dtype=float) for values in inputs.values())
     count = np.bincount(cell)
     mean = np.bincount(cell, log_y) / count
     square = np.bincount(cell, (log_y - mean[cell]) ** 2)
