@@ -6,7 +6,6 @@ Reads one JSON line with the task, then commands, and answers each with one JSON
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from harness import budget
 from harness.config import SaeConfig, TrainConfig
 from harness.ops import Ops, choose_ops
 from harness.parallel import Solo
+from harness.record import memory
 from harness.saes import DeadLatents, Sae, find_dead, step
 from harness.train.member import COMPUTE
 from harness.train.optim import Optimizer
@@ -186,8 +186,7 @@ def peak_bytes(device: torch.device, before: int) -> int:
     """Peak memory of this process above what it held before the data came, or of the device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return memory.peak_bytes() - before
 
 
 def main() -> None:
