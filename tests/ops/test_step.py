@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -23,8 +25,14 @@ CASES = {
 }
 
 
+INTERPRETED_LATENTS = {"sparse": 160, "no bias": 80, "switch": 400}
+"""Fewer, which take the same paths, for kernels in the interpreter."""
+
+
 def case(name: str, kernels: str) -> tuple[Sae, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     sae, generator = CASES[name], torch.Generator().manual_seed(17)
+    if kernels == "triton":
+        sae = dataclasses.replace(sae, n_latents=INTERPRETED_LATENTS.get(name, sae.n_latents))
     params = {key: value.float() for key, value in random_params(sae, generator).items()}
     x = torch.randn(12 if kernels == "triton" else 300, sae.d_model, generator=generator)
     silent = torch.where(torch.rand(sae.n_latents, generator=generator) < 0.3, 20, 0)
