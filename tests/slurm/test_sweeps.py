@@ -13,6 +13,7 @@ import pytest
 
 from harness.jobs.rows import sweep_rows
 from harness.jobs.rundir import attempts, read_result
+from harness.launch import main
 from tests.slurm.cluster import FINISHED, Cluster, running, wait_for
 from tests.slurm.runs import command, repeated_steps, wait_for_step
 from tests.slurm.settings import Settings
@@ -175,7 +176,7 @@ def test_a_cell_that_fails_three_times_is_failed_and_the_others_go_on(cluster: C
     assert results[wide]["status"] == "failed" and "failed 3 times at step 0" in results[wide]["error"]
     assert "checkpoints" in results[wide]["error"]
     assert sorted(result["status"] for result in results.values()) == ["done", "failed"]
-    (row,) = (row for row in sweep_rows(tmp_path / "a" / "s") if row.run_id == wide)
+    (row,) = (row for row in sweep_rows(tmp_path / "a" / "s") if row["run_id"] == wide)
     assert (row["status"], row["restarts"]) == ("failed", 2)
 
     (tmp_path / "a" / "s" / wide / "checkpoints").unlink()
@@ -191,17 +192,24 @@ REFUSALS = {
     "time": (("cluster.partition=short",), "time limit"),
     "constraint": (("cluster.constraint=unicorn",), "Invalid feature"),
     "nodes": (("mesh.shard=4", "cluster.tasks_per_node=1"), "Node count"),
-    "second array": (("mesh.shard=1,4", "cluster.tasks_per_node=1"), "Node count"),
+    "the cells, after their harvest": (
+        ("activations=minilm", "cluster.partition=short", "cluster.harvest_time='00:02:00'"),
+        "time limit",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_what_slurm_refuses_leaves_nothing_submitted(cluster: Cluster, tmp_path: Path, name: str) -> None:
-    overrides, told = REFUSALS[name]
-    said = submit(cluster, tmp_path, "sae=topk", "sae.n_latents=64", "train.tokens=40960", *overrides, expect=2)
-    assert said.splitlines()[-1].startswith("error: Slurm refused:") and told in said
-    assert cluster.squeue() == ""
-    assert not list((tmp_path / "s" / "_slurm").glob("*/runs.json"))
+def test_what_slurm_refuses_leaves_nothing_submitted(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    cell = ("sae=topk", "sae.n_latents=64", "train.tokens=40960", "ops=reference")
+    for name, (overrides, told) in REFUSALS.items():
+        assert main([*SYNTHETIC, *cell, *CLUSTER, f"out={tmp_path}", *overrides]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("error: Slurm refused:") and told in said, name
+        assert cluster.squeue() == "", name
+        assert not list((tmp_path / "s" / "_slurm").glob("*/runs.json")), name
 
 
 def test_no_slurm_here(tmp_path: Path) -> None:

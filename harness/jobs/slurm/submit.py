@@ -152,14 +152,14 @@ def _submit_array(sweep_dir: Path, jobs: Sequence[Job], estimates: Estimates, af
     config = jobs[0].config
     size = max(sum(estimates.of(run).checkpoint_bytes for run in job.runs) for job in jobs)
     cells = sum(len(job.runs) for job in jobs)
-    ranks, lead_s = config.mesh.dp * config.mesh.shard, _lead_s(config.cluster, size)
+    ranks, lead = config.mesh.dp * config.mesh.shard, lead_s(config.cluster, size)
     about = f"{cells} cells of {sweep_dir} in {len(jobs)} jobs of {ranks} ranks; {command_line()}"
-    array = _sbatch(directory, config, len(jobs), lead_s, harvest=False, about=about, after=after)
+    array = _sbatch(directory, config, len(jobs), lead, harvest=False, about=about, after=after)
     _say(f"job {array.job_id}: {cells} cells in {len(jobs)} jobs ({directory / 'job.sh'})")
     return array
 
 
-def _lead_s(cluster: ClusterConfig, checkpoint_bytes: float) -> int:
+def lead_s(cluster: ClusterConfig, checkpoint_bytes: float) -> int:
     """Seconds before the end at which Slurm is to send its signal (it may come a minute early)."""
     lead = cluster.lead_s or round(LEAD_MARGIN_S + 2 * checkpoint_bytes / ASSUMED_BYTES_PER_S)
     return max(1, min(lead, round(time_limit(cluster.time) / 2)))
@@ -180,10 +180,10 @@ def _array_directory(sweep_dir: Path, what: str) -> Path:
 
 
 def _sbatch(
-    directory: Path, config: Config, count: int, lead_s: int, *, harvest: bool, about: str, after: str | None = None
+    directory: Path, config: Config, count: int, lead: int, *, harvest: bool, about: str, after: str | None = None
 ) -> Submitted:
     script = directory / "job.sh"
-    text = job_script(directory.resolve(), config.cluster, config.mesh, count, lead_s, harvest=harvest, about=about)
+    text = job_script(directory.resolve(), config.cluster, config.mesh, count, lead, harvest=harvest, about=about)
     write_text_atomic(script, text)
     fsync_directory(directory)
     # a harvest that fails must not leave its dependents waiting for ever
