@@ -13,13 +13,15 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from harness.activations import open_source
+from harness.activations.identity import store_name
+from harness.activations.store import is_complete
 from harness.errors import UserError
 from harness.jobs import rundir
 from harness.jobs.attempt import attempt, attempt_dirs, claimed, write_ended, write_provenance
@@ -63,8 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train_jobs(homes: Sequence[Path], store_dir: str = "", *, claim_here: bool = True) -> None:
-    """Train jobs of one mesh one after the other, as the rank that this process is. Raises `Interrupted`."""
+def train_jobs(
+    homes: Sequence[Path],
+    store_dir: str = "",
+    *,
+    claim_here: bool = True,
+    told: Callable[[Target], None] = lambda target: None,
+) -> None:
+    """Train jobs of one mesh one after the other, as the rank that this process is; `told` hears of each that ended.
+
+    Raises `Interrupted`.
+    """
     ranks = ranks_from_environment()
     targets = [read_target(home) for home in homes]
     first = targets[0].configs()[0]
@@ -81,6 +92,7 @@ def train_jobs(homes: Sequence[Path], store_dir: str = "", *, claim_here: bool =
             raise UserError(str(error)) from error
         for target in targets:
             _train(target, store_dir, stop, shards, claim_here)
+            told(target)
 
 
 def _train(target: Target, store_dir: str, stop: StopFlag, shards: Shards, claim_here: bool) -> None:
@@ -113,7 +125,9 @@ def _train_unfinished(
     writer = shards.rank == 0
     starts = [Start(path, rundir.read_config(path), number) for path, number in numbers.items()]
     config = starts[0].config
-    activations = dataclasses.replace(config.activations, dir=store_dir) if store_dir else config.activations
+    activations = config.activations
+    if store_dir and is_complete(Path(store_dir) / store_name(activations)):
+        activations = dataclasses.replace(activations, dir=store_dir)
     source = open_source(activations, Path(config.out), progress=writer, stop=stop, shards=shards)
     if writer and claim_here:
         mesh_shape = {"dp": config.mesh.dp, "shard": config.mesh.shard}
