@@ -1,0 +1,75 @@
+"""Ending what runs, and trying again what went wrong; what needs a Slurm is in tests/slurm."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import cancel, retry
+from harness.jobs.rundir import read_result
+from tests.jobs.conftest import TINY, Launch, launch
+
+__all__ = ["launch"]
+
+
+def test_a_diverged_cell_is_tried_with_a_change(
+    launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("train.lr=1e30") == 1
+    sweep_dir = tmp_path / "t"
+    (diverged,) = (path.parent.name for path in sweep_dir.glob("*/result.json"))
+    assert retry.main([str(sweep_dir)]) == 2
+    assert "no run of" in capsys.readouterr().err
+    assert retry.main([str(sweep_dir), diverged]) == 2
+    assert "give what is to be different" in capsys.readouterr().err
+    assert retry.main([str(sweep_dir), "train.lr=1e-3"]) == 0
+    results = {path.parent.name: json.loads(path.read_text())["status"] for path in sweep_dir.glob("*/result.json")}
+    assert sorted(results.values()) == ["diverged", "done"]
+    assert results[diverged] == "diverged"
+    study = json.loads((sweep_dir / "study.json").read_text())
+    assert set(study["runs"]) == set(results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere"], "there is no sweep at nowhere"),
+        (["{sweep}", "topk-n1"], "has no run topk-n1"),
+        (["{sweep}", "train.lr=fast"], "cannot apply train.lr=fast"),
+        (["{sweep}", "train.speed=9"], "cannot apply train.speed=9"),
+    ],
+)
+def test_wrong_requests_are_one_line(
+    launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert launch("train.lr=1e30") == 1
+    capsys.readouterr()
+    assert retry.main([word.format(sweep=tmp_path / "t") for word in arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and told in line
+
+
+def test_a_local_launch_is_cancelled_and_goes_on_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "harness.launch", *TINY, "train.tokens=2e6", f"out={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not any(tmp_path.glob("t/*/metrics.jsonl")) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert cancel.main([str(tmp_path / "t")]) == 0
+    assert "was asked to save and stop" in capsys.readouterr().out
+    process.communicate(timeout=120)
+    assert process.returncode == 75
+    (run_dir,) = (path.parent for path in tmp_path.glob("t/*/config.yaml"))
+    assert read_result(run_dir) is None and list((run_dir / "checkpoints").glob("step-*"))
+    assert cancel.main([str(tmp_path / "t")]) == 0
+    assert capsys.readouterr().out == "nothing of it waits or runs\n"
+
+
+def test_cancelling_a_sweep_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cancel.main(["nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no sweep at nowhere")
