@@ -25,7 +25,7 @@ READY := .venv/.installed
 SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep report status notebook test test-all check bench bench-peers slurm-up slurm-down
+.PHONY: help setup sweep report status notebook test test-all check bench bench-analysis bench-peers slurm-up slurm-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ slurm-up: $(READY) ## start a Slurm of two nodes on this machine, print the line
 
 slurm-down: $(READY) ## end it and everything it runs (SLURM_DIR)
 	@$(PY) -m tests.slurm.cluster down "$(SLURM_DIR)"
+
+bench-analysis: $(READY) ## how long the fits take, beside what is asked
+	@$(PY) -m tests.analysis.bench
 
 bench-peers: ## make .venv-peers with the other trainers, for bench
 	$(PYTHON) -m venv .venv-peers

@@ -65,7 +65,9 @@ def load(
         from analysis.load_wandb import read_group
 
         frame, configs, histories = read_group(text.removeprefix("wandb:"))
+        frame = frame.drop(columns="lr", errors="ignore")  # a summary holds the last one logged: decayed
         _spread(frame, configs)
+        _learning_rate(frame)
         table = _with_roles(frame, roles, text, UNITS)
         table.histories = histories
         return table

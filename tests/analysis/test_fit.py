@@ -79,15 +79,29 @@ def test_profiles_agree_with_lmfit():
 
 
 def test_rescaling_and_row_order_do_not_matter():
-    frame = grid_frame(N_GRID, K_GRID, 0.01)
-    base = fit(RunTable(frame, dict(ROLES)))
-    at = {"n": np.array([5e3, 1e6, 1e7]), "k": np.array([40.0, 64.0, 700.0])}
-    shuffled = fit(RunTable(frame.sample(frac=1, random_state=5), dict(ROLES)))
-    assert np.array_equal(base.value(at), shuffled.value(at))
-    scaled = frame.assign(n_latents=frame["n_latents"] * 768.0, k=frame["k"] / 7.0, fvu=frame["fvu"] * 4.2e3)
-    other = fit(RunTable(scaled, dict(ROLES)))
-    there = other.value({"n": at["n"] * 768.0, "k": at["k"] / 7.0}) / 4.2e3
-    np.testing.assert_allclose(there, base.value(at), rtol=1e-9)
+    """n, k and the loss of L(n, k), and C of a floor law in compute."""
+    worst = 0.0
+    for seed in range(5):
+        frame = grid_frame(N_GRID, K_GRID, 0.01, seed)
+        base = fit(RunTable(frame, dict(ROLES)), ci="wald")
+        at = {"n": np.array([5e3, 1e6, 1e7]), "k": np.array([40.0, 64.0, 700.0])}
+        shuffled = fit(RunTable(frame.sample(frac=1, random_state=5), dict(ROLES)), ci="wald")
+        assert np.array_equal(base.value(at), shuffled.value(at))
+        for by in ({"n_latents": 768.0}, {"k": 1 / 7}, {"fvu": 4.2e3}, {"n_latents": 768.0, "k": 1 / 7, "fvu": 4.2e3}):
+            scaled = frame.assign(**{column: frame[column] * factor for column, factor in by.items()})
+            other = fit(RunTable(scaled, dict(ROLES)), ci="wald")
+            there = {"n": at["n"] * by.get("n_latents", 1.0), "k": at["k"] * by.get("k", 1.0)}
+            worst = max(worst, float(np.max(np.abs(other.value(there) / by.get("fvu", 1.0) / base.value(at) - 1))))
+        x = np.geomspace(1e15, 1e20, 12)
+        y = (0.1 + 4e5 * x**-0.4) * np.exp(0.01 * np.random.default_rng(seed).standard_normal(12))
+        laws = [
+            fit(RunTable(pd.DataFrame({"c": x * unit, "y": y}), {"x": "c", "loss": "y"}), "power_floor", ci="wald")
+            for unit in (1.0, 1 / 8.64e19)
+        ]
+        far = np.array([1e14, 3e17, 1e22])
+        worst = max(worst, float(np.max(np.abs(laws[1].value({"x": far / 8.64e19}) / laws[0].value({"x": far}) - 1))))
+    print(f"largest relative change of a prediction by a change of units, 5 seeds: {worst:.1e}")
+    assert worst < 1e-9
 
 
 def test_json_round_trip_predicts_the_same_bits(tmp_path):
@@ -101,6 +115,37 @@ def test_json_round_trip_predicts_the_same_bits(tmp_path):
     grid = {"n": np.geomspace(1e3, 1e8, 40), "k": np.full(40, 48.0)}
     for kind in ("mean", "new_run"):
         pd.testing.assert_frame_equal(result.predict(grid, kind), again.predict(grid, kind), check_exact=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "not JSON": lambda content: "{",
+        "a list": lambda content: [1],
+        "empty": lambda content: {},
+        "another law": lambda content: content | {"law": "sea_nk"},
+        "a note of another vocabulary": lambda content: (
+            content | {"notes": [{"code": "odd", "severity": "info", "message": "", "remedy": "x"}]}
+        ),
+        "too few coefficients": lambda content: content | {"centred": content["centred"] | {"theta": [1.0]}},
+        "text for a covariance": lambda content: content | {"centred": content["centred"] | {"cov": "os.system"}},
+        "a status that is none": lambda content: content | {"status": "splendid"},
+    }.values(),
+)
+def test_a_damaged_file_is_one_line(damage, tmp_path):
+    path = tmp_path / "fit.json"
+    damaged = damage(json.loads(json.dumps(fit(_table(), ci="wald").as_dict())))
+    path.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+    with pytest.raises(UserError) as caught:
+        FitResult.from_json(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_failed_fit_makes_the_round_trip(tmp_path):
+    result = fit(RunTable(grid_frame(N_GRID, [32], 0.01), dict(ROLES)))
+    result.to_json(tmp_path / "fit.json")
+    again = FitResult.from_json(tmp_path / "fit.json")
+    assert again.status is Status.FAILED and again.notes == result.notes
 
 
 def test_covariance_is_that_of_the_reported_parameters():

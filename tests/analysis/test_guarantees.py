@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 
 from analysis import RunTable, fit
-from analysis.intervals import covariance, critical_f, profile_f
+from analysis.intervals import condition, covariance, critical_f, profile_f
 from analysis.laws import get
 from analysis.problem import pose, starting_points
 from analysis.solve import minimise, solve
 from analysis.weights import seed_noise
-from tests.analysis.generate import GPT4, grid_frame, sae_nk
+from tests.analysis.generate import GPT4, grid_frame
 
 NIST = json.loads((Path(__file__).parent / "data" / "nist.json").read_text())
 
@@ -90,7 +90,7 @@ def test_nist_certified_values(name):
         assert best.objective == pytest.approx(data["rss"], rel=1e-6)
 
 
-def _covered(law, inputs, truth, y, weights=None, level=0.95):
+def covered(law, inputs, truth, y, weights=None, level=0.95):
     """Per parameter, whether the profile interval holds the truth: F at the true value below its quantile.
 
     The optimum is searched from the truth and two starts of the grid; `fit` uses more, and finds the same (below).
@@ -118,6 +118,12 @@ FLOOR = {"E": 0.12, "A": 3.0, "a": 0.4}
 DESIGNS = {
     "45 cells, 1 %": ("sae_nk", _nk(2.0 ** np.arange(11, 20), 2.0 ** np.arange(5, 10)), GPT4, 0.01),
     "12 cells, 0.5 %": ("sae_nk", _nk(2.0 ** np.array([11, 13, 16, 19]), 2.0 ** np.array([5, 7, 9])), GPT4, 0.005),
+    "35 cells with experts, 0.5 %": (
+        "bilinear_experts",
+        {"n": np.repeat(2.0 ** np.arange(9, 16), 5), "experts": np.tile(2.0 ** np.arange(5), 7)},
+        {"E": 0.05, "a": -0.3, "b": 0.25, "c": -0.02, "d": 1.2},
+        0.005,
+    ),
     "9 sizes, 0.5 %": ("power_floor", {"x": np.geomspace(256, 65536, 9)}, FLOOR, 0.005),
 }
 
@@ -127,18 +133,19 @@ DESIGNS = {
 def test_profile_coverage(name):
     law_name, inputs, truth, noise = DESIGNS[name]
     law = get(law_name)
-    clean = _clean(law_name, inputs, truth)
+    y = clean(law_name, inputs, truth)
     rng = np.random.default_rng(7)
-    hits = [_covered(law, inputs, truth, clean * np.exp(noise * rng.standard_normal(len(clean)))) for _ in range(500)]
+    hits = [covered(law, inputs, truth, y * np.exp(noise * rng.standard_normal(len(y)))) for _ in range(500)]
     rates = dict(zip(law.params, np.mean(hits, axis=0), strict=True))
     print(f"coverage, {name}: " + ", ".join(f"{p} {100 * rate:.1f} %" for p, rate in rates.items()))
     assert all(0.92 <= rate <= 0.98 for rate in rates.values())
 
 
-def _clean(law_name, inputs, truth):
-    if law_name == "sae_nk":
-        return sae_nk(inputs["n"], inputs["k"], truth)
-    return truth["E"] + truth["A"] * inputs["x"] ** -truth["a"]
+def clean(law_name, inputs, truth):
+    """Losses of a law at raw coefficients as they are reported."""
+    law = get(law_name)
+    raw = np.array([np.log(truth[p]) if p in law.exp_params else truth[p] for p in law.params])
+    return np.exp(law.log_value(raw, law.features({name: np.log(values) for name, values in inputs.items()})))
 
 
 def test_short_cut_of_the_coverage_tests_is_the_interval_of_fit():
@@ -147,7 +154,7 @@ def test_short_cut_of_the_coverage_tests_is_the_interval_of_fit():
         frame = grid_frame(2 ** np.arange(11, 20), 2 ** np.arange(5, 10), 0.01, seed)
         table = RunTable(frame, {"n": "n_latents", "k": "k", "loss": "fvu"})
         result = fit(table, weights="none")
-        hits = _covered(get("sae_nk"), {"n": table.values("n"), "k": table.values("k")}, GPT4, table.values("loss"))
+        hits = covered(get("sae_nk"), {"n": table.values("n"), "k": table.values("k")}, GPT4, table.values("loss"))
         for name, hit in zip(GPT4, hits, strict=True):
             low, high = result.intervals[name]
             assert hit == ((low is None or low <= GPT4[name]) and (high is None or GPT4[name] <= high))
@@ -163,8 +170,8 @@ def test_heteroscedastic_noise_needs_the_weights():
         y = frame["fvu"].to_numpy()
         noise = seed_noise(inputs, y, "n")
         assert noise is not None
-        weighted.append(_covered(law, inputs, GPT4, y, noise.weights(np.log(inputs["n"]))))
-        plain.append(_covered(law, inputs, GPT4, y))
+        weighted.append(covered(law, inputs, GPT4, y, noise.weights(np.log(inputs["n"]))))
+        plain.append(covered(law, inputs, GPT4, y))
     with_weights, without = np.mean(weighted, axis=0), np.mean(plain, axis=0)
     print(f"heteroscedastic, weighted: {np.round(100 * with_weights, 1)} %, unweighted: {np.round(100 * without, 1)} %")
     assert np.all((with_weights >= 0.92) & (with_weights <= 0.98))
@@ -252,3 +259,48 @@ def test_one_start_of_the_solver_stays_where_it_cannot_evaluate():
     start = np.array([1.0, -50.0, 0.5001])
     theta, objective = solve(problem, start)
     assert np.isinf(objective) and np.array_equal(theta, start)
+
+
+@pytest.mark.slow
+def test_how_often_a_floor_is_identified():
+    """Profiles of the exponent at 0.5 % noise: open for few sizes over a short span, closed for many over a long."""
+    law, shares = get("power_floor"), {}
+    for sizes, span in ((4, 8.0), (5, 16.0), (9, 256.0)):
+        x, opened = np.geomspace(256, 256 * span, sizes), 0
+        for seed in range(200):
+            noise = np.exp(0.005 * np.random.default_rng(seed).standard_normal(sizes))
+            y = clean("power_floor", {"x": x}, FLOOR) * noise
+            table = RunTable(pd.DataFrame({"x": x, "y": y}), {"x": "x", "loss": "y"})
+            opened += None in fit(table, law, starts=12).intervals["a"]
+        shares[f"{sizes} sizes over {span:g}×"] = opened / 200
+    print("open profiles of the exponent: " + ", ".join(f"{name} {100 * s:.1f} %" for name, s in shares.items()))
+    few, some, many = shares.values()
+    assert few > 0.5 and many == 0.0 and few > some
+
+
+@pytest.mark.slow
+def test_wald_intervals_cover_less_than_profiles():
+    law_name, inputs, truth, noise = DESIGNS["45 cells, 1 %"]
+    law, y = get(law_name), clean(law_name, inputs, truth)
+    rng, hits = np.random.default_rng(7), []
+    for _ in range(500):
+        frame = pd.DataFrame({**inputs, "y": y * np.exp(noise * rng.standard_normal(len(y)))})
+        table = RunTable(frame, {"n": "n", "k": "k", "loss": "y"})
+        ends = fit(table, law, ci="wald", weights="none", starts=4).intervals
+        hits.append([(ends[p][0] or -np.inf) <= truth[p] <= (ends[p][1] or np.inf) for p in law.params])
+    rates = np.mean(hits, axis=0)
+    print("coverage of Wald: " + ", ".join(f"{p} {100 * r:.1f} %" for p, r in zip(law.params, rates, strict=True)))
+    assert rates.min() < 0.94
+
+
+def test_small_grid_identifies_gamma_and_eta_as_badly_as_it_must():
+    """5 widths × 3 k at 1 % noise: standard errors from the expected information, and the condition number."""
+    inputs = _nk(2.0 ** np.arange(8, 13), 2.0 ** np.array([3, 4, 5]))
+    y = clean("sae_nk", inputs, GPT4)
+    problem = pose(get("sae_nk"), inputs, y)
+    best = minimise(problem, starting_points(problem, 8, 0))
+    matrix, _ = problem.raw_map()
+    se = np.sqrt(np.diag(matrix @ covariance(problem, best.theta, 0.01**2) @ matrix.T))
+    number = condition(problem.jacobian(best.theta))
+    print(f"5 × 3 cells at 1 %: se(gamma) {se[3]:.3f}, se(eta) {se[5]:.2f}, condition {number:.0f}")
+    assert 0.02 < se[3] < 0.08 and 0.3 < se[5] < 1.2 and 100 < number < 600

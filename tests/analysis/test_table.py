@@ -1,7 +1,6 @@
 """Tables of runs: what is read, what is left out and why."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,8 +11,6 @@ from analysis.load import evaluations
 from analysis.notes import has
 from harness.errors import UserError
 from tests.analysis.generate import write_run, write_sweep
-
-DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="module")
@@ -106,39 +103,6 @@ def test_role_without_column():
         RunTable(pd.DataFrame({"a": [1.0]}), {"n": "nope"})
     with pytest.raises(UserError, match="unknown role"):
         RunTable(pd.DataFrame({"a": [1.0]}), {"size": "a"})
-
-
-class RecordedRun:
-    """What `wandb.Api().runs` yields, filled from a recorded answer (only what the loader reads)."""
-
-    def __init__(self, answer):
-        self.id, self.name, self.state = answer["id"], answer["name"], answer["state"]
-        self.config, self.summary = answer["config"], type("Summary", (), {"_json_dict": answer["summary"]})()
-        self._lines = answer["history"]
-
-    def scan_history(self):
-        return iter(self._lines)
-
-
-class RecordedApi:
-    def __init__(self, answers):
-        self._answers = answers
-
-    def runs(self, path, filters):
-        assert path == "me/sae-scaling" and filters == {"group": "quick"}
-        return [RecordedRun(answer) for answer in self._answers]
-
-
-def test_wandb_group(sweep, monkeypatch):
-    answers = json.loads((DATA / "wandb_group.json").read_text())
-    monkeypatch.setattr("analysis.load_wandb._api", lambda: RecordedApi(answers))
-    table = load("wandb:me/sae-scaling/quick")
-    assert sorted(table.values("n")) == [256, 512, 1024]
-    assert dict(zip(table.excluded["run_id"], table.excluded["reason"], strict=True)) == {
-        "topk-n2048-k8-s0-aaaa": "status unfinished"
-    }
-    curves = evaluations(table)
-    assert curves.groupby("run").size().to_dict() == dict.fromkeys(table.frame["run_id"], 4)
 
 
 def test_wandb_problems_are_one_line(monkeypatch):
