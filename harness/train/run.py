@@ -32,14 +32,18 @@ from harness.train.member import make_member
 log = logging.getLogger(__name__)
 
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` is the GPU when there is one, of several that of the rank on its node. Raises `ValueError` for a `cuda`
-    that is not there."""
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is the GPU when there is one; of several that of the rank on its node, or without a rank the one that this
+    process uses already. Raises `ValueError` for a `cuda` that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device=cuda, but torch sees no GPU here; leave it at auto, or check the driver")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, local_rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    return torch.device(
+        name, torch.cuda.current_device() if local_rank is None else local_rank % torch.cuda.device_count()
+    )
 
 
 class Start(NamedTuple):
