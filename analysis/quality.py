@@ -124,13 +124,13 @@ def _pattern(problem: Problem, theta: Array, residual: Array, name: str) -> floa
 
 
 def _added_p(base: Array, added: Array, residual: Array) -> float:
-    def rss(design: Array) -> tuple[float, int]:
-        q, r = np.linalg.qr(design)
-        rank = int(np.linalg.matrix_rank(r))
-        return float(np.sum((residual - q @ (q.T @ residual)) ** 2)), rank
-
-    small, few = rss(base)
-    large, many = rss(np.column_stack([base, added]))
+    """p-value of the F test of further columns: the first columns of Q span the smaller design."""
+    size = base.shape[1]
+    q, r = np.linalg.qr(np.column_stack([base, added]))
+    along = q.T @ residual
+    large = float(np.sum((residual - q @ along) ** 2))
+    small = large + float(np.sum(along[size:] ** 2))
+    few, many = int(np.linalg.matrix_rank(r[:size, :size])), int(np.linalg.matrix_rank(r))
     dof = len(residual) - many
     if many <= few or dof < 3 or large <= 0:
         return 1.0

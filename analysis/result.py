@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -315,6 +316,12 @@ class FitResult:
             lines.append(f"  residuals {100 * math.sqrt(self.variance):.2g} % over {self.points} runs, {self.dof} dof")
         lines.extend(str(entry) for entry in self.notes)
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        notes = "".join(f"<li>{html.escape(str(entry))}</li>" for entry in self.notes)
+        head = f"<p><b>{self.law.name}</b>: y = {html.escape(self.law.formula)} — status {self.status.value}</p>"
+        return head + self.params.to_html(na_rep="open") + f"<ul>{notes}</ul>"
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form: the contract's keys first, then what `from_json` needs."""

@@ -54,11 +54,11 @@ def minimise(problem: Problem, starts: list[Array], huber: float | None = None, 
 
 
 def minimise_many(problem: Problem, starts: list[Array], seed: int, huber: float | None, evaluations: int) -> Optimum:
-    """`minimise` for very many points: the search runs on a sample of them, its best ends are polished on all."""
+    """`minimise` for very many points: the search runs on a sample of them, its best end is refined on all."""
     rows = np.sort(np.random.default_rng(seed).choice(problem.points, SAMPLE, replace=False))
     thin = problem.take(rows)
     ends = sorted((solve(thin, start, huber, evaluations) for start in starts), key=lambda end: end[1])
-    best = minimise(problem, [theta for theta, _ in ends[:2]], huber, evaluations)
+    best = minimise(problem, [ends[0][0]], huber, evaluations)
     reached = float(np.mean([end[1] <= ends[0][1] * (1 + SAME_OPTIMUM) for end in ends]))
     return Optimum(best.theta, best.objective, reached, best.moved, len(starts))
 

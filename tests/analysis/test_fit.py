@@ -243,3 +243,8 @@ def test_too_little_data_fails_with_the_reason():
 def test_wrong_requests_are_refused(wrong):
     with pytest.raises(UserError):
         fit(_table(), **wrong)
+
+
+def test_what_a_notebook_shows():
+    text = fit(_floor_table(sizes=4, span=8.0, floor=0.02, seed=1), "power_floor")._repr_html_()
+    assert "E + A·x^−a" in text and "floor_not_identified" in text and "open" in text
