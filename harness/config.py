@@ -331,7 +331,7 @@ class ClusterConfig:
     lead_s: int = 0
     """Seconds before the time limit at which a job begins to save; 0 derives them from the time a save takes."""
     backoff_s: float = 20.0
-    """Wait after a failure before a job starts again; three times as long after the second. Slurm adds its own delay."""
+    """Wait after a failure before the next start; three times as long after the second. Slurm adds its own delay."""
     harvest_time: str = "04:00:00"
     """Time limit of the job that harvests a missing store."""
     setup: list[str] = field(default_factory=list)

@@ -16,6 +16,9 @@ from harness.record.files import write_json_atomic
 from harness.record.provenance import collect, command_line, now
 from harness.record.signals import INTERRUPTED_EXIT_CODE
 
+END_TIME = "HARNESS_END_TIME"
+"""Environment variable of the ranks: when their job will be ended whatever they do, in seconds since 1970."""
+
 
 class Attempt(NamedTuple):
     log: Path

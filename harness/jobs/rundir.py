@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.config import Config, from_container, science, to_container
 from harness.errors import UserError
 from harness.record.files import write_json_atomic, write_text_atomic
+from harness.record.signals import Interrupted
 
 FINAL = ("done", "diverged")
 """Statuses that are results. `failed` is not: a later launch tries again."""
@@ -153,6 +154,9 @@ def attempt_log(run_dir: Path, header: str) -> Iterator[Path]:
     try:
         log.info(header)
         yield path
+    except Interrupted:
+        log.info("stopped; what is saved goes on with the next start")
+        raise
     except BaseException:
         log.info("the run ended with an exception\n%s", traceback.format_exc())
         raise

@@ -24,7 +24,7 @@ from harness.activations.identity import store_name
 from harness.activations.store import is_complete
 from harness.errors import UserError
 from harness.jobs import rundir
-from harness.jobs.attempt import attempt, attempt_dirs, claimed, write_ended, write_provenance
+from harness.jobs.attempt import END_TIME, attempt, attempt_dirs, claimed, write_ended, write_provenance
 from harness.jobs.pack import Target, read_target
 from harness.jobs.ranks import end_with_starter
 from harness.parallel import Shards
@@ -36,9 +36,6 @@ from harness.record.together import together
 from harness.train.run import Start, pick_device, run_cells
 
 FAILED, WRONG_REQUEST = 1, 2
-
-END_TIME = "HARNESS_END_TIME"
-"""Environment variable: when the job will be ended, in seconds since 1970."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

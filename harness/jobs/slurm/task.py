@@ -17,7 +17,7 @@ from typing import Any
 from harness.activations.identity import store_name, store_root
 from harness.config import Config, from_container
 from harness.jobs import rundir
-from harness.jobs.attempt import write_ended
+from harness.jobs.attempt import END_TIME, write_ended
 from harness.jobs.pack import Job, freeze_job, job_of
 from harness.jobs.plan import Run, Store
 from harness.jobs.slurm import client
@@ -26,6 +26,9 @@ from harness.record.provenance import now
 
 SAME_STEP_FAILURES = 3
 """A job that fails so often at one saved step is given up."""
+
+NEAR_THE_END_S = 120.0
+"""Slurm's signal comes up to a minute early: a job stopped so shortly before its limit was stopped by it."""
 
 BEGUN = "HARNESS_ATTEMPTS_BEFORE"
 """Environment variable of the script: attempts at the job before this start of it."""
@@ -68,7 +71,7 @@ def begin(directory: Path, index: int) -> str:
     settings |= _meeting_point(config)
     _, ends = client.state(os.environ["SLURM_JOB_ID"])
     if ends is not None:
-        settings["HARNESS_END_TIME"] = str(ends)
+        settings[END_TIME] = str(ends)
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items())
 
 
@@ -101,7 +104,7 @@ def end(directory: Path, index: int, exit_code: int) -> int:
         unfinished = [run_dir for run_dir in freeze_job(job) if rundir.read_result(run_dir) is None]
     if not unfinished:
         return 0
-    state, ends = _own_state()
+    state = _own_state()
     attempts = _newest_attempts(home, unfinished)
     ended = _ended(attempts[0])
     step = rundir.saved_step(home)
@@ -110,7 +113,8 @@ def end(directory: Path, index: int, exit_code: int) -> int:
         write_ended(attempts, outcome="saved", reason=reason, step=step, requeued=state == "PENDING")
         return 0
     if ended is not None and ended["outcome"] == "saved":
-        near_the_end = ends is not None and time.time() > ends - 120
+        # the limit as it was at the start: of a job that is being preempted, Slurm says the end of its grace
+        near_the_end = time.time() > float(os.environ.get(END_TIME, "inf")) - NEAR_THE_END_S
         reason = "time limit" if near_the_end or ended["reason"] == "time limit" else "preempted"
         write_ended(attempts, outcome="saved", reason=reason, step=step, requeued=True)
         _again(directory, index)
@@ -131,11 +135,11 @@ def end(directory: Path, index: int, exit_code: int) -> int:
     return 1
 
 
-def _own_state() -> tuple[str, float | None]:
+def _own_state() -> str:
     try:
-        return client.state(os.environ["SLURM_JOB_ID"])
+        return client.state(os.environ["SLURM_JOB_ID"])[0]
     except client.SlurmError:
-        return "UNKNOWN", None  # the controller is away; requeueing insists until it is back
+        return "UNKNOWN"  # the controller is away; requeueing insists until it is back
 
 
 def _newest_attempts(home: Path, unfinished: Sequence[Path]) -> list[Path]:
