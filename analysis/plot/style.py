@@ -23,6 +23,15 @@ WIDTH = 5.0
 """Inches: wide enough for a column, narrow enough that its letters can be read on a phone."""
 
 
+TICKS = (
+    (2.5, (1,)),
+    (0.8, (1, 2, 5)),
+    (0.3, (1, 1.5, 2, 3, 4, 5, 6, 7, 8)),
+    (-np.inf, tuple(np.arange(1, 10, 0.5))),
+)
+"""Decades above which an axis is marked at these multiples of the powers of ten."""
+
+
 def figure(height: float = 3.9, width: float = WIDTH) -> Figure:
     """An empty figure that belongs to no window."""
     return Figure(figsize=(width, height), layout="constrained")
@@ -83,9 +92,7 @@ def plain_log_ticks(ax: Axes) -> None:
     """Numbers like 0.2 instead of 2×10⁻¹ on the y axis, dense enough for a range below one decade."""
     low, high = ax.get_ylim()
     decades = np.log10(high / low) if low > 0 else 2
-    subs = (
-        (1, 2, 5) if decades > 0.8 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8) if decades > 0.3 else tuple(np.arange(1, 10, 0.5))
-    )
+    subs = next(subs for least, subs in TICKS if decades > least)
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())

@@ -92,13 +92,18 @@ def test_plan_narrows_and_stays_in_budget():
     assert isinstance(found, Plan)
 
 
-def test_a_degenerate_fit_gives_no_band_instead_of_one_of_width_zero():
-    """The best floor of these runs is k^164: its two coefficients cancel to a negative variance by rounding."""
+def degenerate_runs():
+    """(pilot, further runs) whose best floor is k^164."""
     rng, truth, pilot = _draw(22)
     _runs(_even(BUDGET), rng, truth)
     counts = {(512, 8): 4, (512, 32): 16, (512, 64): 35, (1024, 64): 1, (2048, 64): 1, (4096, 64): 9, (8192, 64): 15}
     cells = [cell for cell, seeds in counts.items() for _ in range(seeds)]
-    result = _fit(pd.concat([pilot, _runs(cells, rng, truth)]))
+    return pilot, _runs(cells, rng, truth)
+
+
+def test_a_degenerate_fit_gives_no_band_instead_of_one_of_width_zero():
+    """The two coefficients of the floor cancel to a negative variance by rounding."""
+    result = _fit(pd.concat(degenerate_runs()))
     band = result.predict({"n": [2.0**17, 2.0**10], "k": [64.0, 8.0]})
     assert np.isnan(band["lo"][0]) and np.isnan(band["hi"][0])
     assert band["lo"][1] < band["value"][1] < band["hi"][1]

@@ -3,11 +3,13 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 
 from analysis.report import summary_table, write_report
 from harness.errors import UserError
-from tests.analysis.generate import write_run, write_sweep
+from tests.analysis.generate import MINILM_LIKE, sae_nk, write_run, write_sweep
+from tests.analysis.test_plan import degenerate_runs
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +134,27 @@ def test_directory_without_runs(tmp_path):
         write_report(tmp_path)
     with pytest.raises(UserError, match="not a directory"):
         write_report(tmp_path / "none")
+
+
+def test_forecasts_without_a_band_are_told(tmp_path):
+    """The best floor of these runs is a huge power of k (see test_plan): no band at k = 64, and a note that says so."""
+    pilot, more = degenerate_runs()
+    for i, row in enumerate(pd.concat([pilot, more]).to_dict("records")):
+        write_run(tmp_path, sae="topk", n=int(row["n_latents"]), k=int(row["k"]), seed=i, fvu=float(row["fvu"]))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "3 prediction(s) without a band" in page and "Forecasts" in page
+
+
+def test_report_of_converged_runs(tmp_path):
+    """The law is that of the converged runs; the others are told, and tokens to convergence are a section."""
+    sweep = tmp_path / "standard"
+    for n in (256, 512, 1024, 2048, 4096):
+        for k in (8, 16):
+            fvu = float(sae_nk(n, k, MINILM_LIKE))
+            tokens = int(3e4 * n**0.6)
+            write_run(sweep, sae="topk", n=n, k=k, fvu=fvu * (1 + 0.002 * (n % 3)), tokens=tokens, converged=True)
+    write_run(sweep, sae="topk", n=8192, k=8, fvu=0.3)
+    page = write_report(sweep).read_text(encoding="utf-8")
+    assert "<h1>Sweep standard — converged</h1>" in page
+    assert "not converged, so not of the law at convergence" in page and "<h2>Tokens to convergence</h2>" in page
+    assert re.search(r"k = 8: tokens to convergence go as n\^0\.6\b", page)
