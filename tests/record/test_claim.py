@@ -140,7 +140,8 @@ def test_who_only_looks_needs_to_write_nothing(path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Path, "touch", refused)
     found = claims.holder(path)
     assert found is not None and found.host == "elsewhere"
-    os.utime(path, (time.time() - 1000,) * 2)
+    long_ago = time.time() - 1000
+    os.utime(path, (long_ago, long_ago))
     assert claims.holder(path) is None
 
 

@@ -100,7 +100,7 @@ def test_kernels_that_do_not_run_here_are_named(tmp_path: Path, monkeypatch: pyt
     assert content["extra"]["run"]["ops"] == "cpu"
     content["extra"]["run"]["ops"] = "triton"
     marker.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="made with ops=triton, which does not run here.*ops=reference"):
+    with pytest.raises(ValueError, match=r"made with ops=triton, which does not run here.*ops=reference"):
         run(tmp_path / "run", config)
     assert run(tmp_path / "run", dataclasses.replace(config, ops="reference"))["ops"] == "reference"
 
