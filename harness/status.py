@@ -34,8 +34,9 @@ PROBLEMS = 15
 """Lines about what went wrong, unless all are asked for."""
 
 
-def text(rows: Sequence[Row], whole: bool = False) -> str:
-    """The status as a table, what needs attention first; what went wrong below it, counts and the plan last."""
+def text(rows: Sequence[Row], whole: bool = False, besides: Sequence[str] = ()) -> str:
+    """The status as a table, what needs attention first; what went wrong below it (`besides` the runs first), counts
+    and the plan last."""
     shown = sorted(rows, key=lambda row: STATES.index(row["status"]))
     if not whole and len(rows) > WHOLE:
         shown = [row for status in STATES for row in _first(shown, status)]
@@ -61,12 +62,21 @@ def text(rows: Sequence[Row], whole: bool = False) -> str:
         hidden = Counter(row["status"] for row in rows)
         hidden.subtract(row["status"] for row in shown)
         lines.append(f"… and {len(rows) - len(shown)} more: {_counts(hidden)} (--all shows them)")
+    lines += besides
     problems = [line for row in shown for line in _problem(row)]
     lines += problems if whole else problems[:PROBLEMS]
     if not whole and len(problems) > PROBLEMS:
         lines.append(f"… and {len(problems) - PROBLEMS} more lines (--all shows them)")
     lines.append(f"{len(rows)} runs: {_counts(Counter(row['status'] for row in rows))}")
     return "\n".join([*lines, *_beside_the_plan(rows)])
+
+
+def failed_harvests(sweep_dir: Path) -> list[str]:
+    """What became of harvest jobs that were given up: the cells that wait for their stores cannot start."""
+    found = sorted(sweep_dir.glob("_slurm/*/failed.txt"))
+    return [
+        f"{path.parent.name}: {path.read_text(encoding='utf-8').strip()} (log: {path.parent}/log)" for path in found
+    ]
 
 
 def _first(rows: Iterable[Row], status: str) -> list[Row]:
@@ -131,7 +141,7 @@ def watch(sweep_dir: Path, seconds: float, whole: bool) -> None:
     terminal = sys.stdout.isatty()
     while True:
         rows = sweep_rows(sweep_dir, final)
-        shown = text(rows, whole)
+        shown = text(rows, whole, failed_harvests(sweep_dir))
         if terminal:
             # what does not fit would scroll away at every turn; the sums at the end are kept
             height = shutil.get_terminal_size().lines - 2
@@ -170,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.json:
             print(json.dumps(sweep_rows(arguments.sweep_dir), indent=2))
         else:
-            print(text(sweep_rows(arguments.sweep_dir), arguments.all))
+            print(text(sweep_rows(arguments.sweep_dir), arguments.all, failed_harvests(arguments.sweep_dir)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

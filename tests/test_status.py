@@ -169,6 +169,16 @@ def test_what_needs_attention_comes_first_and_a_long_sweep_stays_readable(sweep:
     assert sum(line.startswith("done-") for line in whole) == 200 and any("boom 29" in line for line in whole)
 
 
+def test_a_harvest_that_was_given_up_is_told(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep.add("waits")
+    sweep.rows()
+    harvest = sweep.directory / "_slurm" / "s-harvest-1"
+    harvest.mkdir(parents=True)
+    (harvest / "failed.txt").write_text("failed 3 times at step 0: no model\n")
+    assert status.main([str(sweep.directory)]) == 0
+    assert f"s-harvest-1: failed 3 times at step 0: no model (log: {harvest}/log)" in capsys.readouterr().out
+
+
 def test_json_has_every_run(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     sweep.add("a", result=done())
     sweep.add("b")

@@ -133,6 +133,8 @@ def _submit_harvests(sweep_dir: Path, runs: Sequence[Run], submitted: list[Submi
     for store, config in stores.items():
         if (store / "manifest.json").is_file():
             continue
+        for failure in arrays_root(sweep_dir).glob("*/failed.txt"):
+            failure.unlink()  # it is tried again
         directory = _array_directory(sweep_dir, "harvest")
         freeze(directory, config)
         write_json_atomic(directory / "runs.json", [[]])
