@@ -28,7 +28,7 @@ SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 .PHONY: help setup sweep report status notebook test test-all check bench bench-analysis bench-peers slurm-up slurm-down
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@sed -n '/^#   /s/^#   /  /p' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv and install what requirements.lock pins

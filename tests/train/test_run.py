@@ -197,6 +197,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path, caplog, 
 def test_a_refused_checkpoint_is_in_the_record_and_shown_by_status(tmp_path: Path, monkeypatch, capsys) -> None:
     config = small_config(train__checkpoint_every_steps=7)
     cut = tmp_path / "sweep" / "run"
+    (cut / "attempts" / "1").mkdir(parents=True)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         run(cut, config, StopAfterSteps(20, patch))
     (cut / "config.yaml").write_text(yaml.safe_dump(to_container(config)))
