@@ -33,7 +33,7 @@ def submit(cluster: Cluster, out: Path, *overrides: str, expect: int = 0) -> str
 
 def locally(cluster: Cluster, out: Path, *overrides: str) -> None:
     """The same sweep in one process."""
-    done = command(cluster, "harness.launch", *SYNTHETIC, f"out={out}", *overrides, timeout_s=300)
+    done = command(cluster, "harness.launch", *SYNTHETIC, f"out={out}", *overrides, timeout_s=600)
     assert done.returncode == 0, done.stderr
 
 

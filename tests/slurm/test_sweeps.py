@@ -125,7 +125,7 @@ def test_a_harvest_is_a_job_and_survives_preemption(cluster: Cluster, tmp_path: 
 
 def test_nothing_is_lost_and_neighbours_are_left_alone(cluster: Cluster, tmp_path: Path) -> None:
     """A rank killed, an element cancelled, the controller restarted, a node set down; two elements on each node."""
-    cells = ("sae=topk", "sae.n_latents=64", "train.seed=0,1,2,3", "train.tokens=5e6", "train.checkpoint_every_s=1")
+    cells = ("sae=topk", "sae.n_latents=64", "train.seed=0,1,2,3", "train.tokens=3e6", "train.checkpoint_every_s=1")
     how = (*cells, "cluster.pack=1", "cluster.backoff_s=1", "cluster.mem=1500M", "cluster.cpus_per_task=2")
     locally(cluster, tmp_path / "b", *cells)
     submit(cluster, tmp_path / "a", *how)
@@ -149,7 +149,7 @@ def test_nothing_is_lost_and_neighbours_are_left_alone(cluster: Cluster, tmp_pat
 
 
 def test_a_time_limit_shorter_than_a_cell(cluster: Cluster, tmp_path: Path) -> None:
-    cells = ("sae=topk", "sae.n_latents=64", "train.tokens=1.2e7")
+    cells = ("sae=topk", "sae.n_latents=64", "train.tokens=8e6")
     submit(cluster, tmp_path / "a", *cells, 'cluster.time="00:01:00"', "cluster.lead_s=25")
     wait_for_results(tmp_path / "a", 1, 400)
     locally(cluster, tmp_path / "b", *cells)
