@@ -51,15 +51,6 @@ class Target:
     def checkpoints(self) -> Path:
         return self.home / "checkpoints"
 
-    @property
-    def name(self) -> str:
-        """The run's or the pack's: whose checkpoints these are."""
-        return self.home.name
-
-    @property
-    def packed(self) -> bool:
-        return self.run_dirs != (self.home,)
-
     def configs(self) -> list[Config]:
         return [read_config(run_dir) for run_dir in self.run_dirs]
 

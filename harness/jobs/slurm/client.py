@@ -31,12 +31,12 @@ class SlurmError(RuntimeError):
     """Slurm refused or did not answer; the text is what it said, in one line."""
 
 
-def call(*command: str, stdin: str | None = None) -> str:
+def call(*command: str) -> str:
     """The standard output of a Slurm command. Raises `UserError` where there is none, `SlurmError` when it fails."""
     if shutil.which(command[0]) is None:
         raise UserError(f"cannot call {command[0]}: {ABSENT}")
     try:
-        done = subprocess.run(command, input=stdin or "", capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} gave no answer within {TIMEOUT_S:.0f} s") from None
     if done.returncode:

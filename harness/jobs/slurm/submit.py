@@ -84,8 +84,9 @@ def submit_runs(runs: Sequence[Run], estimates: Estimates) -> int:
 
 
 def _submit_sweep(sweep_dir: Path, runs: Sequence[Run], estimates: Estimates, submitted: list[Submitted]) -> None:
-    queued = {sweep_dir / run_id for _, run_ids in live_elements(sweep_dir) for run_id in run_ids}
-    _drop_unsubmitted(sweep_dir)
+    live = list(live_elements(sweep_dir))
+    queued = {sweep_dir / run_id for _, run_ids in live for run_id in run_ids}
+    _drop_unsubmitted(sweep_dir, {element.name for element, _ in live})
     states = {run.run_dir: state_of(run.run_dir).status for run in runs}
     ended = [run for run in runs if states[run.run_dir] in FINAL]
     elsewhere = [run for run in runs if states[run.run_dir] == "running" and run.run_dir not in queued]
@@ -114,11 +115,10 @@ def _trained(elsewhere: Sequence[Run]) -> str:
     return f", {len(elsewhere)} are being trained outside Slurm" if elsewhere else ""
 
 
-def _drop_unsubmitted(sweep_dir: Path) -> None:
-    """Remove the tables of a launch that was killed before it submitted them."""
-    names = {element.name for element, _ in live_elements(sweep_dir)}
+def _drop_unsubmitted(sweep_dir: Path, live: set[str]) -> None:
+    """Remove the tables of a launch that was killed before it submitted them; `live` names what is in the queue."""
     for directory in arrays(sweep_dir):
-        if directory.name not in names and not (directory / "submitted.json").exists():
+        if directory.name not in live and not (directory / "submitted.json").exists():
             shutil.rmtree(directory)
 
 

@@ -34,11 +34,6 @@ BEGUN = "HARNESS_ATTEMPTS_BEFORE"
 """Environment variable of the script: attempts at the job before this start of it."""
 
 
-def read_runs(directory: Path) -> list[list[str]]:
-    """The run_ids of each element of an array."""
-    return json.loads((directory / "runs.json").read_text(encoding="utf-8"))
-
-
 def is_harvest(directory: Path) -> bool:
     """Whether an array makes a store; it then has one element and a `config.yaml` that says which."""
     return (directory / "config.yaml").is_file()
