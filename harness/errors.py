@@ -1,4 +1,7 @@
-"""The one exception whose message is meant for the person at the terminal."""
+"""The one exception whose message is meant for the person at the terminal, and how the commands end."""
+
+FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 75
+"""Exit codes beside 0; the last (EX_TEMPFAIL) means stopped and saved: the same command goes on."""
 
 
 class UserError(ValueError):

@@ -7,21 +7,18 @@ work. Exit codes: 0 the store is there, 1 failed, 2 a wrong request, 75 stopped 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from harness.activations import open_source
-from harness.errors import UserError
 from harness.jobs import rundir
 from harness.jobs.attempt import write_ended
 from harness.parallel.mesh import mesh, ranks_from_environment
-from harness.record.signals import INTERRUPTED_EXIT_CODE, Interrupted, stop_on_signals
+from harness.rank import run_as_rank
+from harness.record.signals import Interrupted, stop_on_signals
 from harness.train.run import pick_device
-
-FAILED, WRONG_REQUEST = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,19 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, help="holds config.yaml")
     parser.add_argument("--saved-is-success", action="store_true", help="exit 0, not 75, when stopped")
     arguments = parser.parse_args(argv)
-    rank = ranks_from_environment().rank
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"rank {rank}: %(message)s")
-    try:
-        harvest(arguments.directory)
-    except Interrupted:
-        return 0 if arguments.saved_is_success else INTERRUPTED_EXIT_CODE
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_REQUEST
-    except Exception:
-        logging.exception("failed")
-        return FAILED
-    return 0
+    return run_as_rank(lambda: harvest(arguments.directory), saved_is_success=arguments.saved_is_success)
 
 
 def harvest(directory: Path) -> None:
@@ -51,10 +36,7 @@ def harvest(directory: Path) -> None:
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         log = stack.enter_context(rundir.attempt_log(directory, "harvest")) if ranks.rank == 0 else None
-        try:
-            shards = stack.enter_context(mesh(config.mesh.dp, config.mesh.shard, device))
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        shards = stack.enter_context(mesh(config.mesh.dp, config.mesh.shard, device))
         try:
             open_source(config.activations, Path(config.out), progress=shards.rank == 0, stop=stop, shards=shards)
         except Interrupted:

@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import FAILED, INTERRUPTED, WRONG_REQUEST, UserError
 from harness.jobs import rundir
 from harness.jobs.local import describe, outcome_line
 from harness.jobs.pack import Job, Target, freeze_job
 from harness.record.files import write_json_atomic
-from harness.record.signals import INTERRUPTED_EXIT_CODE, Interrupted
+from harness.record.signals import Interrupted
 
-SOME_NOT_DONE, WRONG_REQUEST = 1, 2
 POLL_S = 0.2
 PLAN_TIMEOUT_S = 1800.0
 
@@ -65,10 +64,10 @@ def lead(out: Path, plan: Callable[[], Sequence[Job]], all_done: Callable[[], bo
     code = _train([job.home for job in jobs], _told)
     if jobs:  # then all ranks have read it
         path.unlink()
-    if code == INTERRUPTED_EXIT_CODE:
+    if code == INTERRUPTED:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
         return code
-    return 0 if all_done() else SOME_NOT_DONE
+    return 0 if all_done() else FAILED
 
 
 def follow(out: Path) -> int:
@@ -92,7 +91,7 @@ def _train(homes: Sequence[Path], told: Callable[[Target], None]) -> int:
     try:
         train_jobs(homes, told=told)
     except Interrupted:
-        return INTERRUPTED_EXIT_CODE
+        return INTERRUPTED
     return 0
 
 

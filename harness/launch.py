@@ -19,7 +19,7 @@ import yaml
 
 from harness import joined
 from harness.config import Config, to_container
-from harness.errors import UserError
+from harness.errors import FAILED, INTERRUPTED, WRONG_REQUEST, UserError
 from harness.jobs import compose, grid, pack, plan
 from harness.jobs.estimate import Estimates, estimate
 from harness.jobs.limits import cut_into_jobs
@@ -30,9 +30,6 @@ from harness.jobs.study import Study, load_study, study_candidates, study_names
 from harness.jobs.table import plan_text
 from harness.record.files import write_json_atomic
 from harness.record.provenance import command_line, now
-from harness.record.signals import INTERRUPTED_EXIT_CODE
-
-SOME_NOT_DONE, WRONG_REQUEST = 1, 2
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ def launch(request: Request, *, dry_run: bool = False, wait: bool = False) -> Ou
         return carry_out(prepare(request, dry_run=dry_run), request.about(), dry_run=dry_run, wait=wait)
     except KeyboardInterrupt:
         say("interrupted before anything was trained; the same command begins again")
-        return Outcome(INTERRUPTED_EXIT_CODE, ())
+        return Outcome(INTERRUPTED, ())
 
 
 def _join(request: Request) -> Outcome:
@@ -171,7 +168,7 @@ def _submit(runs: list[plan.Run], estimates: Estimates, wait: bool) -> Outcome:
     statuses = wait_for(runs).values()
     done = sum(status == "done" for status in statuses)
     say(f"{done} of {len(runs)} cells done")
-    return Outcome(0 if done == len(runs) else SOME_NOT_DONE, sweep_dirs)
+    return Outcome(0 if done == len(runs) else FAILED, sweep_dirs)
 
 
 def sweep_dirs_of(runs: Sequence[plan.Run]) -> tuple[Path, ...]:

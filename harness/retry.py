@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config import Config, from_container, to_container
-from harness.errors import UserError
+from harness.errors import WRONG_REQUEST, UserError
 from harness.jobs import plan
 from harness.jobs.compose import one_line
 from harness.jobs.grid import Cell
 from harness.jobs.rundir import read_config
 from harness.jobs.state import state_of
-from harness.launch import WRONG_REQUEST, carry_out, say
+from harness.launch import carry_out, say
 
 
 def cells_to_retry(sweep_dir: Path, run_ids: Sequence[str], overrides: Sequence[str]) -> list[Cell]:

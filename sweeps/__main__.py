@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.config import ARCHITECTURES
-from harness.errors import UserError
+from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.jobs.study import load_study
-from harness.launch import WRONG_REQUEST, Request, launch
-from harness.record.signals import INTERRUPTED_EXIT_CODE
+from harness.launch import Request, launch
 
 DEFAULT_STUDY = "quick"
 
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_REQUEST
-    if arguments.dry_run or outcome.submitted or outcome.exit_code == INTERRUPTED_EXIT_CODE:
+    if arguments.dry_run or outcome.submitted or outcome.exit_code == INTERRUPTED:
         return outcome.exit_code
     for sweep_dir in outcome.sweep_dirs:
         report(sweep_dir)

@@ -1,4 +1,4 @@
-"""The name of a store: a hash of everything that decides its rows, computed without a forward pass."""
+"""Which store: its name is a hash of everything that decides its rows, computed without a forward pass. No torch."""
 
 from __future__ import annotations
 
@@ -43,6 +43,16 @@ def digest(settings: dict[str, Any]) -> str:
 def store_root(cfg: ActivationsConfig, out: Path) -> Path:
     """The directory that holds the stores: `activations.dir`, or `_activations` in the output directory."""
     return Path(cfg.dir).expanduser() if cfg.dir else out / "_activations"
+
+
+def store_path(cfg: ActivationsConfig, out: Path) -> Path:
+    """Where the store of these activations is, or is going to be."""
+    return store_root(cfg, out) / store_name(cfg)
+
+
+def is_complete(store: Path) -> bool:
+    """Whether the store is there: its manifest comes last."""
+    return (store / "manifest.json").is_file()
 
 
 def recipe(cfg: ActivationsConfig) -> dict[str, Any]:

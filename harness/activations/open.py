@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 
 from harness.activations.assemble import TornUnits, assemble, remove_scratch
 from harness.activations.harvest import OnRows, Plan, describe, forward_units, prepare, rows_done
-from harness.activations.identity import store_id, store_name, store_root
+from harness.activations.identity import is_complete, store_id, store_name, store_path
 from harness.activations.model import HookedModel
 from harness.activations.source import ActivationSource
-from harness.activations.store import Store, is_complete
+from harness.activations.store import Store
 from harness.activations.synthetic import Synthetic
 from harness.config import ActivationsConfig
 from harness.errors import UserError
@@ -39,8 +39,7 @@ def open_source(
     """
     if cfg.kind == "synthetic":
         return Synthetic(cfg, store_name(cfg))
-    root = store_root(cfg, out)
-    directory = root / store_name(cfg)
+    directory = store_path(cfg, out)
     shards = shards or Solo()
     there = torch.tensor(int(shards.rank == 0 and is_complete(directory)))
     if not int(shards.sum_(there, "all", "scalars")):
@@ -52,7 +51,7 @@ def open_source(
         try:
             _harvest_once(cfg, directory, Progress() if progress else Progress(io.StringIO()), stop, shards)
         except (OSError, SafetensorError) as error:
-            if (explained := _explained(error, root)) is not None:
+            if (explained := _explained(error, directory.parent)) is not None:
                 raise explained from error
             raise
     return Store(directory)

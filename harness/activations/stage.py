@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.activations.store import is_complete
+from harness.activations.identity import is_complete
 from harness.record.claim import claim
 from harness.record.files import fsync_directory
 

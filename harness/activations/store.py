@@ -62,10 +62,6 @@ class Store:
             yield self._heldout.read(start, end), self._documents[start:end]
 
 
-def is_complete(directory: Path) -> bool:
-    return (directory / "manifest.json").is_file()
-
-
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
     try:

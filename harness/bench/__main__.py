@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from harness.record.signals import INTERRUPTED_EXIT_CODE
+from harness.errors import INTERRUPTED
 
 
 def run() -> int:
@@ -18,7 +18,7 @@ def run() -> int:
         return main()
     except KeyboardInterrupt:
         print("interrupted; no file was written", file=sys.stderr)
-        return INTERRUPTED_EXIT_CODE
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

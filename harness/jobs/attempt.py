@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.errors import INTERRUPTED
 from harness.jobs import rundir
 from harness.jobs.state import claim_path
 from harness.record.claim import claim
 from harness.record.files import write_json_atomic
 from harness.record.provenance import collect, command_line, now
-from harness.record.signals import INTERRUPTED_EXIT_CODE
 
 END_TIME = "HARNESS_END_TIME"
 """Environment variable of the ranks: when their job will be ended whatever they do, in seconds since 1970."""
@@ -39,7 +39,7 @@ def claimed(run_dirs: Sequence[Path]) -> Iterator[None]:
 def _leave(path: Path) -> None:
     """Somebody took this process for dead (it was suspended, or cut off from its disk) and trains the run now."""
     print(f"error: {path} was taken over by another process; leaving the run to it", file=sys.stderr, flush=True)
-    os._exit(INTERRUPTED_EXIT_CODE)
+    os._exit(INTERRUPTED)
 
 
 @contextmanager

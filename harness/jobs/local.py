@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from harness.config import Config
-from harness.errors import UserError
+from harness.errors import FAILED, INTERRUPTED, UserError
 from harness.jobs import rundir
 from harness.jobs.attempt import attempt, claimed, write_provenance
 from harness.jobs.pack import Job, freeze_job
@@ -24,9 +24,8 @@ from harness.jobs.ranks import train_on_ranks
 from harness.record.claim import Claimed
 from harness.record.progress import Progress, duration
 from harness.record.provenance import now
-from harness.record.signals import INTERRUPTED_EXIT_CODE, Interrupted, StopFlag, stop_on_signals
+from harness.record.signals import Interrupted, StopFlag, stop_on_signals
 
-SOME_NOT_DONE = 1
 WAIT_S = 2.0
 """Between looks at a run that another process works on."""
 
@@ -55,14 +54,14 @@ def run_jobs(jobs: Sequence[Job], ended: Sequence[Run] = ()) -> int:
             statuses = _run_all(jobs, ended, sources, stop)
         except Interrupted:
             _say("interrupted; the same command goes on where it stopped")
-            return INTERRUPTED_EXIT_CODE
+            return INTERRUPTED
         except DiskFull as full:
             _say(f"error: {full}; free some space and run the same command again, it goes on where it stopped")
-            return SOME_NOT_DONE
+            return FAILED
     counts = Counter(statuses.values())
     if counts["done"] < len(statuses) or any(run.status != "done" for job in jobs for run in job.runs):
         _say(f"{counts['done']} of {len(statuses)} cells done" + _unlucky(counts))
-    return 0 if counts["done"] == len(statuses) else SOME_NOT_DONE
+    return 0 if counts["done"] == len(statuses) else FAILED
 
 
 def _unlucky(counts: Counter[str]) -> str:

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from harness.config import Config
-from harness.record.signals import INTERRUPTED_EXIT_CODE, Interrupted, StopFlag
+from harness.errors import INTERRUPTED
+from harness.record.signals import Interrupted, StopFlag
 
 POLL_S = 0.1
 GRACE_S = 20.0
@@ -75,7 +76,7 @@ def end_with_starter() -> None:
 def _leave_at_end_of_input() -> None:
     while os.read(sys.stdin.fileno(), 1):
         continue
-    os._exit(INTERRUPTED_EXIT_CODE)
+    os._exit(INTERRUPTED)
 
 
 def _free_port() -> int:
@@ -91,14 +92,14 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: list[Path], stop: StopFla
         if told and -signal.SIGTERM in codes:  # it had not begun to listen, so it had nothing to save
             _wait(ranks, GRACE_S)
             raise Interrupted
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED_EXIT_CODE)]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
         if failed:
             _wait(ranks, GRACE_S)
             # the one that ended first is the cause; a killed one explains those that lost their peer
             rank = min(failed, key=lambda r: (codes[r] or 0) > 0)
             raise RankFailed(f"rank {rank} {_ending(codes[rank])}; its log is {logs[rank]}: {_last_line(logs[rank])}")
         if None not in codes:
-            if INTERRUPTED_EXIT_CODE in codes:
+            if INTERRUPTED in codes:
                 raise Interrupted
             return
         if stop.requested and not told:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import ProcessGroup, _set_pg_timeout
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from harness.errors import UserError
 from harness.parallel.interface import Axis, Kind, Shards
 from harness.parallel.solo import Solo
 
@@ -67,7 +68,7 @@ def meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
 class Mesh:
     """`Shards` over a process group of dp·shard ranks; rank = dp_rank·shard + shard_rank."""
 
-    def __init__(self, device_mesh: DeviceMesh, control: ProcessGroup) -> None:
+    def __init__(self, device_mesh: DeviceMesh) -> None:
         self.device_mesh = device_mesh
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.dp, self.shard = device_mesh.size(0), device_mesh.size(1)
@@ -75,6 +76,8 @@ class Mesh:
         self._sent: dict[Kind, float] = {}
         self._groups = {"dp": device_mesh.get_group("dp"), "shard": device_mesh.get_group("shard")}
         self._sizes = {"dp": self.dp, "shard": self.shard, "all": self.dp * self.shard}
+        control = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+        assert isinstance(control, ProcessGroup)
         self._control = control
         self._asked: tuple[Tensor, dist.Work] | None = None
 
@@ -153,22 +156,27 @@ class Mesh:
     def barrier(self) -> None:
         dist.barrier(group=self._control)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Take back the last question to the others; every rank does, so nothing stays under way."""
         if self._asked is not None:
             self._asked[1].wait()
             self._asked = None
+
+    def close(self) -> None:
+        """Let go of the groups, so that destroying them ends their threads: a thread that still holds a tensor while
+        the interpreter ends aborts the process (https://github.com/pytorch/pytorch/issues/190489)."""
+        del self._asked, self._control, self._groups, self.device_mesh
 
 
 @contextmanager
 def mesh(dp: int, shard: int, device: torch.device) -> Iterator[Shards]:
     """The mesh that this process is a rank of; `Solo` for one process. `device` decides between gloo and NCCL.
 
-    Raises `ValueError` when the number of ranks is not dp·shard.
+    Raises `UserError` when the number of ranks is not dp·shard.
     """
     ranks = ranks_from_environment()
     if dp * shard != ranks.world:
-        raise ValueError(
+        raise UserError(
             f"mesh.dp={dp} × mesh.shard={shard} needs {dp * shard} ranks, and {ranks.world} were started; "
             f"change the mesh or the number of tasks"
         )
@@ -185,11 +193,8 @@ def mesh(dp: int, shard: int, device: torch.device) -> Iterator[Shards]:
         timeout=START_TIMEOUT,
     )
     try:
-        device_mesh = init_device_mesh(device.type, (dp, shard), mesh_dim_names=("dp", "shard"))
-        control = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
-        assert isinstance(control, ProcessGroup)
-        shards = Mesh(device_mesh, control)
-        yield shards
-        shards.close()
+        with closing(Mesh(init_device_mesh(device.type, (dp, shard), mesh_dim_names=("dp", "shard")))) as shards:
+            yield shards
+            shards.finish()
     finally:
         dist.destroy_process_group()

@@ -9,9 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-INTERRUPTED_EXIT_CODE = 75
-"""EX_TEMPFAIL: stopped before the end, and the same command goes on where it stopped."""
-
 STOP, SAVE = 1, 2
 """Bits that ranks agree on: somebody was asked to stop, it is time to save."""
 

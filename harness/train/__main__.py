@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,8 +19,7 @@ from pathlib import Path
 import torch
 
 from harness.activations import open_source
-from harness.activations.identity import store_name
-from harness.activations.store import is_complete
+from harness.activations.identity import is_complete, store_name
 from harness.errors import UserError
 from harness.jobs import rundir
 from harness.jobs.attempt import END_TIME, attempt, attempt_dirs, claimed, write_ended, write_provenance
@@ -29,13 +27,11 @@ from harness.jobs.pack import Target, read_target
 from harness.jobs.ranks import end_with_starter
 from harness.parallel import Shards
 from harness.parallel.mesh import mesh, ranks_from_environment
-from harness.record.claim import Claimed
+from harness.rank import run_as_rank
 from harness.record.progress import Progress
-from harness.record.signals import INTERRUPTED_EXIT_CODE, Interrupted, StopFlag, stop_on_signals
+from harness.record.signals import Interrupted, StopFlag, stop_on_signals
 from harness.record.together import together
 from harness.train.run import Start, pick_device, run_cells
-
-FAILED, WRONG_REQUEST = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,19 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.claimed:
         end_with_starter()
-    rank = ranks_from_environment().rank
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"rank {rank}: %(message)s")
-    try:
-        train_jobs(arguments.jobs, arguments.store_dir, claim_here=not arguments.claimed)
-    except Interrupted:
-        return 0 if arguments.saved_is_success else INTERRUPTED_EXIT_CODE
-    except (UserError, Claimed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_REQUEST
-    except Exception:
-        logging.exception("failed")
-        return FAILED
-    return 0
+    return run_as_rank(
+        lambda: train_jobs(arguments.jobs, arguments.store_dir, claim_here=not arguments.claimed),
+        saved_is_success=arguments.saved_is_success,
+    )
 
 
 def train_jobs(
@@ -83,10 +70,7 @@ def train_jobs(
     deadline = float(os.environ[END_TIME]) if END_TIME in os.environ else None
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals(deadline, first.cluster.lead_s))
-        try:
-            shards = stack.enter_context(mesh(first.mesh.dp, first.mesh.shard, device))
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        shards = stack.enter_context(mesh(first.mesh.dp, first.mesh.shard, device))
         for target in targets:
             _train(target, store_dir, stop, shards, claim_here)
             told(target)

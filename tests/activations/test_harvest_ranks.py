@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from harness.activations import store_id
-from harness.activations.store import is_complete
+from harness.activations.identity import is_complete
 from harness.config import ActivationsConfig, Config
-from harness.record.signals import INTERRUPTED_EXIT_CODE
+from harness.errors import INTERRUPTED
 from tests.train.cells import small_config
 from tests.train.ranks import (
     ASSEMBLED,
@@ -84,7 +84,7 @@ def test_a_harvest_that_is_stopped_and_killed_ends_as_the_same_store(
         Strike(ASSEMBLY, 2, (signal.SIGTERM,), (0,)),
     ):
         codes = join(cut.start(strike))
-        assert codes == [INTERRUPTED_EXIT_CODE] * world, (strike, codes, logs(cut.run_dir))
+        assert codes == [INTERRUPTED] * world, (strike, codes, logs(cut.run_dir))
         assert is_complete(cut.store) or cut.units() > 0 or strike.place == PLANNING
     cut.ends_like(whole)
 

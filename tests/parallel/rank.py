@@ -187,6 +187,8 @@ def main(out: Path) -> None:
             checkpoint_loads_on_this_mesh(shards, here / "checkpoints")
             saving_is_no_reason_to_stop_an_evaluation(shards)
             assert [shards.agree(bits) for bits in (1 << shards.rank, 0, 0)] == [0, (1 << world) - 1, 0]
+        left = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+        assert not [thread for thread in left if "gloo" in thread], left
 
 
 if __name__ == "__main__":

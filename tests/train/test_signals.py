@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from harness.errors import INTERRUPTED
 from harness.record import metrics
-from harness.record.signals import INTERRUPTED_EXIT_CODE
 from tests.train.cells import small_config
 from tests.train.ranks import EVALUATION, STEP, SWITCH, Strike, join, logs, prepare, processes, same_weights, start
 
@@ -55,7 +55,7 @@ def test_every_signal_at_every_moment_saves_and_leaves_with_75(
     saved = 0
     for strike in strikes:
         codes = join(start(processes, cut, world, strike))
-        assert codes == [INTERRUPTED_EXIT_CODE] * world, (strike, codes, logs(cut))
+        assert codes == [INTERRUPTED] * world, (strike, codes, logs(cut))
         (marker,) = (cut / "checkpoints").glob("step-*/marker.json")
         step = json.loads(marker.read_text())["step"]
         assert step >= saved and not (cut / "result.json").exists()

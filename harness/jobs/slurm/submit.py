@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.activations.identity import store_name, store_root
+from harness.activations.identity import is_complete, store_path
 from harness.config import ClusterConfig, Config, to_container
 from harness.errors import UserError
 from harness.jobs.estimate import Estimates
@@ -100,15 +100,16 @@ def _submit_sweep(sweep_dir: Path, runs: Sequence[Run], estimates: Estimates, su
         if states[run.run_dir] == "failed":
             set_failure_aside(run.run_dir)
     harvests = _submit_harvests(sweep_dir, todo, submitted)
-    groups: dict[str, list[Job]] = {}
+    groups: dict[str, tuple[str | None, list[Job]]] = {}
     for job in cut_into_jobs(todo, estimates):
-        shape = (job.config.mesh, job.config.cluster, harvests.get(_store_path(job.config)))
-        groups.setdefault(repr(shape), []).append(job)
+        harvest = harvests.get(store_path(job.config.activations, Path(job.config.out)))
+        shape = (job.config.mesh, job.config.cluster, harvest)
+        groups.setdefault(repr(shape), (harvest, []))[1].append(job)
     size = client.max_array_size()
-    for jobs in groups.values():
+    for harvest, jobs in groups.values():
         for start in range(0, len(jobs), size):
             part = jobs[start : start + size]
-            submitted.append(_submit_array(sweep_dir, part, estimates, harvests.get(_store_path(part[0].config))))
+            submitted.append(_submit_array(sweep_dir, part, estimates, harvest))
 
 
 def _trained(elsewhere: Sequence[Run]) -> str:
@@ -122,16 +123,13 @@ def _drop_unsubmitted(sweep_dir: Path, live: set[str]) -> None:
             shutil.rmtree(directory)
 
 
-def _store_path(config: Config) -> Path:
-    return store_root(config.activations, Path(config.out)) / store_name(config.activations)
-
-
 def _submit_harvests(sweep_dir: Path, runs: Sequence[Run], submitted: list[Submitted]) -> dict[Path, str]:
     """A job for every store that is not there yet; job ids by store. Jobs of cells wait for theirs."""
     ids: dict[Path, str] = {}
-    stores = {_store_path(run.config): run.config for run in runs if run.config.activations.kind != "synthetic"}
+    harvested = [run.config for run in runs if run.config.activations.kind != "synthetic"]
+    stores = {store_path(config.activations, Path(config.out)): config for config in harvested}
     for store, config in stores.items():
-        if (store / "manifest.json").is_file():
+        if is_complete(store):
             continue
         for failure in arrays_root(sweep_dir).glob("*/failed.txt"):
             failure.unlink()  # it is tried again

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.activations.identity import store_name, store_root
+from harness.activations.identity import is_complete, store_path
 from harness.config import Config, from_container
 from harness.jobs import rundir
 from harness.jobs.attempt import END_TIME, write_ended
@@ -56,22 +56,19 @@ def begin(directory: Path, index: int) -> str:
     """Make what the ranks need, and return what the script has to know as lines of shell."""
     if is_harvest(directory):
         home, config = directory, rundir.read_config(directory)
-        todo = not _store(config).joinpath("manifest.json").is_file()
+        todo = not is_complete(store_path(config.activations, Path(config.out)))
     else:
         job = job_at(directory, index)
         run_dirs = freeze_job(job)
         home, config = job.home, job.config
         todo = any(rundir.read_result(run_dir) is None for run_dir in run_dirs)
-    settings = {"JOB": str(home) if todo else "", "STORE": str(_store(config)), BEGUN: str(rundir.attempts(home))}
+    store = store_path(config.activations, Path(config.out))
+    settings = {"JOB": str(home) if todo else "", "STORE": str(store), BEGUN: str(rundir.attempts(home))}
     settings |= _meeting_point(config)
     _, ends = client.state(os.environ["SLURM_JOB_ID"])
     if ends is not None:
         settings[END_TIME] = str(ends)
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items())
-
-
-def _store(config: Config) -> Path:
-    return store_root(config.activations, Path(config.out)) / store_name(config.activations)
 
 
 def _meeting_point(config: Config) -> dict[str, str]:
@@ -92,7 +89,7 @@ def end(directory: Path, index: int, exit_code: int) -> int:
     """
     if is_harvest(directory):
         home, config = directory, rundir.read_config(directory)
-        unfinished = [] if _store(config).joinpath("manifest.json").is_file() else [directory]
+        unfinished = [] if is_complete(store_path(config.activations, Path(config.out))) else [directory]
     else:
         job = job_at(directory, index)
         home, config = job.home, job.config
