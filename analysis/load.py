@@ -193,12 +193,11 @@ def _learning_rate(frame: Frame) -> None:
 
 
 def varied(table: RunTable) -> list[str]:
-    """Configuration keys, beyond those a grid is made of, in which the usable runs differ."""
-    names = []
-    for column in table.frame.columns:
-        if "." in column and column not in CELL_KEYS and table.frame[column].astype(str).nunique() > 1:
-            names.append(column)
-    return names
+    """Configuration keys, beyond those a grid is made of, in which usable runs of one architecture differ."""
+    frame = table.frame
+    keys = [column for column in frame.columns if "." in column and column not in CELL_KEYS]
+    kind = frame["sae"] if "sae" in frame else pd.Series("", index=frame.index)
+    return [key for key in keys if frame[key].astype(str).groupby(kind).nunique().gt(1).any()]
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

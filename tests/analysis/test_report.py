@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,6 +12,8 @@ from analysis.report import summary_table, write_report
 from harness.errors import UserError
 from tests.analysis.generate import MINILM_LIKE, sae_nk, write_run, write_sweep
 from tests.analysis.test_plan import degenerate_runs
+
+RECORDED = Path(__file__).parent / "data" / "recorded_quick"
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +105,16 @@ def test_study_yaml_is_read(tmp_path):
     (tmp_path / "study.yaml").write_text("title: Widths, converged\nquestion: how wide?\nlaw: power_floor\n")
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<h1>Widths, converged</h1>" in page and "how wide?" in page
+
+
+def test_a_setting_of_switch_alone_makes_no_mixed_population(tmp_path):
+    sweep = shutil.copytree(RECORDED, tmp_path / "quick")
+    assert "mixed_population" not in write_report(sweep).read_text(encoding="utf-8")
+    path = next(sweep.glob("switch-*/result.json"))
+    result = json.loads(path.read_text())
+    result["config"]["sae"]["balance_weight"] *= 2
+    path.write_text(json.dumps(result))
+    assert "the runs also differ in sae.balance_weight" in write_report(sweep).read_text(encoding="utf-8")
 
 
 def test_names_from_files_are_escaped(tmp_path):
