@@ -11,7 +11,7 @@ ALLOWED = {
     "harness/config.py": set(),
     "harness/budget.py": {"harness.config"},
     "harness/ops": {"harness.ops", "harness.budget"},
-    "harness/parallel": {"harness.parallel"},
+    "harness/parallel": {"harness.parallel", "harness.errors"},
     "harness/saes": {"harness.saes", "harness.ops", "harness.parallel", "harness.config", "harness.budget"},
     "harness/record": {"harness.record", "harness.parallel", "harness.config", "harness.errors"},
     "harness/activations": {

@@ -16,8 +16,8 @@ from harness.activations.text import file_digest, text_files
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 
-RECIPE_VERSION = 1
-"""Raise it when the same settings would give other rows (another order, another cut)."""
+RECIPE_VERSION, SYNTHETIC_VERSION = 1, 2
+"""Raise them when the same settings would give other rows (another order, another cut): of a language model, drawn."""
 TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model")
 
 
@@ -66,7 +66,8 @@ def _recipe(settings: str) -> str:
     from harness.config import SyntheticConfig
 
     cfg = ActivationsConfig(**{**container, "synthetic": SyntheticConfig(**container["synthetic"])})
-    common = {"version": RECIPE_VERSION, "kind": cfg.kind, "seed": cfg.seed, "dtype": cfg.dtype}
+    version = SYNTHETIC_VERSION if cfg.kind == "synthetic" else RECIPE_VERSION
+    common = {"version": version, "kind": cfg.kind, "seed": cfg.seed, "dtype": cfg.dtype}
     if cfg.kind == "synthetic":
         rows = {"heldout_tokens": round(cfg.heldout_tokens)}
         return json.dumps({**common, **rows, "synthetic": container["synthetic"]})

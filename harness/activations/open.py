@@ -23,6 +23,7 @@ from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.parallel import Shards, Solo
 from harness.record.claim import Owner, claim
+from harness.record.memory import return_freed
 from harness.record.progress import Progress
 from harness.record.signals import StopFlag
 from harness.record.together import together
@@ -54,6 +55,7 @@ def open_source(
             if (explained := _explained(error, directory.parent)) is not None:
                 raise explained from error
             raise
+        return_freed()
     return Store(directory)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from harness.activations.assemble import layernorm_rows
@@ -75,6 +76,7 @@ class Synthetic:
         self._probability = zipf_probabilities(spec.n_features, spec.zipf_exponent, spec.active_features)
         features = _generator(cfg.seed, "features", 0).standard_normal((spec.n_features, spec.d_model))
         self._features = features / np.linalg.norm(features, axis=1, keepdims=True)
+        self._probability32, self._features32 = self._probability.astype(np.float32), self._features.astype(np.float32)
         p = self._probability
         self._signal_variance = float(MAGNITUDE_SECOND_MOMENT * p.sum() - np.square(p).sum())
         self._sigma = spec.noise * math.sqrt(self._signal_variance / spec.d_model)
@@ -119,12 +121,14 @@ class Synthetic:
 
     def _block(self, purpose: str, seed: int, number: int) -> Float[Tensor, "rows d"]:
         random = _generator(self._seed, (purpose, seed), number)
-        on = random.random((BLOCK_ROWS, len(self._probability)), np.float32) < self._probability.astype(np.float32)
-        row, feature = np.nonzero(on)
-        codes = np.zeros(on.shape, np.float32)
-        codes[row, feature] = random.random(len(row), np.float32) + np.float32(0.5)
-        noise = random.standard_normal((BLOCK_ROWS, self.d_model), np.float32) * np.float32(self._sigma)
-        return torch.from_numpy(codes @ self._features.astype(np.float32) + noise).to(self._dtype)
+        on = random.random((BLOCK_ROWS, len(self._probability)), np.float32) < self._probability32
+        ends = np.cumsum(np.count_nonzero(on, axis=1))
+        magnitudes = random.random(ends[-1], np.float32) + np.float32(0.5)
+        codes = csr_array((magnitudes, np.nonzero(on)[1], np.concatenate([[0], ends])), on.shape)
+        # sparse: added in the order of the features, whatever BLAS and however many threads a machine has
+        rows = codes @ self._features32
+        rows += random.standard_normal(rows.shape, np.float32) * np.float32(self._sigma)
+        return torch.from_numpy(rows).to(self._dtype)
 
 
 def _generator(seed: int, purpose: object, counter: int) -> np.random.Generator:

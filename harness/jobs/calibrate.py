@@ -70,6 +70,8 @@ class Calibration:
     dead_steps: dict[tuple[Any, ...], list[Timed]] = field(default_factory=dict)
     """The same with `DEAD_SHARES` of the latents dead; FLOPs as without."""
     evaluations: dict[tuple[Any, ...], list[Timed]] = field(default_factory=dict)
+    draws: dict[str, float] = field(default_factory=dict)
+    """Seconds to draw a row of synthetic activations, by store."""
 
     def facts(self) -> dict[str, Any]:
         """For the record."""
@@ -79,7 +81,7 @@ class Calibration:
             name: [{"kind": list(kind), **point._asdict()} for kind, points in by_kind.items() for point in points]
             for name, by_kind in measured.items()
         }
-        return {**words, "start_s": self.start_s, **points}
+        return {**words, "start_s": self.start_s, "draws": self.draws, **points}
 
 
 def ranks_of(config: Config) -> int:
@@ -169,7 +171,7 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
 def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     """Fill in `calibration` and return what was measured, in words."""
     from harness.record.memory import reset_peak
-    from harness.train.speed import measure_speed, measure_start
+    from harness.train.speed import measure_draw, measure_speed, measure_start
 
     load = os.getloadavg()[0]
     shapes = probes(runs)
@@ -187,6 +189,10 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
         calibration.dead_steps.setdefault(kind, []).append(Timed(flops, speed.dead_step_s))
         looked = Timed(evaluation_flops(config, d_model), speed.evaluation_s)
         calibration.evaluations.setdefault(kind, []).append(looked)
+    drawn = {run.store.id: run.config for run in runs if run.config.activations.kind == "synthetic"}
+    for store, config in drawn.items():
+        enough = calibration.draws and time.perf_counter() > late
+        calibration.draws[store] = max(calibration.draws.values()) if enough else measure_draw(config, seconds)
     for by_kind in (calibration.steps, calibration.dead_steps, calibration.evaluations):
         for points in by_kind.values():
             points.sort()

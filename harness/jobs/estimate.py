@@ -59,8 +59,9 @@ class Estimate:
     """Start, training, evaluations. With `train.until=convergence`: at most."""
     train_s: float | None = None
     """The part of `seconds` that the record counts as `wall_s`: steps and evaluations."""
-    start_s: float = 0.0
-    """The part of `seconds` that a job pays once, however many runs it has."""
+    once_s: float = 0.0
+    """The part of `seconds` that a job pays once, however many runs it has: processes that start, a stream that is
+    drawn."""
     memory_bytes: int | None = None
     """Peak of one rank: of the GPU where it runs on one, else of the process."""
     shared_bytes: int = 0
@@ -93,7 +94,7 @@ class Estimates:
         parts = [self.of(run) for run in job.runs]
         if any(part.seconds is None for part in parts):
             return None
-        return max(part.start_s for part in parts) + sum((part.seconds or 0.0) - part.start_s for part in parts)
+        return max(part.once_s for part in parts) + sum((part.seconds or 0.0) - part.once_s for part in parts)
 
     def job_memory(self, job: Job) -> int | None:
         """Peak of one rank of the job: every run's own, and once what they use in turn."""
@@ -118,6 +119,12 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
     per_token = budget.flops_per_token(config.sae, d_model, config.train.batch_tokens)
     start = _start_seconds(config)
     trained = _train_seconds(config, d_model, calibration)
+    # all shards of a replica draw the same rows
+    draw_s = calibration.draws.get(run.store.id, 0.0) * config.mesh.shard / _at_once(config)
+    drawn = tokens * draw_s
+    if trained is not None:
+        trained += drawn + _evaluated_rows(config, d_model) * draw_s
+    begin = RUN_START_S + calibration.start_s + sample_rows(config) * draw_s
     memory = budget.memory_bytes(config, d_model)
     checkpoint = budget.checkpoint_bytes(config, d_model)
     own, shared = memory["weights"] + memory["counters"], memory["step"]
@@ -129,9 +136,9 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
         tokens=tokens,
         params=budget.params(config.sae, d_model),
         flops={part: flops * tokens for part, flops in per_token.items()},
-        seconds=None if trained is None else start + RUN_START_S + calibration.start_s + trained,
+        seconds=None if trained is None else start + begin + trained,
         train_s=trained,
-        start_s=start,
+        once_s=start + drawn,
         memory_bytes=own + shared,
         shared_bytes=shared,
         checkpoint_bytes=checkpoint,
@@ -162,10 +169,8 @@ def _start_seconds(config: Config) -> float:
 
 
 def _train_seconds(config: Config, d_model: int, calibration: Calibration) -> float | None:
-    """Steps and evaluations of a run."""
+    """Steps and evaluations of a run, its rows at hand."""
     steps = budget.total_steps(config, d_model)
-    heldout = round(config.activations.heldout_tokens)
-    looks = len(evaluation_steps(config, steps)) * min(config.train.eval_rows, heldout) + heldout
     if config.cluster.gpu_type:
         gpu = find_gpu(config.cluster.gpu_type)
         step_s = None if gpu is None else step_seconds(gpu, config, d_model)
@@ -182,7 +187,13 @@ def _train_seconds(config: Config, d_model: int, calibration: Calibration) -> fl
         step_s = ((1 - dead) * interpolate(points, flops) + dead * dead_step_s) / at_once
         batch_s = interpolate(calibration.evaluations[kind_of(config)], evaluation_flops(config, d_model))
         row_s = batch_s / config.train.batch_tokens / at_once
-    return steps * step_s + looks * row_s
+    return steps * step_s + _evaluated_rows(config, d_model) * row_s
+
+
+def _evaluated_rows(config: Config, d_model: int) -> int:
+    heldout = round(config.activations.heldout_tokens)
+    looks = len(evaluation_steps(config, budget.total_steps(config, d_model)))
+    return looks * min(config.train.eval_rows, heldout) + heldout
 
 
 def _at_once(config: Config) -> int:

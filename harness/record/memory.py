@@ -1,7 +1,9 @@
-"""Peak memory of this process."""
+"""Memory of this process."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 from contextlib import suppress
@@ -18,3 +20,11 @@ def reset_peak() -> None:
     """Let `peak_bytes` count from now on; only Linux can (proc(5), clear_refs), elsewhere nothing happens."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def return_freed() -> None:
+    """Hand what is freed back to the system: after a large piece of work that is not repeated. glibc only."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.activations import ActivationSource, Statistics, Stream
+from harness.activations.synthetic import Synthetic
 from harness.config import Config
 from harness.ops import choose_ops
 from harness.parallel import Solo
@@ -113,7 +115,15 @@ def measure_start(config: Config, d_model: int, sample_rows: int) -> float:
     return time.perf_counter() - begin
 
 
-def _least_s(action: Callable[[], None], seconds: float, device: torch.device) -> float:
+def measure_draw(config: Config, seconds: float) -> float:
+    """Seconds that this machine needs for a row of the synthetic activations of `config`."""
+    rows = config.train.batch_tokens
+    with Synthetic(config.activations, "").stream(0, rows, torch.device("cpu")) as stream:
+        steps = itertools.count()
+        return _least_s(lambda: stream.batch(next(steps)), seconds, torch.device("cpu")) / rows
+
+
+def _least_s(action: Callable[[], object], seconds: float, device: torch.device) -> float:
     def timed() -> float:
         begin = time.perf_counter()
         action()

@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,20 @@ def test_noise_is_relative_to_the_signal() -> None:
     variances = [made.statistics(layernorm=False).variance for made in (quiet, loud)]
     assert variances[1] == pytest.approx(1.25 * variances[0])
     assert float((rows(loud, 256) - rows(quiet, 256)).var()) == pytest.approx(0.25 * variances[0] / 64, rel=0.05)
+
+
+def test_rows_do_not_depend_on_the_threads_of_a_machine() -> None:
+    program = """
+from hashlib import sha256
+from tests.activations.test_synthetic import rows, source
+print(sha256(rows(source(d_model=256, n_features=1024, active_features=16), 512).numpy().tobytes()).hexdigest())
+"""
+    command = [sys.executable, "-c", program]
+    one, two = (
+        subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=True).stdout
+        for threads in ({"OPENBLAS_NUM_THREADS": n, "OMP_NUM_THREADS": n} for n in "12")
+    )
+    assert one == two and len(one.strip()) == 64
 
 
 def test_rows_are_sparse_sums_of_the_dictionary() -> None:

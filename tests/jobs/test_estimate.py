@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness import budget
+from harness.activations.source import SAMPLE_ROWS
 from harness.jobs import calibrate
 from harness.jobs import estimate as module
 from harness.jobs.calibrate import Timed, interpolate, probes
@@ -51,19 +52,22 @@ def test_a_step_too_large_for_a_calibration_is_cut_down(tmp_path: Path) -> None:
 
 @pytest.fixture
 def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that needs 1 ms for a step, 2 ms with dead latents, 0.5 ms for an evaluated batch, of any size."""
+    """A machine that needs 1 ms for a step, 2 ms with dead latents, 0.5 ms for an evaluated batch, of any size, and
+    10 µs to draw a row."""
     monkeypatch.setattr(speed, "measure_speed", lambda *_: speed.Speed(1e-3, 2e-3, 5e-4))
     monkeypatch.setattr(speed, "measure_start", lambda *_: 0.25)
+    monkeypatch.setattr(speed, "measure_draw", lambda *_: 1e-5)
 
 
 @pytest.mark.usefixtures("fixed_speed")
 def test_steps_evaluations_and_start_are_counted(tmp_path: Path) -> None:
     run = a_run(tmp_path, a_config(train__eval_points=2, activations__heldout_tokens=640))
     known = estimate([run]).of(run)
-    looks = (2 * 512 + 640) / 64  # batches: twice the first 512 held-out rows, all 640 at the end
+    looks = 2 * 512 + 640  # twice the first 512 held-out rows, all 640 at the end
     # nothing can be dead in the first 2,000 of 6,400 tokens; a step takes 2 ms when something is
-    assert known.train_s == pytest.approx(100 * (1e-3 * 2000 / 6400 + 2e-3 * 4400 / 6400) + looks * 5e-4)
-    assert known.seconds == pytest.approx((known.train_s or 0) + 0.25 + module.RUN_START_S)
+    computed = 100 * (1e-3 * 2000 / 6400 + 2e-3 * 4400 / 6400) + looks / 64 * 5e-4
+    assert known.train_s == pytest.approx(computed + (6400 + looks) * 1e-5)
+    assert known.seconds == pytest.approx((known.train_s or 0) + 0.25 + module.RUN_START_S + SAMPLE_ROWS * 1e-5)
     assert known.tokens == 6400
     assert sum(known.flops.values()) == pytest.approx(run.flops)
 
@@ -107,12 +111,12 @@ def test_an_unknown_width_leaves_everything_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fixed_speed")
-def test_a_pack_starts_once_and_steps_in_turn(tmp_path: Path) -> None:
+def test_a_pack_starts_and_draws_once_and_steps_in_turn(tmp_path: Path) -> None:
     runs = [a_run(tmp_path, a_config(cluster={"name": "slurm", "gpus_per_task": 0}), str(i)) for i in range(3)]
     known = estimate(runs)
     alone, three = known.job_seconds(job_of(runs[:1])), known.job_seconds(job_of(runs))
     assert alone is not None and three is not None
-    assert three == pytest.approx(3 * alone - 2 * module.PROCESS_START_S)
+    assert three == pytest.approx(3 * alone - 2 * (module.PROCESS_START_S + 6400 * 1e-5))
     one, all_ = known.job_memory(job_of(runs[:1])), known.job_memory(job_of(runs))
     assert one is not None and all_ is not None
     assert one < all_ < 1.1 * one, "the process and a step's memory are there once"
@@ -166,7 +170,8 @@ def test_an_unknown_gpu_leaves_times_open_and_says_which_are_known(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("fixed_speed")
-def test_a_mesh_on_a_cluster_shares_work_and_weights(tmp_path: Path) -> None:
+def test_a_mesh_on_a_cluster_shares_work_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "measure_draw", lambda *_: 0.0)  # which shards do not share
     cluster = {"name": "slurm", "gpus_per_task": 0}
     one = a_run(tmp_path, a_config(sae__n_latents=4096, cluster=cluster), "one")
     four = a_run(tmp_path, a_config(sae__n_latents=4096, cluster=cluster, mesh={"shard": 4}), "four")

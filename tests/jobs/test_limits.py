@@ -40,6 +40,7 @@ def test_memory_sizes_as_slurm_reads_them(text: str, size: int) -> None:
 def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "measure_speed", lambda *_: speed.Speed(1e-3, 2e-3, 5e-4))
     monkeypatch.setattr(speed, "measure_start", lambda *_: 0.25)
+    monkeypatch.setattr(speed, "measure_draw", lambda *_: 0.0)
 
 
 def plan(runs: Sequence[Run]) -> tuple[list, Estimates]:
