@@ -150,6 +150,11 @@ def test_planned_beside_real(sweep: Sweep) -> None:
     sweep.plan("b", 10.0)
     rows = sweep.rows()
     assert rows["b"]["took_s"] == 10.0, "of the time of a pack, its share"
+    pack = sweep.directory / "_packs" / "2-abc" / "pack.json"
+    pack.parent.mkdir(parents=True)
+    write_json_atomic(pack, {"runs": ["d", "e"]})
+    sweep.add("d", metrics=[{"tokens": 100, "wall_s": 8.0}])
+    assert sweep.rows()["d"]["took_s"] == 4.0, "before it has ended too"
     shown = status.text(list(rows.values()))
     assert "2 done: planned 20s, took 30s (per run 1.50 of the plan, 1.00 to 2.00)" in shown
     assert "memory: planned at most 1GB, took at most 1.5GB (per run 1.00 of the plan, 0.50 to 1.50)" in shown

@@ -114,10 +114,17 @@ def cores() -> int:
     return torch.get_num_threads()
 
 
+def threads_of(config: Config) -> int:
+    """CPU threads that the run will have, as far as this machine can try: 0 leaves the choice to torch."""
+    if config.train.threads or config.cluster.name != "slurm" or on_gpu(config):
+        return config.train.threads
+    return min(config.cluster.cpus_per_task, os.cpu_count() or 1)
+
+
 def kind_of(config: Config) -> tuple[Any, ...]:
     """Cells of one kind differ in size only."""
     train = config.train
-    return (config.sae.architecture, train.precision, train.device, train.threads, config.ops)
+    return (config.sae.architecture, train.precision, train.device, threads_of(config), config.ops)
 
 
 def step_flops(config: Config, d_model: int) -> float:
@@ -199,7 +206,7 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     calibration.process_bytes = psutil.Process().memory_info().rss
     reset_peak()
     about, threads = machine(), first.train.threads or cores()
-    processor = about["gpus"][0] if on_gpu(first) else f"{about['cpu']}, {threads} threads"
+    processor = about["gpus"][0] if on_gpu(first) else f"{about['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
     others = f" (busy with other work: load {load:.1f})" if load > 0.5 * (os.cpu_count() or 1) else ""
     timed = sum(map(len, calibration.steps.values()))
     return f"{timed} shape{'s' if timed > 1 else ''} timed on {processor}{others}"
@@ -230,8 +237,9 @@ def probes(runs: Iterable[Run]) -> list[tuple[Config, int]]:
 
 
 def _smaller(config: Config, d_model: int) -> Config:
-    """One process, and a step of at most `MOST_STEP_FLOPS`."""
-    config = dataclasses.replace(config, mesh=MeshConfig())
+    """One process with the threads that it will have, and a step of at most `MOST_STEP_FLOPS`."""
+    train = dataclasses.replace(config.train, threads=threads_of(config))
+    config = dataclasses.replace(config, mesh=MeshConfig(), train=train)
     while step_flops(config, d_model) > MOST_STEP_FLOPS:
         sae, train = config.sae, config.train
         if train.batch_tokens >= 2 * LEAST_BATCH:

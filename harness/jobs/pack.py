@@ -114,6 +114,13 @@ def begun_packs(sweep_dir: Path) -> Iterator[tuple[Path, list[str]]]:
             yield path.parent, _members(path.parent)
 
 
+def pack_sizes(sweep_dir: Path) -> dict[str, int]:
+    """Of each run that was ever put into a pack, how many runs the newest one has."""
+    packs = sorted(packs_root(sweep_dir).glob("*/pack.json"), key=lambda path: path.stat().st_mtime)
+    members = [_members(path.parent) for path in packs]
+    return {run_id: len(names) for names in members for run_id in names}
+
+
 def begun_alone(run_dir: Path) -> bool:
     """Whether a run has saved something by itself: then it is where no other is, and stays alone."""
     return any((run_dir / "checkpoints").glob("step-*"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.jobs.pack import packs_root
+from harness.jobs.pack import pack_sizes, packs_root
 from harness.jobs.planfile import read_plan
 from harness.jobs.rundir import attempts, read_config
 from harness.jobs.state import RunState, newest_metrics, state_of
@@ -38,12 +38,12 @@ def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row
     names = list(dict.fromkeys([*_asked_for(sweep_dir), *sorted(found)]))
     if not names:
         raise UserError(f"{sweep_dir} holds no runs")
-    planned = read_plan(sweep_dir)["runs"]
+    planned, packed = read_plan(sweep_dir)["runs"], pack_sizes(sweep_dir)
     rows = []
     for name in names:
         row = (final or {}).get(name)
         if row is None:
-            row = _row(sweep_dir / name, planned.get(name, {}), found)
+            row = _row(sweep_dir / name, planned.get(name, {}), found, packed.get(name, 1))
             if final is not None and row["status"] in ("done", "diverged"):
                 final[name] = row
         rows.append(row)
@@ -60,11 +60,11 @@ def _asked_for(sweep_dir: Path) -> list[str]:
         raise UserError(f"{path} is damaged ({error}); launching the sweep again writes a new one") from error
 
 
-def _row(run_dir: Path, planned: Mapping[str, Any], found: set[str]) -> Row:
+def _row(run_dir: Path, planned: Mapping[str, Any], found: set[str], packed: int) -> Row:
     state = state_of(run_dir) if run_dir.name in found else RunState(run_dir.name, "pending", None)
     known = state.result if state.result is not None else _live(run_dir, state, planned.get("tokens"))
     number = attempts(run_dir) if run_dir.name in found else 0
-    together = known.get("trained_together") or 1
+    together = known.get("trained_together") or packed
     took_s = known.get("wall_s")
     row = {
         "run_id": run_dir.name,

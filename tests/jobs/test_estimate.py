@@ -88,6 +88,14 @@ def test_the_number_of_threads_is_left_as_it_was(tmp_path: Path) -> None:
     assert torch.get_num_threads() == before
 
 
+def test_steps_are_timed_with_the_threads_that_a_job_will_have(tmp_path: Path) -> None:
+    on_cluster = a_config(cluster={"name": "slurm", "gpus_per_task": 0, "cpus_per_task": 1})
+    ((timed, _),) = probes([a_run(tmp_path, on_cluster)])
+    assert timed.train.threads == 1 and calibrate.kind_of(timed) == calibrate.kind_of(on_cluster)
+    ((timed, _),) = probes([a_run(tmp_path, a_config())])
+    assert timed.train.threads == 0, "torch's own choice"
+
+
 def test_runs_that_have_ended_need_no_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def must_not(*_: object) -> None:
         raise AssertionError("timed a step for nothing")
