@@ -17,8 +17,9 @@ from analysis.convergence import REGIMES, convergence_table
 from analysis.fit import fit
 from analysis.laws import LAWS
 from analysis.load import load
-from analysis.result import FitResult, Status
+from analysis.result import FitResult
 from analysis.table import ROLES, RunTable
+from analysis.words import left_out, refuse
 from harness.errors import UserError
 
 
@@ -132,6 +133,8 @@ def table_from(args: argparse.Namespace) -> RunTable:
         if not mark:
             raise UserError(f"--where {condition!r} is not COLUMN=VALUE")
         table = table.where("", **{column: value})
+    if args.drop_largest_loss < 0:
+        raise UserError(f"--drop-largest-loss {args.drop_largest_loss} must not be negative")
     if args.drop_largest_loss:
         loss = table.values("loss")
         if args.drop_largest_loss >= len(loss):
@@ -166,13 +169,10 @@ def _fit(args: argparse.Namespace) -> int:
     result = fit_from(args, table)
     if args.out is not None:
         result.to_json(args.out)
-    if _refuse(result, table):
+    if refuse(result, table):
         return 1
     print(result.summary())
-    if len(table.excluded):
-        print(f"left out: {len(table.excluded)} run(s)")
-        for reason, count in table.excluded["reason"].value_counts().items():
-            print(f"  {count} × {reason}")
+    print("".join(f"{line}\n" for line in left_out(table)), end="")
     print(f"written: {args.out}" if args.out else json.dumps(result.as_dict()["params"]))
     return 0
 
@@ -188,7 +188,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     table = table_from(args)
     result = fit_from(args, table)
-    return _refuse(result, table) or run_predict(args, result)
+    return refuse(result, table) or run_predict(args, result)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -198,7 +198,7 @@ def _plan(args: argparse.Namespace) -> int:
         raise UserError(f"--budget {args.budget} must be a positive number of FLOPs")
     table = table_from(args)
     result = fit_from(args, table)
-    return _refuse(result, table) or run_plan(args, table, result)
+    return refuse(result, table) or run_plan(args, table, result)
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -209,17 +209,7 @@ def _ask(args: argparse.Namespace) -> int:
             args.k, args.at_k = None, float(args.k)
     table = table_from(args)
     result = fit_from(args, table)
-    return _refuse(result, table) or run_ask(args, table, result)
-
-
-def _refuse(result: FitResult, table: RunTable) -> int:
-    """1, with the reasons on stderr, when a fit was not possible; else 0."""
-    if result.status is not Status.FAILED:
-        return 0
-    print(f"no fit of {result.law.name} to {table.name}:", file=sys.stderr)
-    for entry in result.notes:
-        print(f"  {entry}", file=sys.stderr)
-    return 1
+    return refuse(result, table) or run_ask(args, table, result)
 
 
 def _report(args: argparse.Namespace) -> int:

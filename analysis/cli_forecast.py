@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from analysis.laws import LAWS
 from analysis.plan import cost_of, need, plan
 from analysis.result import FitResult
 from analysis.table import RunTable
-from analysis.words import interval, number
+from analysis.words import interval, number, refuse
 from harness.errors import UserError
 from harness.record.files import write_text_atomic
 
@@ -39,7 +40,11 @@ def run_compare(args: argparse.Namespace, table: RunTable) -> int:
     for name in names:
         if name not in LAWS:
             raise UserError(f"law {name!r} is not known; choose from: {', '.join(LAWS)}")
-    frame = compare([fit(table, name, ci="wald", weights=args.weights, starts=args.starts) for name in names])
+    fits = [fit(table, name, ci="wald", weights=args.weights, starts=args.starts) for name in names]
+    refused = [refuse(result, table) for result in fits]
+    if all(refused):
+        return 1
+    frame = compare(fits)
     print(frame.to_string(index=False, float_format=lambda value: f"{value:.5g}"))
     return 0
 
@@ -54,6 +59,9 @@ def run_predict(args: argparse.Namespace, result: FitResult) -> int:
     print(band.to_string(index=False, float_format=lambda value: f"{value:.6g}"))
     for entry in [*result.band_notes(band), *result.extrapolation_notes(inputs)]:
         print(entry)
+    if not np.isfinite(band["value"]).all():
+        print("error: the law has no finite value there, too far from the runs; choose nearer points", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -81,7 +89,8 @@ def run_plan(args: argparse.Namespace, table: RunTable, result: FitResult) -> in
         write_text_atomic(Path(args.out), text)
         print(f"written: {args.out}")
     elif len(args.source) == 1 and sweep.is_dir():
-        print("\n".join(found.make_lines(read_study(sweep).name, sweep, first_seed)))
+        asked = read_study(sweep)
+        print("\n".join(found.commands(sweep, asked.source, asked.overrides, first_seed)))
     else:
         print(text, end="")
     return 0

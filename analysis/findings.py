@@ -41,6 +41,10 @@ class Study:
     law: str = "sae_nk"
     runs: tuple[str, ...] = ()
     """Every run that was asked for, started or not."""
+    source: str = ""
+    """The study of `sweeps/`, or its path, that the sweep came from; empty where it came from overrides alone."""
+    overrides: tuple[str, ...] = ()
+    """What the command line changed."""
 
 
 @dataclass
@@ -155,6 +159,8 @@ def read_study(directory: Path) -> Study:
             question=said.get("question", ""),
             law=get(said.get("law", "sae_nk")).name,
             runs=tuple(map(str, content.get("runs") or ())),
+            source=str(content.get("study", said.get("name", ""))),
+            overrides=tuple(map(str, content.get("overrides") or ())) if name.endswith("json") else (),
         )
     return Study(directory.name, f"Sweep {directory.resolve().name}")
 

@@ -67,7 +67,7 @@ def fit(
     a request that makes no sense.
     """
     chosen = get(law) if isinstance(law, str) else law
-    _check_request(space, robust, weights, ci, level, starts, regime)
+    _check_request(space, robust, delta, weights, ci, level, starts, regime)
     table = first_population(table, chosen)
     if not follows_tokens(chosen, table):
         table = one_regime(table, regime, lambda part: not errors(check_table(part, chosen)))
@@ -123,7 +123,7 @@ def errors(notes: list[Note]) -> bool:
 
 
 def _check_request(
-    space: str, robust: str | None, weights: str, ci: str, level: float, starts: int, regime: str
+    space: str, robust: str | None, delta: float, weights: str, ci: str, level: float, starts: int, regime: str
 ) -> None:
     for name, value, allowed in (
         ("space", space, ("log", "linear")),
@@ -134,6 +134,8 @@ def _check_request(
     ):
         if value not in allowed:
             raise UserError(f"{name}={value!r} is not known; choose one of: {', '.join(map(str, allowed))}")
+    if not 0 < delta < np.inf:
+        raise UserError(f"delta={delta:g} of the Huber loss must be positive and finite")
     if not 0.5 <= level < 1:
         raise UserError(f"level={level} must lie between 0.5 and 1")
     if starts < 1:

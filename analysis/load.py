@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from analysis.frames import Frame, pd
-from analysis.table import SWEEP_ROLES, RunTable
+from analysis.table import ROLES, SWEEP_ROLES, RunTable
 from harness.errors import UserError
 
 UNITS = {
@@ -239,8 +239,9 @@ def _read_file(path: Path) -> Frame:
 def _with_roles(
     frame: Frame, roles: Mapping[str, str] | None, name: str, units: Mapping[str, str] | None = None
 ) -> RunTable:
-    """Named roles, then the default ones whose column happens to exist."""
-    chosen = {role: column for role, column in SWEEP_ROLES.items() if column in frame.columns}
+    """Named roles, then the default ones whose column happens to exist, or a column that is called like the role."""
+    called = {role: role for role in ROLES if role in frame.columns}
+    chosen = called | {role: column for role, column in SWEEP_ROLES.items() if column in frame.columns}
     taken = set((roles or {}).values())
     chosen = {role: column for role, column in chosen.items() if column not in taken}
     chosen |= roles or {}

@@ -22,9 +22,9 @@ def read_group(path: str, api: Any = None) -> tuple[Frame, list[Any], dict[str, 
     parts = path.strip("/").split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise UserError(f"wandb:{path} is not wandb:entity/project/group")
-    api = _api() if api is None else api
     filters = {"group": parts[2]} if len(parts) == 3 else {}
     try:
+        api = _api() if api is None else api
         runs = list(api.runs("/".join(parts[:2]), filters=filters))
     except Exception as problem:  # wandb raises its own, requests' and ValueErrors; all mean the same to the user
         text = (str(problem) or type(problem).__name__).splitlines()[0]

@@ -44,6 +44,15 @@ POWERS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Greedy choice by fall per price^power; the best of the resulting plans is taken."""
 
 
+LARGEST_LOG = 700.0
+"""Of a number that double precision holds."""
+
+PLANNED_KEYS = {
+    *("sae", "sae.architecture", "sae.n_latents", "sae.k", "sae.n_experts", "train.seed", "sweep", "out"),
+}
+"""Overrides of a sweep that a plan replaces by its own."""
+
+
 @dataclass
 class Plan:
     """Cells to run and what they are worth."""
@@ -56,14 +65,25 @@ class Plan:
     """The same with the planned runs, were they to confirm the law."""
     flops: float
 
-    def make_lines(self, study: str, sweep: Path, first_seed: int) -> list[str]:
-        """`make sweep` commands that run the plan with a study's settings, into the sweep that it came from."""
+    def commands(self, sweep: Path, study: str, overrides: Sequence[str], first_seed: int) -> list[str]:
+        """Commands that run the plan into the sweep that it came from, with its settings: `make sweep` for one that
+        came from a study, else `python -m harness.launch`. `overrides` are those that the sweep was asked for with."""
+        kept = [text for text in overrides if text.partition("=")[0].lstrip("+~") not in PLANNED_KEYS]
         lines = []
         for (k, seeds), cells in self.cells.groupby(["k", "seeds"]):
             widths = ",".join(f"{n:.0f}" for n in cells["n"])
             numbers = ",".join(str(first_seed + i) for i in range(int(seeds)))
-            where = f"STUDY={shlex.quote(study)} SWEEP={shlex.quote(sweep.name)} OUT={shlex.quote(str(sweep.parent))}"
-            lines.append(f"make sweep {where} ARCH=topk WIDTH={widths} K={k:.0f} SEEDS={numbers}")
+            if study:
+                words = {"STUDY": study, "SWEEP": sweep.name, "OUT": str(sweep.parent), "ARCH": "topk"}
+                words |= {"WIDTH": widths, "K": f"{k:.0f}", "SEEDS": numbers}
+                words |= {"ARGS": shlex.join(kept)} if kept else {}
+                # make expands dollars
+                line = [f"{name}={shlex.quote(text.replace('$', '$$'))}" for name, text in words.items()]
+                lines.append(" ".join(["make sweep", *line]))
+            else:
+                cell = ["sae=topk", f"sae.n_latents={widths}", f"sae.k={k:.0f}", f"train.seed={numbers}"]
+                where = [f"sweep={sweep.name}", f"out={sweep.parent}"]
+                lines.append(shlex.join(["python", "-m", "harness.launch", *kept, *cell, *where]))
         return lines
 
     def study(self, name: str, first_seed: int, overrides: Sequence[str] = ()) -> str:
@@ -111,6 +131,10 @@ def plan(
         raise UserError(f"planning needs a finished fit of a law in n and k with its runs; this one is {law.name}")
     if result.space != "log":
         raise UserError("planning counts relative errors: fit with space='log'")
+    at = float(result.log_value({name: [target[name]] for name in law.inputs})[0])
+    if not abs(at) < LARGEST_LOG:
+        said = " ".join(f"{name}={target[name]:g}" for name in law.inputs)
+        raise UserError(f"the law has no finite value at {said}, too far from the runs; choose a nearer target")
     cap = budget / 2 if cap is None else cap
     pairs = [(a, b) for a in n for b in k if b <= a and cost(a, b) <= min(cap, budget)]
     if not pairs:
@@ -130,7 +154,6 @@ def plan(
         {"n": pairs[i][0], "k": pairs[i][1], "seeds": int(counts[i]), "flops": float(counts[i] * price[i])}
         for i in np.flatnonzero(counts)
     ]
-    at = float(result.log_value({name: [target[name]] for name in law.inputs})[0])
     return Plan(
         pd.DataFrame(rows, columns=["n", "k", "seeds", "flops"]),
         _band(at, _typical(start, g, thetas[0] is result.theta), result.dof, result.level),
@@ -225,7 +248,7 @@ def _typical(cov: Array, g: Array, estimate_first: bool) -> float:
 
 def _band(at: float, variance: float, dof: int, level: float) -> tuple[float, float, float]:
     half = critical_t(dof, level) * (math.sqrt(variance) if variance > 0 else math.nan)
-    return math.exp(at), math.exp(max(at - half, -700.0)), math.exp(min(at + half, 700.0))
+    return math.exp(at), math.exp(max(at - half, -LARGEST_LOG)), math.exp(min(at + half, LARGEST_LOG))
 
 
 def cost_of(table: RunTable) -> Cost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -177,3 +178,21 @@ def _few(ks: Sequence[float]) -> list[float]:
 
 def _and(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def refuse(result: FitResult, table: RunTable) -> int:
+    """1, with the reasons on stderr, when a fit was not possible; else 0."""
+    if result.status is not Status.FAILED:
+        return 0
+    print(f"no fit of {result.law.name} to {table.name}:", file=sys.stderr)
+    for line in [*map(str, result.notes), *left_out(table)]:
+        print(f"  {line}", file=sys.stderr)
+    return 1
+
+
+def left_out(table: RunTable) -> list[str]:
+    """How many runs are not used and why, in lines; none when all are."""
+    if not len(table.excluded):
+        return []
+    counts = table.excluded["reason"].value_counts().items()
+    return [f"left out: {len(table.excluded)} run(s)", *(f"  {count} × {reason}" for reason, count in counts)]

@@ -119,6 +119,22 @@ class SyntheticConfig:
     noise: float = 0.05
     """Standard deviation of the Gaussian noise added to every coordinate, relative to the signal's."""
 
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_features"):
+            value = getattr(self, name)
+            _require(value >= 1, f"activations.synthetic.{name}={value} must be at least 1")
+        for name in ("zipf_exponent", "noise"):
+            value = getattr(self, name)
+            _require(
+                value >= 0 and math.isfinite(value),
+                f"activations.synthetic.{name}={value} must be finite and not negative",
+            )
+        _require(
+            0 < self.active_features <= self.n_features,
+            f"activations.synthetic.active_features={self.active_features} must be above 0 and at most "
+            f"n_features={self.n_features}",
+        )
+
 
 @dataclass
 class ActivationsConfig:
@@ -277,6 +293,11 @@ class TrainConfig:
         _require(
             self.tokens > 0 or self.flops > 0,
             "no budget: set train.tokens or train.flops (with train.until=convergence it is the cap)",
+        )
+        _require(
+            not 0 < self.tokens < self.batch_tokens,
+            f"train.tokens={self.tokens:g} is less than one step of train.batch_tokens={self.batch_tokens}; "
+            f"raise the one or lower the other",
         )
         for name in ("log_every_steps", "eval_rows", "dead_window_tokens"):
             value = getattr(self, name)

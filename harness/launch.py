@@ -41,11 +41,12 @@ class Request:
     only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Cells with other values at these keys are left out."""
 
-    def about(self) -> dict[str, str]:
-        """What a study says of itself."""
+    def about(self) -> dict[str, Any]:
+        """What a study says of itself, and what was asked for: enough to ask for more of the same."""
+        asked = {"study": "" if self.study is None else self.study.source, "overrides": list(self.overrides)}
         if self.study is None:
-            return {}
-        return {key: getattr(self.study, key) for key in ("name", "question", "title", "law")}
+            return asked
+        return asked | {key: getattr(self.study, key) for key in ("name", "question", "title", "law")}
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,21 @@ def cells_of(request: Request) -> list[grid.Cell]:
 
 
 def refuse_what_is_not_here(cells: Sequence[grid.Cell]) -> None:
-    """Raises `UserError` for cells that need a device that this machine does not have."""
+    """Raises `UserError` for cells that need a device or kernels that this machine does not have."""
     if any(cell.config.train.device == "cuda" and cell.config.cluster.name == "local" for cell in cells):
         import torch
 
         if not torch.cuda.is_available():
             raise UserError("train.device=cuda, but torch sees no GPU here; leave it at auto, or check the driver")
+    local = [cell.config for cell in cells if cell.config.cluster.name == "local"]
+    for name, device in {(config.ops, config.train.device) for config in local if config.ops != "auto"}:
+        from harness.ops import choose_ops
+        from harness.train.run import pick_device
+
+        try:
+            choose_ops(name, pick_device(device))
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 def prepare(request: Request, *, dry_run: bool) -> list[plan.Run]:
@@ -138,7 +148,7 @@ def _join(request: Request) -> Outcome:
     return Outcome(joined.lead(out, planned, all_done), sweep_dirs)
 
 
-def carry_out(runs: list[plan.Run], about: Mapping[str, str], *, dry_run: bool, wait: bool) -> Outcome:
+def carry_out(runs: list[plan.Run], about: Mapping[str, Any], *, dry_run: bool, wait: bool) -> Outcome:
     """Train runs that have their names, here or on a cluster; `about` describes the sweep, empty for a known one."""
     sweep_dirs = sweep_dirs_of(runs)
     estimates = estimate(runs)
@@ -175,7 +185,7 @@ def sweep_dirs_of(runs: Sequence[plan.Run]) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(run.run_dir.parent for run in runs))
 
 
-def _record(about: Mapping[str, str], runs: Sequence[plan.Run], estimates: Estimates) -> None:
+def _record(about: Mapping[str, Any], runs: Sequence[plan.Run], estimates: Estimates) -> None:
     """What was asked and what it is expected to cost, in every sweep's directory."""
     for directory in sweep_dirs_of(runs):
         make_writable(directory)
@@ -196,7 +206,7 @@ def make_writable(directory: Path) -> None:
         raise UserError(f"cannot write to {directory}: {error.strerror}; choose another out=DIR") from error
 
 
-def write_study(sweep_dir: Path, about: Mapping[str, str], runs: Sequence[plan.Run]) -> None:
+def write_study(sweep_dir: Path, about: Mapping[str, Any], runs: Sequence[plan.Run]) -> None:
     """`study.json` of a sweep: what is asked, and every run that was ever asked for in this directory."""
     path = sweep_dir / "study.json"
     earlier: dict[str, Any] = {"runs": []}
@@ -207,9 +217,10 @@ def write_study(sweep_dir: Path, about: Mapping[str, str], runs: Sequence[plan.R
         except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is damaged ({error}); remove it and run the same command again") from error
     unnamed = {"name": sweep_dir.name, "question": "", "title": sweep_dir.name, "law": "sae_nk"}
-    known = about or {key: earlier.get(key, value) for key, value in unnamed.items()}
+    unnamed |= {"study": "", "overrides": []}
+    known = {key: earlier.get(key, value) for key, value in unnamed.items()} | dict(about)
     names = list(dict.fromkeys([*earlier["runs"], *(run.run_id for run in runs)]))
-    write_json_atomic(path, {**unnamed, **known, "command": command_line(), "time": now(), "runs": names})
+    write_json_atomic(path, {**known, "command": command_line(), "time": now(), "runs": names})
 
 
 def say(line: str) -> None:

@@ -68,6 +68,8 @@ def test_a_local_launch_is_cancelled_and_goes_on_later(tmp_path: Path, capsys: p
     assert read_result(run_dir) is None and list((run_dir / "checkpoints").glob("step-*"))
     assert cancel.main([str(tmp_path / "t")]) == 0
     assert capsys.readouterr().out == "nothing of it waits or runs\n"
+    assert cancel.main([str(tmp_path / "t"), "topk-n1"]) == 2
+    assert "has no run topk-n1" in capsys.readouterr().err
 
 
 def test_cancelling_a_sweep_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

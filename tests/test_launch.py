@@ -43,6 +43,8 @@ WRONG = {
     "no budget": (["train.tokens=0"], "no budget"),
     "decay with convergence": (["train.until=convergence", "train.decay_fraction=0.1"], "constant learning rate"),
     "unknown precision": (["train.precision=fp8"], "choose one of: auto, fp32, bf16, fp64"),
+    "less than a step": (["train.tokens=10"], "is less than one step of train.batch_tokens="),
+    "nothing to draw": (["activations.synthetic.d_model=0"], "activations.synthetic.d_model=0 must be at least 1"),
     "sweep outside": (["sweep=../../elsewhere"], "is not a plain name"),
     "uneven mesh": (["mesh.shard=7"], "cannot be cut over mesh.shard=7 ranks"),
     "uneven replicas": (["mesh.dp=7"], "cannot be cut over mesh.dp=7 replicas"),
@@ -86,6 +88,15 @@ def test_wrong_requests(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     check_message(capsys.readouterr().err, part)
     assert not list(out.rglob("result.json"))
     assert not list(out.rglob("*.tmp"))
+
+
+def test_kernels_that_do_not_run_here_are_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main([*TINY, f"out={tmp_path}", "ops=triton", "train.device=cpu"]) == 2
+    check_message(capsys.readouterr().err, "ops=triton needs a GPU")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["no value", "option misspelt", "several impossible"])

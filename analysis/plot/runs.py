@@ -73,8 +73,8 @@ def dead_latents(ax: Axes, table: RunTable) -> Axes:
                 label=f"k = {value:g}" if first else None,
                 **style,
             )
-    log_axes(ax, "number of latents n", "dead latents [%]", part[table.roles["n"]].to_numpy(), powers_of_two=True)
-    ax.set_yscale("linear")
+    sizes = part[table.roles["n"]].to_numpy()
+    log_axes(ax, "number of latents n", "dead latents [%]", sizes, powers_of_two=True, y_scale="linear")
     ax.set_ylim(bottom=0)
     if len(_populations(part)) > 1:
         ax.plot([], [], "o--", mfc="white", color="0.3", ms=5, label="hollow: Switch")

@@ -7,7 +7,7 @@ each value of k has its own marker besides.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -63,10 +63,17 @@ def k_bar(ax: Axes, levels: Sequence[float]) -> None:
         bar.ax.plot([0.5], [i + 0.5], style["marker"], color="white", mec="black", mew=0.6, ms=5, clip_on=False)
 
 
-def log_axes(ax: Axes, x: str, y: str, x_values: np.ndarray | None = None, powers_of_two: bool = False) -> Axes:
-    """Log-log axes with plain numbers, a light grid and no box."""
+def log_axes(
+    ax: Axes,
+    x: str,
+    y: str,
+    x_values: np.ndarray | None = None,
+    powers_of_two: bool = False,
+    y_scale: Literal["log", "linear"] = "log",
+) -> Axes:
+    """Axes with a logarithmic abscissa, plain numbers, a light grid and no box."""
     ax.set_xscale("log")
-    ax.set_yscale("log")
+    ax.set_yscale(y_scale)
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     ax.grid(True, which="major", color="0.9", linewidth=0.8)
@@ -78,7 +85,8 @@ def log_axes(ax: Axes, x: str, y: str, x_values: np.ndarray | None = None, power
             ticks = ticks[::2]
         ax.set_xticks(ticks, [f"{tick:,.0f}" if tick < 1e5 else f"2^{np.log2(tick):.0f}" for tick in ticks])
         ax.xaxis.set_minor_locator(NullLocator())
-    plain_log_ticks(ax)
+    if y_scale == "log":
+        plain_log_ticks(ax)
     return ax
 
 

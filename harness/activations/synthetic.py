@@ -28,7 +28,6 @@ from harness.activations.shuffle import digest64
 from harness.activations.source import SAMPLE_ROWS, Statistics
 from harness.activations.stream import Stream
 from harness.config import ActivationsConfig
-from harness.errors import UserError
 
 BLOCK_ROWS = 256
 MAGNITUDE_SECOND_MOMENT = 13 / 12
@@ -36,11 +35,7 @@ MAGNITUDE_SECOND_MOMENT = 13 / 12
 
 
 def zipf_probabilities(n_features: int, exponent: float, active: float) -> Float64[np.ndarray, " features"]:
-    """p_i = min(1, c·i^−exponent) with Σ p_i = active. Raises `UserError` unless 0 < active ≤ n_features."""
-    if not 0 < active <= n_features:
-        raise UserError(
-            f"activations.synthetic.active_features={active} must be above 0 and at most n_features={n_features}"
-        )
+    """p_i = min(1, c·i^−exponent) with Σ p_i = active, 0 < active ≤ n_features."""
     weights = np.arange(1, n_features + 1, dtype=np.float64) ** -exponent
     # The m most frequent features are always on, where m is the smallest number that keeps the next one below 1.
     for always in range(n_features):
@@ -57,11 +52,6 @@ class Synthetic:
 
     def __init__(self, cfg: ActivationsConfig, identity: str) -> None:
         spec = cfg.synthetic
-        for name in ("d_model", "n_features"):
-            if getattr(spec, name) < 1:
-                raise UserError(f"activations.synthetic.{name}={getattr(spec, name)} must be at least 1")
-        if not (spec.noise >= 0 and math.isfinite(spec.noise)):
-            raise UserError(f"activations.synthetic.noise={spec.noise} must be finite and not negative")
         self.id = identity
         self.d_model = spec.d_model
         self.heldout_rows = round(cfg.heldout_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import subprocess
 import sys
@@ -152,6 +153,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for file in (arguments.json, arguments.picture):
         if file is not None and not file.absolute().parent.is_dir():
             raise UserError(f"{file} cannot be written: there is no directory {file.parent}")
+        if file is not None and not os.access(file.absolute().parent, os.W_OK):
+            raise UserError(f"{file} cannot be written: {file.parent} is not writable")
 
 
 def main() -> int:

@@ -38,6 +38,8 @@ class Study:
     law: str
     sweep: str
     grids: tuple[Grid, ...]
+    source: str
+    """How it was named: a study of `sweeps/`, or a path."""
 
 
 def study_names() -> list[str]:
@@ -71,6 +73,7 @@ def load_study(name_or_path: str) -> Study:
         law=str(content.get("law", "sae_nk")),
         sweep=str(content.get("sweep", path.stem)),
         grids=tuple(_grid(entry, common, path, number) for number, entry in enumerate(grids, start=1)),
+        source=name_or_path,
     )
 
 

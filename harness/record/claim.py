@@ -50,7 +50,7 @@ class Claimed(OSError):
     """Somebody else holds the claim."""
 
     def __init__(self, path: Path, owner: Owner | None) -> None:
-        super().__init__(f"{path.name} is being worked on by {owner or 'another process'}")
+        super().__init__(f"{path} is being worked on by {owner or 'another process'}")
         self.path, self.owner = path, owner
 
 

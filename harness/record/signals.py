@@ -59,6 +59,7 @@ def stop_on_signals(deadline: float | None = None, lead_s: float = 0.0) -> Itera
 
     def on_signal(number: int, _frame: object) -> None:
         if number == signal.SIGINT and flag.requested:
+            os.write(2, b"\nleft at once; what was saved stays, and the same command goes on from there\n")
             os._exit(128 + signal.SIGINT)
         flag.request(signal.Signals(number).name)
 

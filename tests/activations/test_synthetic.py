@@ -14,7 +14,6 @@ from harness.activations import ActivationSource, open_source, recovered
 from harness.activations.assemble import layernorm_rows
 from harness.activations.synthetic import zipf_probabilities
 from harness.config import ActivationsConfig, SyntheticConfig
-from harness.errors import UserError
 from harness.record.signals import StopFlag
 
 CPU = torch.device("cpu")
@@ -133,5 +132,5 @@ def test_recovered_counts_true_features_with_a_close_latent() -> None:
     ],
 )
 def test_impossible_settings_are_one_line(spec: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         source(**spec)

@@ -68,11 +68,24 @@ def test_no_fit_possible_is_exit_1_with_the_reason(csv, tmp_path, capsys):
     assert content["status"] == "failed" and content["params"] == {} and content["notes"]
 
 
+def test_all_that_was_left_out_is_told_when_no_fit_is_possible(tmp_path, capsys):
+    path = tmp_path / "t.csv"
+    rows = [f'"{n:,}",{k},0.{n}' for n in (512, 768, 1024, 2048, 4096) for k in (8, 16)]
+    path.write_text("\n".join(["n,k,loss", *rows]) + "\n")
+    assert main(["fit", str(path)]) == 1
+    told = capsys.readouterr().err
+    assert "left out: 6 run(s)" in told and "2 × n is '1,024', not a positive number" in told
+    assert main(["compare", str(path), "--laws", "sae_nk,sae_nk_no_floor"]) == 1
+    assert "no fit of sae_nk_no_floor" in capsys.readouterr().err
+
+
 WRONG = {
     "unknown law": ["--law", "sea_nk"],
     "unknown column": ["--n", "breadth"],
     "condition": ["--where", "active"],
     "drop too many": ["--drop-largest-loss", "1000"],
+    "drop fewer than none": ["--drop-largest-loss", "-1"],
+    "negative delta": ["--robust", "huber", "--delta", "-1"],
     "level": ["--level", "3"],
 }
 

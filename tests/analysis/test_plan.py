@@ -1,5 +1,6 @@
 """The planner and the question "what do I need", on synthetic truths."""
 
+import json
 import shlex
 
 import numpy as np
@@ -184,6 +185,18 @@ def test_commands(name, tmp_path, capsys):
     assert code != 2 or len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_target_where_the_law_overflows_is_told(tmp_path, capsys):
+    truth = {"alpha": -1.0, "beta_k": -0.3, "beta_n": -0.3, "gamma": 0.05, "zeta": -3.0, "eta": -0.2}
+    path = tmp_path / "t.csv"
+    grid_frame(2 ** np.arange(7, 13), 2 ** np.arange(2, 7), 0.001, coefficients=truth).assign(flops=1e9).to_csv(path)
+    line = [str(path), "--n", "n_latents", "--loss", "fvu", "--flops", "flops", "--starts", "16"]
+    assert main(["predict", *line, "--at", "n=2**300 k=2**200"]) == 1
+    assert "no finite value" in capsys.readouterr().err
+    assert main(["plan", *line, "--target", "n=2**300 k=2**200", "--budget", "1e12"]) == 2
+    assert "no finite value at n=" in capsys.readouterr().err
+
+
 def test_plan_of_a_sweep_prints_make_lines_that_go_into_it(tmp_path, capsys):
     sweep = write_sweep(tmp_path / "my runs" / "quick")
     line = ["plan", str(sweep), "--target", "n=2**16 k=32", "--budget", "1e15", "--starts", "16"]
@@ -195,5 +208,20 @@ def test_plan_of_a_sweep_prints_make_lines_that_go_into_it(tmp_path, capsys):
         assert words["STUDY"] == "quick" and words["SWEEP"] == "quick" and words["OUT"] == str(tmp_path / "my runs")
         assert words["ARCH"] == "topk" and all(int(n) >= 256 for n in words["WIDTH"].split(","))
         assert min(map(int, words["SEEDS"].split(","))) > 1
+    study = {
+        "name": "x",
+        "study": "",
+        "overrides": ["activations=synthetic", "sae.k=8,16", "train.tokens=2e4", "sae=topk"],
+    }
+    (sweep / "study.json").write_text(json.dumps(study))
+    assert main(line) == 0
+    lines = [text for text in capsys.readouterr().out.splitlines() if text.startswith("python ")]
+    assert all(
+        shlex.split(text)[2:5] == ["harness.launch", "activations=synthetic", "train.tokens=2e4"] for text in lines
+    )
+    assert len(lines) > 0 and all(f"out={tmp_path / 'my runs'}" in shlex.split(text) for text in lines)
+    (sweep / "study.json").write_text(json.dumps(study | {"study": "quick"}))
+    assert main(line) == 0
+    assert "ARGS='activations=synthetic train.tokens=2e4'" in capsys.readouterr().out
     assert main([*line, "--out", str(tmp_path / "next.yaml")]) == 0
     assert yaml.safe_load((tmp_path / "next.yaml").read_text())["grids"]

@@ -76,9 +76,14 @@ def _no_dead_no_flops(path):
         write_run(path, sae="topk", n=n, k=8, fvu=0.1 + 2 / n**0.5, dead=None, extra={"pca_fvu": None})
 
 
+def _none_dead(path):
+    write_run(path, sae="topk", n=256, k=8, dead=0.0)
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (_none_dead, "Dead latents"),
         (_one_cell, "No law can be fitted"),
         (_one_width, "needs at least 3 values of n_latents, found 1"),
         (_no_topk, "no TopK run"),

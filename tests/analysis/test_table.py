@@ -113,5 +113,12 @@ def test_wandb_problems_are_one_line(monkeypatch):
     monkeypatch.setattr("analysis.load_wandb._api", Unreachable)
     with pytest.raises(UserError, match="cannot be read: name resolution failed"):
         load("wandb:me/project/group")
+
+    def without_a_key():
+        raise ValueError("api_key not configured (no-tty)\nrun wandb login")
+
+    monkeypatch.setattr("analysis.load_wandb._api", without_a_key)
+    with pytest.raises(UserError, match="cannot be read: api_key not configured"):
+        load("wandb:me/project/group")
     with pytest.raises(UserError, match="is not wandb:entity"):
         load("wandb:project")
