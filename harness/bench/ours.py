@@ -75,7 +75,7 @@ class Contender:
         silent = torch.rand(n, generator=torch.Generator().manual_seed(1)) < task["dead"]
         self.dead = find_dead(self.sae, silent.to(self.device), Solo())
         self.ops = choose_ops(task["ops"], self.device)
-        train, compute = TrainConfig(tokens=1), COMPUTE[task["precision"]]
+        train, compute = TrainConfig(tokens=1e6), COMPUTE[task["precision"]]
         self.optimizer = Optimizer(self.sae, self.params, train, compute, self.ops)
         self.taken = 0
         self._last: dict[str, float] = {}

@@ -42,7 +42,8 @@ def test_a_few_shapes_of_each_kind_are_timed(tmp_path: Path) -> None:
 
 
 def test_a_step_too_large_for_a_calibration_is_cut_down(tmp_path: Path) -> None:
-    config = a_config(sae__n_latents=1 << 21, sae__k=64, train__batch_tokens=131072, mesh={"shard": 4})
+    size = {"sae__n_latents": 1 << 21, "sae__k": 64, "train__batch_tokens": 131072, "train__tokens": 1e9}
+    config = a_config(mesh={"shard": 4}, **size)
     ((small, d_model),) = probes([a_run(tmp_path, config, d_model=768)])
     flops = budget.flops_executed_per_token(small.sae, d_model, small.train.batch_tokens, 0)
     assert sum(flops.values()) * small.train.batch_tokens <= calibrate.MOST_STEP_FLOPS
@@ -157,7 +158,7 @@ def test_a_named_gpu_is_estimated_from_its_data_sheet(tmp_path: Path) -> None:
     runs = {}
     for name in ("a100", "h200"):
         config = a_config(
-            sae__n_latents=32768, sae__k=32, train__batch_tokens=8192, train__precision="bf16",
+            sae__n_latents=32768, sae__k=32, train__batch_tokens=8192, train__tokens=1e9, train__precision="bf16",
             cluster={"name": "slurm", "gpu_type": name},
         )  # fmt: skip
         runs[name] = a_run(tmp_path, config, name, d_model=768)

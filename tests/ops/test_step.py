@@ -115,7 +115,7 @@ def test_bfloat16_trains_to_the_same_fvu(kernels: str) -> None:
         params["b_enc"].zero_()
         params["b_dec"].zero_()
         ops = kernel_set(kernels)
-        optimizer = Optimizer(sae, params, TrainConfig(tokens=1), dtype, ops)
+        optimizer = Optimizer(sae, params, TrainConfig(tokens=1e6), dtype, ops)
         for number in range(500):
             stats = step(sae, params, optimizer.compute, batch(number), Solo(), ops, None, optimizer.grads)
             optimizer.apply(1e-3, number + 1, stats.loss.isfinite(), Solo())

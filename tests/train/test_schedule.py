@@ -42,4 +42,5 @@ def test_convergence_compares_with_half_the_tokens() -> None:
 def test_the_smaller_budget_counts() -> None:
     config = small_config(train__tokens=6400, train__flops=1e18)
     assert total_steps(config, 16) == 100
-    assert total_steps(small_config(train__tokens=10), 16) == 1
+    assert total_steps(small_config(train__tokens=100), 16) == 1
+    assert total_steps(small_config(train__tokens=0, train__flops=1), 16) == 1
