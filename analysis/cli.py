@@ -172,7 +172,8 @@ def _fit(args: argparse.Namespace) -> int:
     if refuse(result, table):
         return 1
     print(result.summary())
-    print("".join(f"{line}\n" for line in left_out(table)), end="")
+    for line in left_out(table):
+        print(line)
     print(f"written: {args.out}" if args.out else json.dumps(result.as_dict()["params"]))
     return 0
 

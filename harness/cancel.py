@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.jobs.rows import sweep_rows
+from harness.jobs.rows import begun_runs
 from harness.jobs.slurm import client
 from harness.jobs.slurm.submit import arrays, live_elements
 from harness.jobs.state import claim_path
@@ -25,8 +25,7 @@ def cancel(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:
     """End the named runs of a sweep, or all when none is named; a line for each thing done. Raises `UserError`."""
     if not sweep_dir.is_dir():
         raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
-    known = {row["run_id"] for row in sweep_rows(sweep_dir)} if run_ids else set()
-    if unknown := sorted(set(run_ids) - known):
+    if run_ids and (unknown := sorted(set(run_ids) - begun_runs(sweep_dir).keys())):
         raise UserError(f"{sweep_dir} has no run {unknown[0]}; `python -m harness.status {sweep_dir} --all` lists them")
     if arrays(sweep_dir):
         yield from _cancel_elements(sweep_dir, run_ids)

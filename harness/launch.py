@@ -77,18 +77,16 @@ def cells_of(request: Request) -> list[grid.Cell]:
 
 def refuse_what_is_not_here(cells: Sequence[grid.Cell]) -> None:
     """Raises `UserError` for cells that need a device or kernels that this machine does not have."""
-    if any(cell.config.train.device == "cuda" and cell.config.cluster.name == "local" for cell in cells):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError("train.device=cuda, but torch sees no GPU here; leave it at auto, or check the driver")
     local = [cell.config for cell in cells if cell.config.cluster.name == "local"]
-    for name, device in {(config.ops, config.train.device) for config in local if config.ops != "auto"}:
+    wanted = {(config.ops, config.train.device) for config in local} - {("auto", "auto"), ("auto", "cpu")}
+    for name, device in wanted:
         from harness.ops import choose_ops
         from harness.train.run import pick_device
 
         try:
-            choose_ops(name, pick_device(device))
+            found = pick_device(device)
+            if name != "auto":
+                choose_ops(name, found)
         except ValueError as error:
             raise UserError(str(error)) from None
 

@@ -118,12 +118,13 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
     tokens = tokens_of(config, d_model)
     per_token = budget.flops_per_token(config.sae, d_model, config.train.batch_tokens)
     start = _start_seconds(config)
-    trained = _train_seconds(config, d_model, calibration)
+    evaluated = _evaluated_rows(config, d_model)
+    trained = _train_seconds(config, d_model, calibration, evaluated)
     # all shards of a replica draw the same rows
     draw_s = calibration.draws.get(run.store.id, 0.0) * config.mesh.shard / _at_once(config)
     drawn = tokens * draw_s
     if trained is not None:
-        trained += drawn + _evaluated_rows(config, d_model) * draw_s
+        trained += drawn + evaluated * draw_s
     begin = RUN_START_S + calibration.start_s + sample_rows(config) * draw_s
     memory = budget.memory_bytes(config, d_model)
     checkpoint = budget.checkpoint_bytes(config, d_model)
@@ -168,8 +169,8 @@ def _start_seconds(config: Config) -> float:
     return PROCESS_START_S * max(1.0, ranks / cores()) if ranks > 1 else 0.0
 
 
-def _train_seconds(config: Config, d_model: int, calibration: Calibration) -> float | None:
-    """Steps and evaluations of a run, its rows at hand."""
+def _train_seconds(config: Config, d_model: int, calibration: Calibration, evaluated: int) -> float | None:
+    """Steps of a run and evaluations of so many rows, all rows at hand."""
     steps = budget.total_steps(config, d_model)
     if config.cluster.gpu_type:
         gpu = find_gpu(config.cluster.gpu_type)
@@ -187,7 +188,7 @@ def _train_seconds(config: Config, d_model: int, calibration: Calibration) -> fl
         step_s = ((1 - dead) * interpolate(points, flops) + dead * dead_step_s) / at_once
         batch_s = interpolate(calibration.evaluations[kind_of(config)], evaluation_flops(config, d_model))
         row_s = batch_s / config.train.batch_tokens / at_once
-    return steps * step_s + _evaluated_rows(config, d_model) * row_s
+    return steps * step_s + evaluated * row_s
 
 
 def _evaluated_rows(config: Config, d_model: int) -> int:

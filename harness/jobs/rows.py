@@ -32,22 +32,28 @@ def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row
 
     `final` keeps the rows of runs that have ended from one call to the next: they are not read again.
     """
-    if not sweep_dir.is_dir():
-        raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
-    found = {path.parent.name for path in sweep_dir.glob("*/config.yaml")}
-    names = list(dict.fromkeys([*_asked_for(sweep_dir), *sorted(found)]))
-    if not names:
-        raise UserError(f"{sweep_dir} holds no runs")
+    begun = begun_runs(sweep_dir)
     planned, packed = read_plan(sweep_dir)["runs"], pack_sizes(sweep_dir)
     rows = []
-    for name in names:
+    for name in begun:
         row = (final or {}).get(name)
         if row is None:
-            row = _row(sweep_dir / name, planned.get(name, {}), found, packed.get(name, 1))
+            row = _row(sweep_dir / name, planned.get(name, {}), begun[name], packed.get(name, 1))
             if final is not None and row["status"] in ("done", "diverged"):
                 final[name] = row
         rows.append(row)
     return rows
+
+
+def begun_runs(sweep_dir: Path) -> dict[str, bool]:
+    """Every run that was asked for or exists in `sweep_dir`, and whether it has a directory. Raises `UserError`."""
+    if not sweep_dir.is_dir():
+        raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
+    found = {path.parent.name for path in sweep_dir.glob("*/config.yaml")}
+    names = dict.fromkeys([*_asked_for(sweep_dir), *sorted(found)])
+    if not names:
+        raise UserError(f"{sweep_dir} holds no runs")
+    return {name: name in found for name in names}
 
 
 def _asked_for(sweep_dir: Path) -> list[str]:
@@ -60,10 +66,10 @@ def _asked_for(sweep_dir: Path) -> list[str]:
         raise UserError(f"{path} is damaged ({error}); launching the sweep again writes a new one") from error
 
 
-def _row(run_dir: Path, planned: Mapping[str, Any], found: set[str], packed: int) -> Row:
-    state = state_of(run_dir) if run_dir.name in found else RunState(run_dir.name, "pending", None)
+def _row(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) -> Row:
+    state = state_of(run_dir) if begun else RunState(run_dir.name, "pending", None)
     known = state.result if state.result is not None else _live(run_dir, state, planned.get("tokens"))
-    number = attempts(run_dir) if run_dir.name in found else 0
+    number = attempts(run_dir) if begun else 0
     together = known.get("trained_together") or packed
     took_s = known.get("wall_s")
     row = {

@@ -14,7 +14,7 @@ SHORT = 128
 
 def _widen(value):
     """A float32 from a stored number: itself, or the bfloat16 with these 16 bits."""
-    raise NotImplementedError
+    raise NotImplementedError("only compiled code calls it, where Numba puts `_widen_compiled` in its place")
 
 
 @overload(_widen, inline="always")
