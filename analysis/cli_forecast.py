@@ -17,7 +17,7 @@ from analysis.result import FitResult
 from analysis.table import RunTable
 from analysis.words import interval, number, refuse
 from harness.errors import UserError
-from harness.record.files import write_text_atomic
+from harness.files import write_text_atomic
 
 
 def parse_point(text: str) -> dict[str, float]:

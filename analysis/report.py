@@ -27,7 +27,7 @@ from analysis.words import (
     number,
     rate_sentences,
 )
-from harness.record.files import write_text_atomic
+from harness.files import write_text_atomic
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 

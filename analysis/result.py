@@ -19,7 +19,7 @@ from analysis.laws import LAWS
 from analysis.notes import Note, has, note
 from analysis.problem import Problem
 from harness.errors import UserError
-from harness.record.files import write_json_atomic
+from harness.files import write_json_atomic
 
 
 class Status(enum.StrEnum):

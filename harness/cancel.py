@@ -17,8 +17,8 @@ from harness.errors import UserError
 from harness.jobs.rows import begun_runs
 from harness.jobs.slurm import client
 from harness.jobs.slurm.submit import arrays, live_elements
-from harness.jobs.state import claim_path
 from harness.record.claim import holder
+from harness.record.state import claim_path
 
 
 def cancel(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:

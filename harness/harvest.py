@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from harness.activations import open_source
-from harness.jobs import rundir
-from harness.jobs.attempt import write_ended
 from harness.parallel.mesh import mesh, ranks_from_environment
 from harness.rank import run_as_rank
+from harness.record import rundir
+from harness.record.attempt import write_ended
 from harness.record.signals import Interrupted, stop_on_signals
 from harness.train.run import pick_device
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness.errors import FAILED, INTERRUPTED, WRONG_REQUEST, UserError
-from harness.jobs import rundir
+from harness.files import write_json_atomic
 from harness.jobs.local import describe, outcome_line
 from harness.jobs.pack import Job, Target, freeze_job
-from harness.record.files import write_json_atomic
+from harness.record import rundir
 from harness.record.signals import Interrupted
 
 POLL_S = 0.2

@@ -20,16 +20,16 @@ import yaml
 from harness import joined
 from harness.config import Config, to_container
 from harness.errors import FAILED, INTERRUPTED, WRONG_REQUEST, UserError
+from harness.files import write_json_atomic
 from harness.jobs import compose, grid, pack, plan
 from harness.jobs.estimate import Estimates, estimate
 from harness.jobs.limits import cut_into_jobs
 from harness.jobs.planfile import record_plan
-from harness.jobs.rundir import FINAL
-from harness.jobs.state import state_of
 from harness.jobs.study import Study, load_study, study_candidates, study_names
 from harness.jobs.table import plan_text
-from harness.record.files import write_json_atomic
 from harness.record.provenance import command_line, now
+from harness.record.rundir import FINAL
+from harness.record.state import state_of
 
 
 @dataclass(frozen=True)

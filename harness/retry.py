@@ -20,9 +20,9 @@ from harness.errors import WRONG_REQUEST, UserError
 from harness.jobs import plan
 from harness.jobs.compose import one_line
 from harness.jobs.grid import Cell
-from harness.jobs.rundir import read_config
-from harness.jobs.state import state_of
 from harness.launch import carry_out, say
+from harness.record.rundir import read_config
+from harness.record.state import state_of
 
 
 def cells_to_retry(sweep_dir: Path, run_ids: Sequence[str], overrides: Sequence[str]) -> list[Cell]:

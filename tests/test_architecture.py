@@ -25,7 +25,7 @@ ALLOWED = {
         *("harness.jobs", "harness.train", "harness.activations", "harness.record"),
         *("harness.config", "harness.budget", "harness.errors"),
     },
-    "analysis": {"analysis", "harness.budget", "harness.config", "harness.errors", "harness.record.files"},
+    "analysis": {"analysis", "harness.budget", "harness.config", "harness.errors", "harness.files"},
 }
 """Part of the code → what it may import of the project."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness import cancel, retry
-from harness.jobs.rundir import read_result
+from harness.record.rundir import read_result
 from tests.jobs.conftest import TINY, Launch, launch
 
 __all__ = ["launch"]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from harness import status
+from harness.files import write_json_atomic
 from harness.jobs.rows import Row, last_line, sweep_rows
 from harness.record.claim import claim
-from harness.record.files import write_json_atomic
 
 
 class Sweep:

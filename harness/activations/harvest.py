@@ -28,8 +28,8 @@ from harness.activations.model import HookedModel, load_model, load_tokenizer, l
 from harness.activations.shuffle import permute
 from harness.config import ActivationsConfig
 from harness.errors import UserError
+from harness.files import write_json_atomic
 from harness.parallel import Shards, Solo
-from harness.record.files import write_json_atomic
 from harness.record.signals import STOP, Interrupted, StopFlag
 
 UNIT_TOKENS = 32_768

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.activations.identity import is_complete
+from harness.files import fsync_directory
 from harness.record.claim import claim
-from harness.record.files import fsync_directory
 
 
 def stage(store: Path, target: Path) -> Path:

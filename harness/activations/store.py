@@ -17,7 +17,7 @@ from harness.activations.assemble import MANIFEST_VERSION
 from harness.activations.source import SAMPLE_ROWS, Statistics
 from harness.activations.stream import Rows, StoreBatches, Stream, map_tensor
 from harness.errors import UserError
-from harness.record.files import write_json_atomic
+from harness.files import write_json_atomic
 
 VERIFIED = "verified.json"
 """Beside the shards: size and modification time of each at the time its hash was checked."""

@@ -16,8 +16,8 @@ from harness.bench.measure import measure
 from harness.bench.picture import draw
 from harness.bench.shapes import parse_shapes
 from harness.errors import UserError
+from harness.files import write_json_atomic
 from harness.ops import choose_ops
-from harness.record.files import write_json_atomic
 
 PEERS = ("sparsify", "dictionary_learning", "saelens", "openai")
 GPU_PEERS = ("openai",)

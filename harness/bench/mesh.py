@@ -22,8 +22,8 @@ import torch
 from harness.bench.command import machine
 from harness.bench.shapes import Shape, parse_shapes
 from harness.errors import UserError
+from harness.files import write_json_atomic
 from harness.jobs.ranks import rank_environment
-from harness.record.files import write_json_atomic
 
 EXCHANGES_PER_CALL = {"selection": 2}
 """Candidates one way, counts back; every other kind is one all-reduce."""

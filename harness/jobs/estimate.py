@@ -25,7 +25,7 @@ from harness.jobs.calibrate import (
 from harness.jobs.gpus import find_gpu, step_seconds
 from harness.jobs.pack import Job
 from harness.jobs.plan import Run, tokens_of
-from harness.jobs.rundir import FINAL
+from harness.record.rundir import FINAL
 from harness.train.schedule import evaluation_steps
 
 PROCESS_START_S = 6.0

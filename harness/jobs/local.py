@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 
 from harness.config import Config
 from harness.errors import FAILED, INTERRUPTED, UserError
-from harness.jobs import rundir
-from harness.jobs.attempt import attempt, claimed, write_provenance
 from harness.jobs.pack import Job, freeze_job
 from harness.jobs.plan import Run
 from harness.jobs.ranks import train_on_ranks
+from harness.record import rundir
+from harness.record.attempt import attempt, claimed, write_provenance
 from harness.record.claim import Claimed
 from harness.record.progress import Progress, duration
 from harness.record.provenance import now

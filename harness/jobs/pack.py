@@ -17,9 +17,9 @@ from typing import Any
 
 from harness.config import Config
 from harness.errors import UserError
+from harness.files import write_json_atomic
 from harness.jobs.plan import Run
-from harness.jobs.rundir import freeze, read_config
-from harness.record.files import write_json_atomic
+from harness.record.rundir import freeze, read_config
 
 MAX_MEMBERS = 16
 """Cells that the plan puts into one pack at most."""

@@ -12,8 +12,8 @@ from harness import budget
 from harness.config import ActivationsConfig, Config, run_id
 from harness.errors import UserError
 from harness.jobs.grid import Cell
-from harness.jobs.rundir import run_directory
-from harness.jobs.state import state_of
+from harness.record.rundir import run_directory
+from harness.record.state import state_of
 
 UNRESOLVED = "unresolved"
 """Stands for the content hash of a store that cannot be known here, e.g. without the hub that has the model."""

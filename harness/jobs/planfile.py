@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.files import write_json_atomic
 from harness.jobs.estimate import Estimates
 from harness.jobs.plan import Run
-from harness.jobs.rundir import FINAL
-from harness.record.files import write_json_atomic
+from harness.record.rundir import FINAL
 
 NAME = "plan.json"
 

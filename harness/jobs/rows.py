@@ -11,9 +11,9 @@ from typing import Any
 from harness.errors import UserError
 from harness.jobs.pack import pack_sizes, packs_root
 from harness.jobs.planfile import read_plan
-from harness.jobs.rundir import attempts, read_config
-from harness.jobs.state import RunState, newest_metrics, state_of
 from harness.record.notes import read_notes
+from harness.record.rundir import attempts, read_config
+from harness.record.state import RunState, newest_metrics, state_of
 
 Row = dict[str, Any]
 

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from harness.files import fsync_directory, fsync_file, write_json_atomic
 from harness.parallel import Shards
-from harness.record.files import fsync_directory, fsync_file, write_json_atomic
 from harness.record.together import together
 
 FORMAT = 3

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.record.files import write_json_atomic, write_tensors_atomic
+from harness.files import write_json_atomic, write_tensors_atomic
 
 FORMATS = ("saelens", "sparsify", "dictionary_learning")
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.record.files import write_text_atomic
+from harness.files import write_text_atomic
 
 
 class MetricsFile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.record.files import write_text_atomic
+from harness.files import write_text_atomic
 from harness.record.provenance import now
 
 

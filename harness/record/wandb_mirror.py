@@ -24,7 +24,7 @@ from urllib.parse import urlparse
 import yaml
 
 from harness.config import Config, from_container, to_container
-from harness.record.files import write_json_atomic
+from harness.files import write_json_atomic
 
 INIT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 4.0

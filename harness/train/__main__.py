@@ -21,13 +21,13 @@ import torch
 from harness.activations import open_source
 from harness.activations.identity import is_complete, store_name
 from harness.errors import UserError
-from harness.jobs import rundir
-from harness.jobs.attempt import END_TIME, attempt, attempt_dirs, claimed, write_ended, write_provenance
 from harness.jobs.pack import Target, read_target
 from harness.jobs.ranks import end_with_starter
 from harness.parallel import Shards
 from harness.parallel.mesh import mesh, ranks_from_environment
 from harness.rank import run_as_rank
+from harness.record import rundir
+from harness.record.attempt import END_TIME, attempt, attempt_dirs, claimed, write_ended, write_provenance
 from harness.record.progress import Progress
 from harness.record.signals import Interrupted, StopFlag, stop_on_signals
 from harness.record.together import together

@@ -13,10 +13,10 @@ import torch
 from harness import budget
 from harness.activations import ActivationSource
 from harness.config import Config, to_container
+from harness.files import write_json_atomic, write_tensors_atomic
 from harness.ops import Ops, choose_ops
 from harness.parallel import Shards, Solo
 from harness.record.checkpoint import Checkpoint, find_checkpoint, load_tensors, remove_checkpoints, save_checkpoint
-from harness.record.files import write_json_atomic, write_tensors_atomic
 from harness.record.memory import peak_bytes, reset_peak
 from harness.record.metrics import MetricsFile, NullMetrics, cut_back
 from harness.record.notes import add_note, read_notes

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.jobs import rundir
+from harness.record import rundir
 
 CELL = [
     *("activations=synthetic", "activations.heldout_tokens=2048", "train=quick", "train.tokens=16384", "train.lr=1e-3"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from harness.jobs.rundir import read_result
+from harness.record.rundir import read_result
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.runs import command
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from harness.jobs.rows import sweep_rows
-from harness.jobs.rundir import attempts, read_result
 from harness.launch import main
+from harness.record.rundir import attempts, read_result
 from tests.slurm.cluster import FINISHED, Cluster, running, wait_for
 from tests.slurm.runs import command, repeated_steps, wait_for_step
 from tests.slurm.settings import Settings

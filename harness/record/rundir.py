@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config import Config, from_container, science, to_container
 from harness.errors import UserError
-from harness.record.files import write_json_atomic, write_text_atomic
+from harness.files import write_json_atomic, write_text_atomic
 from harness.record.signals import Interrupted
 
 FINAL = ("done", "diverged")

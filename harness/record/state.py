@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.jobs.rundir import FINAL, attempts, read_result
 from harness.record import metrics
 from harness.record.claim import holder
+from harness.record.rundir import FINAL, attempts, read_result
 
 STATES = ("failed", "diverged", "running", "preempted", "interrupted", "pending", "done")
 """The most urgent first. `preempted`: stopped, and starts again by itself; `interrupted`: only when it is launched."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.errors import INTERRUPTED
-from harness.jobs import rundir
-from harness.jobs.state import claim_path
+from harness.files import write_json_atomic
+from harness.record import rundir
 from harness.record.claim import claim
-from harness.record.files import write_json_atomic
 from harness.record.provenance import collect, command_line, now
+from harness.record.state import claim_path
 
 END_TIME = "HARNESS_END_TIME"
 """Environment variable of the ranks: when their job will be ended whatever they do, in seconds since 1970."""
