@@ -17,7 +17,7 @@ from harness.errors import UserError
 from harness.jobs.rows import begun_runs
 from harness.jobs.slurm import client
 from harness.jobs.slurm.submit import arrays, live_elements
-from harness.record.claim import holder
+from harness.process.claim import holder
 from harness.record.state import claim_path
 
 

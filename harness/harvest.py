@@ -14,10 +14,10 @@ from pathlib import Path
 
 from harness.activations import open_source
 from harness.parallel.mesh import mesh, ranks_from_environment
-from harness.rank import run_as_rank
+from harness.process.rank import run_as_rank
+from harness.process.signals import Interrupted, stop_on_signals
 from harness.record import rundir
 from harness.record.attempt import write_ended
-from harness.record.signals import Interrupted, stop_on_signals
 from harness.train.run import pick_device
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.jobs.columns import aligned, si
 from harness.jobs.rows import Row, sweep_rows
-from harness.record.progress import duration
 from harness.record.state import STATES
+from harness.terminal import duration
 
 ENDED = ("done", "diverged", "failed")
 

@@ -11,7 +11,7 @@ import pytest
 from harness import status
 from harness.files import write_json_atomic
 from harness.jobs.rows import Row, last_line, sweep_rows
-from harness.record.claim import claim
+from harness.process.claim import claim
 
 
 class Sweep:

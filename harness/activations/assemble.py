@@ -20,7 +20,7 @@ from torch import Tensor
 from harness.activations.contexts import SPLITS, open_contexts
 from harness.activations.harvest import DTYPES, Plan, unit_path
 from harness.files import fsync_directory, write_json_atomic
-from harness.record.signals import Interrupted, StopFlag
+from harness.process.signals import Interrupted, StopFlag
 
 MANIFEST_VERSION = 1
 PASS_BYTES = 512 * 2**20

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from harness.activations.text import Document, documents
 from harness.config import ActivationsConfig
 from harness.errors import UserError
-from harness.record.signals import Interrupted, StopFlag
+from harness.process.signals import Interrupted, StopFlag
 
 SPLITS = ("train", "heldout")
 HELDOUT_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)

@@ -30,7 +30,7 @@ from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.files import write_json_atomic
 from harness.parallel import Shards, Solo
-from harness.record.signals import STOP, Interrupted, StopFlag
+from harness.process.signals import STOP, Interrupted, StopFlag
 
 UNIT_TOKENS = 32_768
 """Tokens of a work unit: what a kill costs at most."""

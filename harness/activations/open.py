@@ -22,11 +22,11 @@ from harness.activations.synthetic import Synthetic
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.parallel import Shards, Solo
-from harness.record.claim import Owner, claim
-from harness.record.memory import return_freed
-from harness.record.progress import Progress
-from harness.record.signals import StopFlag
-from harness.record.together import together
+from harness.process.claim import Owner, claim
+from harness.process.memory import return_freed
+from harness.process.signals import StopFlag
+from harness.process.together import together
+from harness.terminal import Progress
 
 
 def open_source(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness.activations.identity import is_complete
 from harness.files import fsync_directory
-from harness.record.claim import claim
+from harness.process.claim import claim
 
 
 def stage(store: Path, target: Path) -> Path:

@@ -23,7 +23,7 @@ from harness.ops import choose_ops
 from harness.parallel import Axis, Kind, Shards
 from harness.parallel.mesh import mesh
 from harness.parallel.probe import Exchange, exchange_seconds
-from harness.record.signals import StopFlag
+from harness.process.signals import StopFlag
 from harness.train.member import make_member
 from harness.train.run import pick_device
 

@@ -20,7 +20,7 @@ from harness import budget
 from harness.config import SaeConfig, TrainConfig
 from harness.ops import Ops, choose_ops
 from harness.parallel import Solo
-from harness.record import memory
+from harness.process import memory
 from harness.saes import DeadLatents, Sae, find_dead, step
 from harness.train.member import COMPUTE
 from harness.train.optim import Optimizer

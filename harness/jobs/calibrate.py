@@ -177,7 +177,7 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
 
 def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     """Fill in `calibration` and return what was measured, in words."""
-    from harness.record.memory import reset_peak
+    from harness.process.memory import reset_peak
     from harness.train.speed import measure_draw, measure_speed, measure_start
 
     load = os.getloadavg()[0]

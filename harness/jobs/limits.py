@@ -15,7 +15,7 @@ from harness.jobs.estimate import NUMBER_BYTES, Estimates, on_gpu, ranks_of
 from harness.jobs.gpus import find_gpu
 from harness.jobs.pack import Job, make_jobs
 from harness.jobs.plan import Run
-from harness.record.progress import duration
+from harness.terminal import duration
 
 FITS = 0.9
 """Of a memory, what a job may plan to use: allocators keep some for themselves."""

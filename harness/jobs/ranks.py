@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness.config import Config
 from harness.errors import INTERRUPTED
-from harness.record.signals import Interrupted, StopFlag
+from harness.process.signals import Interrupted, StopFlag
 
 POLL_S = 0.1
 GRACE_S = 20.0

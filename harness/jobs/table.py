@@ -11,8 +11,8 @@ from harness.jobs.estimate import Estimate, Estimates, ranks_of
 from harness.jobs.limits import Disk, disk, longer_than_the_limit, would_not_fit
 from harness.jobs.pack import Job
 from harness.jobs.plan import Run
-from harness.record.progress import duration
 from harness.record.rundir import FINAL
+from harness.terminal import duration
 
 ROWS = 200
 

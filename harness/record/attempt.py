@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from harness.errors import INTERRUPTED
 from harness.files import write_json_atomic
+from harness.process.claim import claim
 from harness.record import rundir
-from harness.record.claim import claim
 from harness.record.provenance import collect, command_line, now
 from harness.record.state import claim_path
 

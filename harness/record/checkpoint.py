@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from harness.files import fsync_directory, fsync_file, write_json_atomic
 from harness.parallel import Shards
-from harness.record.together import together
+from harness.process.together import together
 
 FORMAT = 3
 """Raised when the content changes so that older checkpoints cannot be continued."""

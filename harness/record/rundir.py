@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.config import Config, from_container, science, to_container
 from harness.errors import UserError
 from harness.files import write_json_atomic, write_text_atomic
-from harness.record.signals import Interrupted
+from harness.process.signals import Interrupted
 
 FINAL = ("done", "diverged")
 """Statuses that are results. `failed` is not: a later launch tries again."""

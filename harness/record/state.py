@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.process.claim import holder
 from harness.record import metrics
-from harness.record.claim import holder
 from harness.record.rundir import FINAL, attempts, read_result
 
 STATES = ("failed", "diverged", "running", "preempted", "interrupted", "pending", "done")

@@ -14,11 +14,11 @@ from harness.activations.synthetic import recovered
 from harness.config import Config
 from harness.ops import Ops
 from harness.parallel import Shards
+from harness.process.signals import StopFlag
 from harness.record.metrics import MetricsFile, NullMetrics
-from harness.record.progress import Progress
-from harness.record.signals import StopFlag
 from harness.record.tracker import Tracker
 from harness.saes import Params
+from harness.terminal import Progress
 from harness.train.evaluate import Evaluation, evaluate
 from harness.train.member import Member
 from harness.train.schedule import evaluation_steps, has_converged

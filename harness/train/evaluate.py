@@ -13,7 +13,7 @@ from harness.activations import ActivationSource, Statistics
 from harness.budget import EVALUATION_BATCH
 from harness.ops import Ops
 from harness.parallel import Shards
-from harness.record.signals import STOP, StopFlag
+from harness.process.signals import STOP, StopFlag
 from harness.saes import Normalizer, Params, Sae, forward
 
 

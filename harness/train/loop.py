@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from harness.ops import Ops
 from harness.parallel import Shards
-from harness.record.signals import SAVE, STOP, Interrupted, StopFlag
+from harness.process.signals import SAVE, STOP, Interrupted, StopFlag
 from harness.train.cell import Cell
 
 

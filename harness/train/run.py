@@ -16,14 +16,14 @@ from harness.config import Config, to_container
 from harness.files import write_json_atomic, write_tensors_atomic
 from harness.ops import Ops, choose_ops
 from harness.parallel import Shards, Solo
+from harness.process.memory import peak_bytes, reset_peak
+from harness.process.signals import StopFlag
 from harness.record.checkpoint import Checkpoint, find_checkpoint, load_tensors, remove_checkpoints, save_checkpoint
-from harness.record.memory import peak_bytes, reset_peak
 from harness.record.metrics import MetricsFile, NullMetrics, cut_back
 from harness.record.notes import add_note, read_notes
-from harness.record.progress import Progress
 from harness.record.provenance import now
-from harness.record.signals import StopFlag
 from harness.record.tracker import NullTracker, open_tracker
+from harness.terminal import Progress
 from harness.train.cell import Cell
 from harness.train.evaluate import pca_fvu
 from harness.train.loop import train

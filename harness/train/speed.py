@@ -16,7 +16,7 @@ from harness.activations.synthetic import Synthetic
 from harness.config import Config
 from harness.ops import choose_ops
 from harness.parallel import Solo
-from harness.record.signals import StopFlag
+from harness.process.signals import StopFlag
 from harness.train.evaluate import evaluate
 from harness.train.member import make_member
 from harness.train.run import pick_device

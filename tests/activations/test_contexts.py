@@ -10,7 +10,7 @@ from harness.activations.model import load_tokenizer, locate
 from harness.activations.text import documents
 from harness.config import ActivationsConfig
 from harness.errors import UserError
-from harness.record.signals import Interrupted, StopFlag
+from harness.process.signals import Interrupted, StopFlag
 
 
 def cut(cfg: ActivationsConfig, directory: Path) -> Cut:

@@ -20,7 +20,7 @@ from harness.activations.harvest import Plan, _check_disk, describe, forward_uni
 from harness.activations.model import load_model, locate
 from harness.config import ActivationsConfig
 from harness.errors import UserError
-from harness.record.signals import Interrupted, StopFlag
+from harness.process.signals import Interrupted, StopFlag
 
 
 def opened(cfg: ActivationsConfig, out: Path) -> ActivationSource:
@@ -134,7 +134,7 @@ WORKER = textwrap.dedent("""
     from harness.activations.open import open_source
     from harness.config import ActivationsConfig
     from harness.parallel import Solo
-    from harness.record.signals import StopFlag
+    from harness.process.signals import StopFlag
     torch.set_num_threads(1)
     harvest.UNIT_TOKENS = 1600
     settings, mode, out = eval(sys.argv[1]), sys.argv[2], Path(sys.argv[3])

@@ -10,7 +10,7 @@ from harness.activations import open_source, stage
 from harness.activations.identity import store_id
 from harness.activations.store import Store
 from harness.config import ActivationsConfig
-from harness.record.signals import StopFlag
+from harness.process.signals import StopFlag
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from harness.activations import open_source, store_id
 from harness.activations.store import Store
 from harness.config import ActivationsConfig
 from harness.errors import UserError
-from harness.record.signals import StopFlag
+from harness.process.signals import StopFlag
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from harness.activations import ActivationSource, open_source, recovered
 from harness.activations.assemble import layernorm_rows
 from harness.activations.synthetic import zipf_probabilities
 from harness.config import ActivationsConfig, SyntheticConfig
-from harness.record.signals import StopFlag
+from harness.process.signals import StopFlag
 
 CPU = torch.device("cpu")
 

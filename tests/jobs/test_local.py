@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from harness.jobs.rows import sweep_rows
+from harness.process.claim import claim
 from harness.record import metrics
-from harness.record.claim import claim
 from tests.jobs.conftest import TINY, Launch
 
 

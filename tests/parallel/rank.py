@@ -17,8 +17,8 @@ from harness import budget
 from harness.ops import choose_ops, reference
 from harness.parallel import Shards
 from harness.parallel.mesh import Mesh, mesh, ranks_from_environment
+from harness.process.signals import SAVE, StopFlag
 from harness.record.checkpoint import find_checkpoint, load_tensors, save_checkpoint
-from harness.record.signals import SAVE, StopFlag
 from harness.train import evaluate as evaluation
 from harness.train.evaluate import evaluate
 from harness.train.member import make_member

@@ -9,7 +9,7 @@ import torch
 from harness.config import Config
 from harness.ops import choose_ops
 from harness.parallel import Shards
-from harness.record.signals import StopFlag
+from harness.process.signals import StopFlag
 from harness.train.evaluate import evaluate
 from harness.train.member import Member, make_member
 from tests.train.cells import small_config, source_of

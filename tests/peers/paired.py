@@ -21,7 +21,7 @@ from harness.config import Config, from_container
 from harness.jobs.compose import compose_settings, hydra_session
 from harness.ops import Ops
 from harness.parallel import Solo
-from harness.record.signals import StopFlag
+from harness.process.signals import StopFlag
 from harness.saes import Params
 from harness.train.evaluate import Evaluation, evaluate
 from harness.train.member import Member, make_member

@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.record import claim as claims
-from harness.record.claim import Claimed, Owner, claim
-from harness.record.signals import Interrupted, StopFlag
+from harness.process import claim as claims
+from harness.process.claim import Claimed, Owner, claim
+from harness.process.signals import Interrupted, StopFlag
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from harness.record.claim import claim
+from harness.process.claim import claim
 with claim(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -4,8 +4,7 @@ import io
 
 import pytest
 
-from harness.record import progress
-from harness.record.progress import Progress, duration
+from harness.terminal import Progress, duration
 
 
 class Terminal(io.StringIO):

@@ -9,8 +9,8 @@ from typing import Any
 from harness.activations import open_source
 from harness.activations.synthetic import Synthetic
 from harness.config import Config, from_container
-from harness.record.progress import Progress
-from harness.record.signals import StopFlag
+from harness.process.signals import StopFlag
+from harness.terminal import Progress
 from harness.train.run import Start, run_cells
 
 OUT = Path("unused")

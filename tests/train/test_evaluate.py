@@ -10,7 +10,7 @@ import torch
 
 from harness.ops import choose_ops
 from harness.parallel import Solo
-from harness.record.signals import StopFlag
+from harness.process.signals import StopFlag
 from harness.saes import forward
 from harness.train.evaluate import evaluate, pca_fvu
 from harness.train.member import make_member

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from harness import status
 from harness.config import Config, to_container
+from harness.process.signals import Interrupted, StopFlag
 from harness.record import metrics
-from harness.record.signals import Interrupted, StopFlag
 from harness.train.member import Member
 from tests.train.cells import run, small_config, source_of
 

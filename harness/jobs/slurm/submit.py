@@ -20,7 +20,7 @@ from harness.jobs.pack import Job
 from harness.jobs.plan import Run
 from harness.jobs.slurm import client
 from harness.jobs.slurm.script import job_script
-from harness.record.claim import claim
+from harness.process.claim import claim
 from harness.record.provenance import command_line, now
 from harness.record.rundir import FINAL, freeze, set_failure_aside
 from harness.record.state import state_of

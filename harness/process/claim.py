@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import psutil
 
-from harness.record.signals import Interrupted, StopFlag
+from harness.process.signals import Interrupted, StopFlag
 
 HEARTBEAT_S = 10.0
 STALE_S = 120.0

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from harness.parallel import Shards
-from harness.record.signals import Interrupted
+from harness.process.signals import Interrupted
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from harness.errors import FAILED, INTERRUPTED, WRONG_REQUEST, UserError
 from harness.parallel.mesh import ranks_from_environment
-from harness.record.claim import Claimed
-from harness.record.signals import Interrupted
+from harness.process.claim import Claimed
+from harness.process.signals import Interrupted
 
 
 def run_as_rank(work: Callable[[], None], *, saved_is_success: bool) -> int:
