@@ -14,11 +14,11 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.jobs.rows import begun_runs
-from harness.jobs.slurm import client
-from harness.jobs.slurm.submit import arrays, live_elements
+from harness.places.slurm import client
+from harness.places.slurm.submit import arrays, live_elements
 from harness.process.claim import holder
 from harness.record.state import claim_path
+from harness.sweep.rows import begun_runs
 
 
 def cancel(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:

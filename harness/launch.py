@@ -17,19 +17,22 @@ from typing import Any
 
 import yaml
 
-from harness import joined
 from harness.config import Config, to_container
+from harness.cost.estimate import Estimates, estimate
+from harness.cost.limits import cut_into_jobs
+from harness.cost.planfile import record_plan
+from harness.cost.table import plan_text
 from harness.errors import FAILED, INTERRUPTED, WRONG_REQUEST, UserError
 from harness.files import write_json_atomic
-from harness.jobs import compose, grid, pack, plan
-from harness.jobs.estimate import Estimates, estimate
-from harness.jobs.limits import cut_into_jobs
-from harness.jobs.planfile import record_plan
-from harness.jobs.study import Study, load_study, study_candidates, study_names
-from harness.jobs.table import plan_text
+from harness.grid import cells as grid
+from harness.grid import compose
+from harness.grid.study import Study, load_study, study_candidates, study_names
+from harness.places import joined
 from harness.record.provenance import command_line, now
 from harness.record.rundir import FINAL
 from harness.record.state import state_of
+from harness.sweep import pack
+from harness.sweep import runs as plan
 
 
 @dataclass(frozen=True)
@@ -159,14 +162,14 @@ def carry_out(runs: list[plan.Run], about: Mapping[str, Any], *, dry_run: bool, 
         return _submit(runs, estimates, wait)
     jobs = cut_into_jobs([run for run in runs if run.status not in FINAL], estimates)
     ended = [run for run in runs if run.status in FINAL]
-    from harness.jobs.local import run_jobs
+    from harness.places.local import run_jobs
 
     return Outcome(run_jobs(jobs, ended), sweep_dirs)
 
 
 def _submit(runs: list[plan.Run], estimates: Estimates, wait: bool) -> Outcome:
     """Hand the runs to Slurm; with `wait`, come back when the queue is empty and judge what became of them."""
-    from harness.jobs.slurm.submit import submit_runs, wait_for
+    from harness.places.slurm.submit import submit_runs, wait_for
 
     jobs, sweep_dirs = submit_runs(runs, estimates), sweep_dirs_of(runs)
     for directory in sweep_dirs if jobs else ():

@@ -17,10 +17,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.jobs.columns import aligned, si
-from harness.jobs.rows import Row, sweep_rows
 from harness.record.state import STATES
-from harness.terminal import duration
+from harness.sweep.rows import Row, sweep_rows
+from harness.terminal import aligned, duration, si
 
 ENDED = ("done", "diverged", "failed")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from harness.config import ARCHITECTURES
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
-from harness.jobs.study import load_study
+from harness.grid.study import load_study
 from harness.launch import Request, launch
 
 DEFAULT_STUDY = "quick"

@@ -10,8 +10,8 @@ import pytest
 
 from harness import status
 from harness.files import write_json_atomic
-from harness.jobs.rows import Row, last_line, sweep_rows
 from harness.process.claim import claim
+from harness.sweep.rows import Row, last_line, sweep_rows
 
 
 class Sweep:

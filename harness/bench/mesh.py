@@ -23,7 +23,7 @@ from harness.bench.command import machine
 from harness.bench.shapes import Shape, parse_shapes
 from harness.errors import UserError
 from harness.files import write_json_atomic
-from harness.jobs.ranks import rank_environment
+from harness.places.ranks import rank_environment
 
 EXCHANGES_PER_CALL = {"selection": 2}
 """Candidates one way, counts back; every other kind is one all-reduce."""

@@ -21,15 +21,15 @@ import torch
 from harness.activations import open_source
 from harness.activations.identity import is_complete, store_name
 from harness.errors import UserError
-from harness.jobs.pack import Target, read_target
-from harness.jobs.ranks import end_with_starter
 from harness.parallel import Shards
 from harness.parallel.mesh import mesh, ranks_from_environment
+from harness.places.ranks import end_with_starter
 from harness.process.rank import run_as_rank
 from harness.process.signals import Interrupted, StopFlag, stop_on_signals
 from harness.process.together import together
 from harness.record import rundir
 from harness.record.attempt import END_TIME, attempt, attempt_dirs, claimed, write_ended, write_provenance
+from harness.sweep.pack import Target, read_target
 from harness.terminal import Progress
 from harness.train.run import Start, pick_device, run_cells
 

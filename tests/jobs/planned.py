@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import ClusterConfig, Config, MeshConfig
-from harness.jobs.plan import Run, Store
+from harness.sweep.runs import Run, Store
 from tests.train.cells import small_config
 
 

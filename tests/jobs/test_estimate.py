@@ -10,14 +10,13 @@ import pytest
 
 from harness import budget
 from harness.activations.source import SAMPLE_ROWS
-from harness.jobs import calibrate
-from harness.jobs import estimate as module
-from harness.jobs.calibrate import Timed, interpolate, probes
-from harness.jobs.estimate import estimate
-from harness.jobs.gpus import FLOOR_SHARE, find_gpu, step_seconds
-from harness.jobs.pack import job_of
-from harness.jobs.planfile import read_plan, record_plan
-from harness.train import speed
+from harness.cost import calibrate, speed
+from harness.cost import estimate as module
+from harness.cost.calibrate import Timed, interpolate, probes
+from harness.cost.estimate import estimate
+from harness.cost.gpus import FLOOR_SHARE, find_gpu, step_seconds
+from harness.cost.planfile import read_plan, record_plan
+from harness.sweep.pack import job_of
 from tests.jobs.conftest import Launch
 from tests.jobs.planned import a_config, a_run
 

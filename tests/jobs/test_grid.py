@@ -7,8 +7,8 @@ import pytest
 
 from harness.config import from_container
 from harness.errors import UserError
-from harness.jobs.compose import compose_settings, hydra_session
-from harness.jobs.grid import Cell, build_cells, expand, keep_only, keep_wide_experts, narrow_cells
+from harness.grid.cells import Cell, build_cells, expand, keep_only, keep_wide_experts, narrow_cells
+from harness.grid.compose import compose_settings, hydra_session
 
 SYNTHETIC = ("activations=synthetic", "train.precision=fp32")
 

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.jobs.estimate import Estimates, estimate
-from harness.jobs.limits import disk, longer_than_the_limit, memory_limit, time_limit, would_not_fit
-from harness.jobs.pack import job_of
-from harness.jobs.plan import Run
-from harness.jobs.table import plan_text
-from harness.train import speed
+from harness.cost import speed
+from harness.cost.estimate import Estimates, estimate
+from harness.cost.limits import disk, longer_than_the_limit, memory_limit, time_limit, would_not_fit
+from harness.cost.table import plan_text
+from harness.sweep.pack import job_of
+from harness.sweep.runs import Run
 from tests.jobs.conftest import Launch
 from tests.jobs.planned import a_config, a_run
 

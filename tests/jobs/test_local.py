@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.jobs.rows import sweep_rows
 from harness.process.claim import claim
 from harness.record import metrics
+from harness.sweep.rows import sweep_rows
 from tests.jobs.conftest import TINY, Launch
 
 
@@ -167,7 +167,7 @@ def test_service_settings_of_a_frozen_run_may_change(launch: Launch, tmp_path: P
 def test_a_cell_that_somebody_else_trains_is_waited_for(
     launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import harness.jobs.local as local
+    import harness.places.local as local
 
     assert launch() == 0
     run_dir = only_run(tmp_path)

@@ -10,9 +10,9 @@ import pytest
 
 from harness.config import StreamConfig
 from harness.errors import UserError
-from harness.jobs.pack import Job, freeze_job, job_of, make_jobs, read_target
-from harness.jobs.plan import Run
 from harness.record import metrics
+from harness.sweep.pack import Job, freeze_job, job_of, make_jobs, read_target
+from harness.sweep.runs import Run
 from tests.jobs.conftest import Launch
 from tests.jobs.planned import a_config, a_run
 from tests.train.ranks import same_weights

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from harness.config import ClusterConfig, MeshConfig
-from harness.jobs.slurm.script import job_script
-from harness.jobs.slurm.submit import lead_s
+from harness.places.slurm.script import job_script
+from harness.places.slurm.submit import lead_s
 
 GPUS = {
     "name": "slurm",
@@ -49,7 +49,7 @@ def test_a_job_of_eight_gpus_on_two_nodes() -> None:
     assert "srun --kill-on-bad-exit=1 --gpu-bind=closest --mpi=none bash -c" in text
     assert "apptainer exec --nv 'our image.sif' /opt/venv/bin/python -m harness.train" in text
     assert "export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0" in text
-    assert text.index("module load cuda/12.4") < text.index("harness.jobs.slurm begin")
+    assert text.index("module load cuda/12.4") < text.index("harness.places.slurm begin")
     assert 'harness.activations.stage "$STORE" "$TMPDIR/stores"' in text
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.jobs.compose import hydra_session
-from harness.jobs.grid import build_cells
-from harness.jobs.study import Study, load_study, study_candidates, study_names
+from harness.grid.cells import build_cells
+from harness.grid.compose import hydra_session
+from harness.grid.study import Study, load_study, study_candidates, study_names
 from harness.launch import main
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from harness.activations import ActivationSource, open_source
 from harness.activations.store import Store
 from harness.config import Config, from_container
-from harness.jobs.compose import compose_settings, hydra_session
+from harness.grid.compose import compose_settings, hydra_session
 from harness.ops import Ops
 from harness.parallel import Solo
 from harness.process.signals import StopFlag

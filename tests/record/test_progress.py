@@ -4,6 +4,7 @@ import io
 
 import pytest
 
+from harness import terminal as progress
 from harness.terminal import Progress, duration
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.jobs.rows import sweep_rows
 from harness.launch import main
 from harness.record.rundir import attempts, read_result
+from harness.sweep.rows import sweep_rows
 from tests.slurm.cluster import FINISHED, Cluster, running, wait_for
 from tests.slurm.runs import command, repeated_steps, wait_for_step
 from tests.slurm.settings import Settings

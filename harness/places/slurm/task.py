@@ -17,12 +17,12 @@ from typing import Any
 from harness.activations.identity import is_complete, store_path
 from harness.config import Config, from_container
 from harness.files import write_json_atomic, write_text_atomic
-from harness.jobs.pack import Job, freeze_job, job_of
-from harness.jobs.plan import Run, Store
-from harness.jobs.slurm import client
+from harness.places.slurm import client
 from harness.record import rundir
 from harness.record.attempt import END_TIME, write_ended
 from harness.record.provenance import now
+from harness.sweep.pack import Job, freeze_job, job_of
+from harness.sweep.runs import Run, Store
 
 SAME_STEP_FAILURES = 3
 """A job that fails so often at one saved step is given up."""

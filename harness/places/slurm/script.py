@@ -74,7 +74,7 @@ def job_script(
         "trap : TERM USR1  # whatever ends the ranks, the last line is to be reached",
         "",
         "# freeze this element's runs; sets JOB (empty when nothing is left to do), STORE, where the ranks meet",
-        f'settings=$({python} -m harness.jobs.slurm begin {here} "$SLURM_ARRAY_TASK_ID") || exit',
+        f'settings=$({python} -m harness.places.slurm begin {here} "$SLURM_ARRAY_TASK_ID") || exit',
         'eval "$settings"',
         '[ -n "$JOB" ] || exit 0',
         "",
@@ -83,7 +83,7 @@ def job_script(
         f'    {python} -m {work} --saved-is-success "${{STAGED[@]}}" "$JOB"',
         "",
         "# done, or requeue this element alone, or give up after three failures at one step",
-        f'exec {python} -m harness.jobs.slurm end {here} "$SLURM_ARRAY_TASK_ID" $?',
+        f'exec {python} -m harness.places.slurm end {here} "$SLURM_ARRAY_TASK_ID" $?',
     ]
     return "\n".join(lines) + "\n"
 

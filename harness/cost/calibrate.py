@@ -15,9 +15,9 @@ import psutil
 
 from harness import budget
 from harness.config import Config, MeshConfig
-from harness.jobs.gpus import find_gpu, known_gpus
-from harness.jobs.plan import Run
+from harness.cost.gpus import find_gpu, known_gpus
 from harness.record.provenance import machine, now
+from harness.sweep.runs import Run
 
 SHAPES = 6
 """Steps of this many cells are timed; the others lie between them."""
@@ -177,8 +177,8 @@ def calibrate(runs: Sequence[Run]) -> Calibration:
 
 def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     """Fill in `calibration` and return what was measured, in words."""
+    from harness.cost.speed import measure_draw, measure_speed, measure_start
     from harness.process.memory import reset_peak
-    from harness.train.speed import measure_draw, measure_speed, measure_start
 
     load = os.getloadavg()[0]
     shapes = probes(runs)

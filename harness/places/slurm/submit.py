@@ -12,18 +12,18 @@ from pathlib import Path
 
 from harness.activations.identity import is_complete, store_path
 from harness.config import ClusterConfig, Config, to_container
+from harness.cost.estimate import Estimates
+from harness.cost.limits import cut_into_jobs, time_limit
 from harness.errors import UserError
 from harness.files import fsync_directory, write_json_atomic, write_text_atomic
-from harness.jobs.estimate import Estimates
-from harness.jobs.limits import cut_into_jobs, time_limit
-from harness.jobs.pack import Job
-from harness.jobs.plan import Run
-from harness.jobs.slurm import client
-from harness.jobs.slurm.script import job_script
+from harness.places.slurm import client
+from harness.places.slurm.script import job_script
 from harness.process.claim import claim
 from harness.record.provenance import command_line, now
 from harness.record.rundir import FINAL, freeze, set_failure_aside
 from harness.record.state import state_of
+from harness.sweep.pack import Job
+from harness.sweep.runs import Run
 
 ASSUMED_BYTES_PER_S = 1e8
 """Of a checkpoint on its way to a slow network disk."""

@@ -1,5 +1,5 @@
 """What a run will cost: time, FLOPs, memory, disk. Times come from steps timed on this machine, or, for a GPU type that
-a person names, from its data sheet (`harness.jobs.gpus`)."""
+a person names, from its data sheet (`harness.cost.gpus`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness import budget
 from harness.config import ActivationsConfig, Config
-from harness.jobs.calibrate import (
+from harness.cost.calibrate import (
     PROCESS_BYTES,
     Calibration,
     calibrate,
@@ -22,10 +22,10 @@ from harness.jobs.calibrate import (
     sample_rows,
     step_flops,
 )
-from harness.jobs.gpus import find_gpu, step_seconds
-from harness.jobs.pack import Job
-from harness.jobs.plan import Run, tokens_of
+from harness.cost.gpus import find_gpu, step_seconds
 from harness.record.rundir import FINAL
+from harness.sweep.pack import Job
+from harness.sweep.runs import Run, tokens_of
 from harness.train.schedule import evaluation_steps
 
 PROCESS_START_S = 6.0

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.cost.planfile import read_plan
 from harness.errors import UserError
-from harness.jobs.pack import pack_sizes, packs_root
-from harness.jobs.planfile import read_plan
 from harness.record.notes import read_notes
 from harness.record.rundir import attempts, read_config
 from harness.record.state import RunState, newest_metrics, state_of
+from harness.sweep.pack import pack_sizes, packs_root
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from harness import budget
 from harness.config import ActivationsConfig, Config, run_id
 from harness.errors import UserError
-from harness.jobs.grid import Cell
+from harness.grid.cells import Cell
 from harness.record.rundir import run_directory
 from harness.record.state import state_of
 

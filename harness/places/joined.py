@@ -14,10 +14,10 @@ from pathlib import Path
 
 from harness.errors import FAILED, INTERRUPTED, WRONG_REQUEST, UserError
 from harness.files import write_json_atomic
-from harness.jobs.local import describe, outcome_line
-from harness.jobs.pack import Job, Target, freeze_job
+from harness.places.local import describe, outcome_line
 from harness.process.signals import Interrupted
 from harness.record import rundir
+from harness.sweep.pack import Job, Target, freeze_job
 
 POLL_S = 0.2
 PLAN_TIMEOUT_S = 1800.0

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from harness.errors import UserError
-from harness.jobs.grid import Candidate, expand, keep_only, keep_wide_experts
+from harness.grid.cells import Candidate, expand, keep_only, keep_wide_experts
 
 STUDY_DIR = Path(__file__).resolve().parents[2] / "sweeps"
 

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config import Config
 from harness.errors import UserError
-from harness.jobs.compose import (
+from harness.grid.compose import (
     checked_values,
     compose_settings,
     leaf_keys,

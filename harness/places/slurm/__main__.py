@@ -1,4 +1,4 @@
-"""`python -m harness.jobs.slurm begin|end ARRAY_DIR INDEX [EXIT_CODE]`: called by job scripts."""
+"""`python -m harness.places.slurm begin|end ARRAY_DIR INDEX [EXIT_CODE]`: called by job scripts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.jobs.slurm.task import begin, end
+from harness.places.slurm.task import begin, end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.jobs.slurm", description="Called by job scripts.")
+    parser = argparse.ArgumentParser(prog="python -m harness.places.slurm", description="Called by job scripts.")
     parser.add_argument("when", choices=["begin", "end"])
     parser.add_argument("array", type=Path, metavar="ARRAY_DIR")
     parser.add_argument("index", type=int, metavar="SLURM_ARRAY_TASK_ID")

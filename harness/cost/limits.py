@@ -10,12 +10,11 @@ from pathlib import Path
 
 from harness import budget
 from harness.config import ActivationsConfig, Config, MeshConfig
-from harness.jobs.columns import listed, si
-from harness.jobs.estimate import NUMBER_BYTES, Estimates, on_gpu, ranks_of
-from harness.jobs.gpus import find_gpu
-from harness.jobs.pack import Job, make_jobs
-from harness.jobs.plan import Run
-from harness.terminal import duration
+from harness.cost.estimate import NUMBER_BYTES, Estimates, on_gpu, ranks_of
+from harness.cost.gpus import find_gpu
+from harness.sweep.pack import Job, make_jobs
+from harness.sweep.runs import Run
+from harness.terminal import duration, listed, si
 
 FITS = 0.9
 """Of a memory, what a job may plan to use: allocators keep some for themselves."""

@@ -1,6 +1,6 @@
 """Hydra as a grammar and a composer: `conf/` plus overrides give typed settings, errors are one readable line.
 
-Hydra's own multirun is not used: it can neither skip what is done nor resume (see `harness.jobs.grid`).
+Hydra's own multirun is not used: it can neither skip what is done nor resume (see `harness.grid.cells`).
 """
 
 from __future__ import annotations

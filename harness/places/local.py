@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 
 from harness.config import Config
 from harness.errors import FAILED, INTERRUPTED, UserError
-from harness.jobs.pack import Job, freeze_job
-from harness.jobs.plan import Run
-from harness.jobs.ranks import train_on_ranks
+from harness.places.ranks import train_on_ranks
 from harness.process.claim import Claimed
 from harness.process.signals import Interrupted, StopFlag, stop_on_signals
 from harness.record import rundir
 from harness.record.attempt import attempt, claimed, write_provenance
 from harness.record.provenance import now
+from harness.sweep.pack import Job, freeze_job
+from harness.sweep.runs import Run
 from harness.terminal import Progress, duration
 
 WAIT_S = 2.0

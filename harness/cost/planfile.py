@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.cost.estimate import Estimates
 from harness.errors import UserError
 from harness.files import write_json_atomic
-from harness.jobs.estimate import Estimates
-from harness.jobs.plan import Run
 from harness.record.rundir import FINAL
+from harness.sweep.runs import Run
 
 NAME = "plan.json"
 

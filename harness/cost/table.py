@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from harness.jobs.columns import aligned, si
-from harness.jobs.estimate import Estimate, Estimates, ranks_of
-from harness.jobs.limits import Disk, disk, longer_than_the_limit, would_not_fit
-from harness.jobs.pack import Job
-from harness.jobs.plan import Run
+from harness.cost.estimate import Estimate, Estimates, ranks_of
+from harness.cost.limits import Disk, disk, longer_than_the_limit, would_not_fit
 from harness.record.rundir import FINAL
-from harness.terminal import duration
+from harness.sweep.pack import Job
+from harness.sweep.runs import Run
+from harness.terminal import aligned, duration, si
 
 ROWS = 200
 

@@ -18,8 +18,8 @@ from typing import Any
 from harness.config import Config
 from harness.errors import UserError
 from harness.files import write_json_atomic
-from harness.jobs.plan import Run
 from harness.record.rundir import freeze, read_config
+from harness.sweep.runs import Run
 
 MAX_MEMBERS = 16
 """Cells that the plan puts into one pack at most."""
