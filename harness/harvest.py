@@ -18,7 +18,7 @@ from harness.process.rank import run_as_rank
 from harness.process.signals import Interrupted, stop_on_signals
 from harness.record import rundir
 from harness.record.attempt import write_ended
-from harness.train.run import pick_device
+from harness.training.run import pick_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -84,7 +84,7 @@ def refuse_what_is_not_here(cells: Sequence[grid.Cell]) -> None:
     wanted = {(config.ops, config.train.device) for config in local} - {("auto", "auto"), ("auto", "cpu")}
     for name, device in wanted:
         from harness.ops import choose_ops
-        from harness.train.run import pick_device
+        from harness.training.run import pick_device
 
         try:
             found = pick_device(device)

@@ -29,7 +29,7 @@ ALLOWED = {
 }
 """Part of the code → what it may import of the project."""
 
-COMMAND = "harness/train/__main__.py"
+COMMAND = "harness/training/jobs.py"
 """Stands beside `launch` and may use everything."""
 
 WANDB = ("harness/record/", "analysis/load_wandb.py")

@@ -24,8 +24,8 @@ from harness.parallel import Axis, Kind, Shards
 from harness.parallel.mesh import mesh
 from harness.parallel.probe import Exchange, exchange_seconds
 from harness.process.signals import StopFlag
-from harness.train.member import make_member
-from harness.train.run import pick_device
+from harness.training.member import make_member
+from harness.training.run import pick_device
 
 PROBE_NUMBERS = (1 << 12, 1 << 20)
 """float32 numbers per probe: 16 KiB and 4 MiB."""

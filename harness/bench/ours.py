@@ -22,8 +22,8 @@ from harness.ops import Ops, choose_ops
 from harness.parallel import Solo
 from harness.process import memory
 from harness.saes import DeadLatents, Sae, find_dead, step
-from harness.train.member import COMPUTE
-from harness.train.optim import Optimizer
+from harness.training.member import COMPUTE
+from harness.training.optimizer import Optimizer
 
 LR = 1e-4
 AUX_ALPHA = 1 / 32

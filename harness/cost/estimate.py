@@ -26,7 +26,7 @@ from harness.cost.gpus import find_gpu, step_seconds
 from harness.record.rundir import FINAL
 from harness.sweep.pack import Job
 from harness.sweep.runs import Run, tokens_of
-from harness.train.schedule import evaluation_steps
+from harness.training.schedule import evaluation_steps
 
 PROCESS_START_S = 6.0
 """Interpreter, torch, kernels and the opened store, for a job that starts processes of its own."""

@@ -17,9 +17,9 @@ from harness.config import Config
 from harness.ops import choose_ops
 from harness.parallel import Solo
 from harness.process.signals import StopFlag
-from harness.train.evaluate import evaluate
-from harness.train.member import make_member
-from harness.train.run import pick_device
+from harness.training.evaluate import evaluate
+from harness.training.member import make_member
+from harness.training.run import pick_device
 
 FEW_ROWS = 1024
 """Enough to initialise an SAE whose steps are timed."""

@@ -84,7 +84,7 @@ def follow(out: Path) -> int:
 
 
 def _train(homes: Sequence[Path], told: Callable[[Target], None]) -> int:
-    from harness.train.__main__ import train_jobs
+    from harness.training.jobs import train_jobs
 
     if not homes:
         return 0

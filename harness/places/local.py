@@ -138,7 +138,7 @@ def _ended_meanwhile(run_dirs: Sequence[Path]) -> dict[Path, str]:
 def _run(
     job: Job, unfinished: Sequence[Path], sources: dict[str, Any], stop: StopFlag, progress: Progress
 ) -> dict[Path, str]:
-    from harness.train.run import Start, run_cells
+    from harness.training.run import Start, run_cells
 
     config, started = job.config, now()
     # several ranks open the source themselves, and harvest it together

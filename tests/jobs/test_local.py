@@ -103,7 +103,7 @@ def test_a_failing_cell_does_not_stop_the_sweep(
     launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The failure is injected: a real one that fits every machine would be a bug to repair."""
-    import harness.train.run as train_run
+    import harness.training.run as train_run
 
     real = train_run.run_cells
 
@@ -133,7 +133,7 @@ def test_a_full_disk_ends_the_sweep_in_one_line(
     launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is injected here; a real full disk is in tests/test_launch.py where a tmpfs can be mounted."""
-    import harness.train.run as train_run
+    import harness.training.run as train_run
 
     def full(*_: Any) -> list[dict[str, Any]]:
         raise OSError(errno.ENOSPC, "No space left on device")

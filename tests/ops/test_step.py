@@ -12,7 +12,7 @@ from harness.ops import choose_ops
 from harness.parallel import Solo
 from harness.saes import Sae, find_dead, step
 from harness.saes.step import forward
-from harness.train.optim import Optimizer
+from harness.training.optimizer import Optimizer
 from tests.ops.sets import FAST, KERNELS, kernel_set
 from tests.saes.test_step import assert_step_equals_dense, random_params
 

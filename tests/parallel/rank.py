@@ -19,9 +19,9 @@ from harness.parallel import Shards
 from harness.parallel.mesh import Mesh, mesh, ranks_from_environment
 from harness.process.signals import SAVE, StopFlag
 from harness.record.checkpoint import find_checkpoint, load_tensors, save_checkpoint
-from harness.train import evaluate as evaluation
-from harness.train.evaluate import evaluate
-from harness.train.member import make_member
+from harness.training import evaluate as evaluation
+from harness.training.evaluate import evaluate
+from harness.training.member import make_member
 from tests.parallel.preactivations import chosen, selections
 from tests.parallel.trajectory import CASES, CPU, case_config, trajectory
 from tests.train.cells import source_of

@@ -10,8 +10,8 @@ from harness.config import Config
 from harness.ops import choose_ops
 from harness.parallel import Shards
 from harness.process.signals import StopFlag
-from harness.train.evaluate import evaluate
-from harness.train.member import Member, make_member
+from harness.training.evaluate import evaluate
+from harness.training.member import Member, make_member
 from tests.train.cells import small_config, source_of
 
 CPU = torch.device("cpu")

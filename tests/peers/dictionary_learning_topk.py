@@ -29,8 +29,8 @@ from harness.budget import learning_rate
 from harness.config import Config
 from harness.ops import Ops, choose_ops
 from harness.saes import Params
-from harness.train.evaluate import Evaluation
-from harness.train.member import Member
+from harness.training.evaluate import Evaluation
+from harness.training.member import Member
 from tests.peers import paired
 
 CLIP_NORM = 1.0

@@ -23,8 +23,8 @@ from harness.ops import Ops
 from harness.parallel import Solo
 from harness.process.signals import StopFlag
 from harness.saes import Params
-from harness.train.evaluate import Evaluation, evaluate
-from harness.train.member import Member, make_member
+from harness.training.evaluate import Evaluation, evaluate
+from harness.training.member import Member, make_member
 
 CPU = torch.device("cpu")
 WITHIN = 0.01

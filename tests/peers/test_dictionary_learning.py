@@ -11,7 +11,7 @@ from harness.activations import ActivationSource
 from harness.ops import choose_ops
 from harness.parallel import Solo
 from harness.saes import forward
-from harness.train.member import Member
+from harness.training.member import Member
 from tests.peers import paired
 from tests.peers.dictionary_learning_topk import installed, make_trainer, matched_to_them, their_params
 from tests.train.cells import small_config, source_of

@@ -11,7 +11,7 @@ from harness.activations.synthetic import Synthetic
 from harness.config import Config, from_container
 from harness.process.signals import StopFlag
 from harness.terminal import Progress
-from harness.train.run import Start, run_cells
+from harness.training.run import Start, run_cells
 
 OUT = Path("unused")
 

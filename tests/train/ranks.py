@@ -23,7 +23,7 @@ from harness.config import Config, to_container
 SWITCH = {"sae__architecture": "switch", "sae__n_experts": 4, "sae__balance_weight": 0.1}
 
 PRELOAD = [
-    *("harness.train.__main__", "harness.ops.cpu", "harness.activations.model", "tests.train.ranks"),
+    *("harness.train", "harness.ops.cpu", "harness.activations.model", "tests.train.ranks"),
     *("transformers.models.bert.modeling_bert", "transformers.models.auto.modeling_auto"),
 ]
 
@@ -35,8 +35,8 @@ class Place(NamedTuple):
     after: bool = False
 
 
-STEP = Place("harness.train.member:Member.train_step", after=True)
-EVALUATION = Place("harness.train.evaluate:_fill")
+STEP = Place("harness.training.member:Member.train_step", after=True)
+EVALUATION = Place("harness.training.evaluate:_fill")
 PLANNING = Place("harness.activations.open:prepare")
 FORWARD = Place("harness.activations.model:HookedModel.activations")
 ASSEMBLY = Place("harness.activations.assemble:write_tensors")
@@ -92,7 +92,7 @@ def _one_rank(run_dir: str, rank: int, world: int, port: int, strike: Strike | N
             harvest.UNIT_TOKENS = unit_tokens
         if strike is not None and rank in strike.ranks:
             _arm(strike)
-        from harness.train.__main__ import main
+        from harness.train import main
 
         raise SystemExit(main([run_dir]))
 

@@ -12,8 +12,8 @@ from harness.ops import choose_ops
 from harness.parallel import Solo
 from harness.process.signals import StopFlag
 from harness.saes import forward
-from harness.train.evaluate import evaluate, pca_fvu
-from harness.train.member import make_member
+from harness.training.evaluate import evaluate, pca_fvu
+from harness.training.member import make_member
 from tests.train.cells import small_config, source_of
 
 

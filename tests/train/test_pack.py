@@ -13,7 +13,7 @@ import torch
 from harness.config import Config
 from harness.process.signals import Interrupted, StopFlag
 from harness.terminal import Progress
-from harness.train.run import Start, run_cells
+from harness.training.run import Start, run_cells
 from tests.train.cells import run, small_config, source_of
 from tests.train.test_run import lines_without_clock, weights
 

@@ -16,7 +16,7 @@ from harness import status
 from harness.config import Config, to_container
 from harness.process.signals import Interrupted, StopFlag
 from harness.record import metrics
-from harness.train.member import Member
+from harness.training.member import Member
 from tests.train.cells import run, small_config, source_of
 
 SWITCH = {
@@ -137,7 +137,7 @@ def test_weights_that_fail_on_held_out_rows_only_have_diverged_too(tmp_path: Pat
 def test_a_bad_batch_withholds_every_later_update(tmp_path: Path) -> None:
     from harness.ops import choose_ops
     from harness.parallel import Solo
-    from harness.train.member import make_member
+    from harness.training.member import make_member
 
     config = small_config()
     source = source_of(config)

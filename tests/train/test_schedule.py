@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.budget import learning_rate, total_steps
-from harness.train.schedule import evaluation_steps, has_converged, lr_at
+from harness.training.schedule import evaluation_steps, has_converged, lr_at
 from tests.train.cells import small_config
 
 

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from harness.ops import choose_ops
 from harness.parallel import Solo
-from harness.train.member import Member, make_member
-from harness.train.run import pick_device
+from harness.training.member import Member, make_member
+from harness.training.run import pick_device
 from tests.ops.sets import kernel_set
 from tests.train.cells import small_config, source_of
 

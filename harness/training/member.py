@@ -29,9 +29,9 @@ from harness.saes import (
     resolve_sae,
     step,
 )
-from harness.train.graph import StepGraph
-from harness.train.optim import Optimizer
-from harness.train.schedule import lr_at
+from harness.training.graph import StepGraph
+from harness.training.optimizer import Optimizer
+from harness.training.schedule import lr_at
 
 MASTER = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}

@@ -24,10 +24,10 @@ from harness.record.notes import add_note, read_notes
 from harness.record.provenance import now
 from harness.record.tracker import NullTracker, open_tracker
 from harness.terminal import Progress
-from harness.train.cell import Cell
-from harness.train.evaluate import pca_fvu
-from harness.train.loop import train
-from harness.train.member import make_member
+from harness.training.cell import Cell
+from harness.training.evaluate import pca_fvu
+from harness.training.loop import train
+from harness.training.member import make_member
 
 log = logging.getLogger(__name__)
 

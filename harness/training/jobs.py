@@ -1,17 +1,10 @@
-"""`python -m harness.train JOB_DIR…`: one rank of one job; `torchrun --nproc-per-node N -m harness.train RUN_DIR`.
-
-A job's directory is a run's or a pack's; what is frozen in it says everything. Started by the launcher for jobs over
-several ranks and by the scripts of Slurm jobs; by hand it does the same. Exit codes: 0 all runs have ended (result.json
-says how), 1 failed, 2 a wrong request, 75 stopped and resumable.
-"""
+"""One rank of one job: a run, or a pack of runs that share a stream, from its frozen directory to its results."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,30 +16,13 @@ from harness.activations.identity import is_complete, store_name
 from harness.errors import UserError
 from harness.parallel import Shards
 from harness.parallel.mesh import mesh, ranks_from_environment
-from harness.places.ranks import end_with_starter
-from harness.process.rank import run_as_rank
 from harness.process.signals import Interrupted, StopFlag, stop_on_signals
 from harness.process.together import together
 from harness.record import rundir
 from harness.record.attempt import END_TIME, attempt, attempt_dirs, claimed, write_ended, write_provenance
 from harness.sweep.pack import Target, read_target
 from harness.terminal import Progress
-from harness.train.run import Start, pick_device, run_cells
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.train", description="Train frozen jobs, as one rank.")
-    parser.add_argument("jobs", type=Path, nargs="+", metavar="JOB_DIR", help="a run's directory, or a pack's")
-    parser.add_argument("--claimed", action="store_true", help="the starting process has the claims; end with it")
-    parser.add_argument("--saved-is-success", action="store_true", help="exit 0, not 75, when stopped and saved")
-    parser.add_argument("--store-dir", default="", metavar="DIR", help="read the store from here (a node-local copy)")
-    arguments = parser.parse_args(argv)
-    if arguments.claimed:
-        end_with_starter()
-    return run_as_rank(
-        lambda: train_jobs(arguments.jobs, arguments.store_dir, claim_here=not arguments.claimed),
-        saved_is_success=arguments.saved_is_success,
-    )
+from harness.training.run import Start, pick_device, run_cells
 
 
 def train_jobs(
@@ -115,7 +91,3 @@ def _train_unfinished(
         write_provenance(list(numbers), store_id=source.id, ops=config.ops, mesh=mesh_shape)
     progress = Progress(None if writer else io.StringIO())
     run_cells(starts, target.checkpoints, source, stop, progress, shards)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

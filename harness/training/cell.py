@@ -19,9 +19,9 @@ from harness.record.metrics import MetricsFile, NullMetrics
 from harness.record.tracker import Tracker
 from harness.saes import Params
 from harness.terminal import Progress
-from harness.train.evaluate import Evaluation, evaluate
-from harness.train.member import Member
-from harness.train.schedule import evaluation_steps, has_converged
+from harness.training.evaluate import Evaluation, evaluate
+from harness.training.member import Member
+from harness.training.schedule import evaluation_steps, has_converged
 
 
 @dataclass

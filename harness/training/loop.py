@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from harness.ops import Ops
 from harness.parallel import Shards
 from harness.process.signals import SAVE, STOP, Interrupted, StopFlag
-from harness.train.cell import Cell
+from harness.training.cell import Cell
 
 
 def train(
