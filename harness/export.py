@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.record.export import FORMATS, export
+from harness.saes.export import FORMATS, export
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import export, status
+from harness import export, replay, status
 from harness.launch import main
-from harness.record import replay
 from sweeps.__main__ import main as sweeps
 from tests.jobs.conftest import TINY
 

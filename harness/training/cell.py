@@ -12,11 +12,11 @@ from typing import Any
 from harness.activations import ActivationSource, Stream
 from harness.activations.synthetic import recovered
 from harness.config import Config
+from harness.mirror.tracker import Tracker
 from harness.ops import Ops
 from harness.parallel import Shards
 from harness.process.signals import StopFlag
 from harness.record.metrics import MetricsFile, NullMetrics
-from harness.record.tracker import Tracker
 from harness.saes import Params
 from harness.terminal import Progress
 from harness.training.evaluate import Evaluation, evaluate

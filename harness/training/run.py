@@ -14,6 +14,7 @@ from harness import budget
 from harness.activations import ActivationSource
 from harness.config import Config, to_container
 from harness.files import write_json_atomic, write_tensors_atomic
+from harness.mirror.tracker import NullTracker, open_tracker
 from harness.ops import Ops, choose_ops
 from harness.parallel import Shards, Solo
 from harness.process.memory import peak_bytes, reset_peak
@@ -22,7 +23,6 @@ from harness.record.checkpoint import Checkpoint, find_checkpoint, load_tensors,
 from harness.record.metrics import MetricsFile, NullMetrics, cut_back
 from harness.record.notes import add_note, read_notes
 from harness.record.provenance import now
-from harness.record.tracker import NullTracker, open_tracker
 from harness.terminal import Progress
 from harness.training.cell import Cell
 from harness.training.evaluate import pca_fvu

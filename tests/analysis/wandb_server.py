@@ -4,7 +4,7 @@ It knows the few GraphQL operations and the file stream that wandb 0.31 uses; an
 an empty answer. No W&B server has been seen: names and shapes are those that the client itself sends and asks for.
 
 `python -m tests.analysis.wandb_server RUN_DIR… --out FILE` records: it replays finished runs into this server through
-`harness.record.replay`, that is through wandb's own code, and writes what arrived.
+`harness.replay`, that is through wandb's own code, and writes what arrived.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def main() -> int:
     store = Store()
     with serving(store) as address:
         os.environ |= {"WANDB_BASE_URL": address, "WANDB_API_KEY": KEY, "WANDB_MODE": "online", "WANDB_SILENT": "true"}
-        from harness.record.replay import replay
+        from harness.replay import replay
 
         for run_dir in arguments.run_dirs:
             print(run_dir.name, replay(run_dir))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness import export as command
 from harness.errors import UserError
-from harness.record.export import export, load_trained
+from harness.saes.export import export, load_trained
 
 
 def reference(run_dir: Path, x: Tensor) -> tuple[Tensor, Tensor]:

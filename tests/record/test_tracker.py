@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.record import replay, tracker, wandb_mirror
+from harness import replay
+from harness.mirror import tracker, wandb_mirror
+from harness.mirror.tracker import NullTracker, close_mirror, open_tracker
 from harness.record.rundir import read_config
-from harness.record.tracker import NullTracker, close_mirror, open_tracker
 
 LINES = [{"step": step, "tokens": 100 * step, "loss": 1.0 / step, "fvu": None} for step in range(1, 2001)]
 

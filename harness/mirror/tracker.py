@@ -1,7 +1,7 @@
 """Mirrors of the record for people: Weights & Biases, or none.
 
 The record itself is `metrics.jsonl` and `result.json`. W&B gets a copy through a process of its own
-(`harness.record.wandb_mirror`): whatever it does - hang, crash, be slow - training cannot notice.
+(`harness.mirror.wandb_mirror`): whatever it does - hang, crash, be slow - training cannot notice.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Mirror:
         self._unsent = bytearray()
         environment = os.environ | {"WANDB_SILENT": "true"}
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-            [sys.executable, "-m", "harness.record.wandb_mirror"],
+            [sys.executable, "-m", "harness.mirror.wandb_mirror"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=environment,
@@ -124,7 +124,7 @@ class Mirror:
         assert process.stdin is not None
         print(
             f"warning: W&B {reason}; the runs are not affected, their own records are complete. "
-            "Send one later: python -m harness.record.replay RUN_DIR",
+            "Send one later: python -m harness.replay RUN_DIR",
             file=sys.stderr,
         )
         # its service process is a child in a session of its own

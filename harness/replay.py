@@ -1,4 +1,4 @@
-"""`python -m harness.record.replay RUN_DIR…`: send finished records to Weights & Biases, from their own files."""
+"""`python -m harness.replay RUN_DIR…`: send finished records to Weights & Biases, from their own files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import yaml
 
 from harness.config import from_container
 from harness.errors import UserError
+from harness.mirror.wandb_mirror import WandbRun, mode
 from harness.record import metrics
-from harness.record.wandb_mirror import WandbRun, mode
 
 
 def replay(run_dir: Path) -> str:
@@ -44,7 +44,7 @@ def replay(run_dir: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.record.replay", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m harness.replay", description=__doc__)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     arguments = parser.parse_args(argv)
     for run_dir in arguments.run_dirs:
