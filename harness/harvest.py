@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from harness.activations import open_source
+from harness.activations.open import open_source
 from harness.parallel.mesh import mesh, ranks_from_environment
 from harness.process.rank import run_as_rank
 from harness.process.signals import Interrupted, stop_on_signals

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from harness.activations.assemble import TornUnits, assemble, remove_scratch
-from harness.activations.harvest import OnRows, Plan, describe, forward_units, prepare, rows_done
-from harness.activations.identity import is_complete, store_id, store_name, store_path
-from harness.activations.model import HookedModel
+from harness.activations.lm.model import HookedModel
 from harness.activations.source import ActivationSource
-from harness.activations.store import Store
+from harness.activations.store.assemble import TornUnits, assemble, remove_scratch
+from harness.activations.store.harvest import OnRows, Plan, describe, forward_units, prepare, rows_done
+from harness.activations.store.identity import is_complete, store_id, store_name, store_path
+from harness.activations.store.read import Store
 from harness.activations.synthetic import Synthetic
 from harness.config import ActivationsConfig
 from harness.errors import UserError

@@ -22,10 +22,10 @@ from jaxtyping import Float, Float64, Int
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from harness.activations.assemble import layernorm_rows
-from harness.activations.harvest import DTYPES
 from harness.activations.shuffle import digest64
 from harness.activations.source import SAMPLE_ROWS, Statistics
+from harness.activations.store.assemble import layernorm_rows
+from harness.activations.store.harvest import DTYPES
 from harness.activations.stream import Stream
 from harness.config import ActivationsConfig
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harness import budget
-from harness.activations import open_source
+from harness.activations.open import open_source
 from harness.activations.synthetic import Synthetic
 from harness.config import Config, from_container
 from harness.ops import choose_ops

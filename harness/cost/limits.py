@@ -53,7 +53,7 @@ def store_bytes(config: ActivationsConfig, d_model: int) -> float:
 
 def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk:
     """`runs` are all of the sweep, `jobs` those that are still to be trained."""
-    from harness.activations.identity import is_complete, store_root
+    from harness.activations.store.identity import is_complete, store_root
 
     new, there = [], []
     sections = {run.store.id: run for run in runs if run.store.d_model is not None}

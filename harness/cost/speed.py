@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.activations import ActivationSource, Statistics, Stream
+from harness.activations.source import ActivationSource, Statistics
+from harness.activations.stream import Stream
 from harness.activations.synthetic import Synthetic
 from harness.config import Config
 from harness.ops import choose_ops

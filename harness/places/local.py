@@ -189,7 +189,7 @@ def _failed(run_dir: Path, config: Config, error: Exception, started: str, log: 
 def _source(run: Run, sources: dict[str, Any], stop: StopFlag) -> Any:
     """The open activation source of a run; harvested if it is missing. Raises `UserError`, `Interrupted`."""
     if run.store.id not in sources:
-        from harness.activations import open_source
+        from harness.activations.open import open_source
 
         try:
             sources[run.store.id] = open_source(run.config.activations, Path(run.config.out), progress=True, stop=stop)

@@ -86,7 +86,7 @@ def recipe_key(config: ActivationsConfig) -> str:
 
 
 def _find_store(config: ActivationsConfig, tolerant: bool) -> Store:
-    from harness.activations.identity import store_name
+    from harness.activations.store.identity import store_name
 
     try:
         return Store(store_name(config), model_width(config))
@@ -100,7 +100,7 @@ def model_width(config: ActivationsConfig) -> int:
     """d_model of a store, from the configuration of its model."""
     if config.kind == "synthetic":
         return config.synthetic.d_model
-    from harness.activations.model import locate
+    from harness.activations.lm.model import locate
 
     location = locate(config)
     if location.is_local:

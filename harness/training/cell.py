@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.activations import ActivationSource, Stream
+from harness.activations.source import ActivationSource
+from harness.activations.stream import Stream
 from harness.activations.synthetic import recovered
 from harness.config import Config
 from harness.mirror.tracker import Tracker

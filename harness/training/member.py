@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harness import budget
-from harness.activations import ActivationSource
+from harness.activations.source import ActivationSource
 from harness.config import Config
 from harness.ops import Ops
 from harness.parallel import Shards

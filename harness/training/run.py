@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from harness import budget
-from harness.activations import ActivationSource
+from harness.activations.source import ActivationSource
 from harness.config import Config, to_container
 from harness.files import write_json_atomic, write_tensors_atomic
 from harness.mirror.tracker import NullTracker, open_tracker

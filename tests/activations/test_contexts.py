@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import transformers
 
-from harness.activations.contexts import Cut, cut_contexts, kept_positions, open_contexts, special_tokens
-from harness.activations.model import load_tokenizer, locate
-from harness.activations.text import documents
+from harness.activations.lm.contexts import Cut, cut_contexts, kept_positions, open_contexts, special_tokens
+from harness.activations.lm.model import load_tokenizer, locate
+from harness.activations.lm.text import documents
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.process.signals import Interrupted, StopFlag

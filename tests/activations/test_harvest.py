@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from harness.activations import ActivationSource, open_source, store_id
-from harness.activations.assemble import assemble, layernorm_rows
-from harness.activations.contexts import kept_positions, open_contexts
-from harness.activations.harvest import Plan, _check_disk, describe, forward_units, prepare, unit_path
-from harness.activations.model import load_model, locate
+from harness.activations.lm.contexts import kept_positions, open_contexts
+from harness.activations.lm.model import load_model, locate
+from harness.activations.open import open_source
+from harness.activations.source import ActivationSource
+from harness.activations.store.assemble import assemble, layernorm_rows
+from harness.activations.store.harvest import Plan, _check_disk, describe, forward_units, prepare, unit_path
+from harness.activations.store.identity import store_id
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.process.signals import Interrupted, StopFlag
@@ -130,7 +132,7 @@ BIG = {"tokens": 9000, "heldout_tokens": 600, "context": 8}
 WORKER = textwrap.dedent("""
     import os, signal, sys, torch
     from pathlib import Path
-    import harness.activations.harvest as harvest
+    import harness.activations.store.harvest as harvest
     from harness.activations.open import open_source
     from harness.config import ActivationsConfig
     from harness.parallel import Solo
@@ -175,7 +177,7 @@ def manifest_of(directory: Path) -> str:
 def test_killed_or_divided_the_store_is_the_same(
     tiny: ActivationsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.activations.harvest.UNIT_TOKENS", 1600)
+    monkeypatch.setattr("harness.activations.store.harvest.UNIT_TOKENS", 1600)
     cfg = dataclasses.replace(tiny, **BIG)
     opened(cfg, tmp_path / "whole")
     expected = manifest_of(tmp_path / "whole" / "_activations" / store_id(cfg))
@@ -216,7 +218,7 @@ def test_killed_or_divided_the_store_is_the_same(
 def test_a_request_to_stop_interrupts_and_the_same_call_goes_on(
     tiny: ActivationsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.activations.harvest.UNIT_TOKENS", 800)
+    monkeypatch.setattr("harness.activations.store.harvest.UNIT_TOKENS", 800)
     expected = all_rows(opened(tiny, tmp_path / "whole"))
 
     class After(StopFlag):

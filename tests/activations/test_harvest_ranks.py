@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.activations import store_id
-from harness.activations.identity import is_complete
+from harness.activations.store.identity import is_complete, store_id
 from harness.config import ActivationsConfig, Config
 from harness.errors import INTERRUPTED
 from tests.train.cells import small_config

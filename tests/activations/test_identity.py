@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.activations import store_id, store_root
-from harness.activations.identity import recipe
+from harness.activations.store.identity import recipe, store_id, store_root
 from harness.config import ActivationsConfig, SyntheticConfig
 from harness.errors import UserError
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.activations import open_source, stage
-from harness.activations.identity import store_id
-from harness.activations.store import Store
+from harness.activations.open import open_source
+from harness.activations.store.identity import store_id
+from harness.activations.store.read import Store, stage
 from harness.config import ActivationsConfig
 from harness.process.signals import StopFlag
 

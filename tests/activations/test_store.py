@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.activations import open_source, store_id
-from harness.activations.store import Store
+from harness.activations.open import open_source
+from harness.activations.store.identity import store_id
+from harness.activations.store.read import Store
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.process.signals import StopFlag

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.activations import ActivationSource, open_source, recovered
-from harness.activations.assemble import layernorm_rows
-from harness.activations.synthetic import zipf_probabilities
+from harness.activations.open import open_source
+from harness.activations.source import ActivationSource
+from harness.activations.store.assemble import layernorm_rows
+from harness.activations.synthetic import recovered, zipf_probabilities
 from harness.config import ActivationsConfig, SyntheticConfig
 from harness.process.signals import StopFlag
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from harness.activations.text import TXT_DOCUMENT_CHARACTERS, documents
+from harness.activations.lm.text import TXT_DOCUMENT_CHARACTERS, documents
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 

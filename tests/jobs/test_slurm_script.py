@@ -50,7 +50,7 @@ def test_a_job_of_eight_gpus_on_two_nodes() -> None:
     assert "apptainer exec --nv 'our image.sif' /opt/venv/bin/python -m harness.train" in text
     assert "export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0" in text
     assert text.index("module load cuda/12.4") < text.index("harness.places.slurm begin")
-    assert 'harness.activations.stage "$STORE" "$TMPDIR/stores"' in text
+    assert 'harness.activations.store.stage "$STORE" "$TMPDIR/stores"' in text
 
 
 @pytest.mark.parametrize("harvest", [False, True])

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from harness.activations import ActivationSource
+from harness.activations.source import ActivationSource
 from harness.budget import learning_rate
 from harness.config import Config
 from harness.ops import Ops, choose_ops

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harness.activations import ActivationSource, open_source
-from harness.activations.store import Store
+from harness.activations.open import open_source
+from harness.activations.source import ActivationSource
+from harness.activations.store.read import Store
 from harness.config import Config, from_container
 from harness.grid.compose import compose_settings, hydra_session
 from harness.ops import Ops

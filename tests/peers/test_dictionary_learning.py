@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.activations import ActivationSource
+from harness.activations.source import ActivationSource
 from harness.ops import choose_ops
 from harness.parallel import Solo
 from harness.saes import forward

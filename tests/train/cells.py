@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from harness.activations import open_source
+from harness.activations.open import open_source
 from harness.activations.synthetic import Synthetic
 from harness.config import Config, from_container
 from harness.process.signals import StopFlag

@@ -23,7 +23,7 @@ from harness.config import Config, to_container
 SWITCH = {"sae__architecture": "switch", "sae__n_experts": 4, "sae__balance_weight": 0.1}
 
 PRELOAD = [
-    *("harness.train", "harness.ops.cpu", "harness.activations.model", "tests.train.ranks"),
+    *("harness.train", "harness.ops.cpu", "harness.activations.lm.model", "tests.train.ranks"),
     *("transformers.models.bert.modeling_bert", "transformers.models.auto.modeling_auto"),
 ]
 
@@ -38,8 +38,8 @@ class Place(NamedTuple):
 STEP = Place("harness.training.member:Member.train_step", after=True)
 EVALUATION = Place("harness.training.evaluate:_fill")
 PLANNING = Place("harness.activations.open:prepare")
-FORWARD = Place("harness.activations.model:HookedModel.activations")
-ASSEMBLY = Place("harness.activations.assemble:write_tensors")
+FORWARD = Place("harness.activations.lm.model:HookedModel.activations")
+ASSEMBLY = Place("harness.activations.store.assemble:write_tensors")
 ASSEMBLED = Place("harness.activations.open:remove_scratch")
 SAVE = {
     "begun": Place("harness.record.checkpoint:_prepare", after=True),
@@ -87,7 +87,7 @@ def _one_rank(run_dir: str, rank: int, world: int, port: int, strike: Strike | N
         os.dup2(log.fileno(), 2)
         torch.set_num_threads(1)
         if unit_tokens:
-            from harness.activations import harvest
+            from harness.activations.store.read import harvest
 
             harvest.UNIT_TOKENS = unit_tokens
         if strike is not None and rank in strike.ranks:

@@ -102,5 +102,5 @@ def _staging(cluster: ClusterConfig, python: str, srun: list[str], harvest: bool
     return [
         "# one copy of the store per node; without room for it the shared one is read",
         f"STAGED=(--store-dir {target})",
-        f'{once} --ntasks="$SLURM_NNODES" {python} -m harness.activations.stage "$STORE" {target}',
+        f'{once} --ntasks="$SLURM_NNODES" {python} -m harness.activations.store.stage "$STORE" {target}',
     ]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.activations.identity import is_complete, store_path
+from harness.activations.store.identity import is_complete, store_path
 from harness.config import ClusterConfig, Config, to_container
 from harness.cost.estimate import Estimates
 from harness.cost.limits import cut_into_jobs, time_limit

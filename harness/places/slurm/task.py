@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.activations.identity import is_complete, store_path
+from harness.activations.store.identity import is_complete, store_path
 from harness.config import Config, from_container
 from harness.files import write_json_atomic, write_text_atomic
 from harness.places.slurm import client

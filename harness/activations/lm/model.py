@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from harness.activations.hub import HUB_ERRORS, online, quiet, resolve_commit, unreachable
+from harness.activations.lm.hub import HUB_ERRORS, online, quiet, resolve_commit, unreachable
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 

@@ -1,4 +1,4 @@
-"""`python -m harness.activations.stage STORE DIR`: copy a store to a node-local directory before training reads it.
+"""`python -m harness.activations.store.stage STORE DIR`: copy a store to a node-local directory before training reads it.
 
 One process a node. Without room, or where DIR cannot be written, it says so and ends well: the shared one is read.
 """
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.activations.identity import is_complete
+from harness.activations.store.identity import is_complete
 from harness.files import fsync_directory
 from harness.process.claim import claim
 
@@ -42,7 +42,9 @@ def stage(store: Path, target: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.activations.stage", description="Copy a store to a node.")
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.activations.store.stage", description="Copy a store to a node."
+    )
     parser.add_argument("store", type=Path)
     parser.add_argument("target", type=Path, metavar="DIR")
     arguments = parser.parse_args(argv)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.activations.hub import HUB_ERRORS, quiet, unreachable
+from harness.activations.lm.hub import HUB_ERRORS, quiet, unreachable
 from harness.activations.shuffle import digest64
 from harness.config import ActivationsConfig
 from harness.errors import UserError

@@ -1,4 +1,4 @@
-"""A store on disk: opened, verified, read. What makes one is `harness.activations.harvest`."""
+"""A store on disk: opened, verified, read. What makes one is `harness.activations.store.harvest`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.activations.assemble import MANIFEST_VERSION
 from harness.activations.source import SAMPLE_ROWS, Statistics
+from harness.activations.store.assemble import MANIFEST_VERSION
 from harness.activations.stream import Rows, StoreBatches, Stream, map_tensor
 from harness.errors import UserError
 from harness.files import write_json_atomic

@@ -3,7 +3,7 @@
 The work is cut into units of fixed contexts. A unit's rows depend on nothing but the unit, each row's place in the
 store is a computed permutation of its number, so the store is the same however many workers made it and however
 often they were killed. Three steps, each safe to repeat: `prepare` (text to contexts, and the plan), `forward_units`
-(contexts to unit files), `assemble` (unit files to shuffled shards, in `harness.activations.assemble`).
+(contexts to unit files), `assemble` (unit files to shuffled shards, in `harness.activations.store.assemble`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harness.activations.contexts import SPLITS, Contexts, cut_contexts, kept_positions, open_contexts, special_tokens
-from harness.activations.identity import digest, recipe
-from harness.activations.model import HookedModel, load_model, load_tokenizer, locate, resolve_precision
+from harness.activations.lm.contexts import (
+    SPLITS,
+    Contexts,
+    cut_contexts,
+    kept_positions,
+    open_contexts,
+    special_tokens,
+)
+from harness.activations.lm.model import HookedModel, load_model, load_tokenizer, locate, resolve_precision
 from harness.activations.shuffle import permute
+from harness.activations.store.identity import digest, recipe
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.files import write_json_atomic

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from harness.activations.contexts import SPLITS, open_contexts
-from harness.activations.harvest import DTYPES, Plan, unit_path
+from harness.activations.lm.contexts import SPLITS, open_contexts
+from harness.activations.store.harvest import DTYPES, Plan, unit_path
 from harness.files import fsync_directory, write_json_atomic
 from harness.process.signals import Interrupted, StopFlag
 
