@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from harness.activations.open import open_source
+from harness.activations.store import stage
 from harness.activations.store.identity import store_id
-from harness.activations.store.read import Store, stage
+from harness.activations.store.read import Store
 from harness.config import ActivationsConfig
 from harness.process.signals import StopFlag
 

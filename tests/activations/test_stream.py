@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.activations import stream
+from harness.activations import stream as streams
 from harness.activations.stream import Rows, StoreBatches, Stream
 
 CPU = torch.device("cpu")

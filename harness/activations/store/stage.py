@@ -1,4 +1,4 @@
-"""`python -m harness.activations.store.stage STORE DIR`: copy a store to a node-local directory before training reads it.
+"""`python -m harness.activations.store.stage STORE DIR`: copy a store to a directory of this node before training.
 
 One process a node. Without room, or where DIR cannot be written, it says so and ends well: the shared one is read.
 """
