@@ -63,10 +63,10 @@ bench: $(READY) ## the training step by part, beside its floor and the peers (SH
 	@$(PY) -m harness.bench --shapes "$(SHAPES)" $(ARGS)
 
 slurm-up: $(READY) ## start a Slurm of two nodes on this machine, print the line that makes a shell use it (SLURM_DIR)
-	@$(PY) -m tests.slurm.cluster up "$(SLURM_DIR)"
+	@$(PY) -m dev.slurm.cluster up "$(SLURM_DIR)"
 
 slurm-down: $(READY) ## end it and everything it runs (SLURM_DIR)
-	@$(PY) -m tests.slurm.cluster down "$(SLURM_DIR)"
+	@$(PY) -m dev.slurm.cluster down "$(SLURM_DIR)"
 
 bench-analysis: $(READY) ## how long the fits take, beside what is asked
 	@$(PY) -m tests.analysis.bench

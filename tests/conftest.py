@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny import TINY, Launch, train_tiny
+
 if not torch.cuda.is_available():
     # Triton decides when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -38,3 +40,32 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"cannot mount a tmpfs here: {made.stderr.strip()}")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """Launch tiny cells into `tmp_path`, with further arguments; returns the exit code."""
+    from harness.launch import main
+
+    def run(*arguments: str) -> int:
+        return main([*TINY, f"out={tmp_path}", *arguments])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def topk_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; read only."""
+    return train_tiny(tmp_path_factory.mktemp("topk"))
+
+
+@pytest.fixture(scope="session")
+def layernorm_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; read only."""
+    return train_tiny(tmp_path_factory.mktemp("layernorm"), "sae.normalize=layernorm", "sae.enc_bias=false")
+
+
+@pytest.fixture(scope="session")
+def switch_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; read only."""
+    return train_tiny(tmp_path_factory.mktemp("switch"), "sae=switch", "sae.n_experts=2")

@@ -11,7 +11,7 @@ from harness.config import SaeConfig
 from harness.ops import reference
 from harness.parallel import Solo
 from harness.saes import find_dead, initial_params, resolve_sae, step
-from tests.train.cells import small_config
+from tests.training.members import small_config
 
 D = 32
 

@@ -12,9 +12,7 @@ import pytest
 
 from harness import cancel, retry
 from harness.record.rundir import read_result
-from tests.jobs.conftest import TINY, Launch, launch
-
-__all__ = ["launch"]
+from tests.tiny import TINY, Launch
 
 
 def test_a_diverged_cell_is_tried_with_a_change(

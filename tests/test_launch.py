@@ -11,7 +11,7 @@ import torch
 from harness import export, replay, status
 from harness.launch import main
 from sweeps.__main__ import main as sweeps
-from tests.jobs.conftest import TINY
+from tests.tiny import TINY
 
 MINILM = "activations=minilm"
 

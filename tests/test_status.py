@@ -117,7 +117,7 @@ def test_a_running_cell_says_how_far_it_is_and_when_it_ends(sweep: Sweep) -> Non
 def test_a_run_that_the_plan_does_not_know_says_how_far_it_is(sweep: Sweep) -> None:
     run_dir = sweep.add("a", metrics=[{"tokens": 300, "flops": 1.0}])
     from harness.config import to_container
-    from tests.train.cells import small_config
+    from tests.training.members import small_config
 
     (run_dir / "config.yaml").write_text(json.dumps(to_container(small_config(train__tokens=1200))))
     assert sweep.rows()["a"]["progress"] == 0.25

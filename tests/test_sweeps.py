@@ -10,7 +10,7 @@ import pytest
 from harness.config import ARCHITECTURES
 from harness.launch import cells_of
 from sweeps.__main__ import OVERRIDES, main, parser, request
-from tests.jobs.conftest import TINY
+from tests.tiny import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [text for text in TINY if text.split("=")[0] not in ("activations", "sae.n_latents", "sae.k", "sweep")]

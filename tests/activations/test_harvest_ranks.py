@@ -12,8 +12,8 @@ import pytest
 from harness.activations.store.identity import is_complete, store_id
 from harness.config import ActivationsConfig, Config
 from harness.errors import INTERRUPTED
-from tests.train.cells import small_config
-from tests.train.ranks import (
+from tests.training.members import small_config
+from tests.training.ranks import (
     ASSEMBLED,
     ASSEMBLY,
     FORWARD,

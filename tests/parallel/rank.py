@@ -24,7 +24,7 @@ from harness.training.evaluate import evaluate
 from harness.training.member import make_member
 from tests.parallel.preactivations import chosen, selections
 from tests.parallel.trajectory import CASES, CPU, case_config, trajectory
-from tests.train.cells import source_of
+from tests.training.members import source_of
 
 MESHES = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 4: [(1, 4), (2, 2), (4, 1)]}
 STEPS = 50

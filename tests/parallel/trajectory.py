@@ -12,7 +12,7 @@ from harness.parallel import Shards
 from harness.process.signals import StopFlag
 from harness.training.evaluate import evaluate
 from harness.training.member import Member, make_member
-from tests.train.cells import small_config, source_of
+from tests.training.members import small_config, source_of
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from harness.ops import choose_ops
 from harness.parallel import Solo
 from tests.peers import paired
 from tests.peers.dense_switch import train_dense
-from tests.train.cells import small_config, source_of
+from tests.training.members import small_config, source_of
 
 SETTINGS = {
     "train__precision": "fp64",

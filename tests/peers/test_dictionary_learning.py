@@ -14,7 +14,7 @@ from harness.saes import forward
 from harness.training.member import Member
 from tests.peers import paired
 from tests.peers.dictionary_learning_topk import installed, make_trainer, matched_to_them, their_params
-from tests.train.cells import small_config, source_of
+from tests.training.members import small_config, source_of
 
 pytestmark = pytest.mark.skipif(
     not installed(), reason="dictionary_learning is not installed (tests/peers/__init__.py says how)"

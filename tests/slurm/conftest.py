@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing, running
+from dev.slurm.cluster import Cluster, missing, running
 
 
 @pytest.fixture(scope="session")

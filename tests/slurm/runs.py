@@ -7,8 +7,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from dev.slurm.cluster import Cluster, wait_for
 from harness.record import metrics
-from tests.slurm.cluster import Cluster, wait_for
 
 
 def command(

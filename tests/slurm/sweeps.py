@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dev.slurm.cluster import Cluster, wait_for
 from harness.record.rundir import read_result
-from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.runs import command
 
 SYNTHETIC = (

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm import processes
-from tests.slurm.cluster import Cluster, SlurmError, missing, wait_for
+from dev.slurm import processes
+from dev.slurm.cluster import Cluster, SlurmError, missing, wait_for
 
 pytestmark = pytest.mark.slurm
 
@@ -73,7 +73,7 @@ def test_jobs_outlive_a_restart_of_the_controller(cluster: Cluster) -> None:
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from tests.slurm.cluster import running\n"
+        "import sys, time; from pathlib import Path; from dev.slurm.cluster import running\n"
         "with running(Path(sys.argv[1])) as c:\n"
         "    c.wait(c.sbatch('--wrap', 'sleep 300'), {'RUNNING'}); print('up', flush=True); time.sleep(300)"
     )

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from dev.slurm.cluster import FINISHED, Cluster, running, wait_for
+from dev.slurm.settings import Settings
 from harness.launch import main
 from harness.record.rundir import attempts, read_result
 from harness.sweep.rows import sweep_rows
-from tests.slurm.cluster import FINISHED, Cluster, running, wait_for
 from tests.slurm.runs import command, repeated_steps, wait_for_step
-from tests.slurm.settings import Settings
 from tests.slurm.sweeps import CLUSTER, SYNTHETIC, array_id, locally, runs_of, submit, wait_for_results
-from tests.train.ranks import same_weights
+from tests.training.ranks import same_weights
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

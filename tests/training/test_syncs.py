@@ -14,7 +14,7 @@ from harness.parallel import Solo
 from harness.training.member import Member, make_member
 from harness.training.run import pick_device
 from tests.ops.sets import kernel_set
-from tests.train.cells import small_config, source_of
+from tests.training.members import small_config, source_of
 
 WAITS = (
     *("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "argwhere", "masked_select"),

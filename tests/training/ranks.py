@@ -23,7 +23,7 @@ from harness.config import Config, to_container
 SWITCH = {"sae__architecture": "switch", "sae__n_experts": 4, "sae__balance_weight": 0.1}
 
 PRELOAD = [
-    *("harness.train", "harness.ops.cpu", "harness.activations.lm.model", "tests.train.ranks"),
+    *("harness.train", "harness.ops.cpu", "harness.activations.lm.model", "tests.training.ranks"),
     *("transformers.models.bert.modeling_bert", "transformers.models.auto.modeling_auto"),
 ]
 

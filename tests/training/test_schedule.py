@@ -6,7 +6,7 @@ import pytest
 
 from harness.budget import learning_rate, total_steps
 from harness.training.schedule import evaluation_steps, has_converged, lr_at
-from tests.train.cells import small_config
+from tests.training.members import small_config
 
 
 def test_learning_rate_follows_the_rule_of_n() -> None:

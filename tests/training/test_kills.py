@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from harness.config import Config
 from harness.record import metrics
-from tests.train.cells import small_config
-from tests.train.ranks import (
+from tests.training.members import small_config
+from tests.training.ranks import (
     SAVE,
     STEP,
     SWITCH,

@@ -14,7 +14,7 @@ from harness.process.signals import StopFlag
 from harness.saes import forward
 from harness.training.evaluate import evaluate, pca_fvu
 from harness.training.member import make_member
-from tests.train.cells import small_config, source_of
+from tests.training.members import small_config, source_of
 
 
 @pytest.mark.parametrize("architecture", ["topk", "switch"])

@@ -13,9 +13,9 @@ from harness.errors import UserError
 from harness.record import metrics
 from harness.sweep.pack import Job, freeze_job, job_of, make_jobs, read_target
 from harness.sweep.runs import Run
-from tests.jobs.conftest import Launch
-from tests.jobs.planned import a_config, a_run
-from tests.train.ranks import same_weights
+from tests.cost.planned import a_config, a_run
+from tests.tiny import Launch
+from tests.training.ranks import same_weights
 
 SLURM = {"name": "slurm"}
 

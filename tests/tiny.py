@@ -1,13 +1,9 @@
-"""A cell that trains in about a second, and the ways to ask for it."""
+"""A cell that trains in about a second, and what it is asked for with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-
-import pytest
-
-from harness.launch import main
 
 TINY = (
     "activations=synthetic",
@@ -30,11 +26,10 @@ TINY = (
 Launch = Callable[..., int]
 
 
-@pytest.fixture
-def launch(tmp_path: Path) -> Launch:
-    """Launch tiny cells into `tmp_path`, with further arguments; returns the exit code."""
+def train_tiny(out: Path, *arguments: str) -> Path:
+    """Train one tiny cell; returns its run directory."""
+    from harness.launch import main
 
-    def run(*arguments: str) -> int:
-        return main([*TINY, f"out={tmp_path}", *arguments])
-
-    return run
+    assert main([*TINY, f"out={out}", *arguments]) == 0
+    (config,) = out.glob("t/*/config.yaml")
+    return config.parent

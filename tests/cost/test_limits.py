@@ -15,8 +15,8 @@ from harness.cost.limits import disk, longer_than_the_limit, memory_limit, time_
 from harness.cost.table import plan_text
 from harness.sweep.pack import job_of
 from harness.sweep.runs import Run
-from tests.jobs.conftest import Launch
-from tests.jobs.planned import a_config, a_run
+from tests.cost.planned import a_config, a_run
+from tests.tiny import Launch
 
 
 @pytest.mark.parametrize(

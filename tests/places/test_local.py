@@ -16,7 +16,7 @@ import yaml
 from harness.process.claim import claim
 from harness.record import metrics
 from harness.sweep.rows import sweep_rows
-from tests.jobs.conftest import TINY, Launch
+from tests.tiny import TINY, Launch
 
 
 def results(out: Path) -> dict[str, dict[str, Any]]:

@@ -14,8 +14,8 @@ from harness.config import Config
 from harness.process.signals import Interrupted, StopFlag
 from harness.terminal import Progress
 from harness.training.run import Start, run_cells
-from tests.train.cells import run, small_config, source_of
-from tests.train.test_run import lines_without_clock, weights
+from tests.training.members import run, small_config, source_of
+from tests.training.test_run import lines_without_clock, weights
 
 SWITCH = {"sae__architecture": "switch", "sae__n_experts": 4, "sae__balance_weight": 0.1}
 CELLS = {

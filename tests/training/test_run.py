@@ -17,7 +17,7 @@ from harness.config import Config, to_container
 from harness.process.signals import Interrupted, StopFlag
 from harness.record import metrics
 from harness.training.member import Member
-from tests.train.cells import run, small_config, source_of
+from tests.training.members import run, small_config, source_of
 
 SWITCH = {
     "sae__architecture": "switch",

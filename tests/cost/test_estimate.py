@@ -17,8 +17,8 @@ from harness.cost.estimate import estimate
 from harness.cost.gpus import FLOOR_SHARE, find_gpu, step_seconds
 from harness.cost.planfile import read_plan, record_plan
 from harness.sweep.pack import job_of
-from tests.jobs.conftest import Launch
-from tests.jobs.planned import a_config, a_run
+from tests.cost.planned import a_config, a_run
+from tests.tiny import Launch
 
 
 def test_times_lie_on_a_line_between_the_measured_points() -> None:

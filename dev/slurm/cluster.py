@@ -4,7 +4,7 @@
         job = cluster.sbatch("--wrap", "srun hostname")
         cluster.wait(job, {"COMPLETED"})
 
-`python -m tests.slurm.cluster up DIR` leaves one running for people, `down DIR` ends it. Neither systemd, cgroups nor
+`python -m dev.slurm.cluster up DIR` leaves one running for people, `down DIR` ends it. Neither systemd, cgroups nor
 root are needed; only the packages slurm-wlm and munge. Knows nothing of the project.
 """
 
@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from tests.slurm import processes
-from tests.slurm.settings import NODES, Settings, slurm_conf
+from dev.slurm import processes
+from dev.slurm.settings import NODES, Settings, slurm_conf
 
 T = TypeVar("T")
 
@@ -313,7 +313,7 @@ def wait_for(check: Callable[[], T], timeout_s: float, problem: Callable[[], str
 
 def main(argv: Sequence[str]) -> int:
     """`up DIR` and `down DIR`; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.slurm.cluster", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dev.slurm.cluster", description=__doc__)
     parser.add_argument("verb", choices=("up", "down"))
     parser.add_argument("directory", type=Path)
     arguments = parser.parse_args(argv)

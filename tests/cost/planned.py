@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.config import ClusterConfig, Config, MeshConfig
 from harness.sweep.runs import Run, Store
-from tests.train.cells import small_config
+from tests.training.members import small_config
 
 
 def a_config(cluster: dict[str, Any] | None = None, mesh: dict[str, int] | None = None, **changes: Any) -> Config:

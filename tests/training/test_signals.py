@@ -13,8 +13,8 @@ import pytest
 
 from harness.errors import INTERRUPTED
 from harness.record import metrics
-from tests.train.cells import small_config
-from tests.train.ranks import EVALUATION, STEP, SWITCH, Strike, join, logs, prepare, processes, same_weights, start
+from tests.training.members import small_config
+from tests.training.ranks import EVALUATION, STEP, SWITCH, Strike, join, logs, prepare, processes, same_weights, start
 
 __all__ = ["processes"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.cells import run, small_config
-from tests.train.ranks import SWITCH, join, logs, prepare, processes, start
+from tests.training.members import run, small_config
+from tests.training.ranks import SWITCH, join, logs, prepare, processes, start
 
 __all__ = ["processes"]
 
