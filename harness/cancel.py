@@ -15,9 +15,9 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.places.slurm import client
-from harness.places.slurm.submit import arrays, live_elements
+from harness.places.slurm.queue import arrays, live_elements
 from harness.process.claim import holder
-from harness.record.state import claim_path
+from harness.record.rundir import claim_path
 from harness.sweep.rows import begun_runs
 
 

@@ -317,6 +317,10 @@ class MeshConfig:
     def __post_init__(self) -> None:
         _require(self.dp >= 1 and self.shard >= 1, f"mesh.dp={self.dp} and mesh.shard={self.shard} must be at least 1")
 
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.shard
+
 
 @dataclass
 class ClusterConfig:

@@ -58,3 +58,12 @@ def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
     finally:
         beside.unlink(missing_ok=True)
     fsync_directory(path.parent)
+
+
+def last_line(path: Path, tail_bytes: int = 4096) -> str:
+    """The last line of a text that is not empty; an empty string if there is none in the last few kilobytes."""
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - tail_bytes))
+        lines = file.read().decode("utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

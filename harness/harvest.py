@@ -13,12 +13,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from harness.activations.open import open_source
-from harness.parallel.mesh import mesh, ranks_from_environment
-from harness.process.rank import run_as_rank
+from harness.parallel.mesh import mesh
+from harness.process.device import pick_device
+from harness.process.rank import ranks_from_environment, run_as_rank
 from harness.process.signals import Interrupted, stop_on_signals
-from harness.record import rundir
-from harness.record.attempt import write_ended
-from harness.training.run import pick_device
+from harness.record.attempt import attempt_log, write_ended
+from harness.record.rundir import read_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def harvest(directory: Path) -> None:
     """Make the store that `directory/config.yaml` needs, as the rank that this process is. Raises `Interrupted`."""
-    config, ranks = rundir.read_config(directory), ranks_from_environment()
+    config, ranks = read_config(directory), ranks_from_environment()
     device = pick_device(config.train.device, ranks.local_rank)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        log = stack.enter_context(rundir.attempt_log(directory, "harvest")) if ranks.rank == 0 else None
-        shards = stack.enter_context(mesh(config.mesh.dp, config.mesh.shard, device))
+        log = stack.enter_context(attempt_log(directory, "harvest")) if ranks.rank == 0 else None
+        shards = stack.enter_context(mesh(config.mesh.dp, config.mesh.shard, device, ranks))
         try:
             open_source(config.activations, Path(config.out), progress=shards.rank == 0, stop=stop, shards=shards)
         except Interrupted:

@@ -19,10 +19,11 @@ from harness.config import Config, from_container, to_container
 from harness.errors import WRONG_REQUEST, UserError
 from harness.grid.cells import Cell
 from harness.grid.compose import one_line
-from harness.launch import carry_out, say
 from harness.record.rundir import read_config
 from harness.record.state import state_of
-from harness.sweep import runs as plan
+from harness.sweep.execute import carry_out
+from harness.sweep.runs import find_stores, make_runs
+from harness.terminal import say
 
 
 def cells_to_retry(sweep_dir: Path, run_ids: Sequence[str], overrides: Sequence[str]) -> list[Cell]:
@@ -72,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_ids = [word for word in arguments.what if "=" not in word]
     try:
         cells = cells_to_retry(arguments.sweep_dir, run_ids, overrides)
-        stores = plan.find_stores([cell.config.activations for cell in cells], tolerant=False)
-        runs = plan.make_runs(cells, stores)
+        stores = find_stores([cell.config.activations for cell in cells], tolerant=False)
+        runs = make_runs(cells, stores)
         return carry_out(runs, {}, dry_run=arguments.dry_run, wait=arguments.wait).exit_code
     except UserError as error:
         say(f"error: {error}")

@@ -124,3 +124,8 @@ def listed(parts: Sequence[str], most: int = 5) -> str:
     """The first few of a list that may be long: `a; b and 7 more`."""
     shown = "; ".join(parts[:most])
     return f"{shown} and {len(parts) - most} more" if len(parts) > most else shown
+
+
+def say(line: str) -> None:
+    """One line for the person who started the command, on standard error."""
+    print(line, file=sys.stderr, flush=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 from harness.config import ARCHITECTURES
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.grid.study import load_study
-from harness.launch import Request, launch
+from harness.sweep.execute import launch
+from harness.sweep.request import Request
 
 DEFAULT_STUDY = "quick"
 

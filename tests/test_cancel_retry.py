@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness import cancel, retry
-from harness.record.rundir import read_result
+from harness.record.result import read_result
 from tests.tiny import TINY, Launch
 
 

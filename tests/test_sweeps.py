@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.config import ARCHITECTURES
-from harness.launch import cells_of
+from harness.sweep.request import requested_cells
 from sweeps.__main__ import OVERRIDES, main, parser, request
 from tests.tiny import TINY
 
@@ -28,7 +28,7 @@ def test_empty_values_are_ignored() -> None:
 
 def test_every_option_reaches_its_key() -> None:
     texts = "--width 512 --k 4 --arch switch --experts 2,4 --activations synthetic --tokens 2e5 --seeds 7,8 --sweep s"
-    cells = cells_of(request(parser().parse_intermixed_args([*texts.split(), "--out", "o", "train.threads=3"])))
+    cells = requested_cells(request(parser().parse_intermixed_args([*texts.split(), "--out", "o", "train.threads=3"])))
     assert {c.config.sae.architecture for c in cells} == {"switch"}
     assert {(c.config.sae.n_experts, c.config.train.seed) for c in cells} == {(2, 7), (2, 8), (4, 7), (4, 8)}
     config = cells[0].config

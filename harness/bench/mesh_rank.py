@@ -6,7 +6,6 @@ Measures the network alone, and training steps of one SAE with the time spent in
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -23,9 +22,11 @@ from harness.ops import choose_ops
 from harness.parallel import Axis, Kind, Shards
 from harness.parallel.mesh import mesh
 from harness.parallel.probe import Exchange, exchange_seconds
+from harness.process.device import pick_device
+from harness.process.rank import ranks_from_environment
+from harness.process.runtime import Runtime
 from harness.process.signals import StopFlag
-from harness.training.member import make_member
-from harness.training.run import pick_device
+from harness.training.state import make_state
 
 PROBE_NUMBERS = (1 << 12, 1 << 20)
 """float32 numbers per probe: 16 KiB and 4 MiB."""
@@ -112,17 +113,18 @@ def measure(task: dict[str, Any], shards: Shards, device: torch.device) -> dict[
     source = open_source(config.activations, task["out"], progress=False, stop=StopFlag())
     assert isinstance(source, Synthetic)
     ops, timed = choose_ops(config.ops, device), Timed(shards, device)
-    member = make_member(config, source, device, shards, ops)
+    runtime = Runtime(device, shards, ops, StopFlag())
+    state = make_state(config, source, runtime)
     stream = source.stream(0, task["batch"], device, shards.dp_rank, shards.dp)
     batches = [stream.batch(step) for step in range(2)]
     for step in range(WARM_UP):
-        member.train_step(batches[step % 2], shards, ops)
+        state.train_step(batches[step % 2], runtime)
     shards.take_sent()
     seconds = []
     for step in range(task["rounds"]):
         shards.barrier()
         begin = timed.clock()
-        member.train_step(batches[step % 2], timed, ops)  # type: ignore[arg-type]
+        state.train_step(batches[step % 2], runtime._replace(shards=timed))  # type: ignore[arg-type]
         seconds.append(timed.clock() - begin)
     rounds = task["rounds"]
     timed.take_sent()
@@ -147,8 +149,9 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     if task["threads"]:
         torch.set_num_threads(task["threads"])
-    device = pick_device(task["device"], int(os.environ.get("LOCAL_RANK", "0")))
-    with mesh(task["dp"], task["shard"], device) as shards:
+    ranks = ranks_from_environment()
+    device = pick_device(task["device"], ranks.local_rank)
+    with mesh(task["dp"], task["shard"], device, ranks) as shards:
         answer: dict[str, Any] = {"results": [measure(task | shape, shards, device) for shape in task["shapes"]]}
         if shards.size > 1:
             answer["network"] = network(shards, device, task["rounds"])

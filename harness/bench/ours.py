@@ -21,9 +21,11 @@ from harness.config import SaeConfig, TrainConfig
 from harness.ops import Ops, choose_ops
 from harness.parallel import Solo
 from harness.process import memory
+from harness.process.runtime import Runtime
+from harness.process.signals import StopFlag
 from harness.saes import DeadLatents, Sae, find_dead, step
-from harness.training.member import COMPUTE
 from harness.training.optimizer import Optimizer
+from harness.training.state import COMPUTE
 
 LR = 1e-4
 AUX_ALPHA = 1 / 32
@@ -76,7 +78,7 @@ class Contender:
         self.dead = find_dead(self.sae, silent.to(self.device), Solo())
         self.ops = choose_ops(task["ops"], self.device)
         train, compute = TrainConfig(tokens=1e6), COMPUTE[task["precision"]]
-        self.optimizer = Optimizer(self.sae, self.params, train, compute, self.ops)
+        self.optimizer = Optimizer(self.sae, self.params, train, compute)
         self.taken = 0
         self._last: dict[str, float] = {}
         self._seconds = CLOCKS[task["clock"]]
@@ -108,8 +110,8 @@ class Contender:
         loss = self.gradients(ops, dead)
         self.taken += 1
         begin = self.mark()
-        self.optimizer.ops = ops
-        self.optimizer.apply(LR, self.taken, loss.isfinite(), Solo())
+        runtime = Runtime(self.device, Solo(), ops, StopFlag())
+        self.optimizer.apply(LR, self.taken, loss.isfinite(), runtime)
         return begin, self.mark()
 
     def round(self) -> dict[str, float]:

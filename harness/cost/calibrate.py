@@ -16,8 +16,9 @@ import psutil
 from harness import budget
 from harness.config import Config, MeshConfig
 from harness.cost.gpus import find_gpu, known_gpus
+from harness.process.device import planned_on_gpu
 from harness.record.provenance import machine, now
-from harness.sweep.runs import Run
+from harness.record.run import Run
 
 SHAPES = 6
 """Steps of this many cells are timed; the others lie between them."""
@@ -84,23 +85,6 @@ class Calibration:
         return {**words, "start_s": self.start_s, "draws": self.draws, **points}
 
 
-def ranks_of(config: Config) -> int:
-    return config.mesh.dp * config.mesh.shard
-
-
-def on_gpu(config: Config) -> bool:
-    """Whether the run will train on a GPU, as far as can be known here."""
-    if config.train.device == "cpu":
-        return False
-    if config.cluster.gpu_type:
-        return True
-    if config.cluster.name == "slurm":
-        return config.cluster.gpus_per_task > 0
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def sample_rows(config: Config) -> int:
     from harness.activations.source import SAMPLE_ROWS
 
@@ -116,7 +100,7 @@ def cores() -> int:
 
 def threads_of(config: Config) -> int:
     """CPU threads that the run will have, as far as this machine can try: 0 leaves the choice to torch."""
-    if config.train.threads or config.cluster.name != "slurm" or on_gpu(config):
+    if config.train.threads or config.cluster.name != "slurm" or planned_on_gpu(config):
         return config.train.threads
     return min(config.cluster.cpus_per_task, os.cpu_count() or 1)
 
@@ -206,7 +190,9 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     calibration.process_bytes = psutil.Process().memory_info().rss
     reset_peak()
     about, threads = machine(), first.train.threads or cores()
-    processor = about["gpus"][0] if on_gpu(first) else f"{about['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+    processor = (
+        about["gpus"][0] if planned_on_gpu(first) else f"{about['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+    )
     others = f" (busy with other work: load {load:.1f})" if load > 0.5 * (os.cpu_count() or 1) else ""
     timed = sum(map(len, calibration.steps.values()))
     return f"{timed} shape{'s' if timed > 1 else ''} timed on {processor}{others}"

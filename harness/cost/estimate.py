@@ -17,15 +17,14 @@ from harness.cost.calibrate import (
     evaluation_flops,
     interpolate,
     kind_of,
-    on_gpu,
-    ranks_of,
     sample_rows,
     step_flops,
 )
 from harness.cost.gpus import find_gpu, step_seconds
-from harness.record.rundir import FINAL
-from harness.sweep.pack import Job
-from harness.sweep.runs import Run, tokens_of
+from harness.process.device import planned_on_gpu
+from harness.record.job import Job
+from harness.record.result import FINAL
+from harness.record.run import Run
 from harness.training.schedule import evaluation_steps
 
 PROCESS_START_S = 6.0
@@ -115,7 +114,8 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
     config, d_model = run.config, run.store.d_model
     if d_model is None:
         return Estimate()
-    tokens = tokens_of(config, d_model)
+    tokens = run.tokens
+    assert tokens is not None, "d_model is known"
     per_token = budget.flops_per_token(config.sae, d_model, config.train.batch_tokens)
     start = _start_seconds(config)
     evaluated = _evaluated_rows(config, d_model)
@@ -129,9 +129,9 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
     memory = budget.memory_bytes(config, d_model)
     checkpoint = budget.checkpoint_bytes(config, d_model)
     own, shared = memory["weights"] + memory["counters"], memory["step"]
-    if not on_gpu(config):
+    if not planned_on_gpu(config):
         sample = START_BYTES_PER_NUMBER * d_model * sample_rows(config)
-        save = SAVE_COPIES * checkpoint // ranks_of(config)
+        save = SAVE_COPIES * checkpoint // config.mesh.ranks
         shared = _process_bytes(config, calibration) + max(shared, sample, save)
     return Estimate(
         tokens=tokens,
@@ -144,7 +144,7 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
         shared_bytes=shared,
         checkpoint_bytes=checkpoint,
         weights_bytes=budget.weights_bytes(config, d_model),
-        mapped_bytes=0 if on_gpu(config) else round(_mapped_bytes(config.activations, d_model, tokens)),
+        mapped_bytes=0 if planned_on_gpu(config) else round(_mapped_bytes(config.activations, d_model, tokens)),
         sent_bytes=sum(budget.bytes_sent_per_step(config, d_model).values()),
     )
 
@@ -157,13 +157,13 @@ def _mapped_bytes(activations: ActivationsConfig, d_model: int, tokens: float) -
 
 def _process_bytes(config: Config, calibration: Calibration) -> int:
     """The launcher trains single runs itself, with all that it has loaded; others get a process of their own."""
-    own = config.cluster.name == "local" and ranks_of(config) == 1
+    own = config.cluster.name == "local" and config.mesh.ranks == 1
     return calibration.process_bytes if own else PROCESS_BYTES
 
 
 def _start_seconds(config: Config) -> float:
     """What a job needs before its first step."""
-    ranks = ranks_of(config)
+    ranks = config.mesh.ranks
     if config.cluster.name == "slurm":
         return PROCESS_START_S
     return PROCESS_START_S * max(1.0, ranks / cores()) if ranks > 1 else 0.0
@@ -203,5 +203,5 @@ def _at_once(config: Config) -> int:
     import torch
 
     if config.cluster.name == "slurm":
-        return ranks_of(config)
-    return max(1, min(ranks_of(config), torch.cuda.device_count())) if on_gpu(config) else 1
+        return config.mesh.ranks
+    return max(1, min(config.mesh.ranks, torch.cuda.device_count())) if planned_on_gpu(config) else 1

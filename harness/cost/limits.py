@@ -10,10 +10,11 @@ from pathlib import Path
 
 from harness import budget
 from harness.config import ActivationsConfig, Config, MeshConfig
-from harness.cost.estimate import NUMBER_BYTES, Estimates, on_gpu, ranks_of
+from harness.cost.estimate import NUMBER_BYTES, Estimates
 from harness.cost.gpus import find_gpu
-from harness.sweep.pack import Job, make_jobs
-from harness.sweep.runs import Run
+from harness.process.device import planned_on_gpu
+from harness.record.job import Job
+from harness.record.run import Run
 from harness.terminal import duration, listed, si
 
 FITS = 0.9
@@ -78,11 +79,6 @@ def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk
     )
 
 
-def cut_into_jobs(runs: Sequence[Run], estimates: Estimates) -> list[Job]:
-    """The runs that are to be trained as jobs that are not too long and find room in memory."""
-    return make_jobs(runs, estimates.seconds_of, lambda job: not _memory_problem(job, estimates))
-
-
 def _at_once(jobs: Sequence[Job]) -> int:
     """Jobs that may run at the same time."""
     if not jobs or jobs[0].config.cluster.name == "local":
@@ -94,7 +90,7 @@ def would_not_fit(jobs: Sequence[Job], estimates: Estimates, needed: Disk) -> li
     """One line for each thing that is too small, with what to do."""
     lines = []
     for job in jobs:
-        if line := _memory_problem(job, estimates):
+        if line := memory_problem(job, estimates):
             lines.append(line)
     if len(lines) > 5:
         lines = [*lines[:5], f"… and {len(lines) - 5} more jobs"]
@@ -115,7 +111,8 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.is_dir())
 
 
-def _memory_problem(job: Job, estimates: Estimates) -> str:
+def memory_problem(job: Job, estimates: Estimates) -> str:
+    """Why the job does not fit into the memory of a rank, and what to do; empty if it fits or nobody can tell."""
     needed, there = estimates.job_memory(job), available(job.config)
     if needed is None or there is None:
         return ""
@@ -134,8 +131,8 @@ def _memory_problem(job: Job, estimates: Estimates) -> str:
 
 def available(config: Config) -> tuple[float, str] | None:
     """Bytes for one rank, and whose they are; None where the plan cannot know."""
-    cluster, ranks = config.cluster, ranks_of(config)
-    if on_gpu(config):
+    cluster, ranks = config.cluster, config.mesh.ranks
+    if planned_on_gpu(config):
         if cluster.gpu_type:
             gpu = find_gpu(cluster.gpu_type)
             return None if gpu is None else (gpu.memory_bytes, f"an {gpu.name}")
@@ -156,7 +153,7 @@ def available(config: Config) -> tuple[float, str] | None:
 def _enough_shards(run: Run, size: float) -> int | None:
     """The smallest `mesh.shard` at which one rank's part fits on a GPU of `size` bytes."""
     config, d_model = run.config, run.store.d_model
-    if d_model is None or not on_gpu(config):
+    if d_model is None or not planned_on_gpu(config):
         return None
     cut = config.sae.n_experts if config.sae.architecture == "switch" else config.sae.n_latents
     for shard in (2, 4, 8, 16, 32, 64):

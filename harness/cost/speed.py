@@ -17,10 +17,11 @@ from harness.activations.synthetic import Synthetic
 from harness.config import Config
 from harness.ops import choose_ops
 from harness.parallel import Solo
+from harness.process.device import pick_device
+from harness.process.runtime import Runtime
 from harness.process.signals import StopFlag
 from harness.training.evaluate import evaluate
-from harness.training.member import make_member
-from harness.training.run import pick_device
+from harness.training.state import make_state
 
 FEW_ROWS = 1024
 """Enough to initialise an SAE whose steps are timed."""
@@ -75,32 +76,32 @@ def measure_speed(config: Config, d_model: int, seconds: float, dead_share: floa
     Raises `ValueError` where the kernels do not run on the device, `RuntimeError` where its memory does not suffice.
     """
     device = pick_device(config.train.device)
-    shards, ops = Solo(), choose_ops(config.ops, device)
+    runtime = Runtime(device, Solo(), choose_ops(config.ops, device), StopFlag())
     threads = torch.get_num_threads()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     try:
         source: ActivationSource = _RandomRows(config.train.batch_tokens, d_model)
-        member = make_member(config, source, device, shards, ops)
+        state = make_state(config, source, runtime)
         with source.stream(0, config.train.batch_tokens, device) as stream:
             batch = stream.batch(0)
 
         def train() -> None:
-            member.train_step(batch, shards, ops)
+            state.train_step(batch, runtime)
 
         every = round(1 / dead_share)
 
         def train_with_dead() -> None:
-            member.silent[::every] = round(config.sae.dead_after_tokens) + config.train.batch_tokens
+            state.silent[::every] = round(config.sae.dead_after_tokens) + config.train.batch_tokens
             train()
 
         def look() -> None:
             limits = (source.heldout_rows,)
-            evaluate(member.sae, member.params, source, member.normalizer, limits, shards, ops, StopFlag())
+            evaluate(state.sae, state.params, source, state.normalizer, limits, runtime)
 
         step_s = dead_step_s = _least_s(train, seconds / 3, device)
         if config.sae.aux_alpha:
-            member.done = 0  # the list of the dead is made at the first step
+            state.done = 0  # the list of the dead is made at the first step
             dead_step_s = _least_s(train_with_dead, seconds / 3, device)
         return Speed(step_s, dead_step_s, _least_s(look, seconds / 3, device))
     finally:
@@ -112,7 +113,7 @@ def measure_start(config: Config, d_model: int, sample_rows: int) -> float:
     device = pick_device(config.train.device)
     source: ActivationSource = _RandomRows(sample_rows, d_model, sample_rows)
     begin = time.perf_counter()
-    make_member(config, source, device, Solo(), choose_ops(config.ops, device))
+    make_state(config, source, Runtime(device, Solo(), choose_ops(config.ops, device), StopFlag()))
     return time.perf_counter() - begin
 
 

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from harness.cost.estimate import Estimate, Estimates, ranks_of
+from harness.cost.estimate import Estimate, Estimates
 from harness.cost.limits import Disk, disk, longer_than_the_limit, would_not_fit
-from harness.record.rundir import FINAL
-from harness.sweep.pack import Job
-from harness.sweep.runs import Run
+from harness.record.job import Job
+from harness.record.result import FINAL
+from harness.record.run import Run
 from harness.terminal import aligned, duration, si
 
 ROWS = 200
@@ -21,8 +21,8 @@ PARTS = {"encoder": "enc", "selection": "sel", "decode": "dec", "gradients": "gr
 
 def plan_text(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> str:
     """`runs`: all that were asked for, cheap ones first; `jobs`: how those that are not done will be trained."""
-    job_of = {run.run_dir: number for number, job in enumerate(jobs, start=1) for run in job.runs}
-    columns = _columns(runs, jobs, estimates, job_of)
+    job_number = {run.run_dir: number for number, job in enumerate(jobs, start=1) for run in job.runs}
+    columns = _columns(runs, jobs, estimates, job_number)
     rows = [list(columns)]
     rows += [[form(run, estimates.of(run)) for form in columns.values()] for run in runs[:ROWS]]
     lines = aligned(rows)
@@ -36,7 +36,7 @@ def plan_text(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) ->
 
 
 def _columns(
-    runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates, job_of: Mapping[Path, int]
+    runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates, job_number: Mapping[Path, int]
 ) -> dict[str, Callable[[Run, Estimate], str]]:
     """Heading → what stands there for a run."""
     columns: dict[str, Callable[[Run, Estimate], str]] = {
@@ -47,12 +47,12 @@ def _columns(
         f"% {'/'.join(PARTS.values())}/opt": lambda _, known: _shares(known.flops),
         "memory": lambda _, known: _si(known.memory_bytes, "B"),
     }
-    if any(ranks_of(run.config) > 1 for run in runs):
+    if any(run.config.mesh.ranks > 1 for run in runs):
         columns["sent/step"] = lambda _, known: _si(known.sent_bytes if known.params else None, "B")
     columns["checkpoint"] = lambda _, known: _si(known.checkpoint_bytes or None, "B")
     columns["time"] = lambda _, known: "?" if known.seconds is None else duration(known.seconds)
     if any(len(job.runs) > 1 for job in jobs):
-        columns["job"] = lambda run, _: str(job_of.get(run.run_dir, "-"))
+        columns["job"] = lambda run, _: str(job_number.get(run.run_dir, "-"))
     columns["state"] = lambda run, _: run.status
     return columns
 
@@ -102,7 +102,7 @@ def _time(jobs: Sequence[Job], estimates: Estimates) -> str:
     known = [(job, seconds) for job in jobs if (seconds := estimates.job_seconds(job)) is not None]
     if not known:
         return ""
-    hours = sum(seconds * ranks_of(job.config) for job, seconds in known) / 3600
+    hours = sum(seconds * job.ranks for job, seconds in known) / 3600
     total, longest = sum(seconds for _, seconds in known), max(seconds for _, seconds in known)
     cluster = jobs[0].config.cluster
     if cluster.name == "local":

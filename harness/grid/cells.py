@@ -6,8 +6,11 @@ composed settings, so that ten thousand cells take seconds.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from hydra.core.override_parser.types import OverrideType
@@ -19,6 +22,7 @@ from harness.errors import UserError
 from harness.grid.compose import (
     checked_values,
     compose_settings,
+    hydra_session,
     leaf_keys,
     nested_sections,
     one_line,
@@ -27,25 +31,50 @@ from harness.grid.compose import (
 )
 
 
-class Candidate(NamedTuple):
-    """One combination of the grid, types checked, values not yet."""
+@dataclass(frozen=True)
+class Grid:
+    """All combinations of the values that some overrides sweep, and which of them to keep."""
 
-    label: str
-    """The kind of SAE if it was chosen and the swept overrides, as one would type them."""
-    settings: Mapping[str, Any]
-    """Nested like `Config`; a value that was never given is `omegaconf.MISSING`."""
+    overrides: tuple[str, ...]
+    """In Hydra's grammar."""
+    only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Key → values: combinations with another value are left out."""
+    min_latents_per_expert_over_k: float = 0.0
+    """Combinations with n/E below this many times k are left out; 0 keeps all."""
 
 
 class Cell(NamedTuple):
     label: str
+    """The kind of SAE, if it was chosen, and the swept overrides, as one would type them."""
     config: Config
 
 
-def expand(overrides: Sequence[str]) -> list[Candidate]:
-    """All combinations of the sweeps in `overrides` (Hydra's grammar), in the order in which they are written.
+_Combination = tuple[str, Mapping[str, Any]]
+"""A label, and settings nested like `Config`: their types are checked, their values not yet. A value that was never
+given is `omegaconf.MISSING`."""
 
-    Call inside `hydra_session`. Raises `UserError`.
+
+def make_cells(grids: Sequence[Grid], only: Mapping[str, Sequence[Any]] | None = None) -> list[Cell]:
+    """The cells of all grids, in the order in which they are written; `only` filters them all.
+
+    A cell that several grids ask for occurs several times. Raises `UserError` when a combination is impossible (the
+    message lists all of them) or none is left.
     """
+    with hydra_session():
+        combinations = [combination for grid in grids for combination in _combinations(grid)]
+        combinations = _keep_only(combinations, only or {})
+        if not combinations:
+            raise UserError("no cell is left: the overrides and the study's own filters exclude every combination")
+        return _check(combinations)
+
+
+def _combinations(grid: Grid) -> list[_Combination]:
+    expanded = _keep_only(_expand(grid.overrides), grid.only)
+    return [combination for combination in expanded if _is_wide(combination, grid.min_latents_per_expert_over_k)]
+
+
+def _expand(overrides: Sequence[str]) -> list[_Combination]:
+    """All combinations of the sweeps in `overrides`, in the order in which they are written."""
     interpolated = any("${" in text for text in overrides)
     structural: list[list[tuple[str, str]]] = []  # per axis: (override to compose with, label)
     plain: list[tuple[str, list[str], list[Any]]] = []
@@ -60,7 +89,7 @@ def expand(overrides: Sequence[str]) -> list[Candidate]:
             structural.append([(f"{name}={text}", f"{name}={text}") for text in texts])
         else:
             plain.append((override.key_or_group, texts, values))
-    candidates: list[Candidate] = []
+    combinations: list[_Combination] = []
     for choice in itertools.product(*structural):
         settings = compose_settings([text for text, _ in choice])
         labels = [label for _, label in choice if label]
@@ -78,8 +107,8 @@ def expand(overrides: Sequence[str]) -> list[Candidate]:
         plain_base = {str(name): value for name, value in base.items()} if isinstance(base, dict) else {}
         for point in itertools.product(*axes):
             label = " ".join([*labels, *(text for _, _, text in point)])
-            candidates.append(Candidate(label, _with_values(plain_base, [(key, value) for key, value, _ in point])))
-    return candidates
+            combinations.append((label, _with_values(plain_base, [(key, value) for key, value, _ in point])))
+    return combinations
 
 
 def _with_values(base: dict[str, Any], values: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -97,46 +126,38 @@ def _replaced(section: Any, path: Sequence[str], value: Any) -> Any:
     return {**section, path[0]: _replaced(section[path[0]], path[1:], value)}
 
 
-def lookup(settings: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key, e.g. `sae.k`."""
-    value: Any = settings
-    for name in key.split("."):
-        value = value[name]
-    return value
-
-
-def keep_only(candidates: Sequence[Candidate], only: Mapping[str, Sequence[Any]]) -> list[Candidate]:
-    """The candidates whose value at each key of `only` is among the listed ones."""
+def _keep_only(combinations: Sequence[_Combination], only: Mapping[str, Sequence[Any]]) -> list[_Combination]:
+    """The combinations whose value at each key of `only` is among the listed ones."""
     for key in only:
         if key not in leaf_keys():
             raise UserError(f"only: there is no key '{key}'; the keys are in harness/config.py")
-    return [c for c in candidates if all(lookup(c.settings, key) in allowed for key, allowed in only.items())]
+    return [
+        (label, settings)
+        for label, settings in combinations
+        if all(functools.reduce(operator.getitem, key.split("."), settings) in values for key, values in only.items())
+    ]
 
 
-def keep_wide_experts(candidates: Sequence[Candidate], ratio: float) -> list[Candidate]:
-    """The candidates with n/E ≥ ratio·k: below about 4 an expert has hardly a choice of latents."""
-
-    def wide(settings: Mapping[str, Any]) -> bool:
-        sae = settings["sae"]
-        if MISSING in (sae["n_latents"], sae["k"]):
-            return True  # refused later, by name
-        return sae["n_latents"] >= ratio * sae["k"] * sae["n_experts"]
-
-    return [candidate for candidate in candidates if wide(candidate.settings)]
+def _is_wide(combination: _Combination, ratio: float) -> bool:
+    """Whether n/E ≥ ratio·k: below about 4 an expert has hardly a choice of latents."""
+    sae = combination[1]["sae"]
+    if MISSING in (sae["n_latents"], sae["k"]):
+        return True  # refused later, by name
+    return sae["n_latents"] >= ratio * sae["k"] * sae["n_experts"]
 
 
-def build_cells(candidates: Sequence[Candidate]) -> list[Cell]:
-    """Check every candidate. Raises one `UserError` that lists all the impossible ones."""
+def _check(combinations: Sequence[_Combination]) -> list[Cell]:
+    """The combinations as cells. Raises one `UserError` that lists all the impossible ones."""
     cells: list[Cell] = []
     refused: list[tuple[str, str]] = []
     shared: dict[int, Any] = {}
-    for candidate in candidates:
+    for label, settings in combinations:
         try:
-            cells.append(Cell(candidate.label, _build(Config, candidate.settings, "", shared)))
+            cells.append(Cell(label, _build(Config, settings, "", shared)))
         except ValueError as error:
-            refused.append((candidate.label, str(error)))
+            refused.append((label, str(error)))
     if refused:
-        raise UserError(_refusal(refused, len(candidates)))
+        raise UserError(_refusal(refused, len(combinations)))
     return cells
 
 

@@ -6,28 +6,17 @@ Keys of a study: `question`, `title`, `law`, `sweep` (directory under `out`; def
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from harness.errors import UserError
-from harness.grid.cells import Candidate, expand, keep_only, keep_wide_experts
+from harness.grid.cells import Grid
 
 STUDY_DIR = Path(__file__).resolve().parents[2] / "sweeps"
-
-
-@dataclass(frozen=True)
-class Grid:
-    name: str
-    overrides: tuple[str, ...]
-    """Hydra overrides, sweeps included; the study's common ones first."""
-    only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Key → values: cells with another value are left out."""
-    min_latents_per_expert_over_k: float = 0.0
-    """Cells with n/E below this many times k are left out; 0 keeps all."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ def _grid(entry: Any, common: tuple[str, ...], path: Path, number: int) -> Grid:
     if not isinstance(ratio, int | float):
         raise UserError(f"{path}: min_latents_per_expert_over_k of grid {number} must be a number, not {ratio!r}")
     own = _strings(entry.get("overrides"), path, f"overrides of grid {number}")
-    return Grid(str(entry.get("name", number)), (*common, *own), only, float(ratio))
+    return Grid((*common, *own), only, float(ratio))
 
 
 def _check(content: Any, path: Path, known: set[str], what: str) -> None:
@@ -108,7 +97,7 @@ def _key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~")
 
 
-def replace_overrides(grids: Sequence[Grid], overrides: Sequence[str]) -> list[Grid]:
+def _replace_overrides(grids: Sequence[Grid], overrides: Sequence[str]) -> list[Grid]:
     """Put overrides of the command line into the grids of a study.
 
     One replaces the same key in the grids that set it (so `sae.n_experts=4` reaches the Switch grid only); a key that
@@ -121,19 +110,12 @@ def replace_overrides(grids: Sequence[Grid], overrides: Sequence[str]) -> list[G
         chosen = [text for text in overrides if _key(text) in keys or _key(text) not in anywhere]
         replaced = {_key(text) for text in chosen}
         kept = [text for text in grid.overrides if _key(text) not in replaced]
-        result.append(Grid(grid.name, (*kept, *chosen), grid.only, grid.min_latents_per_expert_over_k))
+        result.append(replace(grid, overrides=(*kept, *chosen)))
     return result
 
 
-def study_candidates(study: Study, overrides: Sequence[str]) -> list[Candidate]:
-    """All cells of a study with the command line's overrides put in, filtered by each grid's own rules.
-
-    Call inside `hydra_session`. Cells that several grids ask for occur several times. Raises `UserError`.
-    """
+def study_grids(study: Study, overrides: Sequence[str]) -> list[Grid]:
+    """The grids of a study with overrides of the command line put in, `sweep` included."""
     common = [text for text in overrides if _key(text) != "sweep"]
     sweep = [text for text in overrides if _key(text) == "sweep"] or [f"sweep={study.sweep}"]
-    candidates: list[Candidate] = []
-    for grid in replace_overrides(study.grids, common):
-        found = keep_only(expand([*grid.overrides, *sweep]), grid.only)
-        candidates += keep_wide_experts(found, grid.min_latents_per_expert_over_k)
-    return candidates
+    return [replace(grid, overrides=(*grid.overrides, *sweep)) for grid in _replace_overrides(study.grids, common)]

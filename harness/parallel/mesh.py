@@ -8,8 +8,7 @@ processes at exit.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,35 +33,14 @@ STEP_TIMEOUT = timedelta(minutes=5)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers, as the environment tells it."""
+    """This process among its peers."""
 
     rank: int
     world: int
     local_rank: int
-
-
-def ranks_from_environment(environment: Mapping[str, str] | None = None) -> Ranks:
-    """RANK, WORLD_SIZE, LOCAL_RANK (torchrun, our launcher), else SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
-    inside an `srun` step, else one process."""
-    env = os.environ if environment is None else environment
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        return Ranks(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", "0")))
-    return Ranks(0, 1, 0)
-
-
-def meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT of an `srun` step in which nobody has set them: the first node of the step, and a
-    port that follows from the step. Empty elsewhere."""
-    if "SLURM_STEP_ID" not in environment or "MASTER_ADDR" in environment:
-        return {}
-    nodes = environment.get("SLURM_STEP_NODELIST", "")
-    first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
-    several = int(environment.get("SLURM_STEP_NUM_NODES", "1")) > 1
-    address = f"{first[1]}{first[2] or ''}" if several and first else "127.0.0.1"
-    step = int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"])
-    return {"MASTER_ADDR": address, "MASTER_PORT": str(20_000 + step % 20_000)}
+    """Number of this process on its node."""
+    meeting_point: tuple[str, int] | None = None
+    """Address and port of rank 0; None if MASTER_ADDR and MASTER_PORT tell."""
 
 
 class Mesh:
@@ -169,12 +147,11 @@ class Mesh:
 
 
 @contextmanager
-def mesh(dp: int, shard: int, device: torch.device) -> Iterator[Shards]:
+def mesh(dp: int, shard: int, device: torch.device, ranks: Ranks) -> Iterator[Shards]:
     """The mesh that this process is a rank of; `Solo` for one process. `device` decides between gloo and NCCL.
 
     Raises `UserError` when the number of ranks is not dp·shard.
     """
-    ranks = ranks_from_environment()
     if dp * shard != ranks.world:
         raise UserError(
             f"mesh.dp={dp} × mesh.shard={shard} needs {dp * shard} ranks, and {ranks.world} were started; "
@@ -185,7 +162,9 @@ def mesh(dp: int, shard: int, device: torch.device) -> Iterator[Shards]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    os.environ.update(meeting_point(os.environ))
+    if ranks.meeting_point is not None:
+        address, port = ranks.meeting_point
+        os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=ranks.rank,

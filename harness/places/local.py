@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -19,12 +18,14 @@ from harness.errors import FAILED, INTERRUPTED, UserError
 from harness.places.ranks import train_on_ranks
 from harness.process.claim import Claimed
 from harness.process.signals import Interrupted, StopFlag, stop_on_signals
-from harness.record import rundir
+from harness.record import names
 from harness.record.attempt import attempt, claimed, write_provenance
+from harness.record.job import Job, freeze_job
 from harness.record.provenance import now
-from harness.sweep.pack import Job, freeze_job
-from harness.sweep.runs import Run
-from harness.terminal import Progress, duration
+from harness.record.result import FINAL, read_result, set_failure_aside, write_failure
+from harness.record.result import describe as describe_error
+from harness.record.run import Run
+from harness.terminal import Progress, duration, say
 
 WAIT_S = 2.0
 """Between looks at a run that another process works on."""
@@ -53,14 +54,14 @@ def run_jobs(jobs: Sequence[Job], ended: Sequence[Run] = ()) -> int:
         try:
             statuses = _run_all(jobs, ended, sources, stop)
         except Interrupted:
-            _say("interrupted; the same command goes on where it stopped")
+            say("interrupted; the same command goes on where it stopped")
             return INTERRUPTED
         except DiskFull as full:
-            _say(f"error: {full}; free some space and run the same command again, it goes on where it stopped")
+            say(f"error: {full}; free some space and run the same command again, it goes on where it stopped")
             return FAILED
     counts = Counter(statuses.values())
     if counts["done"] < len(statuses) or any(run.status != "done" for job in jobs for run in job.runs):
-        _say(f"{counts['done']} of {len(statuses)} cells done" + _unlucky(counts))
+        say(f"{counts['done']} of {len(statuses)} cells done" + _unlucky(counts))
     return 0 if counts["done"] == len(statuses) else FAILED
 
 
@@ -77,9 +78,9 @@ def _run_all(jobs: Sequence[Job], ended: Sequence[Run], sources: dict[str, Any],
         share = "all" if len(ended) == total else f"{len(ended)} of"
         diverged = sum(run.status == "diverged" for run in ended)
         what = f"have ended, {diverged} of them diverged" if diverged else "already done"
-        _say(f"{share} {total} cells {what}")
+        say(f"{share} {total} cells {what}")
     if retried := sum(run.status == "failed" for job in jobs for run in job.runs):
-        _say(f"{retried} failed earlier and will be tried again")
+        say(f"{retried} failed earlier and will be tried again")
     waiting, progress, elsewhere, told = deque(jobs), Progress(), 0, False
     while waiting:
         if stop.requested:
@@ -95,7 +96,7 @@ def _run_all(jobs: Sequence[Job], ended: Sequence[Run], sources: dict[str, Any],
         if elsewhere >= len(waiting):
             if not told:
                 cells = sum(len(job.runs) for job in waiting)
-                _say(f"{cells} cells are being trained by another process; waiting for it")
+                say(f"{cells} cells are being trained by another process; waiting for it")
                 told = True
             _wait(stop)
     return statuses
@@ -110,11 +111,11 @@ def _wait(stop: StopFlag) -> None:
 def _claimed_run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Progress) -> dict[Path, str] | None:
     """Train the job unless a live process has one of its runs (then None). Returns the final status of each run."""
     try:
-        run_dirs = freeze_job(job)
-        with claimed(run_dirs):
-            statuses = _ended_meanwhile(run_dirs)
-            unfinished = [run_dir for run_dir in run_dirs if run_dir not in statuses]
-            return statuses | _run(job, unfinished, sources, stop, progress) if unfinished else statuses
+        job = freeze_job(job)
+        with claimed(job.run_dirs):
+            statuses = _ended_meanwhile(job)
+            unfinished = Job(tuple(run for run in job.runs if run.run_dir not in statuses), job.home)
+            return statuses | _train(unfinished, sources, stop, progress) if unfinished.runs else statuses
     except Claimed:
         return None
     except (OSError, SafetensorError) as error:
@@ -123,66 +124,61 @@ def _claimed_run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Pr
         raise
 
 
-def _ended_meanwhile(run_dirs: Sequence[Path]) -> dict[Path, str]:
+def _ended_meanwhile(job: Job) -> dict[Path, str]:
     """The statuses of runs that ended since the plan was made; failures are set aside, to be tried again."""
     statuses = {}
-    for run_dir in run_dirs:
-        result = rundir.read_result(run_dir)
-        if result is not None and result["status"] in rundir.FINAL:
+    for run_dir in job.run_dirs:
+        result = read_result(run_dir)
+        if result is not None and result["status"] in FINAL:
             statuses[run_dir] = str(result["status"])
         elif result is not None:
-            rundir.set_failure_aside(run_dir)
+            set_failure_aside(run_dir)
     return statuses
 
 
-def _run(
-    job: Job, unfinished: Sequence[Path], sources: dict[str, Any], stop: StopFlag, progress: Progress
-) -> dict[Path, str]:
-    from harness.training.run import Start, run_cells
+def _train(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Progress) -> dict[Path, str]:
+    """Train the job, here or on ranks of its own. Returns the status of each run; a failure is recorded, not raised."""
+    from harness.training.run import train_job
 
     config, started = job.config, now()
     # several ranks open the source themselves, and harvest it together
-    source = _source(job.runs[0], sources, stop) if config.mesh.dp * config.mesh.shard == 1 else None
-    log = job.home / "attempts"
+    source = _source(job.runs[0], sources, stop) if config.mesh.ranks == 1 else None
+    log = job.home / names.ATTEMPTS
     mesh = {"dp": config.mesh.dp, "shard": config.mesh.shard}
-    configs = {run_dir: rundir.read_config(run_dir) for run_dir in unfinished}
     try:
-        with attempt(job.home, unfinished) as (log, numbers):
-            store_id = job.runs[0].store.id
-            provenance = write_provenance(unfinished, store_id=store_id, ops=config.ops, mesh=mesh)
+        with attempt(job.home, job.run_dirs) as (log, _):
+            provenance = write_provenance(job.run_dirs, store_id=job.runs[0].store.id, ops=config.ops, mesh=mesh)
             logging.getLogger("harness.attempt").info("on %s", provenance["machine"]["host"])
             begin = time.monotonic()
             if source is None:
                 train_on_ranks(job.home, config, log.parent, stop)
             else:
-                starts = [Start(run_dir, configs[run_dir], number) for run_dir, number in numbers.items()]
-                run_cells(starts, job.home / "checkpoints", source, stop, progress)
+                train_job(job, source, stop, progress)
     except Interrupted:
         progress.finish("")
         raise
     except Exception as error:
-        if _is_disk_full(error):
-            progress.finish("")
-            raise
         progress.finish("")
-        return {run_dir: _failed(run_dir, config, error, started, log, progress) for run_dir, config in configs.items()}
+        if _is_disk_full(error):
+            raise
+        return {run.run_dir: _failed(run, error, started, log, progress) for run in job.runs}
     seconds = time.monotonic() - begin
-    return {run_dir: _done(run_dir, config, seconds, progress) for run_dir, config in configs.items()}
+    return {run.run_dir: _done(run, seconds, progress) for run in job.runs}
 
 
-def _done(run_dir: Path, config: Config, seconds: float, progress: Progress) -> str:
-    result = rundir.read_result(run_dir)
+def _done(run: Run, seconds: float, progress: Progress) -> str:
+    result = read_result(run.run_dir)
     assert result is not None, "training ended well, so the result was written"
-    progress.finish(outcome_line(config, result, seconds))
+    progress.finish(outcome_line(run.config, result, seconds))
     return str(result["status"])
 
 
-def _failed(run_dir: Path, config: Config, error: Exception, started: str, log: Path, progress: Progress) -> str:
+def _failed(run: Run, error: Exception, started: str, log: Path, progress: Progress) -> str:
     """What a failure means for one run of the job: nothing if it had ended before."""
-    if rundir.read_result(run_dir) is not None:
-        return _done(run_dir, config, 0.0, progress)
-    rundir.write_failure(run_dir, config, run_dir.name, error, started, now())
-    progress.finish(f"{describe(config)}: FAILED: {rundir.describe(error)} (log: {log})")
+    if read_result(run.run_dir) is not None:
+        return _done(run, 0.0, progress)
+    write_failure(run, error, started)
+    progress.finish(f"{describe(run.config)}: FAILED: {describe_error(error)} (log: {log})")
     return "failed"
 
 
@@ -221,7 +217,3 @@ def outcome_line(config: Config, result: dict[str, Any], seconds: float) -> str:
 
 def _number(name: str, value: float | None, spec: str) -> str:
     return f"{name} {'-' if value is None else format(value, spec)}".strip()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

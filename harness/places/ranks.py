@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harness.config import Config
 from harness.errors import INTERRUPTED
+from harness.files import last_line
 from harness.process.signals import Interrupted, StopFlag
 
 POLL_S = 0.1
@@ -32,7 +33,7 @@ def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag
     and `Interrupted` is raised when the ranks have saved. Raises `RankFailed`, naming the rank and its log, when one
     dies; the others are ended first.
     """
-    world = config.mesh.dp * config.mesh.shard
+    world = config.mesh.ranks
     environment = rank_environment(world)
     logs = [attempt_dir / f"rank{rank}.log" for rank in range(world)]
     with ExitStack() as stack:
@@ -97,7 +98,9 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: list[Path], stop: StopFla
             _wait(ranks, GRACE_S)
             # the one that ended first is the cause; a killed one explains those that lost their peer
             rank = min(failed, key=lambda r: (codes[r] or 0) > 0)
-            raise RankFailed(f"rank {rank} {_ending(codes[rank])}; its log is {logs[rank]}: {_last_line(logs[rank])}")
+            raise RankFailed(
+                f"rank {rank} {_ending(codes[rank])}; its log is {logs[rank]}: {last_line(logs[rank]) or 'it is empty'}"
+            )
         if None not in codes:
             if INTERRUPTED in codes:
                 raise Interrupted
@@ -113,11 +116,6 @@ def _ending(code: int | None) -> str:
     if code is not None and code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it is empty"
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import psutil
 
 from harness.process.signals import Interrupted, StopFlag
+from harness.process.slurm_task import slurm_task
 
 HEARTBEAT_S = 10.0
 STALE_S = 120.0
@@ -200,15 +201,10 @@ def _age(path: Path) -> float:
 
 def _this_process() -> Owner:
     process = psutil.Process()
-    token = uuid.uuid4().hex
-    return Owner(socket.gethostname(), _machine(), process.pid, process.create_time(), token, _job(os.environ))
-
-
-def _job(environment: Mapping[str, str]) -> str:
-    """`123`, or `120_4` for a task of an array."""
-    if "SLURM_ARRAY_JOB_ID" in environment and "SLURM_ARRAY_TASK_ID" in environment:
-        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    return environment.get("SLURM_JOB_ID", "")
+    token, task = uuid.uuid4().hex, slurm_task()
+    return Owner(
+        socket.gethostname(), _machine(), process.pid, process.create_time(), token, "" if task is None else task.name
+    )
 
 
 def _machine() -> str:

@@ -1,9 +1,12 @@
-"""One attempt at a job: its runs are claimed, its log is open, and what became of it is written down."""
+"""One attempt at a job: its claims, its log, and the record of how it ended."""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,9 +15,10 @@ from typing import Any, NamedTuple
 from harness.errors import INTERRUPTED
 from harness.files import write_json_atomic
 from harness.process.claim import claim
-from harness.record import rundir
+from harness.process.signals import Interrupted
+from harness.record import names
 from harness.record.provenance import collect, command_line, now
-from harness.record.state import claim_path
+from harness.record.rundir import attempts, claim_path
 
 END_TIME = "HARNESS_END_TIME"
 """Environment variable of the ranks: when their job will be ended whatever they do, in seconds since 1970."""
@@ -43,18 +47,45 @@ def _leave(path: Path) -> None:
 
 
 @contextmanager
+def attempt_log(run_dir: Path, header: str) -> Iterator[Path]:
+    """A new `attempts/<n>/log.txt` that receives all logging and warnings, and the traceback if the block raises."""
+    path = run_dir / names.ATTEMPTS / str(attempts(run_dir) + 1) / names.LOG
+    path.parent.mkdir(parents=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(min(level, logging.INFO))
+    log = logging.getLogger("harness.attempt")
+    try:
+        log.info(header)
+        yield path
+    except Interrupted:
+        log.info("stopped; what is saved goes on with the next start")
+        raise
+    except BaseException:
+        log.info("the run ended with an exception\n%s", traceback.format_exc())
+        raise
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+@contextmanager
 def attempt(home: Path, run_dirs: Sequence[Path]) -> Iterator[Attempt]:
     """A new attempt at the runs of the job in `home`, logged until the block ends. The caller holds the claims."""
-    with rundir.attempt_log(home, f"{', '.join(path.name for path in run_dirs)}: {command_line()}") as log:
+    with attempt_log(home, f"{', '.join(path.name for path in run_dirs)}: {command_line()}") as log:
         numbers = {}
         for run_dir in run_dirs:
             if run_dir == home:
-                numbers[run_dir] = rundir.attempts(home)
+                numbers[run_dir] = attempts(home)
                 continue
-            numbers[run_dir] = rundir.attempts(run_dir) + 1
-            folder = run_dir / "attempts" / str(numbers[run_dir])
+            numbers[run_dir] = attempts(run_dir) + 1
+            folder = run_dir / names.ATTEMPTS / str(numbers[run_dir])
             folder.mkdir(parents=True)
-            (folder / "log.txt").write_text(f"trained together with others, logged in {log}\n", encoding="utf-8")
+            (folder / names.LOG).write_text(f"trained together with others, logged in {log}\n", encoding="utf-8")
         yield Attempt(log, numbers)
 
 
@@ -62,7 +93,7 @@ def write_provenance(run_dirs: Sequence[Path], *, store_id: str, ops: str, mesh:
     """`provenance.json` of every run: the process that calls it is the one that trains, or that starts its ranks."""
     provenance = collect(store_id=store_id, ops=ops, mesh=mesh)
     for run_dir in run_dirs:
-        write_json_atomic(run_dir / "provenance.json", provenance)
+        write_json_atomic(run_dir / names.PROVENANCE, provenance)
     return provenance
 
 
@@ -70,8 +101,17 @@ def write_ended(attempt_dirs: Sequence[Path], *, outcome: str, reason: str, step
     """`ended.json` of attempts that did not finish: why, at which saved step, and whether they go on by themselves."""
     ended = {"outcome": outcome, "reason": reason, "step": step, "requeued": requeued, "time": now()}
     for directory in attempt_dirs:
-        write_json_atomic(directory / "ended.json", ended)
+        write_json_atomic(directory / names.ENDED, ended)
+
+
+def read_ended(attempt_dir: Path) -> dict[str, Any] | None:
+    """How an attempt that was stopped ended: `outcome`, `reason`, `step`, `requeued`, `time`. None when it was killed
+    before it could write that."""
+    try:
+        return json.loads((attempt_dir / names.ENDED).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 def attempt_dirs(numbers: dict[Path, int]) -> list[Path]:
-    return [run_dir / "attempts" / str(number) for run_dir, number in numbers.items()]
+    return [run_dir / names.ATTEMPTS / str(number) for run_dir, number in numbers.items()]

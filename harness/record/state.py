@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.process.claim import holder
-from harness.record import metrics
-from harness.record.rundir import FINAL, attempts, read_result
+from harness.record import metrics, names
+from harness.record.attempt import read_ended
+from harness.record.result import FINAL, read_result
+from harness.record.rundir import attempts, claim_path
 
 STATES = ("failed", "diverged", "running", "preempted", "interrupted", "pending", "done")
 """The most urgent first. `preempted`: stopped, and starts again by itself; `interrupted`: only when it is launched."""
@@ -31,11 +32,6 @@ class RunState:
         return self.status in FINAL
 
 
-def claim_path(run_dir: Path) -> Path:
-    """The lock of whoever works on the run."""
-    return run_dir / "claim.json"
-
-
 def state_of(run_dir: Path) -> RunState:
     """Raises `UserError` when `result.json` is damaged."""
     if not run_dir.is_dir():
@@ -49,18 +45,10 @@ def state_of(run_dir: Path) -> RunState:
     number = attempts(run_dir)
     if not number:
         return RunState(run_dir.name, "pending", None)
-    ended = _read_ended(run_dir / "attempts" / str(number))
+    ended = read_ended(run_dir / names.ATTEMPTS / str(number))
     again = ended is not None and bool(ended.get("requeued"))
     return RunState(run_dir.name, "preempted" if again else "interrupted", None, ended=ended)
 
 
-def _read_ended(attempt: Path) -> dict[str, Any] | None:
-    """`ended.json` of an attempt that was stopped; None when it was killed before it could say so."""
-    try:
-        return json.loads((attempt / "ended.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
 def newest_metrics(run_dir: Path) -> dict[str, Any]:
-    return metrics.last(run_dir / "metrics.jsonl")
+    return metrics.last(run_dir / names.METRICS)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.cost.planfile import read_plan
 from harness.errors import UserError
+from harness.files import last_line
+from harness.record import names
+from harness.record.job import pack_sizes, packs_root
 from harness.record.notes import read_notes
 from harness.record.rundir import attempts, read_config
 from harness.record.state import RunState, newest_metrics, state_of
-from harness.sweep.pack import pack_sizes, packs_root
+from harness.record.sweepdir import read_plan, read_study
 
 Row = dict[str, Any]
 
 KNOWN = ("progress", "tokens", "fvu", "fvu_se", "dead_frac", "tokens_per_s", "wall_s", "error")
-
-TAIL_BYTES = 4096
 
 
 def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row]:
@@ -49,21 +48,13 @@ def begun_runs(sweep_dir: Path) -> dict[str, bool]:
     """Every run that was asked for or exists in `sweep_dir`, and whether it has a directory. Raises `UserError`."""
     if not sweep_dir.is_dir():
         raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
-    found = {path.parent.name for path in sweep_dir.glob("*/config.yaml")}
-    names = dict.fromkeys([*_asked_for(sweep_dir), *sorted(found)])
-    if not names:
+    begun = {path.parent.name for path in sweep_dir.glob(f"*/{names.CONFIG}")}
+    study = read_study(sweep_dir)
+    asked_for: list[str] = study["runs"] if study else []
+    run_ids = dict.fromkeys([*asked_for, *sorted(begun)])
+    if not run_ids:
         raise UserError(f"{sweep_dir} holds no runs")
-    return {name: name in found for name in names}
-
-
-def _asked_for(sweep_dir: Path) -> list[str]:
-    path = sweep_dir / "study.json"
-    if not path.is_file():
-        return []
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["runs"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); launching the sweep again writes a new one") from error
+    return {run_id: run_id in begun for run_id in run_ids}
 
 
 def _row(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) -> Row:
@@ -123,7 +114,7 @@ def _expected_end(newest: Mapping[str, Any]) -> str | None:
 
 def _newest_log(run_dir: Path, number: int) -> Path | None:
     """Log of the newest attempt; for a run of a pack the pack's, which its own names."""
-    own = run_dir / "attempts" / str(number) / "log.txt"
+    own = run_dir / names.ATTEMPTS / str(number) / names.LOG
     if not own.is_file():
         return None
     line = last_line(own)
@@ -135,15 +126,6 @@ def _newest_log(run_dir: Path, number: int) -> Path | None:
     return shared if shared.is_file() else own
 
 
-def last_line(path: Path) -> str:
-    """The last line of a text that is not empty."""
-    with path.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - TAIL_BYTES))
-        lines = file.read().decode("utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
 def _what_happened(state: RunState, known: Mapping[str, Any], log: Path | None) -> str | None:
     """Why it failed, diverged or stopped, in a line."""
     if state.status == "diverged":
@@ -152,6 +134,6 @@ def _what_happened(state: RunState, known: Mapping[str, Any], log: Path | None) 
         error, line = str(known.get("error")), "" if log is None else last_line(log)
         return error if not line or line in error or error in line else f"{error} | {line}"
     if state.ended is None:
-        return None if state.status == "running" else "stopped without a word (killed, or its machine was lost)"
+        return None if state.status == "running" else "ended without a record (killed, or its machine was lost)"
     at = f" at step {state.ended['step']}" if state.ended.get("step") is not None else ""
     return f"{state.ended.get('outcome')}{at}: {state.ended.get('reason')}"

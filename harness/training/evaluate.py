@@ -11,9 +11,8 @@ from torch import Tensor
 
 from harness.activations.source import ActivationSource, Statistics
 from harness.budget import EVALUATION_BATCH
-from harness.ops import Ops
-from harness.parallel import Shards
-from harness.process.signals import STOP, StopFlag
+from harness.process.runtime import Runtime
+from harness.process.signals import STOP
 from harness.saes import Normalizer, Params, Sae, forward
 
 
@@ -42,15 +41,13 @@ def evaluate(
     source: ActivationSource,
     normalizer: Normalizer,
     row_limits: tuple[int, ...],
-    shards: Shards,
-    ops: Ops,
-    stop: StopFlag,
+    runtime: Runtime,
 ) -> list[Evaluation] | None:
     """One `Evaluation` for each prefix of the held-out rows in `row_limits`, from one pass; None if stopped.
 
     A `row_limits` beyond the held-out rows means all of them. `params` are used as they are, in their precision.
     """
-    device, dtype = params["W_dec"].device, params["W_dec"].dtype
+    shards, device, dtype = runtime.shards, runtime.device, params["W_dec"].dtype
     mean = normalised_mean(normalizer, source.statistics(normalizer.rule == "layernorm")).to(device, dtype)
     raw_mean = source.statistics(False).mean.to(device, dtype)
     most = min(max(row_limits), source.heldout_rows)
@@ -59,13 +56,13 @@ def evaluate(
     seen = 0
     for number, (raw, document) in enumerate(source.heldout(EVALUATION_BATCH)):
         # ranks hear the answer one call late, so a request to save from before may arrive here: it is made again
-        if shards.agree(STOP * stop.requested) & STOP:
+        if shards.agree(STOP * runtime.stop.requested) & STOP:
             return None
         span = slice(seen, min(seen + raw.shape[0], most))
         documents.append(document[: span.stop - span.start])
         if number % shards.dp == shards.dp_rank:
             part = raw[: span.stop - span.start].to(device)
-            _fill(table[:, span], sae, params, part, normalizer, mean, raw_mean, shards, ops)
+            _fill(table[:, span], sae, params, part, normalizer, mean, raw_mean, runtime)
         seen = span.stop
         if seen == most:
             break
@@ -86,12 +83,12 @@ def _fill(
     normalizer: Normalizer,
     mean: Float[Tensor, " d"],
     raw_mean: Float[Tensor, " d"],
-    shards: Shards,
-    ops: Ops,
+    runtime: Runtime,
 ) -> None:
     """This rank's part of `_COLUMNS`; summed over all ranks they are whole."""
     x = normalizer(raw, params["W_dec"].dtype)
-    run = forward(sae, params, params, x, shards, ops)
+    shards = runtime.shards
+    run = forward(sae, params, params, x, shards, runtime.ops)
     own = slice(None) if run.routing.order is None else run.routing.order
     unit = normalizer.squared_unit(raw).to(x.dtype)
     columns[4, own] = (run.codes.values > 0).sum(dim=1).to(x.dtype)

@@ -1,79 +1,39 @@
 """The training loop: one stream of batches, one or several members that train on it.
 
-Reads top to bottom; everything that happens between two steps happens in `between_steps`, so that a run which stops
-there and one which goes on are the same run.
+It reads top to bottom. Everything between two steps happens in `between_steps`, so a run that stops there and goes on
+later is the same run as one that never stopped.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from harness.ops import Ops
-from harness.parallel import Shards
-from harness.process.signals import SAVE, STOP, Interrupted, StopFlag
-from harness.training.cell import Cell
+from harness.process.runtime import Runtime
+from harness.training.checkpoints import Checkpoints
+from harness.training.finish import finish
+from harness.training.member import Member
 
 
-def train(
-    cells: Sequence[Cell],
-    shards: Shards,
-    ops: Ops,
-    stop: StopFlag,
-    save: Callable[[Sequence[Cell]], None],
-    finish: Callable[[Cell], None],
-) -> None:
-    """Train every cell to its end, from wherever its member stands; one that ends earlier leaves, the others go on.
+def train(members: Sequence[Member], checkpoints: Checkpoints, runtime: Runtime, started: str) -> None:
+    """Train every member to its end, from wherever its state stands; one that ends earlier leaves, the others go on.
 
-    All cells share store, stream seed, batch size and position. `save` makes one checkpoint of those that still train,
-    `finish` completes the record of one that has ended. Raises `Interrupted`, all saved, when `stop` is set.
+    All members share store, stream seed, batch size and position. `started` is when this attempt began, ISO 8601.
+    Raises `Interrupted`, everything saved, when a stop is requested.
     """
-    active = list(cells)
-    first, done = active[0], active[0].member.done
-    assert all(cell.member.done == done for cell in active), "cells on one stream stand at one step"
-    with first.open_stream(shards) as stream:
-        saver = _Saver(active, stop, save)
-        for batch in stream.batches(done):
-            for cell in active:
-                cell.between_steps(shards, stop)
-                if cell.ended:
-                    finish(cell)
-            active = [cell for cell in active if not cell.ended]
+    active = list(members)
+    first, begin = active[0], active[0].state.done
+    assert all(member.state.done == begin for member in active), "members on one stream stand at one step"
+    with first.open_stream(runtime) as stream:
+        for batch in stream.batches(begin):
+            for member in active:
+                member.between_steps(runtime)
+                if member.ended:
+                    finish(member, runtime, started)
+            active = [member for member in active if not member.ended]
             if not active:
                 return
-            saver.stop_or_save(active, shards)
-            for cell in active:
-                cell.member.train_step(batch, shards, ops)
-            if active[0].member.done == done + 1:
-                shards.started()
-
-
-class _Saver:
-    """Saves when it is time and stops when somebody asked, both at the same step on every rank."""
-
-    def __init__(self, cells: Sequence[Cell], stop: StopFlag, save: Callable[[Sequence[Cell]], None]) -> None:
-        self._stop, self._save = stop, save
-        self._saved_at = time.monotonic()
-        self._save_s = sum(cell.member.state_bytes() for cell in cells) / ASSUMED_BYTES_PER_S
-
-    def stop_or_save(self, active: Sequence[Cell], shards: Shards) -> None:
-        train, done = active[0].config.train, active[0].member.done
-        self._stop.look_at_deadline(self._save_s)
-        wanted = STOP * self._stop.requested
-        due = train.checkpoint_every_s and time.monotonic() - self._saved_at >= train.checkpoint_every_s
-        if shards.rank == 0 and due:
-            wanted |= SAVE
-        wanted = shards.agree(wanted)
-        by_steps = train.checkpoint_every_steps and done and done % train.checkpoint_every_steps == 0
-        if not wanted and not by_steps:
-            return
-        begun = time.monotonic()
-        self._save(active)
-        self._saved_at = time.monotonic()
-        self._save_s = self._saved_at - begun
-        if wanted & STOP:
-            raise Interrupted
-
-
-ASSUMED_BYTES_PER_S = 1e8
-"""Speed of a save before one was measured; a slow network disk."""
+            checkpoints.stop_or_save(active)
+            for member in active:
+                member.state.train_step(batch, runtime)
+            if active[0].state.done == begin + 1:
+                runtime.shards.started()

@@ -1,286 +1,144 @@
-"""One SAE in training: weights, optimiser, dead counters, and what it accumulates between two log lines."""
+"""A member of a job: one run while it trains, and what goes into its record between two steps."""
 
 from __future__ import annotations
 
+import functools
+import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from harness import budget
 from harness.activations.source import ActivationSource
+from harness.activations.stream import Stream
+from harness.activations.synthetic import recovered
 from harness.config import Config
-from harness.ops import Ops
+from harness.mirror.tracker import Tracker
 from harness.parallel import Shards
-from harness.saes import (
-    DeadLatents,
-    Normalizer,
-    Params,
-    Sae,
-    Stats,
-    find_dead,
-    geometric_median,
-    initial_params,
-    make_normalizer,
-    match_norm,
-    resolve_sae,
-    step,
-)
-from harness.training.graph import StepGraph
-from harness.training.optimizer import Optimizer
-from harness.training.schedule import lr_at
-
-MASTER = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-INIT_ROWS = 4096
-"""Rows of the store's sample that set the encoder's initial scale."""
-
-_SUMS = ("loss", "fvu_train", "aux_loss", "balance", "l0", "router_entropy", "grad_norm", "n_dead")
+from harness.process.runtime import Runtime
+from harness.record.metrics import MetricsFile, NullMetrics
+from harness.record.run import Run
+from harness.saes import Params
+from harness.terminal import Progress
+from harness.training.evaluate import Evaluation, evaluate
+from harness.training.schedule import evaluation_steps, has_converged
+from harness.training.state import TrainState
 
 
 @dataclass
 class Member:
-    """State of one run that shares its stream with others (usually with none)."""
-
-    config: Config
-    sae: Sae
-    normalizer: Normalizer
-    optimizer: Optimizer
-    last: int
-    """Steps that the budget buys."""
-    silent: Tensor
-    """Tokens since each local latent last fired, global tokens, int64."""
-    fire_counts: Tensor
-    """Tokens each local latent fired on since the start, int64."""
-    dead: Tensor
-    """Which local latents AuxK uses until the next refresh, bool."""
-    sums: Tensor
-    """Sums over the steps since the last log line, float64: see `_SUMS`, then each expert's share."""
-    bad_step: Tensor
-    """Number of completed steps when the loss first was not finite; −1 while all is well. int64."""
-    number: Tensor
-    """`done` on the device, int64."""
-    done: int = 0
-    summed_steps: int = 0
-    wall_s: float = 0.0
-    """Seconds of all attempts up to `clock`."""
-    clock: float = 0.0
-    eval_s: float = 0.0
-    """The part of `wall_s` that went into evaluations."""
-    flops_executed: float = 0.0
-    _mark: tuple[int, float] = (0, 0.0)
-    """(completed steps, seconds of pure training) at the last log line or start, for tokens/s."""
-    _dead_latents: DeadLatents | None = None
-    _graph: StepGraph | None = None
-    _sent: dict[str, float] = field(default_factory=dict)
-    """Bytes this rank sent for this member since the last log line, by kind."""
+    run: Run
+    source: ActivationSource
+    state: TrainState
+    metrics: MetricsFile | NullMetrics
+    tracker: Tracker
+    progress: Progress
+    together: int = 1
+    """Runs of its job, which share a stream."""
+    evaluations: dict[int, float] = field(default_factory=dict)
+    """fvu of the first `eval_rows` held-out rows by completed steps: the curve that decides on convergence."""
+    status: str = ""
+    """Empty while it trains, then `done` or `diverged`."""
+    diverged_at: int | None = None
+    """Completed steps when something was not finite any more."""
+    final: Evaluation | None = None
+    converged: bool = False
 
     @property
-    def params(self) -> Params:
-        return self.optimizer.params
+    def config(self) -> Config:
+        return self.run.config
 
     @property
-    def tokens(self) -> int:
-        return self.done * self.config.train.batch_tokens
+    def ended(self) -> bool:
+        return bool(self.status)
 
-    def elapsed(self) -> float:
-        """Seconds of training, evaluation included, over all attempts."""
-        now = time.monotonic()
-        self.wall_s, self.clock = self.wall_s + now - self.clock, now
-        return self.wall_s
+    @functools.cached_property
+    def evaluation_steps(self) -> frozenset[int]:
+        """Asked at every step, so worked out once."""
+        return evaluation_steps(self.config, self.state.last)
 
-    def trained_s(self) -> float:
-        """Seconds of training, evaluations excluded, over all attempts."""
-        return self.elapsed() - self.eval_s
+    def open_stream(self, runtime: Runtime) -> Stream:
+        shards, seed = runtime.shards, self.config.stream.seed
+        batch_tokens = self.config.train.batch_tokens
+        return self.source.stream(seed, batch_tokens, runtime.device, shards.dp_rank, shards.dp)
 
-    def train_step(self, raw: Float[Tensor, "tokens d"], shards: Shards, ops: Ops) -> None:
-        """One step on this replica's rows of the batch. No host synchronisation outside the AuxK refresh."""
-        sae = self.sae
-        if self.done % self.config.sae.aux_refresh_steps == 0:
-            self.dead.copy_(self.silent >= self.config.sae.dead_after_tokens)
-            self._dead_latents = find_dead(sae, self.dead, shards)
-        self.number.fill_(self.done)
-        graph = self._graphed(raw, shards, ops)
-        self.optimizer.set_rates(lr_at(self.config, self.done, self.last), self.done + 1)
-        if graph is None:
-            self._compute(raw, shards, ops)
-        else:
-            graph(raw)
-        self._count_flops()
-        self.collect_sent(shards)
-        self.summed_steps += 1
-        self.done += 1
+    def between_steps(self, runtime: Runtime) -> None:
+        """Log, evaluate and end, whatever is due at this step; what was done at this step is not done again."""
+        state = self.state
+        at_end = state.done >= state.last
+        evaluation_due = at_end or state.done in self.evaluation_steps
+        if state.summed_steps and (evaluation_due or state.done % self.config.train.log_every_steps == 0):
+            self._record(state.log_line(runtime.shards))
+            self.diverged_at = state.diverged_at()
+            if self.diverged_at is not None:
+                self.status = "diverged"
+                return
+        if not evaluation_due:
+            return
+        evaluation = None
+        if not at_end and state.done not in self.evaluations:
+            evaluation = self._evaluate(runtime, whole=False)
+            if evaluation is None:
+                return
+        if at_end or self._reached_convergence():
+            evaluation = self._evaluate(runtime, whole=True)
+            if evaluation is None:
+                return
+            if not math.isfinite(evaluation.fvu):
+                # the batches never saw it, a held-out row did
+                self.status, self.diverged_at = "diverged", state.done
+                return
+            self.final = evaluation
+            self.converged = has_converged(self.config, self.evaluations, state.done)
+            self.status = "done"
+        if evaluation is not None:
+            line = asdict(evaluation)
+            line["eval_rows"] = line.pop("rows")
+            if evaluation.fvu_raw is None:
+                del line["fvu_raw"]
+            self._record(state.position() | line | self.recovery(runtime.shards))
 
-    def _compute(self, raw: Float[Tensor, "tokens d"], shards: Shards, ops: Ops) -> None:
-        """The part of a step that runs on the device."""
-        sae = self.sae
-        x = self.normalizer(raw, self.params["W_dec"].dtype)
-        optimizer = self.optimizer
-        stats = step(sae, self.params, optimizer.compute, x, shards, ops, self._dead_latents, optimizer.grads)
-        well = stats.loss.isfinite() & (self.bad_step < 0)
-        lr = lr_at(self.config, self.done, self.last)
-        well, norm = optimizer.apply(lr, self.done + 1, well, shards)
-        self.bad_step.copy_(torch.where(well | (self.bad_step >= 0), self.bad_step, self.number))
-        self.silent.add_(self.config.train.batch_tokens).masked_fill_(stats.fired > 0, 0)
-        self.fire_counts.add_(stats.fired)
-        self._accumulate(stats, norm)
+    def _reached_convergence(self) -> bool:
+        until = self.config.train.until
+        return until == "convergence" and has_converged(self.config, self.evaluations, self.state.done)
 
-    def _graphed(self, raw: Float[Tensor, "tokens d"], shards: Shards, ops: Ops) -> StepGraph | None:
-        """The step as a graph, where that is asked for and every step is alike: one process, nothing dead."""
-        train, alike = self.config.train, shards.size == 1 and self._dead_latents is None
-        # other kernels take the learning rate from the host, where a recording would freeze it
-        able = raw.device.type == "cuda" and ops.NAME == "triton" and train.precision != "fp64"
-        if not (train.cuda_graph and alike and able):
+    def _evaluate(self, runtime: Runtime, whole: bool) -> Evaluation | None:
+        """Held-out error of the first `eval_rows` rows, which goes into `evaluations`, or with `whole` of all rows;
+        None if stopped."""
+        state, begun = self.state, time.monotonic()
+        limits = (self.config.train.eval_rows, self.source.heldout_rows) if whole else (self.config.train.eval_rows,)
+        result = evaluate(state.sae, self.weights(), self.source, state.normalizer, limits, runtime)
+        state.eval_s += time.monotonic() - begun
+        state.collect_sent(runtime.shards)
+        if result is None:
             return None
-        if self._graph is None:
-            self._graph = StepGraph(lambda batch: self._compute(batch, shards, ops), raw)
-            self.optimizer.rates = torch.empty(2, device=raw.device)
-        return self._graph if self._graph.fits(raw) else None
+        self.evaluations[state.done] = result[0].fvu
+        return result[-1]
 
-    def collect_sent(self, shards: Shards) -> None:
-        """Take note of the bytes sent since the last call, by kind: several members send over one mesh."""
-        for kind, sent in shards.take_sent().items():
-            self._sent[kind] = self._sent.get(kind, 0.0) + sent
+    def weights(self) -> Params:
+        """The weights that count: the moving average if there is one."""
+        return self.state.optimizer.averaged(self.state.done)
 
-    def _accumulate(self, stats: Stats, norm: Tensor | None) -> None:
-        n_dead = 0 if self._dead_latents is None else self._dead_latents.total
-        zero = stats.loss.new_zeros(())
-        values = [stats.loss, stats.fvu, stats.aux_loss, stats.balance, stats.l0, stats.router_entropy]
-        values += [zero if norm is None else norm, zero + n_dead]
-        self.sums += torch.cat([torch.stack(values), stats.expert_share]).to(self.sums.dtype)
+    def recovery(self, shards: Shards) -> dict[str, float]:
+        """How much of a known dictionary the decoder has found; nothing where there is none."""
+        truth = self.source.dictionary
+        return {} if truth is None else recovered(shards.gather(self.weights()["W_dec"]).float().cpu(), truth)
 
-    def _count_flops(self) -> None:
-        train, n_dead = self.config.train, 0 if self._dead_latents is None else self._dead_latents.total
-        dense = budget.dense_rows_per_k(self.optimizer.ops.NAME, train.precision)
-        executed = budget.flops_executed_per_token(self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense)
-        self.flops_executed += sum(executed.values()) * train.batch_tokens
+    def _record(self, line: dict[str, Any]) -> None:
+        self.metrics.append(line)
+        self.tracker.log(line)
+        self.progress.update(line["tokens"], line)
 
-    def flops(self) -> float:
-        """Closed-form FLOPs so far."""
-        train = self.config.train
-        return self.tokens * sum(budget.flops_per_token(self.config.sae, self.sae.d_model, train.batch_tokens).values())
-
-    def position(self) -> dict[str, Any]:
-        """The axes every line of the record carries."""
+    def counters(self, ops_name: str) -> dict[str, Any]:
+        """What a checkpoint holds beside the tensors."""
+        evaluations = list(self.evaluations.items())
         return {
-            "step": self.done,
-            "tokens": self.tokens,
-            "flops": self.flops(),
-            "flops_executed": self.flops_executed,
-            "wall_s": self.elapsed(),
+            "scalars": self.state.scalars(),
+            "evaluations": evaluations,
+            "metrics": self.metrics.position(),
+            "ops": ops_name,
         }
 
-    def dead_frac(self, shards: Shards) -> float | None:
-        """Share of latents silent over the last `dead_window_tokens`; None while the run is shorter than that."""
-        window = self.config.train.dead_window_tokens
-        if self.tokens < window:
-            return None
-        return float(shards.sum_((self.silent >= window).sum(), "shard", "scalars")) / self.sae.n_latents
-
-    def log_line(self, shards: Shards) -> dict[str, Any]:
-        """Means over the steps since the last line, which begin anew. Waits for the device."""
-        means = dict(zip(_SUMS, (self.sums[: len(_SUMS)] / self.summed_steps).tolist(), strict=True))
-        share = self.sums[len(_SUMS) :] / self.summed_steps
-        line = self.position()
-        (marked_steps, marked_s), self._mark = self._mark, (self.done, self.trained_s())
-        rate = (self._mark[0] - marked_steps) * self.config.train.batch_tokens / max(self._mark[1] - marked_s, 1e-9)
-        line |= means
-        line |= {
-            "dead_frac": self.dead_frac(shards),
-            "lr": lr_at(self.config, self.done - 1, self.last),
-            "tokens_per_s": rate,
-        }
-        if self.sae.routed:
-            line |= {
-                "expert_load_max": float(share.max()) * self.sae.n_experts,
-                "expert_load_min": float(share.min()) * self.sae.n_experts,
-                # published measure of collapse: E·Σ f², 1 when balanced
-                "imbalance": float(share.square().sum()) * self.sae.n_experts,
-            }
-        else:
-            del line["balance"], line["router_entropy"]
-        if not self.config.train.clip_norm:
-            del line["grad_norm"]
-        steps = max(1, self._mark[0] - marked_steps)
-        line |= {f"bytes_sent_{kind}": sent / steps for kind, sent in self._sent.items()}
-        self._sent = {}
-        self.sums.zero_()
-        self.summed_steps = 0
-        return line
-
-    def diverged_at(self) -> int | None:
-        """Completed steps when the loss stopped being finite, or None. Waits for the device."""
-        step = int(self.bad_step)
-        return None if step < 0 else step
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors that influence the trajectory or the record."""
-        return self.optimizer.state() | {
-            "silent": self.silent,
-            "fire_counts": self.fire_counts,
-            "dead": self.dead,
-            "sums": self.sums,
-            "bad_step": self.bad_step,
-        }
-
-    def state_bytes(self) -> int:
-        """Bytes of this rank's part of a checkpoint."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
-
-    def scalars(self) -> dict[str, Any]:
-        return {
-            "done": self.done,
-            "summed_steps": self.summed_steps,
-            "wall_s": self.elapsed(),
-            "eval_s": self.eval_s,
-            "flops_executed": self.flops_executed,
-        }
-
-    def views(self, shards: Shards) -> dict[str, Tensor]:
-        """`tensors` as a checkpoint sees them on this mesh."""
-        return {name: shards.global_view(tensor, self.is_cut(name)) for name, tensor in self.tensors().items()}
-
-    def is_cut(self, name: str) -> bool:
-        """Whether a tensor, a parameter `W_enc` or a state `adam_mean.W_enc`, holds this rank's latents only."""
-        return name in ("silent", "fire_counts", "dead") or self.sae.layout().get(name.split(".")[-1]) == "latent_rows"
-
-    def restore(self, scalars: dict[str, Any], shards: Shards) -> None:
-        """Go on from a checkpoint whose tensors have been read into `views`."""
-        self.done, self.summed_steps = scalars["done"], scalars["summed_steps"]
-        self.wall_s, self.eval_s = scalars["wall_s"], scalars["eval_s"]
-        self.flops_executed = scalars["flops_executed"]
-        self._mark = (self.done, self.wall_s - self.eval_s)
-        self.optimizer.refresh_copies()
-        self._dead_latents = find_dead(self.sae, self.dead, shards)
-
-
-def make_member(config: Config, source: ActivationSource, device: torch.device, shards: Shards, ops: Ops) -> Member:
-    """A member at step 0: normalisation and V from the store, initial weights from `train.seed`."""
-    train = config.train
-    layernorm = config.sae.normalize == "layernorm"
-    raw, statistics = source.statistics(False), source.statistics(layernorm)
-    normalizer = make_normalizer(config.sae.normalize, source.d_model, raw.mean_sq_norm)
-    sae = resolve_sae(config.sae, source.d_model, statistics.variance / normalizer.scale**2, raw.variance)
-    dtype = MASTER[train.precision]
-    sample = normalizer(source.sample(), torch.float64)
-    params = initial_params(sae, geometric_median(sample), train.seed, shards, device, dtype)
-    if config.sae.match_init_norm:
-        match_norm(sae, params, sample[:INIT_ROWS].to(device, dtype), shards, ops)
-    rows = params["W_enc"].shape[0]
-    return Member(
-        config=config,
-        sae=sae,
-        normalizer=normalizer,
-        optimizer=Optimizer(sae, params, train, COMPUTE[train.precision], ops),
-        last=budget.total_steps(config, source.d_model),
-        silent=torch.zeros(rows, dtype=torch.int64, device=device),
-        fire_counts=torch.zeros(rows, dtype=torch.int64, device=device),
-        dead=torch.zeros(rows, dtype=torch.bool, device=device),
-        sums=torch.zeros(len(_SUMS) + sae.n_experts, dtype=torch.float64, device=device),
-        bad_step=torch.tensor(-1, device=device),
-        number=torch.tensor(0, device=device),
-        clock=time.monotonic(),
-    )
+    def restore(self, counters: dict[str, Any], shards: Shards) -> None:
+        """Go on from a checkpoint whose tensors have been read into the state."""
+        self.state.restore(counters["scalars"], shards)
+        self.evaluations = dict(counters["evaluations"])

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from harness.config import TrainConfig
-from harness.ops import AdamState, Hyper, Ops
+from harness.ops import AdamState, Hyper
 from harness.parallel import Shards
+from harness.process.runtime import Runtime
 from harness.saes import Params, Sae
 
 UNIT_ROWS = "W_dec"
@@ -20,8 +21,8 @@ UNIT_ROWS = "W_dec"
 class Optimizer:
     """Adam over the parameters of one SAE, with the weights' low-precision copies and their moving average."""
 
-    def __init__(self, sae: Sae, params: Params, config: TrainConfig, compute_dtype: torch.dtype, ops: Ops) -> None:
-        self.sae, self.params, self.config, self.ops = sae, params, config, ops
+    def __init__(self, sae: Sae, params: Params, config: TrainConfig, compute_dtype: torch.dtype) -> None:
+        self.sae, self.params, self.config = sae, params, config
         self.grads: Params = {name: torch.zeros_like(value) for name, value in params.items()}
         # b_dec's gradient is made from b_enc's, so there is one even without an encoder bias
         self.grads.setdefault("b_enc", params["W_enc"].new_zeros(params["W_enc"].shape[0]))
@@ -47,14 +48,14 @@ class Optimizer:
                 self.rates[place].fill_(value)
 
     def apply(
-        self, lr: float, number: int, finite: Bool[Tensor, ""], shards: Shards
+        self, lr: float, number: int, finite: Bool[Tensor, ""], runtime: Runtime
     ) -> tuple[Bool[Tensor, ""], Float[Tensor, ""] | None]:
         """Update number `number` (from 1). Withheld, on the device, where `finite` is false or the gradient norm is
         not finite. Returns whether it was made, and the gradient norm before clipping if there is a limit."""
         config, norm, scale = self.config, None, None
         if config.clip_norm:
-            self.ops.project(self.params[UNIT_ROWS], self.grads[UNIT_ROWS])
-            norm = self._gradient_norm(shards)
+            runtime.ops.project(self.params[UNIT_ROWS], self.grads[UNIT_ROWS])
+            norm = self._gradient_norm(runtime.shards)
             scale = (config.clip_norm / norm).clamp(max=1.0)
             finite = finite & norm.isfinite()
         common = self._hyper(lr, number)
@@ -63,7 +64,7 @@ class Optimizer:
             hyper = replace(common, scale=scale, project=unit and not config.clip_norm, unit_rows=unit)
             copy = self.compute.get(name)
             low_precision = None if copy is param else copy
-            self.ops.update(param, self.grads[name], self.moments[name], hyper, finite, low_precision)
+            runtime.ops.update(param, self.grads[name], self.moments[name], hyper, finite, low_precision)
         for name, average in self.average.items():
             average.lerp_(self.params[name], finite.to(average.dtype) * (1 - config.ema))
         return finite, norm

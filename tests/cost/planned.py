@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import ClusterConfig, Config, MeshConfig
-from harness.sweep.runs import Run, Store
+from harness.record.run import Run, Store
 from tests.training.members import small_config
 
 
@@ -18,4 +18,4 @@ def a_config(cluster: dict[str, Any] | None = None, mesh: dict[str, int] | None 
 
 def a_run(out: Path, config: Config, name: str = "", d_model: int | None = 16, status: str = "pending") -> Run:
     name = name or f"{config.sae.architecture}-n{config.sae.n_latents}-k{config.sae.k}"
-    return Run(name, config, name, out / "s" / name, status, Store("0" * 16, d_model))
+    return Run(config, out / "s" / name, Store("0" * 16, d_model), status)

@@ -15,8 +15,9 @@ from harness.cost import estimate as module
 from harness.cost.calibrate import Timed, interpolate, probes
 from harness.cost.estimate import estimate
 from harness.cost.gpus import FLOOR_SHARE, find_gpu, step_seconds
-from harness.cost.planfile import read_plan, record_plan
-from harness.sweep.pack import job_of
+from harness.record.job import job_of
+from harness.record.sweepdir import read_plan
+from harness.sweep.intent import record_intent
 from tests.cost.planned import a_config, a_run
 from tests.tiny import Launch
 
@@ -206,8 +207,8 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     run = a_run(tmp_path, a_config())
     known = estimate([run])
-    record_plan(tmp_path / "s", [run], known)
+    record_intent({}, [run], known)
     assert json.loads((tmp_path / "s/plan.json").read_text())["runs"].keys() == {run.run_id}
     (tmp_path / "s/plan.json").write_text("{")
     with pytest.raises(ValueError, match=r"plan\.json is damaged"):
-        record_plan(tmp_path / "s", [run], known)
+        record_intent({}, [run], known)

@@ -13,8 +13,8 @@ from harness.cost import speed
 from harness.cost.estimate import Estimates, estimate
 from harness.cost.limits import disk, longer_than_the_limit, memory_limit, time_limit, would_not_fit
 from harness.cost.table import plan_text
-from harness.sweep.pack import job_of
-from harness.sweep.runs import Run
+from harness.record.job import job_of
+from harness.record.run import Run
 from tests.cost.planned import a_config, a_run
 from tests.tiny import Launch
 

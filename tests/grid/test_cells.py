@@ -7,15 +7,14 @@ import pytest
 
 from harness.config import from_container
 from harness.errors import UserError
-from harness.grid.cells import Cell, build_cells, expand, keep_only, keep_wide_experts, narrow_cells
+from harness.grid.cells import Cell, Grid, make_cells, narrow_cells
 from harness.grid.compose import compose_settings, hydra_session
 
 SYNTHETIC = ("activations=synthetic", "train.precision=fp32")
 
 
 def cells(*overrides: str) -> list[Cell]:
-    with hydra_session():
-        return build_cells(expand([*SYNTHETIC, *overrides]))
+    return make_cells([Grid((*SYNTHETIC, *overrides))])
 
 
 def shapes(found: Sequence[Cell]) -> list[tuple[str, int, int]]:
@@ -84,13 +83,15 @@ def test_all_impossible_cells_are_named() -> None:
 
 
 def test_filters() -> None:
-    with hydra_session():
-        found = expand([*SYNTHETIC, "sae=switch", "sae.n_experts=8", "sae.n_latents=64,256", "sae.k=2,8"])
-        assert len(keep_wide_experts(found, 4)) == 3
-        kept = keep_only(found, {"sae.n_latents": [64], "sae.k": [8]})
-        assert [c.settings["sae"]["k"] for c in kept] == [8]
-        with pytest.raises(UserError, match=r"there is no key 'sae\.kk'"):
-            keep_only(found, {"sae.kk": [1]})
+    overrides = (*SYNTHETIC, "sae=switch", "sae.n_experts=8", "sae.n_latents=64,256", "sae.k=2,8")
+    assert len(make_cells([Grid(overrides, min_latents_per_expert_over_k=4)])) == 3
+    only = {"sae.n_latents": [64], "sae.k": [8]}
+    for kept in (make_cells([Grid(overrides, only)]), make_cells([Grid(overrides)], only)):
+        assert [(cell.config.sae.n_latents, cell.config.sae.k) for cell in kept] == [(64, 8)]
+    with pytest.raises(UserError, match=r"there is no key 'sae\.kk'"):
+        make_cells([Grid(overrides)], {"sae.kk": [1]})
+    with pytest.raises(UserError, match="no cell is left"):
+        make_cells([Grid(overrides)], {"sae.k": [3]})
 
 
 def test_narrow_cells_are_told() -> None:

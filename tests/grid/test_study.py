@@ -6,15 +6,13 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.grid.cells import build_cells
-from harness.grid.compose import hydra_session
-from harness.grid.study import Study, load_study, study_candidates, study_names
+from harness.grid.cells import make_cells
+from harness.grid.study import Study, load_study, study_grids, study_names
 from harness.launch import main
 
 
 def sae_shapes(study: Study, *overrides: str) -> Counter[tuple[str, int, int, int, int]]:
-    with hydra_session():
-        cells = build_cells(study_candidates(study, overrides))
+    cells = make_cells(study_grids(study, overrides))
     return Counter(
         (c.config.sae.architecture, c.config.sae.n_latents, c.config.sae.k, c.config.sae.n_experts, c.config.train.seed)
         for c in cells
@@ -83,8 +81,7 @@ def test_an_override_replaces_the_same_key_in_the_grids_that_set_it() -> None:
 
 
 def test_a_key_that_no_grid_sets_reaches_all() -> None:
-    with hydra_session():
-        cells = build_cells(study_candidates(load_study("quick"), ["train.threads=3", "sweep=mine"]))
+    cells = make_cells(study_grids(load_study("quick"), ["train.threads=3", "sweep=mine"]))
     assert {(c.config.train.threads, c.config.sweep) for c in cells} == {(3, "mine")}
 
 

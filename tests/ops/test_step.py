@@ -15,6 +15,7 @@ from harness.saes.step import forward
 from harness.training.optimizer import Optimizer
 from tests.ops.sets import FAST, KERNELS, kernel_set
 from tests.saes.test_step import assert_step_equals_dense, random_params
+from tests.training.members import runtime
 
 CASES = {
     "sparse": Sae("topk", 24, 640, 4, 1, True, 2.0, 1 / 32, 12, 0.0),
@@ -115,10 +116,10 @@ def test_bfloat16_trains_to_the_same_fvu(kernels: str) -> None:
         params["b_enc"].zero_()
         params["b_dec"].zero_()
         ops = kernel_set(kernels)
-        optimizer = Optimizer(sae, params, TrainConfig(tokens=1e6), dtype, ops)
+        optimizer = Optimizer(sae, params, TrainConfig(tokens=1e6), dtype)
         for number in range(500):
             stats = step(sae, params, optimizer.compute, batch(number), Solo(), ops, None, optimizer.grads)
-            optimizer.apply(1e-3, number + 1, stats.loss.isfinite(), Solo())
+            optimizer.apply(1e-3, number + 1, stats.loss.isfinite(), runtime(Solo(), ops))
         held_out = batch(10_000, 8192)
         variance = (held_out - held_out.mean(dim=0)).square().sum()
         fvu[dtype] = float(forward(sae, params, optimizer.compute, held_out, Solo(), ops).squared.sum() / variance)

@@ -16,15 +16,16 @@ from safetensors.torch import save_file
 from harness import budget
 from harness.ops import choose_ops, reference
 from harness.parallel import Shards
-from harness.parallel.mesh import Mesh, mesh, ranks_from_environment
-from harness.process.signals import SAVE, StopFlag
+from harness.parallel.mesh import Mesh, mesh
+from harness.process.rank import ranks_from_environment
+from harness.process.signals import SAVE
 from harness.record.checkpoint import find_checkpoint, load_tensors, save_checkpoint
 from harness.training import evaluate as evaluation
 from harness.training.evaluate import evaluate
-from harness.training.member import make_member
+from harness.training.state import make_state
 from tests.parallel.preactivations import chosen, selections
 from tests.parallel.trajectory import CASES, CPU, case_config, trajectory
-from tests.training.members import source_of
+from tests.training.members import runtime, source_of
 
 MESHES = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 4: [(1, 4), (2, 2), (4, 1)]}
 STEPS = 50
@@ -64,10 +65,10 @@ def traffic_equals_the_formula(name: str, shards: Mesh) -> None:
     config = case_config(name, shards.dp, shards.shard)
     config.sae.aux_alpha = 0.0
     source, ops = source_of(config), choose_ops("reference")
-    member = make_member(config, source, CPU, shards, ops)
+    member = make_state(config, source, runtime(shards, ops))
     batch = source.stream(0, 64, CPU, shards.dp_rank, shards.dp).batch(0)
     shards.take_sent()
-    member.train_step(batch, shards, ops)
+    member.train_step(batch, runtime(shards, ops))
     formula = budget.bytes_sent_per_step(config, member.sae.d_model)
     line, prefix = member.log_line(shards), "bytes_sent_"
     counted = {name.removeprefix(prefix): sent for name, sent in line.items() if name.startswith(prefix) and sent}
@@ -79,15 +80,15 @@ def traffic_equals_the_formula(name: str, shards: Mesh) -> None:
 def a_bad_batch_on_one_rank_stops_all(shards: Shards) -> None:
     config = case_config("switch_auxk", shards.dp, shards.shard)
     source, ops = source_of(config), choose_ops("reference")
-    member = make_member(config, source, CPU, shards, ops)
+    member = make_state(config, source, runtime(shards, ops))
     stream = source.stream(0, 64, CPU, shards.dp_rank, shards.dp)
-    member.train_step(stream.batch(0), shards, ops)
+    member.train_step(stream.batch(0), runtime(shards, ops))
     before = member.params["W_enc"].clone()
     bad = stream.batch(1).clone()
     if shards.dp_rank == shards.dp - 1:
         bad[0, 0] = torch.nan
-    member.train_step(bad, shards, ops)
-    member.train_step(stream.batch(2), shards, ops)
+    member.train_step(bad, runtime(shards, ops))
+    member.train_step(stream.batch(2), runtime(shards, ops))
     assert member.diverged_at() == 1
     assert torch.equal(member.params["W_enc"], before)
 
@@ -96,12 +97,12 @@ def weights_that_fail_on_one_rank_stop_all(shards: Shards) -> None:
     for name in ("topk", "switch"):
         config = case_config(name, shards.dp, shards.shard)
         source, ops = source_of(config), choose_ops("reference")
-        member = make_member(config, source, CPU, shards, ops)
+        member = make_state(config, source, runtime(shards, ops))
         if shards.rank == shards.size - 1:
             member.params["W_dec"].fill_(torch.nan)
         stream = source.stream(0, 64, CPU, shards.dp_rank, shards.dp)
         for step in range(2):
-            member.train_step(stream.batch(step), shards, ops)
+            member.train_step(stream.batch(step), runtime(shards, ops))
         assert member.diverged_at() == 0, name
 
 
@@ -110,11 +111,11 @@ def batches_that_no_axis_divides(shards: Shards) -> None:
     for name in ("topk", "switch"):
         config = case_config(name, shards.dp, shards.shard)
         source, ops = source_of(config), choose_ops("reference")
-        member = make_member(config, source, CPU, shards, ops)
+        member = make_state(config, source, runtime(shards, ops))
         found = []
         for rows in (4096, 499, 107):  # 1500 rows: 1 batch; 4, the last of 3; 15, the last of 2
             evaluation.EVALUATION_BATCH = rows
-            result = evaluate(member.sae, member.params, source, member.normalizer, (1500,), shards, ops, StopFlag())
+            result = evaluate(member.sae, member.params, source, member.normalizer, (1500,), runtime(shards, ops))
             assert result is not None
             found.append(result[0].fvu)
         assert max(found) - min(found) < 1e-12 * found[0], (name, found)
@@ -124,11 +125,11 @@ def an_expert_without_tokens_on_any_rank(shards: Shards) -> None:
     config = case_config("switch_auxk", shards.dp, shards.shard)
     config.sae.dead_after_tokens = 1.0
     source, ops = source_of(config), choose_ops("reference")
-    member = make_member(config, source, CPU, shards, ops)
+    member = make_state(config, source, runtime(shards, ops))
     member.params["W_r"].zero_()
     stream = source.stream(0, 64, CPU, shards.dp_rank, shards.dp)
     for step in range(8):
-        member.train_step(stream.batch(step), shards, ops)
+        member.train_step(stream.batch(step), runtime(shards, ops))
     assert member.diverged_at() is None
 
 
@@ -136,10 +137,10 @@ def checkpoint_loads_on_this_mesh(shards: Shards, root: Path) -> None:
     """Saved by this mesh and read back, and one that a single process saved is read too."""
     config = case_config("switch_auxk", shards.dp, shards.shard)
     source, ops = source_of(config), choose_ops("reference")
-    member = make_member(config, source, CPU, shards, ops)
+    member = make_state(config, source, runtime(shards, ops))
     stream = source.stream(0, 64, CPU, shards.dp_rank, shards.dp)
     for step in range(5):
-        member.train_step(stream.batch(step), shards, ops)
+        member.train_step(stream.batch(step), runtime(shards, ops))
     save_checkpoint(root, 5, member.views(shards), {"x": 1}, "run", shards)
     kept = {name: value.clone() for name, value in member.tensors().items()}
     for tensor in member.tensors().values():
@@ -154,18 +155,19 @@ def checkpoint_loads_on_this_mesh(shards: Shards, root: Path) -> None:
 def saving_is_no_reason_to_stop_an_evaluation(shards: Shards) -> None:
     config = case_config("topk", shards.dp, shards.shard)
     source, ops = source_of(config), choose_ops("reference")
-    member = make_member(config, source, CPU, shards, ops)
+    member = make_state(config, source, runtime(shards, ops))
     shards.agree(SAVE if shards.rank == 0 else 0)
-    assert evaluate(member.sae, member.params, source, member.normalizer, (500,), shards, ops, StopFlag()) is not None
+    assert evaluate(member.sae, member.params, source, member.normalizer, (500,), runtime(shards, ops)) is not None
     shards.agree(0)
 
 
 def main(out: Path) -> None:
-    world, port = ranks_from_environment().world, int(os.environ["MASTER_PORT"])
+    ranks = ranks_from_environment()
+    world, port = ranks.world, int(os.environ["MASTER_PORT"])
     for number, (dp, shard) in enumerate(MESHES[world]):
         # one rendezvous for each mesh: a rank that is early must not meet the others in the last one
         os.environ["MASTER_PORT"] = str(port + number)
-        with mesh(dp, shard, CPU) as shards:
+        with mesh(dp, shard, CPU, ranks) as shards:
             assert isinstance(shards, Mesh)
             here = out / f"dp{dp}-shard{shard}"
             if shards.rank == 0:

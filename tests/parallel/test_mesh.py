@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from harness.parallel import Solo
-from harness.parallel.mesh import meeting_point, mesh, ranks_from_environment
+from harness.parallel.mesh import Ranks, mesh
 from tests.parallel.rank import MESHES, STEPS
 from tests.parallel.trajectory import CASES, CPU, case_config, trajectory
 
@@ -79,25 +79,9 @@ def test_auxk_is_really_at_work_in_these_trajectories(alone) -> None:
     assert not torch.equal(alone["topk"]["loss"], alone["topk_auxk"]["loss"])
 
 
-def test_ranks_come_from_torchrun_or_srun_or_are_one() -> None:
-    assert ranks_from_environment({}).world == 1
-    torchrun = ranks_from_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"})
-    assert (torchrun.rank, torchrun.world, torchrun.local_rank) == (3, 4, 1)
-    srun = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2"}
-    assert ranks_from_environment(srun).rank == 2
-    assert ranks_from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).world == 1  # a batch script, no srun
-
-
-def test_the_ranks_of_an_srun_step_find_each_other() -> None:
-    step = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[012-014,020]"}
-    assert meeting_point(step)["MASTER_ADDR"] == "127.0.0.1"
-    several = meeting_point(step | {"SLURM_STEP_NUM_NODES": "4"})
-    assert several["MASTER_ADDR"] == "gpu012" and 20_000 <= int(several["MASTER_PORT"]) < 40_000
-    assert meeting_point(step | {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "a1,b2"})["MASTER_ADDR"] == "a1"
-    assert meeting_point(step | {"MASTER_ADDR": "given"}) == {}
-    assert meeting_point({"SLURM_JOB_ID": "7"}) == {}
-
-
 def test_a_mesh_of_the_wrong_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mesh.shard=2 needs 4 ranks, and 1 were started"), mesh(2, 2, CPU):
+    with (
+        pytest.raises(ValueError, match=r"mesh.shard=2 needs 4 ranks, and 1 were started"),
+        mesh(2, 2, CPU, Ranks(0, 1, 0)),
+    ):
         raise AssertionError("unreachable")

@@ -9,10 +9,9 @@ import torch
 from harness.config import Config
 from harness.ops import choose_ops
 from harness.parallel import Shards
-from harness.process.signals import StopFlag
 from harness.training.evaluate import evaluate
-from harness.training.member import Member, make_member
-from tests.training.members import small_config, source_of
+from harness.training.state import TrainState, make_state
+from tests.training.members import runtime, small_config, source_of
 
 CPU = torch.device("cpu")
 
@@ -43,11 +42,11 @@ def case_config(name: str, dp: int = 1, shard: int = 1, precision: str = "fp64")
 def trajectory(config: Config, shards: Shards, steps: int) -> dict[str, torch.Tensor]:
     """Losses, gradients of step 1, final weights and counters, held-out fvu: whole, on every rank."""
     source, ops = source_of(config), choose_ops("reference")
-    member = make_member(config, source, CPU, shards, ops)
+    member = make_state(config, source, runtime(shards, ops))
     stream = source.stream(0, config.train.batch_tokens, CPU, shards.dp_rank, shards.dp)
     lines, found = [], {}
     for step in range(steps):
-        member.train_step(stream.batch(step), shards, ops)
+        member.train_step(stream.batch(step), runtime(shards, ops))
         if step == 0:
             found |= {f"gradient.{name}": whole(member, name, g, shards) for name, g in gradients(member).items()}
         lines.append(member.log_line(shards))
@@ -56,15 +55,15 @@ def trajectory(config: Config, shards: Shards, steps: int) -> dict[str, torch.Te
     found["grad_norm"] = torch.tensor([line["grad_norm"] for line in lines], dtype=torch.float64)
     found |= {name: whole(member, name, value, shards) for name, value in member.tensors().items()}
     params = member.optimizer.averaged(member.done)
-    held = evaluate(member.sae, params, source, member.normalizer, (1500,), shards, ops, StopFlag())
+    held = evaluate(member.sae, params, source, member.normalizer, (1500,), runtime(shards, ops))
     assert held is not None
     found["fvu"] = torch.tensor([held[0].fvu, held[0].fvu_se, held[0].l0], dtype=torch.float64)
     return {name: value.clone().contiguous() for name, value in found.items()}
 
 
-def gradients(member: Member) -> dict[str, torch.Tensor]:
+def gradients(member: TrainState) -> dict[str, torch.Tensor]:
     return {name: member.optimizer.grads[name].clone() for name in member.sae.layout()}
 
 
-def whole(member: Member, name: str, value: torch.Tensor, shards: Shards) -> torch.Tensor:
+def whole(member: TrainState, name: str, value: torch.Tensor, shards: Shards) -> torch.Tensor:
     return shards.gather(value) if member.is_cut(name) else value

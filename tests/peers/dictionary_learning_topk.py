@@ -30,7 +30,7 @@ from harness.config import Config
 from harness.ops import Ops, choose_ops
 from harness.saes import Params
 from harness.training.evaluate import Evaluation
-from harness.training.member import Member
+from harness.training.state import TrainState
 from tests.peers import paired
 
 CLIP_NORM = 1.0
@@ -80,7 +80,7 @@ def their_params(autoencoder: Any, scale: float) -> Params:
     }
 
 
-def make_trainer(member: Member, scale: float = 1.0, matched: bool = True) -> Any:
+def make_trainer(member: TrainState, scale: float = 1.0, matched: bool = True) -> Any:
     """Their trainer with our initial weights, learning rate and schedule; `matched`: with our AuxK too."""
     config, steps = member.config, member.last
     decay = round(config.train.decay_fraction * steps)
@@ -107,7 +107,7 @@ def make_trainer(member: Member, scale: float = 1.0, matched: bool = True) -> An
 
 def train_theirs(
     config: Config, source: ActivationSource, ops: Ops, scale: float = 1.0, matched: bool = True
-) -> tuple[Member, Params]:
+) -> tuple[TrainState, Params]:
     member = paired.new_member(config, source, ops)
     trainer = make_trainer(member, scale, matched)
     for number, x in enumerate(paired.normalised_batches(member, source)):

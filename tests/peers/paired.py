@@ -25,7 +25,8 @@ from harness.parallel import Solo
 from harness.process.signals import StopFlag
 from harness.saes import Params
 from harness.training.evaluate import Evaluation, evaluate
-from harness.training.member import Member, make_member
+from harness.training.state import TrainState, make_state
+from tests.training.members import runtime
 
 CPU = torch.device("cpu")
 WITHIN = 0.01
@@ -103,15 +104,15 @@ def kernels(ops: Ops) -> str:
     return str(getattr(ops, "NAME", ops))
 
 
-def new_member(config: Config, source: ActivationSource, ops: Ops) -> Member:
-    return make_member(config, source, CPU, Solo(), ops)
+def new_member(config: Config, source: ActivationSource, ops: Ops) -> TrainState:
+    return make_state(config, source, runtime(Solo(), ops))
 
 
 def copy_of(params: Params) -> Params:
     return {name: value.clone() for name, value in params.items()}
 
 
-def raw_batches(member: Member, source: ActivationSource) -> Iterator[Tensor]:
+def raw_batches(member: TrainState, source: ActivationSource) -> Iterator[Tensor]:
     """Every batch of the member's budget as the store has it, each seed from another place of the store.
 
     The first epoch of a store is in its own order whatever the seed, and these runs are shorter than an epoch.
@@ -124,24 +125,24 @@ def raw_batches(member: Member, source: ActivationSource) -> Iterator[Tensor]:
             yield rows
 
 
-def normalised_batches(member: Member, source: ActivationSource) -> Iterator[Float[Tensor, "tokens d"]]:
+def normalised_batches(member: TrainState, source: ActivationSource) -> Iterator[Float[Tensor, "tokens d"]]:
     """The same batches as the model sees them."""
     dtype = member.params["W_dec"].dtype
     for rows in raw_batches(member, source):
         yield member.normalizer(rows, dtype)
 
 
-def train_ours(config: Config, source: ActivationSource, ops: Ops) -> Member:
+def train_ours(config: Config, source: ActivationSource, ops: Ops) -> TrainState:
     member = new_member(config, source, ops)
     for rows in raw_batches(member, source):
-        member.train_step(rows, Solo(), ops)
+        member.train_step(rows, runtime(Solo(), ops))
     assert member.diverged_at() is None, "our run diverged"
     return member
 
 
-def judge(member: Member, params: Params, source: ActivationSource, ops: Ops) -> Evaluation:
+def judge(member: TrainState, params: Params, source: ActivationSource, ops: Ops) -> Evaluation:
     """Held-out error of `params`, whoever trained them, over every held-out row; `member` says what SAE it is."""
-    found = evaluate(member.sae, params, source, member.normalizer, (source.heldout_rows,), Solo(), ops, StopFlag())
+    found = evaluate(member.sae, params, source, member.normalizer, (source.heldout_rows,), runtime(Solo(), ops))
     assert found is not None
     return found[0]
 

@@ -9,7 +9,7 @@ from harness.ops import choose_ops
 from harness.parallel import Solo
 from tests.peers import paired
 from tests.peers.dense_switch import train_dense
-from tests.training.members import small_config, source_of
+from tests.training.members import runtime, small_config, source_of
 
 SETTINGS = {
     "train__precision": "fp64",
@@ -31,7 +31,7 @@ def test_a_trajectory_equals_dense_autograd(architecture: dict, steps: int) -> N
     member = paired.new_member(config, source, ops)
     start, losses, dead = paired.copy_of(member.params), [], 0.0
     for rows in paired.raw_batches(member, source):
-        member.train_step(rows, Solo(), ops)
+        member.train_step(rows, runtime(Solo(), ops))
         line = member.log_line(Solo())
         losses.append(line["loss"])
         dead += line["n_dead"]

@@ -11,17 +11,17 @@ from harness.activations.source import ActivationSource
 from harness.ops import choose_ops
 from harness.parallel import Solo
 from harness.saes import forward
-from harness.training.member import Member
+from harness.training.state import TrainState
 from tests.peers import paired
 from tests.peers.dictionary_learning_topk import installed, make_trainer, matched_to_them, their_params
-from tests.training.members import small_config, source_of
+from tests.training.members import runtime, small_config, source_of
 
 pytestmark = pytest.mark.skipif(
     not installed(), reason="dictionary_learning is not installed (tests/peers/__init__.py says how)"
 )
 
 
-def one_pair(**changes: Any) -> tuple[Member, Any, ActivationSource]:
+def one_pair(**changes: Any) -> tuple[TrainState, Any, ActivationSource]:
     config = small_config(**changes)
     source, ops = source_of(config), choose_ops("reference")
     probe = paired.new_member(config, source, ops).sae
@@ -29,12 +29,12 @@ def one_pair(**changes: Any) -> tuple[Member, Any, ActivationSource]:
     return member, make_trainer(member), source
 
 
-def assert_steps_agree(member: Member, trainer: Any, source: ActivationSource, steps: int) -> None:
+def assert_steps_agree(member: TrainState, trainer: Any, source: ActivationSource, steps: int) -> None:
     ops = choose_ops("reference")
     raw, normalised = paired.raw_batches(member, source), paired.normalised_batches(member, source)
     for number, rows, x in zip(range(1, steps + 1), raw, normalised, strict=False):
         loss = trainer.update(number, x)
-        member.train_step(rows, Solo(), ops)
+        member.train_step(rows, runtime(Solo(), ops))
         mean_loss = member.log_line(Solo())["loss"]
         assert mean_loss * member.sae.variance == pytest.approx(loss, rel=1e-5)
         for name, value in their_params(trainer.ae, 1.0).items():

@@ -15,6 +15,7 @@ import yaml
 
 from harness.process.claim import claim
 from harness.record import metrics
+from harness.record.job import Job
 from harness.sweep.rows import sweep_rows
 from tests.tiny import TINY, Launch
 
@@ -105,14 +106,14 @@ def test_a_failing_cell_does_not_stop_the_sweep(
     """The failure is injected: a real one that fits every machine would be a bug to repair."""
     import harness.training.run as train_run
 
-    real = train_run.run_cells
+    real = train_run.train_job
 
-    def fails_at_32(starts: Any, *rest: Any) -> list[dict[str, Any]]:
-        if starts[0].config.sae.n_latents == 32:
+    def fails_at_32(job: Job, *rest: Any) -> None:
+        if job.config.sae.n_latents == 32:
             raise RuntimeError("the device\nis on fire")
-        return real(starts, *rest)
+        real(job, *rest)
 
-    monkeypatch.setattr(train_run, "run_cells", fails_at_32)
+    monkeypatch.setattr(train_run, "train_job", fails_at_32)
     assert launch("sae.n_latents=32,64") == 1
     by_width = {r["n_latents"]: r for r in results(tmp_path).values()}
     assert by_width[32]["status"] == "failed"
@@ -135,10 +136,10 @@ def test_a_full_disk_ends_the_sweep_in_one_line(
     """The error is injected here; a real full disk is in tests/test_launch.py where a tmpfs can be mounted."""
     import harness.training.run as train_run
 
-    def full(*_: Any) -> list[dict[str, Any]]:
+    def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(train_run, "run_cells", full)
+    monkeypatch.setattr(train_run, "train_job", full)
     assert launch("sae.n_latents=32,64") == 1
     assert "no space left" in capsys.readouterr().err
     assert results(tmp_path) == {}

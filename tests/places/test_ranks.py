@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.record import rundir
+from harness.record.result import read_result
 
 CELL = [
     *("activations=synthetic", "activations.heldout_tokens=2048", "train=quick", "train.tokens=16384", "train.lr=1e-3"),
@@ -34,7 +34,7 @@ def launch(out: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def result(out: Path) -> dict:
     (run_dir,) = (path.parent for path in (out / "s").glob("*/config.yaml"))
-    found = rundir.read_result(run_dir)
+    found = read_result(run_dir)
     assert found is not None
     return found
 

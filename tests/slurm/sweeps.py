@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dev.slurm.cluster import Cluster, wait_for
-from harness.record.rundir import read_result
+from harness.record.result import read_result
 from tests.slurm.runs import command
 
 SYNTHETIC = (

@@ -14,7 +14,8 @@ import pytest
 from dev.slurm.cluster import FINISHED, Cluster, running, wait_for
 from dev.slurm.settings import Settings
 from harness.launch import main
-from harness.record.rundir import attempts, read_result
+from harness.record.result import read_result
+from harness.record.rundir import attempts
 from harness.sweep.rows import sweep_rows
 from tests.slurm.runs import command, repeated_steps, wait_for_step
 from tests.slurm.sweeps import CLUSTER, SYNTHETIC, array_id, locally, runs_of, submit, wait_for_results

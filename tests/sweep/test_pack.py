@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from harness.config import StreamConfig
+from harness.cost.jobs import make_jobs
 from harness.errors import UserError
 from harness.record import metrics
-from harness.sweep.pack import Job, freeze_job, job_of, make_jobs, read_target
-from harness.sweep.runs import Run
+from harness.record.job import Job, freeze_job, job_of, read_job
+from harness.record.run import Run
 from tests.cost.planned import a_config, a_run
 from tests.tiny import Launch
 from tests.training.ranks import same_weights
@@ -75,12 +76,12 @@ def test_a_pack_that_has_saved_stays_this_pack(tmp_path: Path) -> None:
     assert {job.home for job in jobs} == {first.home, job_of(runs[2:]).home}
     # the other member was not asked for, and goes on with it
     kept = next(job for job in jobs if job.home == first.home)
-    assert set(freeze_job(kept)) == {runs[0].run_dir, runs[1].run_dir}
+    assert set(freeze_job(kept).run_dirs) == {runs[0].run_dir, runs[1].run_dir}
     # packs forbidden: its runs begin anew, alone, and are no part of it any more once they have saved
     alone = grid(tmp_path, SLURM | {"pack": 1}, 2)
     assert sizes(alone) == [1, 1]
     (runs[1].run_dir / "checkpoints" / "step-0000000001").mkdir(parents=True)
-    assert read_target(first.home).run_dirs == (runs[0].run_dir,)
+    assert read_job(first.home).run_dirs == (runs[0].run_dir,)
 
 
 def test_a_damaged_pack_is_told(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_a_damaged_pack_is_told(tmp_path: Path) -> None:
     freeze_job(job)
     (job.home / "pack.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        read_target(job.home)
+        read_job(job.home)
 
 
 def test_packed_locally_by_hand(launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,20 @@ import io
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from harness.activations.open import open_source
 from harness.activations.synthetic import Synthetic
 from harness.config import Config, from_container
+from harness.ops import Ops, choose_ops
+from harness.parallel import Shards, Solo
+from harness.process.runtime import Runtime
 from harness.process.signals import StopFlag
+from harness.record.job import Job
+from harness.record.result import read_result
+from harness.record.run import frozen_run
 from harness.terminal import Progress
-from harness.training.run import Start, run_cells
+from harness.training.run import train_job
 
 OUT = Path("unused")
 
@@ -58,9 +66,21 @@ def source_of(config: Config) -> Synthetic:
     return source
 
 
+def runtime(
+    shards: Shards | None = None,
+    ops: Ops | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    stop: StopFlag | None = None,
+) -> Runtime:
+    """One process with the reference kernels, unless told otherwise."""
+    return Runtime(device, shards or Solo(), ops or choose_ops("reference"), stop or StopFlag())
+
+
 def run(directory: Path, config: Config, stop: StopFlag | None = None) -> dict[str, Any]:
-    """Train `config` in `directory`, which is made when missing."""
+    """Train `config` in `directory`, which is made when missing; returns its result."""
     directory.mkdir(parents=True, exist_ok=True)
-    start = Start(directory, config, 1)
-    where = directory / "checkpoints"
-    return run_cells([start], where, source_of(config), stop or StopFlag(), Progress(io.StringIO()))[0]
+    job = Job((frozen_run(directory, config),), directory)
+    train_job(job, source_of(config), stop or StopFlag(), Progress(io.StringIO()))
+    result = read_result(directory)
+    assert result is not None
+    return result

@@ -87,7 +87,7 @@ def _one_rank(run_dir: str, rank: int, world: int, port: int, strike: Strike | N
         os.dup2(log.fileno(), 2)
         torch.set_num_threads(1)
         if unit_tokens:
-            from harness.activations.store.read import harvest
+            from harness.activations.store import harvest
 
             harvest.UNIT_TOKENS = unit_tokens
         if strike is not None and rank in strike.ranks:

@@ -13,8 +13,8 @@ from harness.parallel import Solo
 from harness.process.signals import StopFlag
 from harness.saes import forward
 from harness.training.evaluate import evaluate, pca_fvu
-from harness.training.member import make_member
-from tests.training.members import small_config, source_of
+from harness.training.state import make_state
+from tests.training.members import runtime, small_config, source_of
 
 
 @pytest.mark.parametrize("architecture", ["topk", "switch"])
@@ -22,9 +22,9 @@ def test_fvu_is_the_ratio_of_sums_over_every_row(architecture: str) -> None:
     experts = 4 if architecture == "switch" else 1
     config = small_config(sae__architecture=architecture, sae__n_experts=experts, train__precision="fp64")
     source, ops = source_of(config), choose_ops("reference")
-    member = make_member(config, source, torch.device("cpu"), Solo(), ops)
+    member = make_state(config, source, runtime(Solo(), ops))
     arguments = (member.sae, member.params, source, member.normalizer)
-    found = evaluate(*arguments, (500, 10**9), Solo(), ops, StopFlag())
+    found = evaluate(*arguments, (500, 10**9), runtime(Solo(), ops))
     assert found is not None and [e.rows for e in found] == [500, 1500]
 
     rows = torch.cat([rows for rows, _ in source.heldout(700)]).double() / member.normalizer.scale
@@ -38,7 +38,7 @@ def test_fvu_is_the_ratio_of_sums_over_every_row(architecture: str) -> None:
 def test_standard_error_is_that_of_a_bootstrap_over_documents() -> None:
     config = small_config(train__precision="fp64")
     source, ops = source_of(config), choose_ops("reference")
-    member = make_member(config, source, torch.device("cpu"), Solo(), ops)
+    member = make_state(config, source, runtime(Solo(), ops))
     documents = torch.arange(1500) // 10
 
     class Clustered:
@@ -52,7 +52,7 @@ def test_standard_error_is_that_of_a_bootstrap_over_documents() -> None:
                 yield rows[documents * 10], documents
 
     found = evaluate(
-        member.sae, member.params, cast(Any, Clustered()), member.normalizer, (1500,), Solo(), ops, StopFlag()
+        member.sae, member.params, cast(Any, Clustered()), member.normalizer, (1500,), runtime(Solo(), ops)
     )
     assert found is not None
     rows = next(iter(Clustered().heldout(0)))[0].double() / member.normalizer.scale
@@ -68,16 +68,18 @@ def test_standard_error_is_that_of_a_bootstrap_over_documents() -> None:
 def test_evaluation_stops_when_asked() -> None:
     config = small_config()
     source, ops = source_of(config), choose_ops("reference")
-    member = make_member(config, source, torch.device("cpu"), Solo(), ops)
+    member = make_state(config, source, runtime(Solo(), ops))
     stop = StopFlag()
     stop.request()
-    assert evaluate(member.sae, member.params, source, member.normalizer, (500,), Solo(), ops, stop) is None
+    assert (
+        evaluate(member.sae, member.params, source, member.normalizer, (500,), runtime(Solo(), ops, stop=stop)) is None
+    )
 
 
 def test_pca_anchor_is_the_best_rank_k_reconstruction() -> None:
     config = small_config()
     source = source_of(config)
-    member = make_member(config, source, torch.device("cpu"), Solo(), choose_ops("reference"))
+    member = make_state(config, source, runtime(Solo(), choose_ops("reference")))
     rows = torch.cat([rows for rows, _ in source.heldout(700)]).double() / member.normalizer.scale
     centred = rows - source.statistics(False).mean / member.normalizer.scale
     spectrum = torch.linalg.svdvals(centred).square()

@@ -12,8 +12,10 @@ import torch
 
 from harness.config import Config
 from harness.process.signals import Interrupted, StopFlag
+from harness.record.job import Job
+from harness.record.run import frozen_run
 from harness.terminal import Progress
-from harness.training.run import Start, run_cells
+from harness.training.run import train_job
 from tests.training.members import run, small_config, source_of
 from tests.training.test_run import lines_without_clock, weights
 
@@ -28,14 +30,14 @@ CELLS = {
 
 def together(root: Path, cells: dict[str, Config], stop: StopFlag | None = None) -> dict[str, dict[str, Any]]:
     """Train those of `cells` that have no result yet as one pack."""
-    starts = []
+    runs = []
     for name, config in cells.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         if not (root / name / "result.json").exists():
-            starts.append(Start(root / name, config, 1))
+            runs.append(frozen_run(root / name, config))
     (root / "pack").mkdir(exist_ok=True)
     source = source_of(next(iter(cells.values())))
-    run_cells(starts, root / "pack" / "checkpoints", source, stop or StopFlag(), Progress(io.StringIO()))
+    train_job(Job(tuple(runs), root / "pack"), source, stop or StopFlag(), Progress(io.StringIO()))
     return {name: json.loads((root / name / "result.json").read_text()) for name in cells}
 
 

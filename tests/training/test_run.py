@@ -16,8 +16,8 @@ from harness import status
 from harness.config import Config, to_container
 from harness.process.signals import Interrupted, StopFlag
 from harness.record import metrics
-from harness.training.member import Member
-from tests.training.members import run, small_config, source_of
+from harness.training.state import TrainState
+from tests.training.members import run, runtime, small_config, source_of
 
 SWITCH = {
     "sae__architecture": "switch",
@@ -40,14 +40,14 @@ class StopAfterSteps(StopFlag):
 
     def __init__(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        train_step = Member.train_step
+        train_step = TrainState.train_step
 
-        def counted(member: Member, *arguments) -> None:
+        def counted(member: TrainState, *arguments) -> None:
             train_step(member, *arguments)
             if member.done == steps:
                 self.request()
 
-        monkeypatch.setattr(Member, "train_step", counted)
+        monkeypatch.setattr(TrainState, "train_step", counted)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -137,19 +137,19 @@ def test_weights_that_fail_on_held_out_rows_only_have_diverged_too(tmp_path: Pat
 def test_a_bad_batch_withholds_every_later_update(tmp_path: Path) -> None:
     from harness.ops import choose_ops
     from harness.parallel import Solo
-    from harness.training.member import make_member
+    from harness.training.state import make_state
 
     config = small_config()
     source = source_of(config)
     ops = choose_ops("reference")
-    member = make_member(config, source, torch.device("cpu"), Solo(), ops)
+    member = make_state(config, source, runtime(Solo(), ops))
     stream = source.stream(0, 64, torch.device("cpu"))
-    member.train_step(stream.batch(0), Solo(), ops)
+    member.train_step(stream.batch(0), runtime(Solo(), ops))
     before = {name: tensor.clone() for name, tensor in member.optimizer.state().items()}
     bad = stream.batch(1).clone()
     bad[3, 2] = torch.inf
-    member.train_step(bad, Solo(), ops)
-    member.train_step(stream.batch(2), Solo(), ops)
+    member.train_step(bad, runtime(Solo(), ops))
+    member.train_step(stream.batch(2), runtime(Solo(), ops))
     assert member.diverged_at() == 1
     for name, tensor in member.optimizer.state().items():
         assert torch.equal(tensor, before[name]), name

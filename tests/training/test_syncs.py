@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 from harness.ops import choose_ops
 from harness.parallel import Solo
-from harness.training.member import Member, make_member
-from harness.training.run import pick_device
+from harness.process.device import pick_device
+from harness.training.state import TrainState, make_state
 from tests.ops.sets import kernel_set
-from tests.training.members import small_config, source_of
+from tests.training.members import runtime, small_config, source_of
 
 WAITS = (
     *("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "argwhere", "masked_select"),
@@ -39,13 +39,13 @@ class Waits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def make(changes: dict[str, Any], kernels: str, device: str = "cpu") -> tuple[Member, torch.Tensor]:
+def make(changes: dict[str, Any], kernels: str, device: str = "cpu") -> tuple[TrainState, torch.Tensor]:
     """A member whose AuxK has work from the third step on, and a batch. Refreshes at steps 0, 3, 6 …"""
     config = small_config(sae__dead_after_tokens=100, train__device=device, **changes)
     source = source_of(config)
     on = pick_device(device)
     ops = choose_ops("triton", on) if device == "cuda" else kernel_set(kernels)
-    member = make_member(config, source, on, Solo(), ops)
+    member = make_state(config, source, runtime(Solo(), ops, on))
     with source.stream(0, 64, on, 0, 1) as stream:
         return member, next(iter(stream.batches(0)))
 
@@ -63,16 +63,16 @@ def make(changes: dict[str, Any], kernels: str, device: str = "cpu") -> tuple[Me
 )
 def test_a_step_waits_for_nothing_else(changes: dict[str, Any], kernels: str, waits: dict[str, int]) -> None:
     member, batch = make(changes, kernels)
-    ops = member.optimizer.ops
+    here = runtime(Solo(), kernel_set(kernels))
     for _ in range(4):
-        member.train_step(batch, Solo(), ops)
+        member.train_step(batch, here)
     assert member._dead_latents is not None, "AuxK takes part"
     for _ in range(2):
         with Waits() as found:
-            member.train_step(batch, Solo(), ops)
+            member.train_step(batch, here)
         assert dict(found.counted) == waits
     with Waits() as refresh:
-        member.train_step(batch, Solo(), ops)
+        member.train_step(batch, here)
     assert dict(refresh.counted) == {"tolist": 1 + waits.get("tolist", 0), "nonzero": 1}
 
 
@@ -80,14 +80,14 @@ def test_a_step_waits_for_nothing_else(changes: dict[str, Any], kernels: str, wa
 @pytest.mark.parametrize("changes", [{}, SWITCH], ids=["topk", "switch"])
 def test_a_step_on_a_gpu_waits_for_nothing(changes: dict[str, Any]) -> None:
     member, batch = make(changes, "triton", "cuda")
-    ops = member.optimizer.ops
+    here = runtime(Solo(), choose_ops("triton", batch.device), batch.device)
     for _ in range(4):
-        member.train_step(batch, Solo(), ops)
+        member.train_step(batch, here)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
-            member.train_step(batch, Solo(), ops)
+            member.train_step(batch, here)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -98,8 +98,9 @@ def test_a_graph_of_the_step_gives_the_same_bits(changes: dict[str, Any]) -> Non
     ends = []
     for graph in (False, True):
         member, batch = make(changes | {"train__cuda_graph": graph, "sae__aux_alpha": 0.0}, "triton", "cuda")
+        here = runtime(Solo(), choose_ops("triton", batch.device), batch.device)
         for number in range(12):
-            member.train_step(batch.roll(number, 0) * (1 + number / 10), Solo(), member.optimizer.ops)
+            member.train_step(batch.roll(number, 0) * (1 + number / 10), here)
         ends.append(member.tensors())
     for name, one in ends[0].items():
         assert torch.equal(one, ends[1][name]), name
@@ -110,6 +111,6 @@ def test_without_a_gpu_the_step_is_no_graph() -> None:
     asked, _ = make({"train__cuda_graph": True}, "cpu")
     for member in (plain, asked):
         for _ in range(3):
-            member.train_step(batch, Solo(), member.optimizer.ops)
+            member.train_step(batch, runtime(Solo(), kernel_set("cpu")))
     for name, one in plain.tensors().items():
         assert torch.equal(one, asked.tensors()[name]), name

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.activations.store.identity import is_complete, store_path
+from harness.budget import SAVE_BYTES_PER_S
 from harness.config import ClusterConfig, Config, to_container
 from harness.cost.estimate import Estimates
-from harness.cost.limits import cut_into_jobs, time_limit
+from harness.cost.jobs import cut_into_jobs
+from harness.cost.limits import time_limit
 from harness.errors import UserError
 from harness.files import fsync_directory, write_json_atomic, write_text_atomic
 from harness.places.slurm import client
+from harness.places.slurm.queue import arrays, arrays_root, live_elements
 from harness.places.slurm.script import job_script
 from harness.process.claim import claim
+from harness.record.job import Job
 from harness.record.provenance import command_line, now
-from harness.record.rundir import FINAL, freeze, set_failure_aside
+from harness.record.result import FINAL, set_failure_aside
+from harness.record.run import Run
+from harness.record.rundir import freeze
 from harness.record.state import state_of
-from harness.sweep.pack import Job
-from harness.sweep.runs import Run
-
-ASSUMED_BYTES_PER_S = 1e8
-"""Of a checkpoint on its way to a slow network disk."""
+from harness.terminal import say
 
 LEAD_MARGIN_S = 60
-POLL_S = 15.0
-"""Between two looks at a sweep that is waited for."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +39,6 @@ class Submitted:
     directory: Path
     job_id: str
     jobs: int
-
-
-def arrays_root(sweep_dir: Path) -> Path:
-    return sweep_dir / "_slurm"
-
-
-def arrays(sweep_dir: Path) -> list[Path]:
-    """Directories of the arrays that were ever submitted for a sweep."""
-    return sorted(path.parent for path in arrays_root(sweep_dir).glob("*/runs.json"))
-
-
-def live_elements(sweep_dir: Path) -> Iterator[tuple[client.Element, list[str]]]:
-    """What of a sweep waits or runs now: elements of its arrays with the run_ids that they train."""
-    tables = {directory.name: directory for directory in arrays(sweep_dir)}
-    read: dict[str, list[list[str]]] = {}
-    for element in client.elements(list(tables)):
-        if element.name not in read:
-            read[element.name] = json.loads((tables[element.name] / "runs.json").read_text(encoding="utf-8"))
-        yield element, read[element.name][element.index]
 
 
 def submit_runs(runs: Sequence[Run], estimates: Estimates) -> int:
@@ -93,7 +73,7 @@ def _submit_sweep(sweep_dir: Path, runs: Sequence[Run], estimates: Estimates, su
     left_out = {run.run_dir for run in (*ended, *elsewhere)} | queued
     todo = [run for run in runs if run.run_dir not in left_out]
     waiting = sum(run.run_dir in queued for run in runs)
-    _say(f"{sweep_dir}: {len(runs)} cells, {len(ended)} have ended, {waiting} have a job already" + _trained(elsewhere))
+    say(f"{sweep_dir}: {len(runs)} cells, {len(ended)} have ended, {waiting} have a job already" + _trained(elsewhere))
     if not todo:
         return
     for run in todo:
@@ -139,7 +119,7 @@ def _submit_harvests(sweep_dir: Path, runs: Sequence[Run], submitted: list[Submi
         array = _sbatch(directory, config, 1, LEAD_MARGIN_S, harvest=True, about=f"makes the store {store}")
         submitted.append(array)
         ids[store] = array.job_id
-        _say(f"job {array.job_id} harvests the activations first")
+        say(f"job {array.job_id} harvests the activations first")
     return ids
 
 
@@ -152,16 +132,16 @@ def _submit_array(sweep_dir: Path, jobs: Sequence[Job], estimates: Estimates, af
     config = jobs[0].config
     size = max(sum(estimates.of(run).checkpoint_bytes for run in job.runs) for job in jobs)
     cells = sum(len(job.runs) for job in jobs)
-    ranks, lead = config.mesh.dp * config.mesh.shard, lead_s(config.cluster, size)
+    ranks, lead = config.mesh.ranks, lead_s(config.cluster, size)
     about = f"{cells} cells of {sweep_dir} in {len(jobs)} jobs of {ranks} ranks; {command_line()}"
     array = _sbatch(directory, config, len(jobs), lead, harvest=False, about=about, after=after)
-    _say(f"job {array.job_id}: {cells} cells in {len(jobs)} jobs ({directory / 'job.sh'})")
+    say(f"job {array.job_id}: {cells} cells in {len(jobs)} jobs ({directory / 'job.sh'})")
     return array
 
 
 def lead_s(cluster: ClusterConfig, checkpoint_bytes: float) -> int:
     """Seconds before the end at which Slurm is to send its signal (it may come a minute early)."""
-    lead = cluster.lead_s or round(LEAD_MARGIN_S + 2 * checkpoint_bytes / ASSUMED_BYTES_PER_S)
+    lead = cluster.lead_s or round(LEAD_MARGIN_S + 2 * checkpoint_bytes / SAVE_BYTES_PER_S)
     return max(1, min(lead, round(time_limit(cluster.time) / 2)))
 
 
@@ -195,19 +175,3 @@ def _sbatch(
         raise
     write_json_atomic(directory / "submitted.json", {"job_id": job_id, "jobs": count, "time": now()})
     return Submitted(directory, job_id, count)
-
-
-def wait_for(runs: Sequence[Run]) -> dict[Path, str]:
-    """Wait until none of the runs waits or runs any more; the status of each."""
-    while True:
-        statuses = {run.run_dir: state_of(run.run_dir).status for run in runs}
-        if all(status in (*FINAL, "failed") for status in statuses.values()):
-            return statuses
-        sweep_dirs = dict.fromkeys(run.run_dir.parent for run in runs)
-        if not any(True for sweep_dir in sweep_dirs for _ in live_elements(sweep_dir)):
-            return {run.run_dir: state_of(run.run_dir).status for run in runs}
-        time.sleep(POLL_S)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -12,17 +12,19 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from harness.activations.store.identity import is_complete, store_path
 from harness.config import Config, from_container
-from harness.files import write_json_atomic, write_text_atomic
+from harness.files import last_line, write_json_atomic, write_text_atomic
 from harness.places.slurm import client
-from harness.record import rundir
-from harness.record.attempt import END_TIME, write_ended
+from harness.process.slurm_task import SlurmTask, slurm_task
+from harness.record import names
+from harness.record.attempt import END_TIME, read_ended, write_ended
+from harness.record.job import Job, freeze_job, job_of
 from harness.record.provenance import now
-from harness.sweep.pack import Job, freeze_job, job_of
-from harness.sweep.runs import Run, Store
+from harness.record.result import read_result, write_failure
+from harness.record.run import frozen_run, read_run
+from harness.record.rundir import attempts, read_config, saved_step
 
 SAME_STEP_FAILURES = 3
 """A job that fails so often at one saved step is given up."""
@@ -36,7 +38,7 @@ BEGUN = "HARNESS_ATTEMPTS_BEFORE"
 
 def is_harvest(directory: Path) -> bool:
     """Whether an array makes a store; it then has one element and a `config.yaml` that says which."""
-    return (directory / "config.yaml").is_file()
+    return (directory / names.CONFIG).is_file()
 
 
 def job_at(directory: Path, index: int) -> Job:
@@ -44,40 +46,41 @@ def job_at(directory: Path, index: int) -> Job:
     with (directory / "configs.jsonl").open(encoding="utf-8") as lines:
         line = next(line for number, line in enumerate(lines) if number == index)
     sweep_dir = directory.parents[1]
-    runs = []
-    for run_id, container in json.loads(line).items():
-        config = from_container(container)
-        store = Store(config.activations.store, None)
-        runs.append(Run(run_id, config, run_id, sweep_dir / run_id, "pending", store))
-    return job_of(runs)
+    configs = {run_id: from_container(container) for run_id, container in json.loads(line).items()}
+    return job_of([frozen_run(sweep_dir / run_id, config) for run_id, config in configs.items()])
 
 
 def begin(directory: Path, index: int) -> str:
     """Make what the ranks need, and return what the script has to know as lines of shell."""
     if is_harvest(directory):
-        home, config = directory, rundir.read_config(directory)
+        home, config = directory, read_config(directory)
         todo = not is_complete(store_path(config.activations, Path(config.out)))
     else:
-        job = job_at(directory, index)
-        run_dirs = freeze_job(job)
+        job = freeze_job(job_at(directory, index))
         home, config = job.home, job.config
-        todo = any(rundir.read_result(run_dir) is None for run_dir in run_dirs)
+        todo = any(read_result(run_dir) is None for run_dir in job.run_dirs)
     store = store_path(config.activations, Path(config.out))
-    settings = {"JOB": str(home) if todo else "", "STORE": str(store), BEGUN: str(rundir.attempts(home))}
-    settings |= _meeting_point(config)
-    _, ends = client.state(os.environ["SLURM_JOB_ID"])
+    settings = {"JOB": str(home) if todo else "", "STORE": str(store), BEGUN: str(attempts(home))}
+    task = _task()
+    settings |= _meeting_point(config, task)
+    _, ends = client.state(task.job_id)
     if ends is not None:
         settings[END_TIME] = str(ends)
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items())
 
 
-def _meeting_point(config: Config) -> dict[str, str]:
+def _task() -> SlurmTask:
+    task = slurm_task()
+    assert task is not None, "job scripts call this inside their job"
+    return task
+
+
+def _meeting_point(config: Config, task: SlurmTask) -> dict[str, str]:
     """Where ranks find rank 0: the node that runs this is the first of the job."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    one_node = int(os.environ.get("SLURM_NNODES", "1")) == 1
-    address = config.cluster.master_addr or ("127.0.0.1" if one_node else socket.gethostname())
+    address = config.cluster.master_addr or ("127.0.0.1" if task.nodes == 1 else socket.gethostname())
     return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
@@ -88,32 +91,32 @@ def end(directory: Path, index: int, exit_code: int) -> int:
     times at one saved step; its runs are then `failed`, with the end of the log.
     """
     if is_harvest(directory):
-        home, config = directory, rundir.read_config(directory)
+        home, config = directory, read_config(directory)
         unfinished = [] if is_complete(store_path(config.activations, Path(config.out))) else [directory]
     else:
-        job = job_at(directory, index)
+        job = freeze_job(job_at(directory, index))
         home, config = job.home, job.config
-        unfinished = [run_dir for run_dir in freeze_job(job) if rundir.read_result(run_dir) is None]
+        unfinished = [run_dir for run_dir in job.run_dirs if read_result(run_dir) is None]
     if not unfinished:
         return 0
     state = _own_state()
-    attempts = _newest_attempts(home, unfinished)
-    ended = _ended(attempts[0])
-    step = rundir.saved_step(home)
+    newest = _newest_attempts(home, unfinished)
+    ended = read_ended(newest[0])
+    step = saved_step(home)
     if state in ("CANCELLED", "PENDING"):  # by a person; by Slurm, which has requeued it already
         reason = "cancelled" if state == "CANCELLED" else "lost its node"
-        write_ended(attempts, outcome="saved", reason=reason, step=step, requeued=state == "PENDING")
+        write_ended(newest, outcome="saved", reason=reason, step=step, requeued=state == "PENDING")
         return 0
     if ended is not None and ended["outcome"] == "saved":
         # the limit as it was at the start: of a job that is being preempted, Slurm says the end of its grace
         near_the_end = time.time() > float(os.environ.get(END_TIME, "inf")) - NEAR_THE_END_S
         reason = "time limit" if near_the_end or ended["reason"] == "time limit" else "preempted"
-        write_ended(attempts, outcome="saved", reason=reason, step=step, requeued=True)
+        write_ended(newest, outcome="saved", reason=reason, step=step, requeued=True)
         _again(directory, index)
         return 0
     why = _log_end(home, exit_code)
     failures = _count_failures(directory, index, step)
-    write_ended(attempts, outcome="failed", reason=why, step=step, requeued=failures < SAME_STEP_FAILURES)
+    write_ended(newest, outcome="failed", reason=why, step=step, requeued=failures < SAME_STEP_FAILURES)
     if failures < SAME_STEP_FAILURES:
         time.sleep(config.cluster.backoff_s * (2**failures - 1))
         _again(directory, index)
@@ -123,39 +126,33 @@ def end(directory: Path, index: int, exit_code: int) -> int:
         write_text_atomic(directory / "failed.txt", f"{problem}\n")
         return 1
     for run_dir in unfinished:
-        rundir.write_failure(run_dir, rundir.read_config(run_dir), run_dir.name, problem, now(), now())
+        write_failure(read_run(run_dir), problem, now())
     return 1
 
 
 def _own_state() -> str:
     try:
-        return client.state(os.environ["SLURM_JOB_ID"])[0]
+        return client.state(_task().job_id)[0]
     except client.SlurmError:
         return "UNKNOWN"  # the controller is away; requeueing insists until it is back
 
 
 def _newest_attempts(home: Path, unfinished: Sequence[Path]) -> list[Path]:
     """The attempts of this start of the job; made here when the ranks ended before they could."""
-    begun = rundir.attempts(home) > int(os.environ[BEGUN])
-    folders = [run_dir / "attempts" / str(rundir.attempts(run_dir) + (not begun)) for run_dir in unfinished]
+    begun = attempts(home) > int(os.environ[BEGUN])
+    folders = [run_dir / names.ATTEMPTS / str(attempts(run_dir) + (not begun)) for run_dir in unfinished]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     if not begun and home not in unfinished:
-        (home / "attempts" / str(rundir.attempts(home) + 1)).mkdir(parents=True)
+        (home / names.ATTEMPTS / str(attempts(home) + 1)).mkdir(parents=True)
     return folders
-
-
-def _ended(attempt: Path) -> dict[str, Any] | None:
-    path = attempt / "ended.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _log_end(home: Path, exit_code: int) -> str:
     """The last line that the attempt logged, for people."""
-    log = home / "attempts" / str(rundir.attempts(home)) / "log.txt"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    told = f": {lines[-1][:300]}" if lines else ""
-    return f"the ranks ended with exit code {exit_code}{told}"
+    log = home / names.ATTEMPTS / str(attempts(home)) / names.LOG
+    line = last_line(log) if log.is_file() else ""
+    return f"the ranks ended with exit code {exit_code}" + (f": {line[:300]}" if line else "")
 
 
 def _count_failures(directory: Path, index: int, step: int | None) -> int:
@@ -170,7 +167,7 @@ def _count_failures(directory: Path, index: int, step: int | None) -> int:
 def _again(directory: Path, index: int) -> None:
     """Let this element, and no other, start once more: requeue it, or submit it anew where a site forbids that."""
     try:
-        client.insist("scontrol", "requeue", f"{os.environ['SLURM_ARRAY_JOB_ID']}_{index}")
+        client.insist("scontrol", "requeue", f"{_task().array_job_id}_{index}")
     except client.SlurmError as error:
         if "pending" in str(error).lower():
             return  # Slurm has requeued it by itself

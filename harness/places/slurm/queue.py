@@ -1,0 +1,48 @@
+"""The arrays of a sweep, and which of their elements are queued or running. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from harness.places.slurm import client
+from harness.record import names
+from harness.record.result import FINAL
+from harness.record.run import Run
+from harness.record.state import state_of
+
+POLL_S = 15.0
+"""Between two looks at a sweep that is waited for."""
+
+
+def arrays_root(sweep_dir: Path) -> Path:
+    return sweep_dir / names.SLURM
+
+
+def arrays(sweep_dir: Path) -> list[Path]:
+    """Directories of the arrays that were ever submitted for a sweep."""
+    return sorted(path.parent for path in arrays_root(sweep_dir).glob("*/runs.json"))
+
+
+def live_elements(sweep_dir: Path) -> Iterator[tuple[client.Element, list[str]]]:
+    """What of a sweep waits or runs now: elements of its arrays with the run_ids that they train."""
+    tables = {directory.name: directory for directory in arrays(sweep_dir)}
+    read: dict[str, list[list[str]]] = {}
+    for element in client.elements(list(tables)):
+        if element.name not in read:
+            read[element.name] = json.loads((tables[element.name] / "runs.json").read_text(encoding="utf-8"))
+        yield element, read[element.name][element.index]
+
+
+def wait_for(runs: Sequence[Run]) -> dict[Path, str]:
+    """Wait until none of the runs waits or runs any more; the status of each."""
+    while True:
+        statuses = {run.run_dir: state_of(run.run_dir).status for run in runs}
+        if all(status in (*FINAL, "failed") for status in statuses.values()):
+            return statuses
+        sweep_dirs = dict.fromkeys(run.run_dir.parent for run in runs)
+        if not any(True for sweep_dir in sweep_dirs for _ in live_elements(sweep_dir)):
+            return {run.run_dir: state_of(run.run_dir).status for run in runs}
+        time.sleep(POLL_S)

@@ -1,0 +1,105 @@
+"""From a request to an outcome: the runs are planned, written down, and trained here or on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.cost.estimate import Estimates, estimate
+from harness.cost.jobs import cut_into_jobs
+from harness.cost.table import plan_text
+from harness.errors import FAILED, INTERRUPTED
+from harness.places import joined
+from harness.process.slurm_task import SlurmTask
+from harness.record.result import FINAL
+from harness.record.run import Run
+from harness.record.state import state_of
+from harness.sweep.intent import record_intent
+from harness.sweep.request import Request, plan_runs, requested_cells
+from harness.sweep.runs import sweep_dirs_of, unfinished
+from harness.terminal import say
+
+
+@dataclass(frozen=True)
+class Outcome:
+    exit_code: int
+    sweep_dirs: tuple[Path, ...]
+    """Where the runs are, one directory per `sweep=`."""
+    submitted: bool = False
+    """Whether the runs were left to a cluster."""
+
+
+def launch(request: Request, *, dry_run: bool = False, wait: bool = False) -> Outcome:
+    """Do what `request` asks for; with `dry_run` only show it. Raises `UserError` for a wrong request.
+
+    On a cluster the runs are submitted; with `wait` the call returns when they have ended. Ctrl-C counts as an
+    interruption from the start, also while libraries load.
+    """
+    try:
+        task = joined.joined_task()
+        if task is not None and not dry_run:
+            return _join(request, task)
+        return carry_out(plan_runs(request, dry_run=dry_run), request.about(), dry_run=dry_run, wait=wait)
+    except KeyboardInterrupt:
+        say("interrupted before anything was trained; the same command begins again")
+        return Outcome(INTERRUPTED, ())
+
+
+def _join(request: Request, task: SlurmTask) -> Outcome:
+    """Train as one of the ranks of an `srun` step."""
+    if task.rank != 0:
+        configs = [cell.config for cell in requested_cells(request)]
+        sweep_dirs = tuple(dict.fromkeys(Path(config.out) / config.sweep for config in configs))
+        return Outcome(joined.follow(Path(configs[0].out), task), sweep_dirs)
+    out = Path(requested_cells(request)[0].config.out)
+    try:
+        runs = plan_runs(request, dry_run=False)
+        estimates = estimate(runs)
+        record_intent(request.about(), runs, estimates)
+        jobs = cut_into_jobs(unfinished(runs), estimates)
+        joined.announce(out, task, jobs)
+    except BaseException:
+        joined.give_up(out, task)
+        raise
+    code = joined.lead(out, task, jobs)
+    return Outcome(code or _judge(runs), sweep_dirs_of(runs))
+
+
+def carry_out(runs: list[Run], about: Mapping[str, Any], *, dry_run: bool, wait: bool) -> Outcome:
+    """Train named runs, here or on a cluster. `about` describes the request; it is empty for runs that the sweep
+    knows."""
+    sweep_dirs = sweep_dirs_of(runs)
+    estimates = estimate(runs)
+    if dry_run:
+        print(plan_text(runs, cut_into_jobs(unfinished(runs), estimates), estimates))
+        return Outcome(0, sweep_dirs)
+    record_intent(about, runs, estimates)
+    if runs[0].config.cluster.name == "slurm":
+        return _submit(runs, estimates, wait)
+    from harness.places.local import run_jobs
+
+    jobs = cut_into_jobs(unfinished(runs), estimates)
+    return Outcome(run_jobs(jobs, [run for run in runs if run.status in FINAL]), sweep_dirs)
+
+
+def _submit(runs: list[Run], estimates: Estimates, wait: bool) -> Outcome:
+    """Hand the runs to Slurm; with `wait`, come back when the queue is empty and judge the outcome."""
+    from harness.places.slurm.queue import wait_for
+    from harness.places.slurm.submit import submit_runs
+
+    jobs, sweep_dirs = submit_runs(runs, estimates), sweep_dirs_of(runs)
+    for directory in sweep_dirs if jobs else ():
+        say(f"submitted; to follow it: python -m harness.status {directory} --watch")
+    if not wait:
+        return Outcome(0, sweep_dirs, submitted=True)
+    wait_for(runs)
+    return Outcome(_judge(runs), sweep_dirs)
+
+
+def _judge(runs: list[Run]) -> int:
+    """Say how many runs are done; the exit code."""
+    done = sum(state_of(run.run_dir).status == "done" for run in runs)
+    say(f"{done} of {len(runs)} cells done")
+    return 0 if done == len(runs) else FAILED

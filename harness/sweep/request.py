@@ -1,0 +1,74 @@
+"""What a person asks for, as runs: the overrides or the study, the stores that they need, the names that they get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.errors import UserError
+from harness.grid.cells import Cell, Grid, make_cells, narrow_cells
+from harness.grid.study import Study, study_grids
+from harness.process.device import pick_device
+from harness.record.run import Run
+from harness.sweep.runs import UNRESOLVED, find_stores, make_runs, resolve_precision
+from harness.terminal import listed, say
+
+
+@dataclass(frozen=True)
+class Request:
+    overrides: Sequence[str] = ()
+    study: Study | None = None
+    only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Key → values: cells with another value are left out."""
+
+    def about(self) -> dict[str, Any]:
+        """What `study.json` says of the request: enough to ask for more of the same."""
+        about = {"study": "" if self.study is None else self.study.source, "overrides": list(self.overrides)}
+        if self.study is None:
+            return about
+        return about | {key: getattr(self.study, key) for key in ("name", "question", "title", "law")}
+
+
+def requested_cells(request: Request) -> list[Cell]:
+    """Expand and check a request; `train.precision` is resolved. Raises `UserError`."""
+    study, overrides = request.study, request.overrides
+    grids = [Grid(tuple(overrides))] if study is None else study_grids(study, overrides)
+    cells = make_cells(grids, request.only)
+    _check_devices(cells)
+    if len({cell.config.cluster.name for cell in cells}) > 1:
+        raise UserError("one launch runs here or is submitted, not both; write cluster=local or cluster=slurm")
+    return [Cell(cell.label, resolve_precision(cell.config)) for cell in cells]
+
+
+def _check_devices(cells: Sequence[Cell]) -> None:
+    """Raises `UserError` for cells that need a device or kernels that this machine does not have."""
+    local = [cell.config for cell in cells if cell.config.cluster.name == "local"]
+    for name, device in {(config.ops, config.train.device) for config in local} - {("auto", "auto"), ("auto", "cpu")}:
+        from harness.ops import choose_ops
+
+        try:
+            picked = pick_device(device)
+            if name != "auto":
+                choose_ops(name, picked)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def plan_runs(request: Request, *, dry_run: bool) -> list[Run]:
+    """The runs of a request, cheap ones first; notes about them go to the terminal. Writes no file.
+
+    Raises `UserError`. In a dry run a store that needs an unreachable hub stays unresolved.
+    """
+    cells = requested_cells(request)
+    if narrow := narrow_cells(cells):
+        shown = listed(narrow)
+        say(f"warning: {len(narrow)} of {len(cells)} cells have k > n/(4·experts), few latents to choose from: {shown}")
+    stores = find_stores([cell.config.activations for cell in cells], tolerant=dry_run)
+    for store in stores.values():
+        if store.id == UNRESOLVED:
+            say(f"note: the activation store is unresolved here, names and states are provisional: {store.problem}")
+    runs = make_runs(cells, stores)
+    if len(runs) < len(cells):
+        say(f"{len(cells) - len(runs)} of {len(cells)} cells ask for the same run as another one")
+    return runs

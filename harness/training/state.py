@@ -1,0 +1,291 @@
+"""The state of one SAE in training: weights, optimiser, dead counters, and the sums between two log lines."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from harness import budget
+from harness.activations.source import ActivationSource
+from harness.config import Config
+from harness.parallel import Shards
+from harness.process.runtime import Runtime
+from harness.saes import (
+    DeadLatents,
+    Normalizer,
+    Params,
+    Sae,
+    Stats,
+    find_dead,
+    geometric_median,
+    initial_params,
+    make_normalizer,
+    match_norm,
+    resolve_sae,
+    step,
+)
+from harness.training.graph import StepGraph
+from harness.training.optimizer import Optimizer
+from harness.training.schedule import lr_at
+
+MASTER = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+INIT_ROWS = 4096
+"""Rows of the store's sample that set the encoder's initial scale."""
+
+_SUMS = ("loss", "fvu_train", "aux_loss", "balance", "l0", "router_entropy", "grad_norm", "n_dead")
+
+
+@dataclass
+class TrainState:
+    """Everything that a training step changes."""
+
+    config: Config
+    sae: Sae
+    normalizer: Normalizer
+    optimizer: Optimizer
+    last: int
+    """Steps that the budget buys."""
+    silent: Tensor
+    """Tokens since each local latent last fired, global tokens, int64."""
+    fire_counts: Tensor
+    """Tokens each local latent fired on since the start, int64."""
+    dead: Tensor
+    """Which local latents AuxK uses until the next refresh, bool."""
+    sums: Tensor
+    """Sums over the steps since the last log line, float64: see `_SUMS`, then each expert's share."""
+    bad_step: Tensor
+    """Number of completed steps when the loss first was not finite; −1 while all is well. int64."""
+    number: Tensor
+    """`done` on the device, int64."""
+    done: int = 0
+    summed_steps: int = 0
+    wall_s: float = 0.0
+    """Seconds of all attempts up to `clock`."""
+    clock: float = 0.0
+    eval_s: float = 0.0
+    """The part of `wall_s` that went into evaluations."""
+    flops_executed: float = 0.0
+    _mark: tuple[int, float] = (0, 0.0)
+    """(completed steps, seconds of pure training) at the last log line or start, for tokens/s."""
+    _dead_latents: DeadLatents | None = None
+    _graph: StepGraph | None = None
+    _sent: dict[str, float] = field(default_factory=dict)
+    """Bytes that this rank sent for this SAE since the last log line, by kind."""
+
+    @property
+    def params(self) -> Params:
+        return self.optimizer.params
+
+    @property
+    def tokens(self) -> int:
+        return self.done * self.config.train.batch_tokens
+
+    def elapsed(self) -> float:
+        """Seconds of training, evaluation included, over all attempts."""
+        now = time.monotonic()
+        self.wall_s, self.clock = self.wall_s + now - self.clock, now
+        return self.wall_s
+
+    def trained_s(self) -> float:
+        """Seconds of training, evaluations excluded, over all attempts."""
+        return self.elapsed() - self.eval_s
+
+    def train_step(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
+        """One step on this replica's rows of the batch. No host synchronisation outside the AuxK refresh."""
+        sae = self.sae
+        if self.done % self.config.sae.aux_refresh_steps == 0:
+            self.dead.copy_(self.silent >= self.config.sae.dead_after_tokens)
+            self._dead_latents = find_dead(sae, self.dead, runtime.shards)
+        self.number.fill_(self.done)
+        graph = self._step_graph(raw, runtime)
+        self.optimizer.set_rates(lr_at(self.config, self.done, self.last), self.done + 1)
+        if graph is None:
+            self._compute(raw, runtime)
+        else:
+            graph(raw)
+        self._count_flops(runtime)
+        self.collect_sent(runtime.shards)
+        self.summed_steps += 1
+        self.done += 1
+
+    def _compute(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
+        """The part of a step that runs on the device."""
+        sae = self.sae
+        x = self.normalizer(raw, self.params["W_dec"].dtype)
+        optimizer = self.optimizer
+        shards, ops = runtime.shards, runtime.ops
+        stats = step(sae, self.params, optimizer.compute, x, shards, ops, self._dead_latents, optimizer.grads)
+        well = stats.loss.isfinite() & (self.bad_step < 0)
+        lr = lr_at(self.config, self.done, self.last)
+        well, norm = optimizer.apply(lr, self.done + 1, well, runtime)
+        self.bad_step.copy_(torch.where(well | (self.bad_step >= 0), self.bad_step, self.number))
+        self.silent.add_(self.config.train.batch_tokens).masked_fill_(stats.fired > 0, 0)
+        self.fire_counts.add_(stats.fired)
+        self._accumulate(stats, norm)
+
+    def _step_graph(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> StepGraph | None:
+        """The step as a CUDA graph if requested and possible, else None.
+
+        It is possible while all steps do the same: in one process, with no latent dead.
+        """
+        train, alike = self.config.train, runtime.shards.size == 1 and self._dead_latents is None
+        # other kernels take the learning rate from the host, where a recording would freeze it
+        able = raw.device.type == "cuda" and runtime.ops.NAME == "triton" and train.precision != "fp64"
+        if not (train.cuda_graph and alike and able):
+            return None
+        if self._graph is None:
+            self._graph = StepGraph(lambda batch: self._compute(batch, runtime), raw)
+            self.optimizer.rates = torch.empty(2, device=raw.device)
+        return self._graph if self._graph.fits(raw) else None
+
+    def collect_sent(self, shards: Shards) -> None:
+        """Count the bytes sent since the last call as this member's: several members send over one mesh."""
+        for kind, sent in shards.take_sent().items():
+            self._sent[kind] = self._sent.get(kind, 0.0) + sent
+
+    def _accumulate(self, stats: Stats, norm: Tensor | None) -> None:
+        n_dead = 0 if self._dead_latents is None else self._dead_latents.total
+        zero = stats.loss.new_zeros(())
+        values = [stats.loss, stats.fvu, stats.aux_loss, stats.balance, stats.l0, stats.router_entropy]
+        values += [zero if norm is None else norm, zero + n_dead]
+        self.sums += torch.cat([torch.stack(values), stats.expert_share]).to(self.sums.dtype)
+
+    def _count_flops(self, runtime: Runtime) -> None:
+        train, n_dead = self.config.train, 0 if self._dead_latents is None else self._dead_latents.total
+        dense = budget.dense_rows_per_k(runtime.ops.NAME, train.precision)
+        executed = budget.flops_executed_per_token(self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense)
+        self.flops_executed += sum(executed.values()) * train.batch_tokens
+
+    def flops(self) -> float:
+        """Closed-form FLOPs so far."""
+        train = self.config.train
+        return self.tokens * sum(budget.flops_per_token(self.config.sae, self.sae.d_model, train.batch_tokens).values())
+
+    def position(self) -> dict[str, Any]:
+        """The axes every line of the record carries."""
+        return {
+            "step": self.done,
+            "tokens": self.tokens,
+            "flops": self.flops(),
+            "flops_executed": self.flops_executed,
+            "wall_s": self.elapsed(),
+        }
+
+    def dead_frac(self, shards: Shards) -> float | None:
+        """Share of latents silent over the last `dead_window_tokens`; None while the run is shorter than that."""
+        window = self.config.train.dead_window_tokens
+        if self.tokens < window:
+            return None
+        return float(shards.sum_((self.silent >= window).sum(), "shard", "scalars")) / self.sae.n_latents
+
+    def log_line(self, shards: Shards) -> dict[str, Any]:
+        """Means over the steps since the last line, which begin anew. Waits for the device."""
+        means = dict(zip(_SUMS, (self.sums[: len(_SUMS)] / self.summed_steps).tolist(), strict=True))
+        share = self.sums[len(_SUMS) :] / self.summed_steps
+        line = self.position()
+        (marked_steps, marked_s), self._mark = self._mark, (self.done, self.trained_s())
+        rate = (self._mark[0] - marked_steps) * self.config.train.batch_tokens / max(self._mark[1] - marked_s, 1e-9)
+        line |= means
+        line |= {
+            "dead_frac": self.dead_frac(shards),
+            "lr": lr_at(self.config, self.done - 1, self.last),
+            "tokens_per_s": rate,
+        }
+        if self.sae.routed:
+            line |= {
+                "expert_load_max": float(share.max()) * self.sae.n_experts,
+                "expert_load_min": float(share.min()) * self.sae.n_experts,
+                # published measure of collapse: E·Σ f², 1 when balanced
+                "imbalance": float(share.square().sum()) * self.sae.n_experts,
+            }
+        else:
+            del line["balance"], line["router_entropy"]
+        if not self.config.train.clip_norm:
+            del line["grad_norm"]
+        steps = max(1, self._mark[0] - marked_steps)
+        line |= {f"bytes_sent_{kind}": sent / steps for kind, sent in self._sent.items()}
+        self._sent = {}
+        self.sums.zero_()
+        self.summed_steps = 0
+        return line
+
+    def diverged_at(self) -> int | None:
+        """Completed steps when the loss stopped being finite, or None. Waits for the device."""
+        step = int(self.bad_step)
+        return None if step < 0 else step
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that influence the trajectory or the record."""
+        return self.optimizer.state() | {
+            "silent": self.silent,
+            "fire_counts": self.fire_counts,
+            "dead": self.dead,
+            "sums": self.sums,
+            "bad_step": self.bad_step,
+        }
+
+    def state_bytes(self) -> int:
+        """Bytes of this rank's part of a checkpoint."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def scalars(self) -> dict[str, Any]:
+        return {
+            "done": self.done,
+            "summed_steps": self.summed_steps,
+            "wall_s": self.elapsed(),
+            "eval_s": self.eval_s,
+            "flops_executed": self.flops_executed,
+        }
+
+    def views(self, shards: Shards) -> dict[str, Tensor]:
+        """`tensors` as a checkpoint sees them on this mesh."""
+        return {name: shards.global_view(tensor, self.is_cut(name)) for name, tensor in self.tensors().items()}
+
+    def is_cut(self, name: str) -> bool:
+        """Whether a tensor, a parameter `W_enc` or a state `adam_mean.W_enc`, holds this rank's latents only."""
+        return name in ("silent", "fire_counts", "dead") or self.sae.layout().get(name.split(".")[-1]) == "latent_rows"
+
+    def restore(self, scalars: dict[str, Any], shards: Shards) -> None:
+        """Go on from a checkpoint whose tensors have been read into `views`."""
+        self.done, self.summed_steps = scalars["done"], scalars["summed_steps"]
+        self.wall_s, self.eval_s = scalars["wall_s"], scalars["eval_s"]
+        self.flops_executed = scalars["flops_executed"]
+        self._mark = (self.done, self.wall_s - self.eval_s)
+        self.optimizer.refresh_copies()
+        self._dead_latents = find_dead(self.sae, self.dead, shards)
+
+
+def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> TrainState:
+    """The state at step 0: normalisation and V from the store, initial weights from `train.seed`."""
+    device, shards = runtime.device, runtime.shards
+    train = config.train
+    layernorm = config.sae.normalize == "layernorm"
+    raw, statistics = source.statistics(False), source.statistics(layernorm)
+    normalizer = make_normalizer(config.sae.normalize, source.d_model, raw.mean_sq_norm)
+    sae = resolve_sae(config.sae, source.d_model, statistics.variance / normalizer.scale**2, raw.variance)
+    dtype = MASTER[train.precision]
+    sample = normalizer(source.sample(), torch.float64)
+    params = initial_params(sae, geometric_median(sample), train.seed, shards, device, dtype)
+    if config.sae.match_init_norm:
+        match_norm(sae, params, sample[:INIT_ROWS].to(device, dtype), shards, runtime.ops)
+    rows = params["W_enc"].shape[0]
+    return TrainState(
+        config=config,
+        sae=sae,
+        normalizer=normalizer,
+        optimizer=Optimizer(sae, params, train, COMPUTE[train.precision]),
+        last=budget.total_steps(config, source.d_model),
+        silent=torch.zeros(rows, dtype=torch.int64, device=device),
+        fire_counts=torch.zeros(rows, dtype=torch.int64, device=device),
+        dead=torch.zeros(rows, dtype=torch.bool, device=device),
+        sums=torch.zeros(len(_SUMS) + sae.n_experts, dtype=torch.float64, device=device),
+        bad_step=torch.tensor(-1, device=device),
+        number=torch.tensor(0, device=device),
+        clock=time.monotonic(),
+    )
