@@ -1,6 +1,7 @@
-"""`python -m harness.cancel runs/<sweep> [RUN_ID…]`: end what waits or runs; what was saved stays, a launch goes on.
+"""`python -m harness.cancel runs/<sweep> [RUN_ID…]`: cancel the jobs of a sweep that are queued or running.
 
-Jobs on Slurm are cancelled. A launcher on this machine is asked to save and stop, with all that it still had to do.
+It cancels jobs on Slurm, and asks a launcher on this machine to save and stop. Saved work stays: a later launch goes on
+from it.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from harness.errors import UserError
 from harness.places.slurm import client
 from harness.places.slurm.queue import arrays, live_elements
 from harness.process.claim import holder
+from harness.record import names
 from harness.record.rundir import claim_path
+from harness.record.sweepdir import require_sweep
 from harness.sweep.rows import begun_runs
 
 
 def cancel(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:
-    """End the named runs of a sweep, or all when none is named; a line for each thing done. Raises `UserError`."""
-    if not sweep_dir.is_dir():
-        raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
+    """Cancel the named runs of a sweep, or all when none is named; yields a line per action. Raises `UserError`."""
+    require_sweep(sweep_dir)
     if run_ids and (unknown := sorted(set(run_ids) - begun_runs(sweep_dir).keys())):
         raise UserError(f"{sweep_dir} has no run {unknown[0]}; `python -m harness.status {sweep_dir} --all` lists them")
     if arrays(sweep_dir):
         yield from _cancel_elements(sweep_dir, run_ids)
-    wanted = sorted(run_ids) or [path.parent.name for path in sorted(sweep_dir.glob("*/claim.json"))]
+    wanted = sorted(run_ids) or [path.parent.name for path in sorted(sweep_dir.glob(f"*/{names.CLAIM}"))]
     asked: set[int] = set()
     for run_id in wanted:
         owner = holder(claim_path(sweep_dir / run_id))
@@ -55,7 +57,7 @@ def _cancel_elements(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.cancel", description="End what waits or runs of a sweep.")
+    parser = argparse.ArgumentParser(prog="python -m harness.cancel", description="Cancel the jobs of a sweep.")
     parser.add_argument("sweep_dir", type=Path, metavar="runs/SWEEP")
     parser.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="only these; default: all of the sweep")
     arguments = parser.parse_args(argv)
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except client.SlurmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print("\n".join(lines) or "nothing of it waits or runs")
+    print("\n".join(lines) or "nothing queued or running")
     return 0
 
 

@@ -1,7 +1,7 @@
 """`python -m harness.harvest DIR`: make the activation store of a frozen configuration, without training.
 
-DIR holds a `config.yaml`: a run's directory, or what a harvest job was given. Several ranks (torchrun, srun) share the
-work. Exit codes: 0 the store is there, 1 failed, 2 a wrong request, 75 stopped and resumable.
+DIR holds a `config.yaml`: it is a run's directory or that of a harvest job. Several ranks (torchrun, srun) share the
+work. Exit codes: 0 the store is complete, 1 failed, 2 a wrong request, 75 stopped and resumable.
 """
 
 from __future__ import annotations

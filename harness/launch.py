@@ -35,7 +35,7 @@ def parse_only(texts: Sequence[str]) -> dict[str, list[Any]]:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m harness.launch",
-        description="Train a grid of sparse autoencoders; what is done already is not trained again.",
+        description="Train a grid of sparse autoencoders; finished runs are not trained again.",
         epilog="Exit codes: 0 every cell done, 1 one failed or diverged, 2 wrong request, 75 interrupted (resumable).",
         allow_abbrev=False,
     )

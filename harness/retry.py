@@ -1,7 +1,7 @@
-"""`python -m harness.retry runs/<sweep> [RUN_ID…] [KEY=VALUE…]`: train failed runs again, or diverged ones otherwise.
+"""`python -m harness.retry runs/<sweep> [RUN_ID…] [KEY=VALUE…]`: train failed runs again, diverged ones with a change.
 
-Failed runs go on from what they saved. A run is a function of its configuration, so a diverged one is tried with
-something changed, e.g. `train.lr_factor=2`: that is another run, in a directory of its own.
+Failed runs go on from what they saved. A run is a function of its configuration, so a diverged one needs a changed
+setting, e.g. `train.lr_factor=2`; that makes another run in its own directory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from harness.config import Config, from_container, to_container
 from harness.errors import WRONG_REQUEST, UserError
 from harness.grid.cells import Cell
 from harness.grid.compose import one_line
+from harness.record import names
 from harness.record.rundir import read_config
 from harness.record.state import state_of
+from harness.record.sweepdir import require_sweep
 from harness.sweep.execute import carry_out
 from harness.sweep.runs import find_stores, make_runs
 from harness.terminal import say
@@ -31,20 +33,19 @@ def cells_to_retry(sweep_dir: Path, run_ids: Sequence[str], overrides: Sequence[
 
     Raises `UserError`.
     """
-    if not sweep_dir.is_dir():
-        raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
-    names = list(run_ids) or sorted(path.parent.name for path in sweep_dir.glob("*/result.json"))
+    require_sweep(sweep_dir)
+    chosen = list(run_ids) or sorted(path.parent.name for path in sweep_dir.glob(f"*/{names.RESULT}"))
     wanted = ("failed", "diverged") if overrides else ("failed",)
     cells = []
-    for name in names:
-        if not (sweep_dir / name / "config.yaml").is_file():
+    for name in chosen:
+        if not (sweep_dir / name / names.CONFIG).is_file():
             raise UserError(f"{sweep_dir} has no run {name}; python -m harness.status {sweep_dir} lists them")
         status = state_of(sweep_dir / name).status
         if status in wanted:
             here = dataclasses.replace(read_config(sweep_dir / name), out=str(sweep_dir.parent), sweep=sweep_dir.name)
             cells.append(Cell(name, _changed(here, overrides)))
         elif run_ids:
-            hint = "; give what is to be different, e.g. train.lr_factor=2" if status == "diverged" else ""
+            hint = "; change a setting, e.g. train.lr_factor=2" if status == "diverged" else ""
             raise UserError(f"{name} is {status}, and only failed or diverged runs are tried again{hint}")
     if not cells:
         raise UserError(f"no run of {sweep_dir} is {' or '.join(wanted)}")
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m harness.retry", description="Train failed runs again, or diverged ones with another setting."
     )
     parser.add_argument("sweep_dir", type=Path, metavar="runs/SWEEP")
-    parser.add_argument("what", nargs="*", metavar="RUN_ID | KEY=VALUE", help="which runs, and what is to be different")
+    parser.add_argument("what", nargs="*", metavar="RUN_ID | KEY=VALUE", help="which runs, and what to change")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained")
     parser.add_argument("--wait", action="store_true", help="with cluster=slurm: return when all runs have ended")
     arguments = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""`python -m sweeps`: a study from grid to report; what `make sweep` calls.
+"""`python -m sweeps`: a study from grid to report. `make sweep` calls it.
 
-Empty values are ignored, so that a Makefile can pass every variable. Ends with the report even when a cell failed;
-the exit code is that of `harness.launch`.
+Empty values are ignored: the Makefile passes every variable. It writes the report even if a cell failed. The exit code
+is that of `harness.launch`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OVERRIDES = {
 
 
 def request(arguments: argparse.Namespace) -> Request:
-    """What the options mean as overrides of a study. Raises `UserError`."""
+    """The options as overrides of a study. Raises `UserError`."""
     overrides = [
         f"{key}={value}" for name, (key, _) in OVERRIDES.items() if (value := getattr(arguments, name).strip())
     ]
@@ -51,7 +51,7 @@ def request(arguments: argparse.Namespace) -> Request:
 
 
 def report(sweep_dir: Path) -> None:
-    """Fit and write the report of a sweep; a problem is told and does not change the exit code."""
+    """Fit and write the report of a sweep. A problem is reported and does not change the exit code."""
     from analysis.cli import main as analysis
 
     if analysis(["report", str(sweep_dir)]) != 0:

@@ -65,7 +65,7 @@ def test_a_local_launch_is_cancelled_and_goes_on_later(tmp_path: Path, capsys: p
     (run_dir,) = (path.parent for path in tmp_path.glob("t/*/config.yaml"))
     assert read_result(run_dir) is None and list((run_dir / "checkpoints").glob("step-*"))
     assert cancel.main([str(tmp_path / "t")]) == 0
-    assert capsys.readouterr().out == "nothing of it waits or runs\n"
+    assert capsys.readouterr().out == "nothing queued or running\n"
     assert cancel.main([str(tmp_path / "t"), "topk-n1"]) == 2
     assert "has no run topk-n1" in capsys.readouterr().err
 

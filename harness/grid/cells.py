@@ -1,7 +1,7 @@
 """Overrides to cells: every combination of swept values is one checked `Config`.
 
-Hydra composes once per combination of group choices; plain swept values are type-checked once each and put into the
-composed settings, so that ten thousand cells take seconds.
+Hydra composes once per combination of group choices. Other swept values are type-checked once each and put into the
+composed settings. Ten thousand cells take seconds.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _expand(overrides: Sequence[str]) -> list[_Combination]:
 
 
 def _with_values(base: dict[str, Any], values: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """`base` with dotted keys replaced; untouched sections are shared, not copied."""
+    """`base` with dotted keys replaced; other sections are shared, not copied."""
     settings = dict(base)
     for key, value in values:
         section, *path = key.split(".")
@@ -171,7 +171,7 @@ def _refusal(refused: Sequence[tuple[str, str]], total: int) -> str:
 def _build(cls: type, settings: Mapping[str, Any], prefix: str, shared: dict[int, Any]) -> Any:
     """The dataclass of typed settings; its `__post_init__` checks the values. Equals `config.from_container`.
 
-    `shared` holds what was built from which mapping: sections that cells have in common are built once.
+    `shared` maps the id of a mapping to what was built from it: sections that cells share are built once.
     """
     sections = nested_sections(cls)
     values: dict[str, Any] = {}
@@ -188,7 +188,7 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str, shared: dict[int
 
 
 def narrow_cells(cells: Sequence[Cell]) -> list[str]:
-    """Labels of cells with k > n/(4·E): allowed, but so few latents to choose from that they say little."""
+    """Labels of cells with k > n/(4·E): allowed, but they have few latents to choose from and say little."""
     return [
         cell.label for cell in cells if cell.config.sae.k * 4 * cell.config.sae.n_experts > cell.config.sae.n_latents
     ]

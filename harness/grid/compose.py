@@ -1,6 +1,6 @@
-"""Hydra as a grammar and a composer: `conf/` plus overrides give typed settings, errors are one readable line.
+"""Hydra as grammar and composer: `conf/` and overrides become typed settings, and errors become one readable line.
 
-Hydra's own multirun is not used: it can neither skip what is done nor resume (see `harness.grid.cells`).
+Hydra's own multirun is not used: it can neither skip finished runs nor resume (see `harness.grid.cells`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
 @contextmanager
 def hydra_session() -> Iterator[None]:
-    """Hydra initialised on `conf/`, with `Config` as the schema of everything composed inside the block."""
+    """Initialise Hydra on `conf/`, with `Config` as the schema of everything composed in the block."""
     if not CONF_DIR.is_dir():
         raise UserError(f"no configuration directory at {CONF_DIR}; install the project with `pip install -e .`")
     ConfigStore.instance().store(name="config_schema", node=Config)
@@ -43,7 +43,7 @@ def hydra_session() -> Iterator[None]:
 
 @functools.cache
 def groups() -> dict[str, list[str]]:
-    """Config groups and their options, as the files in `conf/` say."""
+    """Config group → its options, from the files in `conf/`."""
     return {
         folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
         for folder in sorted(CONF_DIR.iterdir())
@@ -74,7 +74,7 @@ def leaf_keys() -> frozenset[str]:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    """The part of a message that offers what may have been meant."""
+    """The part of a message that offers what the user may have meant."""
     tail = {key.rsplit(".", 1)[-1]: key for key in known}
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     close += [tail[name] for name in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(tail), n=2, cutoff=0.75)]
@@ -83,7 +83,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Parse and check keys and group names; of several overrides of one key the last one counts.
+    """Parse overrides and check keys and group names; the last override of a key wins.
 
     Call inside `hydra_session`. Raises `UserError`.
     """
@@ -131,7 +131,7 @@ def _check_name(override: Override, text: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The sentence of a Hydra or OmegaConf exception that says what is wrong, with the key it is about."""
+    """What a Hydra or OmegaConf exception says is wrong, with the key, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0] if lines else type(error).__name__
     if isinstance(error, OmegaConfBaseException) and error.full_key and error.full_key not in message:

@@ -28,7 +28,7 @@ class Study:
     sweep: str
     grids: tuple[Grid, ...]
     source: str
-    """How it was named: a study of `sweeps/`, or a path."""
+    """The name or the path by which it was loaded."""
 
 
 def study_names() -> list[str]:
@@ -100,8 +100,8 @@ def _key(override: str) -> str:
 def _replace_overrides(grids: Sequence[Grid], overrides: Sequence[str]) -> list[Grid]:
     """Put overrides of the command line into the grids of a study.
 
-    One replaces the same key in the grids that set it (so `sae.n_experts=4` reaches the Switch grid only); a key that
-    no grid sets goes to all of them.
+    An override replaces the same key in the grids that set it, so `sae.n_experts=4` reaches the Switch grid only. A key
+    that no grid sets goes to all grids.
     """
     set_by = [{_key(text) for text in grid.overrides} for grid in grids]
     anywhere = set().union(*set_by)

@@ -1,4 +1,4 @@
-"""Run runs one after the other in this process: each store is opened once, torch and the language model load once."""
+"""Train jobs one after the other on this machine. This process opens each store once and loads torch once."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from harness.record.run import Run
 from harness.terminal import Progress, duration, say
 
 WAIT_S = 2.0
-"""Between looks at a run that another process works on."""
+"""Between two looks at a run that another process trains."""
 
 
 class DiskFull(Exception):
-    """No space: going on with other cells would only fail in the same way."""
+    """No space is left: other cells would fail in the same way."""
 
 
 def _is_disk_full(error: Exception) -> bool:
-    """safetensors reports the operating system's errors as text in an exception of its own."""
+    """Whether an error means a full disk; safetensors wraps the system's errors as text in an exception of its own."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return isinstance(error, SafetensorError) and os.strerror(errno.ENOSPC) in str(error)
 
 
 def run_jobs(jobs: Sequence[Job], ended: Sequence[Run] = ()) -> int:
-    """Train what is not done, cheap cells first, and report each in a line. Returns the exit code of the contract.
+    """Train the jobs, cheap ones first, and report each run in a line. Returns the exit code of the contract.
 
-    `ended` are runs that were done or had diverged before. A job that raises is recorded as failed and the others go
-    on; one that failed earlier is tried again. A cell that another live process works on is left to it and waited for
-    at the end.
+    `ended` are the runs that ended before. If a job raises, its runs are recorded as failed and the others go on; runs
+    that failed earlier are tried again. Runs that another live process trains are left to it, and waited for at the
+    end.
     """
     sources: dict[str, Any] = {}
     with stop_on_signals() as stop:
@@ -71,7 +71,7 @@ def _unlucky(counts: Counter[str]) -> str:
 
 
 def _run_all(jobs: Sequence[Job], ended: Sequence[Run], sources: dict[str, Any], stop: StopFlag) -> dict[Path, str]:
-    """Status of every run by its directory. Raises `Interrupted`."""
+    """Run directory → status. Raises `Interrupted`."""
     statuses = {run.run_dir: run.status for run in ended}
     total = len(ended) + sum(len(job.runs) for job in jobs)
     if ended:
@@ -81,7 +81,7 @@ def _run_all(jobs: Sequence[Job], ended: Sequence[Run], sources: dict[str, Any],
         say(f"{share} {total} cells {what}")
     if retried := sum(run.status == "failed" for job in jobs for run in job.runs):
         say(f"{retried} failed earlier and will be tried again")
-    waiting, progress, elsewhere, told = deque(jobs), Progress(), 0, False
+    waiting, progress, elsewhere, announced = deque(jobs), Progress(), 0, False
     while waiting:
         if stop.requested:
             raise Interrupted
@@ -94,10 +94,10 @@ def _run_all(jobs: Sequence[Job], ended: Sequence[Run], sources: dict[str, Any],
         waiting.append(job)
         elsewhere += 1
         if elsewhere >= len(waiting):
-            if not told:
+            if not announced:
                 cells = sum(len(job.runs) for job in waiting)
                 say(f"{cells} cells are being trained by another process; waiting for it")
-                told = True
+                announced = True
             _wait(stop)
     return statuses
 

@@ -1,4 +1,4 @@
-"""Several ranks on one machine: started, watched, and ended together."""
+"""Start several ranks on this machine, watch them, and end them together."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from harness.process.signals import Interrupted, StopFlag
 
 POLL_S = 0.1
 GRACE_S = 20.0
-"""After one rank has ended badly, the others get this long to notice by themselves."""
+"""How long the other ranks have to notice by themselves that one has failed."""
 
 
 class RankFailed(RuntimeError):
-    """A rank ended before the run did."""
+    """A rank ended before the training did."""
 
 
 def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag) -> None:
     """Train the job in `home`, whose claims the caller holds, by dp·shard processes (`python -m harness.train home`).
 
-    Rank 0 shows its progress here; every rank's output is in `attempt_dir/rank<r>.log`. A stop is passed on as SIGTERM,
-    and `Interrupted` is raised when the ranks have saved. Raises `RankFailed`, naming the rank and its log, when one
-    dies; the others are ended first.
+    Rank 0 shows its progress here; the output of rank r goes to `attempt_dir/rank<r>.log`. A stop is passed on as
+    SIGTERM, and `Interrupted` is raised when the ranks have saved. If a rank dies, the others are ended and
+    `RankFailed` names the rank and its log.
     """
     world = config.mesh.ranks
     environment = rank_environment(world)
@@ -63,14 +63,16 @@ def rank_environment(world: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
-    # without a share for each, every rank would start a thread per core and they would wait for each other
+    # otherwise every rank would start a thread per core, and they would wait for each other
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world)))
     return environment
 
 
 def end_with_starter() -> None:
-    """In a rank that `train_on_ranks` started: leave at once when that process is gone, however it ended. It holds the
-    claims, and what is no longer claimed may be trained by somebody else. Its end is the end of standard input."""
+    """In a rank that `train_on_ranks` started: exit at once when that process has ended.
+
+    That process holds the claims; without them somebody else may train the runs. Standard input ends when it does.
+    """
     threading.Thread(target=_leave_at_end_of_input, name="starter", daemon=True).start()
 
 
@@ -87,16 +89,16 @@ def _free_port() -> int:
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]], logs: list[Path], stop: StopFlag) -> None:
-    told = False
+    stopping = False
     while True:
         codes = [process.poll() for process in ranks]
-        if told and -signal.SIGTERM in codes:  # it had not begun to listen, so it had nothing to save
+        if stopping and -signal.SIGTERM in codes:  # that rank did not listen yet, so it had nothing to save
             _wait(ranks, GRACE_S)
             raise Interrupted
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
         if failed:
             _wait(ranks, GRACE_S)
-            # the one that ended first is the cause; a killed one explains those that lost their peer
+            # a killed rank is the cause; the others failed because they lost it
             rank = min(failed, key=lambda r: (codes[r] or 0) > 0)
             raise RankFailed(
                 f"rank {rank} {_ending(codes[rank])}; its log is {logs[rank]}: {last_line(logs[rank]) or 'it is empty'}"
@@ -105,10 +107,10 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: list[Path], stop: StopFla
             if INTERRUPTED in codes:
                 raise Interrupted
             return
-        if stop.requested and not told:
+        if stop.requested and not stopping:
             for process in ranks:
                 process.send_signal(signal.SIGTERM)
-            told = True
+            stopping = True
         time.sleep(POLL_S)
 
 

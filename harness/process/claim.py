@@ -1,8 +1,8 @@
-"""Claiming a directory or a piece of work, so that two processes never do it at once.
+"""Claims: two processes never do the same piece of work at once.
 
-A claim is a small file that names its owner (host, process id and start time, job) and whose modification time is a
-heartbeat: its owner renews it. A dead owner on the same host is recognised at once, one on another host by a heartbeat
-that has stopped. The file system's own clock is the reference, so hosts need not agree on the time.
+A claim is a small file that names its owner (host, process id and start time, job). The owner renews its modification
+time as a heartbeat. A dead owner on the same host is recognised at once, one on another host when its heartbeat has
+stopped. Ages are measured by the clock of the file system, so hosts need not agree on the time.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Owner(NamedTuple):
 
     host: str
     machine: str
-    """Boot and process-id namespace, where the system tells: within one, a process id can be looked up."""
+    """Boot id and process-id namespace, if the system tells: inside one, a process id can be looked up."""
     pid: int
     started: float
     """Start time of the process in seconds since 1970: a process id alone may have been reused."""
     token: str
     """Distinguishes two claims of one process."""
     job: str = ""
-    """Of a batch system, as its own commands name it; empty outside one."""
+    """Job of a batch system, as its commands name it; empty outside one."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f", job {self.job}" if self.job else "")
@@ -56,8 +56,11 @@ class Claimed(OSError):
 
 
 class Claim:
-    """A claim that is held. If another process took it over, `lost` turns true and `on_lost` is called with its path,
-    by the thread that renews it: then leave the work alone."""
+    """A claim that is held.
+
+    If another process takes it over, `lost` turns true and the renewing thread calls `on_lost` with the path: this
+    process must then leave the work alone.
+    """
 
     def __init__(self, path: Path, owner: Owner, on_lost: Callable[[Path], None] | None = None) -> None:
         self._path, self._owner, self._on_lost = path, owner, on_lost
@@ -96,9 +99,9 @@ def claim(
 ) -> Iterator[Claim]:
     """Hold the claim file `path` (its directory must exist) for the duration of the block.
 
-    Held by somebody alive: raises `Claimed`, or with `wait` calls `on_wait` once and waits for the release or the
-    owner's death; `Interrupted` when `stop` is requested meanwhile. The owner's death is noticed at once on the same
-    host, after `STALE_S` seconds from another.
+    If a live process holds it, raises `Claimed`. With `wait` it calls `on_wait` once instead, and waits until the
+    owner releases the claim or dies; it raises `Interrupted` when `stop` is requested meanwhile. A death is noticed at
+    once on the same host, and after `STALE_S` seconds from another.
     """
     owner = _this_process()
     announced = False
@@ -120,7 +123,7 @@ def claim(
 
 
 def holder(path: Path) -> Owner | None:
-    """The live owner of a claim, for showing; None when there is none or it is dead."""
+    """The live owner of a claim; None when nobody holds it or its owner is dead."""
     owner = _read(path)
     return None if owner is None or _is_dead(path) else owner
 
@@ -130,7 +133,7 @@ def _try(path: Path, owner: Owner) -> bool:
         return True
     if not _is_dead(path):
         return False
-    # Of several processes that see the dead claim, the one that creates this file replaces it; the others look again.
+    # If several processes see the dead claim, the one that creates this file replaces it; the others look again.
     takeover = path.with_name(f"{path.name}.takeover")
     if not _create(takeover, owner):
         if _is_dead(takeover):
@@ -157,7 +160,7 @@ def _create(path: Path, owner: Owner) -> bool:
 
 
 def _read(path: Path) -> Owner | None:
-    """The owner; None when there is no claim, or its writer has not finished (or never did)."""
+    """The owner; None when there is no claim or it is only partly written."""
     try:
         return Owner(**json.loads(path.read_text()))
     except (FileNotFoundError, json.JSONDecodeError, TypeError):
@@ -184,8 +187,7 @@ def _runs(owner: Owner) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the claim was renewed, by the clock of the file system it lies on; by ours where nothing can be
-    written, as for somebody who only looks."""
+    """Seconds since the claim was renewed, by the clock of its file system; by ours if we cannot write there."""
     probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}.clock")
     try:
         probe.touch()

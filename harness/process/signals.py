@@ -1,4 +1,4 @@
-"""Asking a run to stop: a flag that is set by a signal and looked at between steps."""
+"""How a run is asked to stop: a signal sets a flag, and the loop reads it between steps."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 STOP, SAVE = 1, 2
-"""Bits that ranks agree on: somebody was asked to stop, it is time to save."""
+"""Bits that ranks agree on: a rank was asked to stop; it is time to save."""
 
 
 class Interrupted(Exception):
-    """The work was stopped on request, at a point from which it can be resumed."""
+    """The work stopped on request, at a point from which it can be resumed."""
 
 
 DEADLINE_MARGIN_S = 20.0
-"""Kept free before a time limit, beside the time that saving takes."""
+"""Seconds to keep free before a time limit, in addition to the time of a save."""
 
 
 class StopFlag:
-    """Set once, from a signal handler or another thread, or by a deadline; never cleared.
+    """Set once, by a signal handler, another thread or a deadline; never cleared.
 
-    `deadline` is the time (seconds since 1970) at which the process will be ended whatever it does; `lead_s` how long
-    before it to begin to save, 0 for twice the time that a save takes.
+    `deadline` is when the process will be killed, in seconds since 1970; `lead_s` is how long before it to begin to
+    save, or 0 for twice the time of a save.
     """
 
     def __init__(self, deadline: float | None = None, lead_s: float = 0.0) -> None:
         self._event = threading.Event()
         self._deadline, self._lead_s = deadline, lead_s
         self.reason = ""
-        """Why it was set, in a word or two."""
+        """Why the flag was set, in a word or two."""
 
     @property
     def requested(self) -> bool:
@@ -43,7 +43,7 @@ class StopFlag:
         self._event.set()
 
     def look_at_deadline(self, save_s: float) -> None:
-        """Set the flag when no more time is left than a save needs that takes `save_s` seconds."""
+        """Set the flag if the time left only suffices for a save of `save_s` seconds."""
         lead = self._lead_s or 2 * save_s + DEADLINE_MARGIN_S
         if self._deadline is not None and time.time() > self._deadline - lead:
             self.request("time limit")
@@ -53,7 +53,7 @@ class StopFlag:
 def stop_on_signals(deadline: float | None = None, lead_s: float = 0.0) -> Iterator[StopFlag]:
     """Turn SIGINT, SIGTERM and SIGUSR1 into a `StopFlag` for the duration of the block.
 
-    A second SIGINT leaves at once: everything on disk is whole at every moment, so nothing saved is lost.
+    A second SIGINT exits at once: files on disk are whole at every moment, so nothing saved is lost.
     """
     flag = StopFlag(deadline, lead_s)
 

@@ -1,4 +1,4 @@
-"""What stops one rank stops all: none waits for one that has left."""
+"""If one rank raises, all raise."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from harness.process.signals import Interrupted
 
 @contextmanager
 def together(shards: Shards) -> Iterator[None]:
-    """A piece of work, the same or not on every rank, at whose end all ranks meet.
+    """Run a block on every rank; all ranks meet at its end.
 
-    Raises what the block raised here. On the ranks where it raised nothing: `Interrupted` when it was interrupted on
-    another one, `OSError` when something else went wrong there.
+    Raises what the block raised on this rank. If it raised nothing here but something on another rank, raises
+    `Interrupted` if that was `Interrupted`, else `OSError`.
     """
     problem: Exception | None = None
     try:

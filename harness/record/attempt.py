@@ -21,19 +21,19 @@ from harness.record.provenance import collect, command_line, now
 from harness.record.rundir import attempts, claim_path
 
 END_TIME = "HARNESS_END_TIME"
-"""Environment variable of the ranks: when their job will be ended whatever they do, in seconds since 1970."""
+"""Environment variable of the ranks: when their job will be killed, in seconds since 1970."""
 
 
 class Attempt(NamedTuple):
     log: Path
-    """Everything that is logged; for a pack in the pack's directory."""
+    """The log; that of a pack lies in the pack's directory."""
     numbers: dict[Path, int]
-    """Which start this is, by run directory."""
+    """Run directory → number of this attempt."""
 
 
 @contextmanager
 def claimed(run_dirs: Sequence[Path]) -> Iterator[None]:
-    """Hold the claims of all runs of a job. Raises `Claimed` when a live process has one of them."""
+    """Hold the claims of all runs of a job. Raises `Claimed` when a live process holds one of them."""
     with ExitStack() as stack:
         for run_dir in run_dirs:
             stack.enter_context(claim(claim_path(run_dir), on_lost=_leave))
@@ -41,14 +41,14 @@ def claimed(run_dirs: Sequence[Path]) -> Iterator[None]:
 
 
 def _leave(path: Path) -> None:
-    """Somebody took this process for dead (it was suspended, or cut off from its disk) and trains the run now."""
+    """Exit: another process took this one for dead (it was suspended, or lost its disk) and trains the run now."""
     print(f"error: {path} was taken over by another process; leaving the run to it", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)
 
 
 @contextmanager
 def attempt_log(run_dir: Path, header: str) -> Iterator[Path]:
-    """A new `attempts/<n>/log.txt` that receives all logging and warnings, and the traceback if the block raises."""
+    """Open a new `attempts/<n>/log.txt`. It receives all logging, and the traceback if the block raises."""
     path = run_dir / names.ATTEMPTS / str(attempts(run_dir) + 1) / names.LOG
     path.parent.mkdir(parents=True)
     handler = logging.FileHandler(path, encoding="utf-8")
@@ -62,7 +62,7 @@ def attempt_log(run_dir: Path, header: str) -> Iterator[Path]:
         log.info(header)
         yield path
     except Interrupted:
-        log.info("stopped; what is saved goes on with the next start")
+        log.info("stopped; the next start goes on from what is saved")
         raise
     except BaseException:
         log.info("the run ended with an exception\n%s", traceback.format_exc())
@@ -75,7 +75,7 @@ def attempt_log(run_dir: Path, header: str) -> Iterator[Path]:
 
 @contextmanager
 def attempt(home: Path, run_dirs: Sequence[Path]) -> Iterator[Attempt]:
-    """A new attempt at the runs of the job in `home`, logged until the block ends. The caller holds the claims."""
+    """Begin a new attempt at the job in `home` and log it until the block ends. The caller holds the claims."""
     with attempt_log(home, f"{', '.join(path.name for path in run_dirs)}: {command_line()}") as log:
         numbers = {}
         for run_dir in run_dirs:
@@ -90,7 +90,7 @@ def attempt(home: Path, run_dirs: Sequence[Path]) -> Iterator[Attempt]:
 
 
 def write_provenance(run_dirs: Sequence[Path], *, store_id: str, ops: str, mesh: dict[str, int]) -> dict[str, Any]:
-    """`provenance.json` of every run: the process that calls it is the one that trains, or that starts its ranks."""
+    """Write `provenance.json` of every run; called by the process that trains, or that starts the ranks."""
     provenance = collect(store_id=store_id, ops=ops, mesh=mesh)
     for run_dir in run_dirs:
         write_json_atomic(run_dir / names.PROVENANCE, provenance)
@@ -98,7 +98,7 @@ def write_provenance(run_dirs: Sequence[Path], *, store_id: str, ops: str, mesh:
 
 
 def write_ended(attempt_dirs: Sequence[Path], *, outcome: str, reason: str, step: int | None, requeued: bool) -> None:
-    """`ended.json` of attempts that did not finish: why, at which saved step, and whether they go on by themselves."""
+    """Write `ended.json` of attempts that stopped: why, at which saved step, and whether they are queued again."""
     ended = {"outcome": outcome, "reason": reason, "step": step, "requeued": requeued, "time": now()}
     for directory in attempt_dirs:
         write_json_atomic(directory / names.ENDED, ended)

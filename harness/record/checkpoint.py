@@ -1,8 +1,8 @@
 """Checkpoints: torch.distributed.checkpoint with safetensors storage (nothing is unpickled), on any mesh.
 
 `checkpoints/step-0000001234/` holds one safetensors file per rank and `marker.json` (step, format, run, mesh, versions,
-size and hash of every file), written last into a directory that is then renamed into place: what has a name is whole.
-The previous checkpoint goes only when the new one stands.
+size and hash of every file). The marker is written last, and the directory is then renamed into place: a directory with
+its final name is whole. The previous checkpoint is removed only after that.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from harness.parallel import Shards
 from harness.process.together import together
 
 FORMAT = 3
-"""Raised when the content changes so that older checkpoints cannot be continued."""
+"""Raise it when older checkpoints can no longer be continued."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The one to go on from, or, with step 0 and no directory, only what was refused."""
+    """The checkpoint to go on from; with step 0 and no directory, only the ones that were refused."""
 
     step: int
     directory: Path | None
     extra: dict[str, Any]
     refused: tuple[str, ...]
-    """One line for each newer checkpoint that was passed over, with the reason."""
+    """A line per newer checkpoint that was refused, with the reason."""
 
 
 def _directories(root: Path) -> list[Path]:
@@ -50,7 +50,7 @@ def _directories(root: Path) -> list[Path]:
 @contextmanager
 def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
-        # it assumes a single process, which is what we ask for
+        # it assumes a single process, which is what we want
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
@@ -58,10 +58,10 @@ def _quietly() -> Iterator[None]:
 def save_checkpoint(
     root: Path, step: int, views: Mapping[str, Tensor], extra: dict[str, Any], run_id: str, shards: Shards
 ) -> None:
-    """Write the state after `step` completed steps and drop older ones; called by all ranks.
+    """Write the state after `step` completed steps and remove older checkpoints; called by all ranks.
 
-    `views` are whole tensors, or this rank's part as a DTensor (`Shards.global_view`). Raises `OSError` on every rank,
-    naming the directory, when the disk is too full; the previous checkpoint then still stands.
+    `views` are whole tensors, or this rank's part as a DTensor (`Shards.global_view`). If the disk is too full, raises
+    `OSError` on every rank, naming the directory; the previous checkpoint is then still there.
     """
     final = root / f"step-{step:010d}"
     beside = root / f".{final.name}.tmp"
@@ -72,7 +72,7 @@ def save_checkpoint(
             if not stands:
                 _prepare(root, beside, views)
     if int(shards.sum_(torch.tensor(int(stands)), "all", "scalars")):
-        return  # the one that this attempt began from: replacing it would leave a moment without any
+        return  # this attempt began from it; replacing it would leave a moment without any checkpoint
     with together(shards):
         with _quietly():
             writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
@@ -83,7 +83,7 @@ def save_checkpoint(
 
 def _prepare(root: Path, beside: Path, views: Mapping[str, Tensor]) -> None:
     root.mkdir(exist_ok=True)
-    for torn in root.glob(".step-*.tmp"):  # what kills have left
+    for torn in root.glob(".step-*.tmp"):  # left by kills
         shutil.rmtree(torn)
     needed = sum(view.numel() * view.element_size() for view in views.values())
     free = shutil.disk_usage(root).free
@@ -130,7 +130,7 @@ def _read_marker(directory: Path) -> dict[str, Any]:
 
 
 def _problem(directory: Path, run_id: str) -> str | None:
-    """Why the checkpoint cannot be continued; None when it can."""
+    """Why the checkpoint cannot be continued, or None."""
     try:
         marker = _read_marker(directory)
         if marker["format"] != FORMAT:
@@ -151,9 +151,9 @@ def _problem(directory: Path, run_id: str) -> str | None:
 
 
 def find_checkpoint(root: Path, run_id: str, shards: Shards) -> Checkpoint | None:
-    """The newest checkpoint that is whole, of this format and this run; None if there is none at all.
+    """The newest whole checkpoint of this format and this run; None if there is no checkpoint at all.
 
-    Rank 0 looks and decides for all.
+    Rank 0 decides for all.
     """
     refused: list[str] = []
     chosen = -1
@@ -171,11 +171,11 @@ def find_checkpoint(root: Path, run_id: str, shards: Shards) -> Checkpoint | Non
 
 
 def load_tensors(directory: Path, views: Mapping[str, Tensor], shards: Shards) -> None:
-    """Read the checkpoint in `directory` into `views`, in place, whatever mesh wrote it; called by all ranks."""
+    """Read the checkpoint in `directory` into `views`, in place; any mesh may have written it. Called by all ranks."""
     with _quietly():
         load(dict(views), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=shards.size == 1)
 
 
 def remove_checkpoints(root: Path) -> None:
-    """Drop all checkpoints of a finished run."""
+    """Remove all checkpoints of a finished run."""
     shutil.rmtree(root, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per line, the complete record of a run; dashboards mirror it."""
+"""`metrics.jsonl`: the complete record of a run, one JSON object per line. Dashboards mirror it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from harness.files import write_text_atomic
 
 
 class MetricsFile:
-    """Appends lines to `metrics.jsonl`; each is written through to the file at once.
+    """Appends lines to `metrics.jsonl`; each reaches the file at once.
 
-    Values that JSON does not have (NaN, infinity) become null. Open it after `cut_back` when a run is resumed.
+    NaN and infinity, which JSON lacks, become null. When a run is resumed, call `cut_back` before opening it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,12 +26,12 @@ class MetricsFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """Return when everything appended is on the disk; called before a checkpoint that relies on it."""
+        """Return when everything appended is on the disk. Called before a checkpoint that relies on it."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def position(self) -> int:
-        """Bytes of the lines appended so far: where a resumed run cuts the file."""
+        """Bytes of the lines so far: a resumed run cuts the file here."""
         self._file.flush()
         return self._file.tell()
 
@@ -65,7 +65,7 @@ def _finite(value: Any) -> Any:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All lines of a record; empty when there is none. A torn last line (a kill while writing) is left out.
+    """All lines of a record; empty when there is none. A torn last line (from a kill) is left out.
 
     Raises `ValueError` naming the line when a line before the last is not JSON.
     """
@@ -106,8 +106,10 @@ def last(path: Path, tail_bytes: int = 8192) -> dict[str, Any]:
 
 
 def cut_back(path: Path, position: int) -> None:
-    """Drop what was appended after `position`, which is `MetricsFile.position` of when the checkpoint was saved that a
-    run goes on from, and a torn last line."""
+    """Remove everything after `position`, and a torn last line.
+
+    `position` is what `MetricsFile.position` returned when the checkpoint was saved from which the run goes on.
+    """
     if not path.exists():
         return
     content = path.read_bytes()[:position]

@@ -1,4 +1,4 @@
-"""What a run's record should say beside its numbers, such as a checkpoint that was refused: kept over all attempts."""
+"""Notes of a run, such as a checkpoint that was refused. They are kept over all attempts."""
 
 from __future__ import annotations
 

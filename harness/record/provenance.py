@@ -1,4 +1,4 @@
-"""Where a result comes from: code, versions, machine, command. Written once per run directory and start."""
+"""Where a result comes from: code, versions, machine, command. Written at every start of a run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def command_line() -> str:
 
 @functools.cache
 def git_state() -> dict[str, Any]:
-    """Commit and dirty flag of the code that runs; both None when it is not in a git checkout."""
+    """Commit and dirty flag of this code; both None outside a git checkout."""
     root = Path(__file__).resolve().parents[2]
     unknown: dict[str, Any] = {"sha": None, "dirty": None}
     git = shutil.which("git")
@@ -104,7 +104,7 @@ def versions() -> dict[str, str | None]:
 
 
 def collect(*, store_id: str, ops: str, mesh: dict[str, int]) -> dict[str, Any]:
-    """Everything that is known about the present process and that could matter to a result."""
+    """Everything about this process that could matter to a result."""
     import torch
 
     return {

@@ -31,10 +31,10 @@ def read_config(run_dir: Path) -> Config:
 
 
 def freeze(run_dir: Path, config: Config) -> None:
-    """Write the complete configuration into `run_dir`, which is made when missing.
+    """Write the complete configuration into `run_dir`, which is made if missing.
 
-    A directory that already holds a configuration must agree with it in every scientific setting (else `UserError`);
-    the others, such as the tracker or the number of threads, may differ from one start to the next and are rewritten.
+    If the directory holds a configuration already, all scientific settings must agree with it, else `UserError` is
+    raised. Other settings, such as the tracker or the number of threads, may change between starts and are rewritten.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / names.CONFIG
@@ -43,7 +43,7 @@ def freeze(run_dir: Path, config: Config) -> None:
         if frozen == config:
             return
         before, now = science(frozen), science(config)
-        # The run's name contains the content hash of its store; the same store may be asked for in several ways.
+        # the name of the run contains the id of its store; several settings may mean the same store
         before.pop("activations", None)
         now.pop("activations", None)
         if different := list(_differences(before, now)):

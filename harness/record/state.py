@@ -1,4 +1,4 @@
-"""What became of a run, from its files alone."""
+"""The state of a run, read from its files alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.record.result import FINAL, read_result
 from harness.record.rundir import attempts, claim_path
 
 STATES = ("failed", "diverged", "running", "preempted", "interrupted", "pending", "done")
-"""The most urgent first. `preempted`: stopped, and starts again by itself; `interrupted`: only when it is launched."""
+"""The most urgent first. A `preempted` run starts again by itself, an `interrupted` one only when launched again."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class RunState:
     """One of `STATES`."""
     result: dict[str, Any] | None
     host: str | None = None
-    """Machine of the process that works on it now."""
+    """Machine of the process that trains it now."""
     ended: dict[str, Any] | None = None
-    """How the newest attempt ended, if it left word: `outcome`, `reason`, `step`, `requeued`, `time`."""
+    """How the newest attempt ended, see `attempt.read_ended`; None if it left no record."""
 
     @property
     def final(self) -> bool:

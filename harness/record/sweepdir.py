@@ -11,6 +11,12 @@ from harness.files import write_json_atomic
 from harness.record import names
 
 
+def require_sweep(sweep_dir: Path) -> None:
+    """Raises `UserError` unless the directory exists."""
+    if not sweep_dir.is_dir():
+        raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
+
+
 def read_study(sweep_dir: Path) -> dict[str, Any] | None:
     """What the sweep was asked for: `name`, `question`, `title`, `law`, `study`, `overrides`, `command`, `time`, and
     `runs`, a list of run_ids. None when the directory has no `study.json`. Raises `UserError` when it is damaged."""

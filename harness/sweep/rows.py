@@ -14,7 +14,7 @@ from harness.record.job import pack_sizes, packs_root
 from harness.record.notes import read_notes
 from harness.record.rundir import attempts, read_config
 from harness.record.state import RunState, newest_metrics, state_of
-from harness.record.sweepdir import read_plan, read_study
+from harness.record.sweepdir import read_plan, read_study, require_sweep
 
 Row = dict[str, Any]
 
@@ -46,8 +46,7 @@ def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row
 
 def begun_runs(sweep_dir: Path) -> dict[str, bool]:
     """Every run that was asked for or exists in `sweep_dir`, and whether it has a directory. Raises `UserError`."""
-    if not sweep_dir.is_dir():
-        raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
+    require_sweep(sweep_dir)
     begun = {path.parent.name for path in sweep_dir.glob(f"*/{names.CONFIG}")}
     study = read_study(sweep_dir)
     asked_for: list[str] = study["runs"] if study else []

@@ -1,4 +1,4 @@
-"""Held-out error: fvu with its standard error, in float32 or better, never touching a counter of the training."""
+"""Held-out error: fvu with its standard error, in float32 or better. It changes no counter of the training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Evaluation:
     fvu_se: float
     """Standard error of `fvu`, rows clustered by document."""
     fvu_raw: float | None
-    """The same ratio in the model's own units; only where normalisation is per token (else it equals `fvu`)."""
+    """The same ratio in the model's own units; only if normalisation is per token (else it equals `fvu`)."""
     mse: float
     """Squared error per token, summed over d, in the model's own units."""
     l0: float
@@ -43,9 +43,10 @@ def evaluate(
     row_limits: tuple[int, ...],
     runtime: Runtime,
 ) -> list[Evaluation] | None:
-    """One `Evaluation` for each prefix of the held-out rows in `row_limits`, from one pass; None if stopped.
+    """One `Evaluation` per prefix of the held-out rows, from one pass; None if stopped.
 
-    A `row_limits` beyond the held-out rows means all of them. `params` are used as they are, in their precision.
+    `row_limits` are the lengths of the prefixes; a length beyond the held-out rows means all of them. The products run
+    in the precision of `params`.
     """
     shards, device, dtype = runtime.shards, runtime.device, params["W_dec"].dtype
     mean = normalised_mean(normalizer, source.statistics(normalizer.rule == "layernorm")).to(device, dtype)
@@ -55,7 +56,7 @@ def evaluate(
     documents: list[Tensor] = []
     seen = 0
     for number, (raw, document) in enumerate(source.heldout(EVALUATION_BATCH)):
-        # ranks hear the answer one call late, so a request to save from before may arrive here: it is made again
+        # ranks get the answer one call late, so an earlier request to save may arrive here; it will be repeated
         if shards.agree(STOP * runtime.stop.requested) & STOP:
             return None
         span = slice(seen, min(seen + raw.shape[0], most))
@@ -85,14 +86,14 @@ def _fill(
     raw_mean: Float[Tensor, " d"],
     runtime: Runtime,
 ) -> None:
-    """This rank's part of `_COLUMNS`; summed over all ranks they are whole."""
+    """This rank's part of `_COLUMNS`; the sum over all ranks is complete."""
     x = normalizer(raw, params["W_dec"].dtype)
     shards = runtime.shards
     run = forward(sae, params, params, x, shards, runtime.ops)
     own = slice(None) if run.routing.order is None else run.routing.order
     unit = normalizer.squared_unit(raw).to(x.dtype)
     columns[4, own] = (run.codes.values > 0).sum(dim=1).to(x.dtype)
-    # the ranks of a TopK replica hold the same error, those of a Switch each its own tokens'
+    # the ranks of a TopK replica hold the same errors, those of a Switch replica the errors of their own tokens
     if sae.routed or shards.shard_rank == 0:
         columns[0, own] = run.squared
         columns[2] = columns[0] * unit
@@ -109,7 +110,7 @@ def _summary(
     fvu = error / baseline
     _, cluster = torch.unique(document, return_inverse=True)
     count = int(cluster.max()) + 1
-    # ratio estimator: the linearised residual of each document (a cluster) carries the variance
+    # ratio estimator: the variance is that of the linearised residual per document (a cluster)
     residual = torch.zeros(count, dtype=torch.float64).index_add_(0, cluster, errors - fvu * baselines)
     spread = count / max(1, count - 1) * float(residual.square().sum())
     return Evaluation(
@@ -124,7 +125,7 @@ def _summary(
 
 @functools.lru_cache(maxsize=4)
 def _explained_share(source: ActivationSource, normalizer: Normalizer) -> Float[Tensor, " d"]:
-    """Share of the held-out rows' squared distance to the training mean in the k largest directions, by k − 1."""
+    """At k − 1: share of the held-out squared distance to the training mean that the k largest directions explain."""
     mean = normalised_mean(normalizer, source.statistics(normalizer.rule == "layernorm"))
     moment = torch.zeros(source.d_model, source.d_model, dtype=torch.float64)
     for raw, _ in source.heldout(EVALUATION_BATCH):
@@ -135,6 +136,8 @@ def _explained_share(source: ActivationSource, normalizer: Normalizer) -> Float[
 
 
 def pca_fvu(source: ActivationSource, normalizer: Normalizer, rank: int) -> float:
-    """fvu of the best rank-k linear reconstruction of the held-out rows around the training mean: an anchor that no
-    dictionary is needed for. float64, computed once per source."""
+    """fvu of the best linear reconstruction of rank `rank` around the training mean: an anchor without any dictionary.
+
+    In float64, computed once per source.
+    """
     return float(1 - _explained_share(source, normalizer)[min(rank, source.d_model) - 1])

@@ -1,4 +1,4 @@
-"""One training step as a CUDA graph: recorded once, then started with a single call, without Python in between."""
+"""A training step as a CUDA graph: recorded once, then replayed with a single call."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 WARM_UP = 3
-"""Steps taken on the recording's stream first: they compile kernels and make the allocations that stay."""
+"""Steps on the recording's stream before recording: they compile kernels and make lasting allocations."""
 
 
 class StepGraph:
-    """Calls `compute(batch)`, from the fourth time on by replaying what it did on the device.
+    """Calls `compute(batch)`; from the fourth call on it replays the recorded device work.
 
-    `compute` must always do the same device work on the same tensors, and neither wait for the device nor change
-    anything on the host. Every call does one step: recording itself executes nothing.
+    `compute` must always do the same device work on the same tensors. It must not wait for the device or change
+    anything on the host. Every call does one step: recording executes nothing.
     """
 
     def __init__(self, compute: Callable[[Float[Tensor, "tokens d"]], None], like: Float[Tensor, "tokens d"]) -> None:
@@ -26,7 +26,7 @@ class StepGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def fits(self, batch: Float[Tensor, "tokens d"]) -> bool:
-        """Whether `batch` has the size and type that was recorded."""
+        """Whether `batch` has the recorded shape and dtype."""
         return batch.shape == self._batch.shape and batch.dtype == self._batch.dtype
 
     def __call__(self, batch: Float[Tensor, "tokens d"]) -> None:

@@ -35,11 +35,11 @@ class Member:
     together: int = 1
     """Runs of its job, which share a stream."""
     evaluations: dict[int, float] = field(default_factory=dict)
-    """fvu of the first `eval_rows` held-out rows by completed steps: the curve that decides on convergence."""
+    """Completed steps → fvu of the first `eval_rows` held-out rows: the curve that decides on convergence."""
     status: str = ""
     """Empty while it trains, then `done` or `diverged`."""
     diverged_at: int | None = None
-    """Completed steps when something was not finite any more."""
+    """Completed steps when the loss or the held-out error first was not finite."""
     final: Evaluation | None = None
     converged: bool = False
 
@@ -53,7 +53,7 @@ class Member:
 
     @functools.cached_property
     def evaluation_steps(self) -> frozenset[int]:
-        """Asked at every step, so worked out once."""
+        """Worked out once, because every step asks."""
         return evaluation_steps(self.config, self.state.last)
 
     def open_stream(self, runtime: Runtime) -> Stream:
@@ -62,7 +62,7 @@ class Member:
         return self.source.stream(seed, batch_tokens, runtime.device, shards.dp_rank, shards.dp)
 
     def between_steps(self, runtime: Runtime) -> None:
-        """Log, evaluate and end, whatever is due at this step; what was done at this step is not done again."""
+        """Log, evaluate and end, if due at this step. Nothing is done twice at one step."""
         state = self.state
         at_end = state.done >= state.last
         evaluation_due = at_end or state.done in self.evaluation_steps
@@ -84,7 +84,7 @@ class Member:
             if evaluation is None:
                 return
             if not math.isfinite(evaluation.fvu):
-                # the batches never saw it, a held-out row did
+                # no batch was affected, but a held-out row was
                 self.status, self.diverged_at = "diverged", state.done
                 return
             self.final = evaluation
@@ -102,8 +102,10 @@ class Member:
         return until == "convergence" and has_converged(self.config, self.evaluations, self.state.done)
 
     def _evaluate(self, runtime: Runtime, whole: bool) -> Evaluation | None:
-        """Held-out error of the first `eval_rows` rows, which goes into `evaluations`, or with `whole` of all rows;
-        None if stopped."""
+        """Held-out error of the first `eval_rows` rows, or of all rows with `whole`; None if stopped.
+
+        The error of the first rows goes into `evaluations` in both cases.
+        """
         state, begun = self.state, time.monotonic()
         limits = (self.config.train.eval_rows, self.source.heldout_rows) if whole else (self.config.train.eval_rows,)
         result = evaluate(state.sae, self.weights(), self.source, state.normalizer, limits, runtime)
@@ -115,11 +117,11 @@ class Member:
         return result[-1]
 
     def weights(self) -> Params:
-        """The weights that count: the moving average if there is one."""
+        """The weights to evaluate and save: the moving average if there is one."""
         return self.state.optimizer.averaged(self.state.done)
 
     def recovery(self, shards: Shards) -> dict[str, float]:
-        """How much of a known dictionary the decoder has found; nothing where there is none."""
+        """How much of a known dictionary the decoder has recovered; empty without one."""
         truth = self.source.dictionary
         return {} if truth is None else recovered(shards.gather(self.weights()["W_dec"]).float().cpu(), truth)
 
@@ -129,7 +131,7 @@ class Member:
         self.progress.update(line["tokens"], line)
 
     def counters(self, ops_name: str) -> dict[str, Any]:
-        """What a checkpoint holds beside the tensors."""
+        """What a checkpoint holds in addition to the tensors."""
         evaluations = list(self.evaluations.items())
         return {
             "scalars": self.state.scalars(),
@@ -139,6 +141,6 @@ class Member:
         }
 
     def restore(self, counters: dict[str, Any], shards: Shards) -> None:
-        """Go on from a checkpoint whose tensors have been read into the state."""
+        """Go on from a checkpoint; its tensors have been read into the state already."""
         self.state.restore(counters["scalars"], shards)
         self.evaluations = dict(counters["evaluations"])

@@ -1,4 +1,4 @@
-"""The order of an update (design): project W_dec's gradient, clip the global norm, Adam, unit norm, EMA."""
+"""One update, in this order: project the gradient of W_dec, clip the global norm, Adam, unit norm, EMA."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ UNIT_ROWS = "W_dec"
 
 
 class Optimizer:
-    """Adam over the parameters of one SAE, with the weights' low-precision copies and their moving average."""
+    """Adam over the parameters of one SAE, the low-precision copies of the weights, and their moving average."""
 
     def __init__(self, sae: Sae, params: Params, config: TrainConfig, compute_dtype: torch.dtype) -> None:
         self.sae, self.params, self.config = sae, params, config
         self.grads: Params = {name: torch.zeros_like(value) for name, value in params.items()}
-        # b_dec's gradient is made from b_enc's, so there is one even without an encoder bias
+        # the gradient of b_dec is computed from that of b_enc, so it exists even without an encoder bias
         self.grads.setdefault("b_enc", params["W_enc"].new_zeros(params["W_enc"].shape[0]))
         self.moments = {name: AdamState(torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items()}
         self.average: Params = {n: torch.zeros_like(p) for n, p in params.items()} if config.ema else {}
         self.compute: Params = {name: params[name].to(compute_dtype) for name in ("W_enc", "W_dec")}
         self.rates: Float[Tensor, " two"] | None = None
-        """The rates of the next update on the device, for a step that is a graph; `set_rates` writes them."""
+        """The rates of the next update on the device, for a step as a CUDA graph; written by `set_rates`."""
 
     def refresh_copies(self) -> None:
-        """Bring the low-precision copies up to date after the parameters were loaded."""
+        """Update the low-precision copies after the parameters were loaded."""
         for name, copy in self.compute.items():
             copy.copy_(self.params[name])
 
@@ -42,7 +42,7 @@ class Optimizer:
         return Hyper(lr, config.adam_beta1, config.adam_beta2, config.adam_eps, number, rates=self.rates)
 
     def set_rates(self, lr: float, number: int) -> None:
-        """Prepare `rates`, if there are any, for update number `number`; without waiting for the device."""
+        """Prepare `rates`, if used, for update number `number`, without waiting for the device."""
         if self.rates is not None:
             for place, value in enumerate(self._hyper(lr, number).corrected()):
                 self.rates[place].fill_(value)
@@ -50,8 +50,10 @@ class Optimizer:
     def apply(
         self, lr: float, number: int, finite: Bool[Tensor, ""], runtime: Runtime
     ) -> tuple[Bool[Tensor, ""], Float[Tensor, ""] | None]:
-        """Update number `number` (from 1). Withheld, on the device, where `finite` is false or the gradient norm is
-        not finite. Returns whether it was made, and the gradient norm before clipping if there is a limit."""
+        """Make update number `number` (from 1), unless `finite` is false or the gradient norm is not finite.
+
+        The decision is made on the device. Returns it, and the gradient norm before clipping if there is a limit.
+        """
         config, norm, scale = self.config, None, None
         if config.clip_norm:
             runtime.ops.project(self.params[UNIT_ROWS], self.grads[UNIT_ROWS])
@@ -77,8 +79,10 @@ class Optimizer:
         return (local + torch.stack(squares["replicated"]).sum()).sqrt()
 
     def averaged(self, updates: int) -> Params:
-        """The weights to evaluate and save: the bias-corrected average, decoder rows at norm 1 again; without an
-        average, or before the first update, the weights themselves."""
+        """The weights to evaluate and save: the bias-corrected average with decoder rows renormalised to 1.
+
+        Without an average, or before the first update, these are the weights themselves.
+        """
         if not self.average or not updates:
             return self.params
         corrected = {name: value / (1 - self.config.ema**updates) for name, value in self.average.items()}
@@ -86,7 +90,7 @@ class Optimizer:
         return corrected
 
     def state(self) -> dict[str, Tensor]:
-        """Everything the trajectory depends on, by name; the tensors themselves, not copies."""
+        """Name → tensor for everything that the trajectory depends on; the tensors themselves, not copies."""
         tensors = {f"params.{name}": value for name, value in self.params.items()}
         for name, moments in self.moments.items():
             tensors |= {f"adam_mean.{name}": moments.mean, f"adam_square.{name}": moments.square}

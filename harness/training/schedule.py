@@ -1,4 +1,4 @@
-"""What happens at which step: learning rate, evaluations, convergence. Pure functions of the configuration."""
+"""When things happen: learning rate, evaluations, convergence. Pure functions of the configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HALVINGS_PER_DOUBLING = 4
 """With `until=convergence`: evaluations per doubling of the tokens."""
 
 FIRST_EVALUATION_STEP = 16
-"""No evaluation of a convergence run comes before this step."""
+"""Runs to convergence have no evaluation before this step."""
 
 
 def lr_at(config: Config, step: int, last: int) -> float:
@@ -27,10 +27,10 @@ def lr_at(config: Config, step: int, last: int) -> float:
 
 
 def evaluation_steps(config: Config, last: int) -> frozenset[int]:
-    """Numbers of completed steps after which the held-out rows are looked at, `last` excluded.
+    """The numbers of completed steps after which the SAE is evaluated, `last` excluded.
 
-    Evenly spaced in log tokens, two per doubling (four with `until=convergence`), so that every evaluation but the
-    first few has one at half its tokens.
+    They are evenly spaced in log tokens, two per doubling (four with `until=convergence`): all but the first few
+    evaluations have another one at half their tokens.
     """
     if config.train.until == "convergence":
         steps = (round(last * 2 ** (-j / HALVINGS_PER_DOUBLING)) for j in range(1, 200))
@@ -42,8 +42,8 @@ def evaluation_steps(config: Config, last: int) -> frozenset[int]:
 def has_converged(config: Config, evaluations: Mapping[int, float], done: int) -> bool:
     """Whether held-out fvu improved by less than ε, relative, over the last doubling of tokens.
 
-    `evaluations` maps completed steps to fvu, always of the same rows. Never true with a decaying learning rate
-    (it ends where it ends), nor while the earlier of the two points lies in the warm-up.
+    `evaluations` maps completed steps to fvu, always of the same rows. Never true with a decaying learning rate, nor
+    while the earlier of the two points lies in the warm-up.
     """
     train = config.train
     if train.decay_fraction or done not in evaluations:

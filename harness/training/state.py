@@ -36,7 +36,7 @@ from harness.training.schedule import lr_at
 MASTER = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 INIT_ROWS = 4096
-"""Rows of the store's sample that set the encoder's initial scale."""
+"""Rows of the sample that set the initial scale of the encoder."""
 
 _SUMS = ("loss", "fvu_train", "aux_loss", "balance", "l0", "router_entropy", "grad_norm", "n_dead")
 
@@ -52,17 +52,17 @@ class TrainState:
     last: int
     """Steps that the budget buys."""
     silent: Tensor
-    """Tokens since each local latent last fired, global tokens, int64."""
+    """Global tokens since each local latent last fired, int64."""
     fire_counts: Tensor
-    """Tokens each local latent fired on since the start, int64."""
+    """Tokens on which each local latent has fired since the start, int64."""
     dead: Tensor
-    """Which local latents AuxK uses until the next refresh, bool."""
+    """The local latents that AuxK uses until the next refresh, bool."""
     sums: Tensor
     """Sums over the steps since the last log line, float64: see `_SUMS`, then each expert's share."""
     bad_step: Tensor
-    """Number of completed steps when the loss first was not finite; −1 while all is well. int64."""
+    """Completed steps when the loss first was not finite; −1 while it is finite. int64."""
     number: Tensor
-    """`done` on the device, int64."""
+    """`done`, on the device, int64."""
     done: int = 0
     summed_steps: int = 0
     wall_s: float = 0.0
@@ -97,7 +97,7 @@ class TrainState:
         return self.elapsed() - self.eval_s
 
     def train_step(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
-        """One step on this replica's rows of the batch. No host synchronisation outside the AuxK refresh."""
+        """One step on this replica's rows of the batch. It synchronises with the host only when AuxK is refreshed."""
         sae = self.sae
         if self.done % self.config.sae.aux_refresh_steps == 0:
             self.dead.copy_(self.silent >= self.config.sae.dead_after_tokens)
@@ -135,7 +135,7 @@ class TrainState:
         It is possible while all steps do the same: in one process, with no latent dead.
         """
         train, alike = self.config.train, runtime.shards.size == 1 and self._dead_latents is None
-        # other kernels take the learning rate from the host, where a recording would freeze it
+        # other kernels read the learning rate on the host, so a recorded graph would keep its first value
         able = raw.device.type == "cuda" and runtime.ops.NAME == "triton" and train.precision != "fp64"
         if not (train.cuda_graph and alike and able):
             return None
@@ -168,7 +168,7 @@ class TrainState:
         return self.tokens * sum(budget.flops_per_token(self.config.sae, self.sae.d_model, train.batch_tokens).values())
 
     def position(self) -> dict[str, Any]:
-        """The axes every line of the record carries."""
+        """The axes on every line of the record."""
         return {
             "step": self.done,
             "tokens": self.tokens,
@@ -178,14 +178,14 @@ class TrainState:
         }
 
     def dead_frac(self, shards: Shards) -> float | None:
-        """Share of latents silent over the last `dead_window_tokens`; None while the run is shorter than that."""
+        """Share of latents that were silent over the last `dead_window_tokens`; None while the run is shorter."""
         window = self.config.train.dead_window_tokens
         if self.tokens < window:
             return None
         return float(shards.sum_((self.silent >= window).sum(), "shard", "scalars")) / self.sae.n_latents
 
     def log_line(self, shards: Shards) -> dict[str, Any]:
-        """Means over the steps since the last line, which begin anew. Waits for the device."""
+        """Means over the steps since the last log line; the sums begin anew. Waits for the device."""
         means = dict(zip(_SUMS, (self.sums[: len(_SUMS)] / self.summed_steps).tolist(), strict=True))
         share = self.sums[len(_SUMS) :] / self.summed_steps
         line = self.position()
@@ -201,7 +201,7 @@ class TrainState:
             line |= {
                 "expert_load_max": float(share.max()) * self.sae.n_experts,
                 "expert_load_min": float(share.min()) * self.sae.n_experts,
-                # published measure of collapse: E·Σ f², 1 when balanced
+                # E·Σ f², the published measure of collapse: 1 when balanced
                 "imbalance": float(share.square().sum()) * self.sae.n_experts,
             }
         else:
@@ -216,12 +216,12 @@ class TrainState:
         return line
 
     def diverged_at(self) -> int | None:
-        """Completed steps when the loss stopped being finite, or None. Waits for the device."""
+        """Completed steps when the loss first was not finite, or None. Waits for the device."""
         step = int(self.bad_step)
         return None if step < 0 else step
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that influence the trajectory or the record."""
+        """All tensors that the trajectory or the record depends on."""
         return self.optimizer.state() | {
             "silent": self.silent,
             "fire_counts": self.fire_counts,
@@ -244,15 +244,15 @@ class TrainState:
         }
 
     def views(self, shards: Shards) -> dict[str, Tensor]:
-        """`tensors` as a checkpoint sees them on this mesh."""
+        """`tensors` as a checkpoint of this mesh sees them."""
         return {name: shards.global_view(tensor, self.is_cut(name)) for name, tensor in self.tensors().items()}
 
     def is_cut(self, name: str) -> bool:
-        """Whether a tensor, a parameter `W_enc` or a state `adam_mean.W_enc`, holds this rank's latents only."""
+        """Whether a tensor (`W_enc`, `adam_mean.W_enc`, a counter) holds only the latents of this rank."""
         return name in ("silent", "fire_counts", "dead") or self.sae.layout().get(name.split(".")[-1]) == "latent_rows"
 
     def restore(self, scalars: dict[str, Any], shards: Shards) -> None:
-        """Go on from a checkpoint whose tensors have been read into `views`."""
+        """Go on from a checkpoint; its tensors have been read into `views` already."""
         self.done, self.summed_steps = scalars["done"], scalars["summed_steps"]
         self.wall_s, self.eval_s = scalars["wall_s"], scalars["eval_s"]
         self.flops_executed = scalars["flops_executed"]

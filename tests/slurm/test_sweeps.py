@@ -248,7 +248,7 @@ def test_two_launches_at_once_double_nothing(cluster: Cluster, tmp_path: Path) -
     assert "1 cells in 1 jobs" in submit(cluster, tmp_path, *grid, "sae.n_latents=32,64,128,256")
     ended = command(cluster, "harness.cancel", str(tmp_path / "s"))
     assert ended.stdout.count("cancelled (1 runs)") == 4
-    assert command(cluster, "harness.cancel", str(tmp_path / "s")).stdout == "nothing of it waits or runs\n"
+    assert command(cluster, "harness.cancel", str(tmp_path / "s")).stdout == "nothing queued or running\n"
 
 
 def test_arrays_are_cut_to_the_size_that_the_site_allows(tmp_path: Path) -> None:

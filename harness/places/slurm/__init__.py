@@ -1,11 +1,12 @@
 """Jobs on a Slurm cluster. Nothing else in the harness knows Slurm's commands.
 
-submit     jobs to arrays: what is queued already, tables frozen, `sbatch`
+submit     jobs to arrays: skip what is queued, freeze the tables, `sbatch`
+queue      the arrays of a sweep, and what of them is queued or running
 script     the text of a job script
-client     Slurm's commands, with timeouts, and what they say when they refuse
-task       what a job script calls on the compute node, before and after the training (`python -m harness.places.slurm`)
+client     Slurm's commands with timeouts, and their errors in one line
+task       what a job script calls on its node before and after training (`python -m harness.places.slurm`)
 
 `<sweep>/_slurm/<array>/` holds `job.sh`, `runs.json` (the run_ids of each element), `configs.jsonl` (their frozen
-configurations), `submitted.json` and `log/`. The array's name is the name of the job in Slurm, which is how an element
-that waits or runs is recognised.
+configurations), `submitted.json` and `log/`. The array's name is the name of its job in Slurm, so that
+its queued and running elements can be recognised.
 """

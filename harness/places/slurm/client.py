@@ -1,4 +1,4 @@
-"""Slurm's commands as functions: never without a timeout, errors in one line."""
+"""Slurm's commands as functions. Each has a timeout, and its errors are one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ABSENT = "it is not on this machine; run this on a login node of the cluster, or
 
 
 class Element(NamedTuple):
-    """One element of an array that waits or runs."""
+    """An element of an array that is queued or running."""
 
     id: str
     """`17_3`: what `scancel` and `scontrol` take."""
@@ -28,11 +28,11 @@ class Element(NamedTuple):
 
 
 class SlurmError(RuntimeError):
-    """Slurm refused or did not answer; the text is what it said, in one line."""
+    """Slurm refused or did not answer; the text is its message, in one line."""
 
 
 def call(*command: str) -> str:
-    """The standard output of a Slurm command. Raises `UserError` where there is none, `SlurmError` when it fails."""
+    """The standard output of a Slurm command. Raises `UserError` without Slurm, and `SlurmError` when it fails."""
     if shutil.which(command[0]) is None:
         raise UserError(f"cannot call {command[0]}: {ABSENT}")
     try:
@@ -51,7 +51,7 @@ def _said(stderr: str) -> str:
 
 
 def elements(names: Sequence[str]) -> list[Element]:
-    """The elements of the arrays of these names that wait or run now."""
+    """The elements of these arrays that are queued or running."""
     if not names:
         return []
     found = []
@@ -75,7 +75,7 @@ def max_array_size() -> int:
 
 
 def state(job_id: str) -> tuple[str, float | None]:
-    """State of a job, and when it will be ended in seconds since 1970, if Slurm says."""
+    """State of a job, and when Slurm will end it in seconds since 1970; None when Slurm does not say."""
     text = call("scontrol", "show", "job", "--oneliner", job_id)
     job_state = re.search(r"\bJobState=(\w+)", text)
     end = re.search(r"\bEndTime=(\S+)", text)
@@ -87,7 +87,7 @@ def state(job_id: str) -> tuple[str, float | None]:
 
 
 def insist(*command: str, attempts: int = 60) -> str:
-    """`call`, again and again while the controller does not answer: it may be restarting."""
+    """Repeat `call` while the controller does not answer: it may be restarting."""
     for attempt in range(attempts):
         try:
             return call(*command)

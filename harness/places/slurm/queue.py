@@ -22,12 +22,12 @@ def arrays_root(sweep_dir: Path) -> Path:
 
 
 def arrays(sweep_dir: Path) -> list[Path]:
-    """Directories of the arrays that were ever submitted for a sweep."""
+    """Directories of all arrays that were submitted for a sweep."""
     return sorted(path.parent for path in arrays_root(sweep_dir).glob("*/runs.json"))
 
 
 def live_elements(sweep_dir: Path) -> Iterator[tuple[client.Element, list[str]]]:
-    """What of a sweep waits or runs now: elements of its arrays with the run_ids that they train."""
+    """The queued and running elements of a sweep's arrays, each with the run_ids that it trains."""
     tables = {directory.name: directory for directory in arrays(sweep_dir)}
     read: dict[str, list[list[str]]] = {}
     for element in client.elements(list(tables)):
@@ -37,7 +37,7 @@ def live_elements(sweep_dir: Path) -> Iterator[tuple[client.Element, list[str]]]
 
 
 def wait_for(runs: Sequence[Run]) -> dict[Path, str]:
-    """Wait until none of the runs waits or runs any more; the status of each."""
+    """Wait until no run is queued or running. Returns the status of each."""
     while True:
         statuses = {run.run_dir: state_of(run.run_dir).status for run in runs}
         if all(status in (*FINAL, "failed") for status in statuses.values()):

@@ -1,4 +1,4 @@
-"""The text of a job script: readable, kept in the sweep directory, submitted as it is."""
+"""The text of a job script. People can read it: it stays in the sweep directory, exactly as submitted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from harness.config import ClusterConfig, MeshConfig
 
 IGNORE_EARLY = """bash -c 'trap "" USR1; exec "$@"' --"""
-"""A signal that comes while Python loads would end the rank; afterwards its own handler counts."""
+"""A signal would end the rank while Python loads; later its own handler takes over."""
 
 
 def quoted(words: list[str]) -> str:
@@ -18,7 +18,7 @@ def quoted(words: list[str]) -> str:
 
 
 def resources(cluster: ClusterConfig, ranks: int) -> list[str]:
-    """The `#SBATCH` flags for a job of so many ranks."""
+    """The `#SBATCH` flags for a job of `ranks` ranks."""
     per_node = min(cluster.tasks_per_node or ranks, ranks)
     flags = [
         f"--nodes={math.ceil(ranks / per_node)}",
@@ -38,7 +38,7 @@ def resources(cluster: ClusterConfig, ranks: int) -> list[str]:
 def job_script(
     directory: Path, cluster: ClusterConfig, mesh: MeshConfig, count: int, lead_s: int, *, harvest: bool, about: str
 ) -> str:
-    """The script of an array of `count` jobs whose tables lie in `directory`. `about` says in a line what it is for."""
+    """The script of an array of `count` jobs whose tables lie in `directory`; `about` is a line for people."""
     ranks = mesh.dp * mesh.shard
     python = quoted([*cluster.container, cluster.python or sys.executable])
     here = shlex.quote(str(directory))
@@ -66,12 +66,12 @@ def job_script(
         *(f"#SBATCH {shlex.quote(flag)}" for flag in flags),
         f"# {about}",
         "",
-        # each node of the compute partition starts from the same place as the command that submitted
+        # jobs start in the directory of the command that submitted them
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
         *cluster.setup,
         *_network(cluster),
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
-        "trap : TERM USR1  # whatever ends the ranks, the last line is to be reached",
+        "trap : TERM USR1  # the last line runs however the ranks end",
         "",
         "# freeze this element's runs; sets JOB (empty when nothing is left to do), STORE, where the ranks meet",
         f'settings=$({python} -m harness.places.slurm begin {here} "$SLURM_ARRAY_TASK_ID") || exit',

@@ -42,24 +42,24 @@ class Submitted:
 
 
 def submit_runs(runs: Sequence[Run], estimates: Estimates) -> int:
-    """Submit what has no result, no live job and nobody who trains it elsewhere; say what was done in a few lines.
+    """Submit the runs without a result that nobody trains; say in a few lines what was done.
 
-    Returns the number of jobs. Raises `UserError` when Slurm refuses: then nothing of this call stays submitted.
+    Returns the number of jobs. Raises `UserError` when Slurm refuses; then it cancels what it has submitted.
     """
     submitted: list[Submitted] = []
     try:
         for sweep_dir in dict.fromkeys(run.run_dir.parent for run in runs):
             own = [run for run in runs if run.run_dir.parent == sweep_dir]
             arrays_root(sweep_dir).mkdir(exist_ok=True)
-            # of two launches at once the second waits, and then sees the jobs of the first
+            # a second launch waits here, and then sees the jobs of the first
             with claim(arrays_root(sweep_dir) / "submit.lock", wait=True):
                 _submit_sweep(sweep_dir, own, estimates, submitted)
     except client.SlurmError as refused:
         for array in submitted:
             client.insist("scancel", array.job_id)
             shutil.rmtree(array.directory)
-        told = f"Slurm refused: {refused}; nothing was submitted; what a job asks for is set by cluster.*=…"
-        raise UserError(told) from refused
+        message = f"Slurm refused: {refused}; nothing was submitted; what a job asks for is set by cluster.*=…"
+        raise UserError(message) from refused
     return sum(array.jobs for array in submitted)
 
 
@@ -97,14 +97,14 @@ def _trained(elsewhere: Sequence[Run]) -> str:
 
 
 def _drop_unsubmitted(sweep_dir: Path, live: set[str]) -> None:
-    """Remove the tables of a launch that was killed before it submitted them; `live` names what is in the queue."""
+    """Remove tables of a launch that was killed before it submitted them; `live` are the names in the queue."""
     for directory in arrays(sweep_dir):
         if directory.name not in live and not (directory / "submitted.json").exists():
             shutil.rmtree(directory)
 
 
 def _submit_harvests(sweep_dir: Path, runs: Sequence[Run], submitted: list[Submitted]) -> dict[Path, str]:
-    """A job for every store that is not there yet; job ids by store. Jobs of cells wait for theirs."""
+    """Submit a job for every missing store. Returns store → job id; the jobs that train wait for theirs."""
     ids: dict[Path, str] = {}
     harvested = [run.config for run in runs if run.config.activations.kind != "synthetic"]
     stores = {store_path(config.activations, Path(config.out)): config for config in harvested}
@@ -124,7 +124,7 @@ def _submit_harvests(sweep_dir: Path, runs: Sequence[Run], submitted: list[Submi
 
 
 def _submit_array(sweep_dir: Path, jobs: Sequence[Job], estimates: Estimates, after: str | None) -> Submitted:
-    """Freeze what the elements need, then submit them."""
+    """Freeze the configurations of the elements, then submit the array."""
     directory = _array_directory(sweep_dir, "cells")
     write_json_atomic(directory / "runs.json", [[run.run_id for run in job.runs] for job in jobs])
     frozen = ({run.run_id: to_container(run.config) for run in job.runs} for job in jobs)
@@ -140,7 +140,7 @@ def _submit_array(sweep_dir: Path, jobs: Sequence[Job], estimates: Estimates, af
 
 
 def lead_s(cluster: ClusterConfig, checkpoint_bytes: float) -> int:
-    """Seconds before the end at which Slurm is to send its signal (it may come a minute early)."""
+    """How many seconds before the end Slurm is to send its signal (it may come a minute early)."""
     lead = cluster.lead_s or round(LEAD_MARGIN_S + 2 * checkpoint_bytes / SAVE_BYTES_PER_S)
     return max(1, min(lead, round(time_limit(cluster.time) / 2)))
 

@@ -1,6 +1,6 @@
-"""What a job script calls on the compute node: `begin` before the ranks start, `end` after they are gone.
+"""What a job script calls on its node: `begin` before the ranks start, `end` after they have ended.
 
-Without torch: both take a fraction of a second.
+Neither loads torch: both take a fraction of a second.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from harness.record.run import frozen_run, read_run
 from harness.record.rundir import attempts, read_config, saved_step
 
 SAME_STEP_FAILURES = 3
-"""A job that fails so often at one saved step is given up."""
+"""After this many failures at one saved step the job is given up."""
 
 NEAR_THE_END_S = 120.0
-"""Slurm's signal comes up to a minute early: a job stopped so shortly before its limit was stopped by it."""
+"""A job that stops this close to its time limit was stopped by the limit: the signal may come a minute early."""
 
 BEGUN = "HARNESS_ATTEMPTS_BEFORE"
-"""Environment variable of the script: attempts at the job before this start of it."""
+"""Environment variable of the script: how often the job was started before."""
 
 
 def is_harvest(directory: Path) -> bool:
-    """Whether an array makes a store; it then has one element and a `config.yaml` that says which."""
+    """Whether an array makes a store. Then it has one element, and its `config.yaml` says which store."""
     return (directory / names.CONFIG).is_file()
 
 
@@ -51,7 +51,7 @@ def job_at(directory: Path, index: int) -> Job:
 
 
 def begin(directory: Path, index: int) -> str:
-    """Make what the ranks need, and return what the script has to know as lines of shell."""
+    """Freeze the element's runs, and return the script's variables as lines of shell."""
     if is_harvest(directory):
         home, config = directory, read_config(directory)
         todo = not is_complete(store_path(config.activations, Path(config.out)))
@@ -85,10 +85,10 @@ def _meeting_point(config: Config, task: SlurmTask) -> dict[str, str]:
 
 
 def end(directory: Path, index: int, exit_code: int) -> int:
-    """Decide how it goes on, and return the exit code of the job.
+    """Decide what happens next, and return the exit code of the job.
 
-    Everything done: 0. Stopped and saved: the element is requeued. Failed: requeued too, until it has failed three
-    times at one saved step; its runs are then `failed`, with the end of the log.
+    If everything is done: 0. If it was stopped and has saved, the element is requeued. If it failed, it is requeued
+    too, until it has failed three times at one saved step; then its runs are `failed`, with the end of the log.
     """
     if is_harvest(directory):
         home, config = directory, read_config(directory)
@@ -103,12 +103,12 @@ def end(directory: Path, index: int, exit_code: int) -> int:
     newest = _newest_attempts(home, unfinished)
     ended = read_ended(newest[0])
     step = saved_step(home)
-    if state in ("CANCELLED", "PENDING"):  # by a person; by Slurm, which has requeued it already
+    if state in ("CANCELLED", "PENDING"):  # cancelled by a person; requeued by Slurm already
         reason = "cancelled" if state == "CANCELLED" else "lost its node"
         write_ended(newest, outcome="saved", reason=reason, step=step, requeued=state == "PENDING")
         return 0
     if ended is not None and ended["outcome"] == "saved":
-        # the limit as it was at the start: of a job that is being preempted, Slurm says the end of its grace
+        # the limit read at the start: for a job that is being preempted Slurm reports the end of its grace
         near_the_end = time.time() > float(os.environ.get(END_TIME, "inf")) - NEAR_THE_END_S
         reason = "time limit" if near_the_end or ended["reason"] == "time limit" else "preempted"
         write_ended(newest, outcome="saved", reason=reason, step=step, requeued=True)
@@ -134,11 +134,11 @@ def _own_state() -> str:
     try:
         return client.state(_task().job_id)[0]
     except client.SlurmError:
-        return "UNKNOWN"  # the controller is away; requeueing insists until it is back
+        return "UNKNOWN"  # the controller does not answer; requeueing waits for it
 
 
 def _newest_attempts(home: Path, unfinished: Sequence[Path]) -> list[Path]:
-    """The attempts of this start of the job; made here when the ranks ended before they could."""
+    """The attempts of this start of the job; made here if the ranks ended too early to make them."""
     begun = attempts(home) > int(os.environ[BEGUN])
     folders = [run_dir / names.ATTEMPTS / str(attempts(run_dir) + (not begun)) for run_dir in unfinished]
     for folder in folders:
@@ -149,14 +149,14 @@ def _newest_attempts(home: Path, unfinished: Sequence[Path]) -> list[Path]:
 
 
 def _log_end(home: Path, exit_code: int) -> str:
-    """The last line that the attempt logged, for people."""
+    """Why the ranks ended: their exit code and the last line of the log."""
     log = home / names.ATTEMPTS / str(attempts(home)) / names.LOG
     line = last_line(log) if log.is_file() else ""
     return f"the ranks ended with exit code {exit_code}" + (f": {line[:300]}" if line else "")
 
 
 def _count_failures(directory: Path, index: int, step: int | None) -> int:
-    """How often in a row element `index` has failed at this saved step, the present failure included."""
+    """How often in a row element `index` has failed at this saved step, this failure included."""
     path = directory / f"failures-{index}.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"step": step, "count": 0}
     count = earlier["count"] + 1 if earlier["step"] == step else 1
@@ -165,7 +165,7 @@ def _count_failures(directory: Path, index: int, step: int | None) -> int:
 
 
 def _again(directory: Path, index: int) -> None:
-    """Let this element, and no other, start once more: requeue it, or submit it anew where a site forbids that."""
+    """Start this element once more: requeue it, or submit it anew where the site forbids requeueing."""
     try:
         client.insist("scontrol", "requeue", f"{_task().array_job_id}_{index}")
     except client.SlurmError as error:
