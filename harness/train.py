@@ -1,8 +1,8 @@
 """`python -m harness.train JOB_DIR…`: one rank of one job; `torchrun --nproc-per-node N -m harness.train RUN_DIR`.
 
 JOB_DIR is the directory of a run or of a pack, with everything frozen in it. The launcher and the scripts of Slurm jobs
-start this for jobs of several ranks; by hand it does the same. Exit codes: 0 all runs have ended (result.json says how),
-1 failed, 2 a wrong request, 75 stopped and resumable.
+start this for jobs of several ranks; by hand it does the same. Exit codes: 0 all runs have ended (result.json says
+how), 1 failed, 2 a wrong request, 75 stopped and resumable.
 """
 
 from __future__ import annotations

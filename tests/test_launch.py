@@ -196,6 +196,6 @@ def test_ctrl_c_while_libraries_load_is_an_interruption(monkeypatch: pytest.Monk
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harness.launch.prepare", interrupted)
+    monkeypatch.setattr("harness.sweep.execute.plan_runs", interrupted)
     assert main(["sae=topk", "sae.n_latents=64", "sae.k=4"]) == 75
     assert "the same command begins again" in capsys.readouterr().err
