@@ -1,0 +1,53 @@
+"""Commands that people and job scripts call often start without torch, in about the time that numpy needs to load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SWEEP = Path(__file__).parent / "analysis" / "data" / "recorded_quick"
+ROUNDS = 7
+
+COMMANDS = {
+    "status": ("harness.status", str(SWEEP)),
+    "cancel": ("harness.cancel", str(SWEEP)),
+    "slurm": ("harness.places.slurm", "--help"),
+}
+
+
+def seconds(*arguments: str) -> float:
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_loads_no_torch(name: str) -> None:
+    module, *arguments = COMMANDS[name]
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {[module, *arguments]!r}\n"
+        "try:\n"
+        f"    runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'hydra', 'wandb'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_starts_about_as_fast_as_numpy() -> None:
+    """The fastest of several alternating starts, since other work on the machine only adds time."""
+    best = {name: float("inf") for name in ("numpy", *COMMANDS)}
+    for _ in range(ROUNDS):
+        best["numpy"] = min(best["numpy"], seconds("-c", "import numpy"))
+        for name, (module, *arguments) in COMMANDS.items():
+            best[name] = min(best[name], seconds("-m", module, *arguments))
+    for name in COMMANDS:
+        assert best[name] <= 3 * best["numpy"], best
