@@ -1,7 +1,7 @@
-"""The schema of a run: what can be set, what it means, what is refused, and which settings are science.
+"""The schema of a run: the settings, their meaning, the values that are refused, and which settings are science.
 
-Values live in `conf/`; this module only says which keys exist. A field whose metadata says `science=False`
-(paths, logging, mesh …) does not enter `run_id`: it may change how a result is reached, never what it is.
+The values are in `conf/`; this module declares the keys. A field whose metadata says `science=False` (paths, logging,
+mesh …) does not enter `run_id`: it may change how a result is reached, never the result.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ HOOKS = ("resid_post", "mlp_out", "attn_out")
 TEXTS = ("stdlib", "files", "hub")
 STORE_DTYPES = ("bf16", "fp16", "fp32")
 
-
 SERVICE = {"science": False}
 
 
 def _service(default: Any) -> Any:
-    """A field that cannot change the result, and so stays out of `run_id`."""
+    """A field that cannot change the result and therefore stays out of `run_id`."""
     return field(default=default, metadata=SERVICE)
 
 
@@ -43,35 +42,35 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass
 class SaeConfig:
-    """The model: architecture, size, and the parts of the loss that belong to it."""
+    """The model: its architecture, its size and its own terms of the loss."""
 
     architecture: str = MISSING
     """`topk` (Gao et al. 2024) or `switch` (Mudide et al. 2024)."""
     n_latents: int = MISSING
-    """Number of latents n, the total over all experts."""
+    """Number of latents n, summed over all experts."""
     k: int = MISSING
     """Active latents per token."""
     n_experts: int = 1
-    """Number of experts E; 1 for `topk`. Each owns n/E consecutive latents."""
+    """Number of experts E; 1 for `topk`. Each expert owns n/E consecutive latents."""
     enc_bias: bool = True
-    """Whether the encoder has a bias per latent (published TopK code: yes; published Switch: no)."""
+    """Whether the encoder has a bias per latent. The published TopK code has one; the published Switch code has not."""
     normalize: str = "scale"
-    """`scale`: divide by one constant of the store so that E‖x‖² = d. `layernorm`: per token, subtract the mean
-    over d and scale to unit norm (Gao et al.). `none`."""
+    """`scale`: divide all rows by one constant of the store so that E‖x‖² = d. `layernorm`: per token, subtract the
+    mean over d and scale to unit norm (Gao et al.). `none`: leave rows unchanged."""
     match_init_norm: bool = False
-    """Scale the encoder at initialisation so that reconstructions have the norm of the inputs (Gao et al. §A.1)."""
+    """Scale the initial encoder so that reconstructions have the same norm as the inputs (Gao et al. §A.1)."""
     aux_alpha: float = 1 / 32
-    """Weight of AuxK in the loss; 0 switches it off."""
+    """Weight α of AuxK in the loss; 0 turns AuxK off."""
     aux_k: int = 0
-    """Dead latents used by AuxK per token; 0 means the power of two nearest to d_model/2."""
+    """Number of dead latents that AuxK uses per token; 0: the power of two nearest to d_model/2."""
     dead_after_tokens: float = 10e6
-    """A latent is dead for AuxK after this many consecutive global tokens without firing."""
+    """AuxK treats a latent as dead if it has not fired for this many tokens, counted over the whole mesh."""
     aux_refresh_steps: int = 8
-    """The list of dead latents is renewed every this many steps."""
+    """Number of steps between updates of the list of dead latents."""
     balance_weight: float = 0.0
-    """Switch: λ, weight of E·Σ f_i·P_i in a loss measured in units of fvu."""
+    """Switch: weight λ of E·Σ f_i·P_i in a loss in units of fvu."""
     balance_alpha: float = 0.0
-    """Switch: the published α in raw units; when positive it sets λ = α·d/V instead of `balance_weight`."""
+    """Switch: the published α, in raw units. If positive, it replaces `balance_weight` by λ = α·d/V."""
 
     def __post_init__(self) -> None:
         _one_of("sae.architecture", self.architecture, ARCHITECTURES)
@@ -106,18 +105,18 @@ class SaeConfig:
 
 @dataclass
 class SyntheticConfig:
-    """A known sparse dictionary: ground truth for recovery."""
+    """A known sparse dictionary, against which recovered features can be checked."""
 
     d_model: int = 64
-    """Width of the vectors."""
+    """Dimension d of the rows."""
     n_features: int = 256
-    """Number G of true features; more than d_model is superposition."""
+    """Number G of true features. With more than d_model, features are in superposition."""
     zipf_exponent: float = 1.0
-    """Feature i fires with probability ∝ i^−exponent."""
+    """Feature i fires with a probability proportional to i^−exponent."""
     active_features: float = 8.0
-    """Expected number of active features per row."""
+    """Expected number of active features in a row."""
     noise: float = 0.05
-    """Standard deviation of the Gaussian noise added to every coordinate, relative to the signal's."""
+    """Standard deviation of the Gaussian noise on every coordinate, relative to that of the signal."""
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_features"):
@@ -138,55 +137,55 @@ class SyntheticConfig:
 
 @dataclass
 class ActivationsConfig:
-    """Where x comes from: a language model at a hook point over some text, or a synthetic dictionary."""
+    """Where activations come from: a language model at a hook point on some text, or a synthetic dictionary."""
 
     kind: str = "lm"
     """`lm` (harvested from a language model) or `synthetic`."""
     model: str = ""
-    """A `transformers` name or local directory; `package:NAME` takes the model that pip package NAME carries."""
+    """Name of a `transformers` model, a local directory, or `package:NAME` for the model in the pip package NAME."""
     revision: str = ""
-    """Hub revision (commit, tag or branch); empty takes the default one."""
+    """Hub revision of the model (commit, tag or branch); empty: the default one."""
     hook: str = "resid_post"
     """`resid_post` (residual stream after the block), `mlp_out`, or `attn_out`."""
     layer: int = 0
-    """0-based block; `resid_post` of layer L is `hidden_states[L + 1]`."""
+    """Index of the block, from 0; `resid_post` of layer L is `hidden_states[L + 1]`."""
     text: str = "stdlib"
-    """`stdlib` (the running Python's own sources and docs), `files`, or `hub` (a Hugging Face dataset)."""
+    """`stdlib` (the sources and docs of the running Python), `files`, or `hub` (a Hugging Face dataset)."""
     text_paths: list[str] = field(default_factory=list)
     """For `files`: paths or globs of .txt, .jsonl or .parquet files."""
     text_field: str = "text"
-    """The column that holds the text in .jsonl, .parquet and hub datasets."""
+    """Name of the text column in .jsonl, .parquet and hub datasets."""
     dataset: str = ""
-    """For `hub`: dataset name."""
+    """For `hub`: name of the dataset."""
     dataset_config: str = ""
-    """For `hub`: configuration name, if the dataset has several."""
+    """For `hub`: name of the configuration, if the dataset has several."""
     dataset_revision: str = ""
-    """For `hub`: revision; empty takes the default one."""
+    """For `hub`: revision of the dataset; empty: the default one."""
     split: str = "train"
-    """For `hub`: which split."""
+    """For `hub`: name of the split."""
     context: int = 64
-    """Tokens per context, special tokens included."""
+    """Tokens per context, including special tokens."""
     drop_first_position: bool = True
-    """Drop position 0 of every context: its norm is far from the rest in most models."""
+    """Drop position 0 of every context. In most models its norm is far from that of the others."""
     tokens: float = 1e6
-    """Training rows to harvest (fewer if the text ends first)."""
+    """Number of training rows to harvest; fewer if the text ends first."""
     heldout_tokens: float = 65536
-    """Rows to harvest from held-out documents, never trained on."""
+    """Number of rows to harvest from held-out documents. They are never trained on."""
     seed: int = 0
-    """Order of documents and shuffle of the store."""
+    """Seed of the order of documents and of the shuffle of the store."""
     dtype: str = "bf16"
-    """How rows are stored: `bf16`, `fp16` or `fp32`."""
+    """Type of the stored rows: `bf16`, `fp16` or `fp32`."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     shard_rows: int = _service(131072)
-    """Rows per shard file."""
+    """Rows per file of the store."""
     lm_batch: int = _service(32)
-    """Contexts per forward of the language model."""
+    """Contexts per forward pass of the language model."""
     lm_precision: str = _service("auto")
-    """`auto` (bf16 where the processor computes it), `fp32` or `bf16`: the language model's forward."""
+    """Precision of the language model: `auto` (bf16 if the processor supports it), `fp32` or `bf16`."""
     dir: str = _service("")
-    """Where stores live; empty means `<out>/_activations`."""
+    """Directory of the stores; empty: `<out>/_activations`."""
     store: str = _service("")
-    """Content hash of the store; launching fills it in, so that a node without a hub finds the store by name."""
+    """Name of the store, a hash of its recipe. The launcher sets it, so that a node without a hub finds the store."""
 
     def __post_init__(self) -> None:
         _one_of("activations.kind", self.kind, ("lm", "synthetic"))
@@ -209,65 +208,74 @@ class ActivationsConfig:
 
 @dataclass
 class StreamConfig:
+    """The order of the training rows."""
+
     seed: int = 0
-    """Order in which the rows of the store are seen; shared by all cells that are compared or packed."""
+    """Seed of the order in which rows are read. Cells that are compared or packed must share it."""
 
 
 @dataclass
 class TrainConfig:
-    """Budget, optimiser, evaluation schedule."""
+    """Budget, optimiser, precision, evaluations and checkpoints."""
 
     tokens: float = 0.0
-    """Budget in tokens; with `until=convergence` the cap. 0: not limited by tokens."""
+    """Budget in tokens; with `until=convergence` it is the cap. 0: no limit on tokens."""
     flops: float = 0.0
-    """Budget in FLOPs of the closed form (`harness.budget`); 0: not limited by FLOPs."""
+    """Budget in FLOPs, counted by the closed form in `harness.budget`. 0: no limit on FLOPs."""
     until: str = "budget"
-    """`budget`, or `convergence`: stop when held-out fvu improved by less than `convergence_epsilon`, relative,
-    over the last doubling of tokens."""
+    """`budget`: stop at the end of the budget. `convergence`: stop when the relative improvement of held-out fvu over
+    the last doubling of tokens is below `convergence_epsilon`."""
     convergence_epsilon: float = 0.01
+    """Relative improvement of fvu below which a run has converged."""
     batch_tokens: int = 1024
-    """Tokens per step, over the whole mesh."""
+    """Tokens per step, summed over all replicas."""
     lr_factor: float = 1.0
-    """c in lr = c·2e-4/√(n/2¹⁴)."""
+    """Factor c of the learning rate c·2e-4/√(n/2¹⁴)."""
     lr: float = 0.0
-    """The learning rate itself; 0 uses the rule with `lr_factor`."""
+    """Learning rate; 0: the rule with `lr_factor`."""
     warmup_tokens: float = 0.0
-    """Linear warm-up of the learning rate."""
+    """Tokens of linear warm-up of the learning rate."""
     decay_fraction: float = 0.0
-    """Linear decay to zero over this last share of the budget; not with `until=convergence`."""
+    """Fraction of the budget, at its end, over which the learning rate decays linearly to zero. Must be 0 with
+    `until=convergence`."""
     clip_norm: float = 0.0
-    """Global gradient norm limit, in units of a loss measured in fvu; 0: no clipping."""
+    """Limit of the global gradient norm, for a loss in units of fvu; 0: no clipping."""
     adam_beta1: float = 0.9
+    """Adam: decay of the mean of the gradients."""
     adam_beta2: float = 0.999
+    """Adam: decay of the mean of the squared gradients."""
     adam_eps: float = 6.25e-10
+    """Adam: ε in the denominator."""
     cuda_graph: bool = _service(False)
-    """Replay the step as a CUDA graph while no latent is dead: for small SAEs, whose kernels are shorter than the time
-    to start them. One process, ops=triton; not yet measured."""
+    """Replay the step as a CUDA graph while no latent is dead. Meant for small SAEs, whose kernels take less time
+    to run than to launch. Needs one process and ops=triton. Not measured yet."""
     ema: float = 0.0
-    """Decay of the exponential moving average of the weights (bias-corrected); 0: none. With an average, it is
-    what is evaluated and saved."""
+    """Decay of the exponential moving average of the weights (bias-corrected); 0: no average. If there is an average,
+    it is evaluated and saved instead of the weights."""
     seed: int = 0
-    """Initialisation."""
+    """Seed of the initial weights."""
     precision: str = "auto"
-    """Compute precision: `auto` (bf16 on a GPU, fp32 elsewhere), `fp32`, `bf16`, `fp64`. Master weights are fp32
-    (fp64 with `fp64`)."""
+    """Precision of the products: `auto` (bf16 on a GPU, fp32 elsewhere), `fp32`, `bf16` or `fp64`. Master weights are
+    fp32, or fp64 with `fp64`."""
     dead_window_tokens: float = 1e6
-    """`dead_frac` is the share of latents silent over the last this many tokens; null if the run is shorter."""
+    """`dead_frac` is the fraction of latents that did not fire in the last `dead_window_tokens` tokens; null if the run
+    is shorter."""
     eval_points: int = 12
-    """Held-out evaluations along the run, evenly spaced in log tokens, the final one excluded."""
+    """Number of held-out evaluations during the run, evenly spaced in log tokens; the final one is not counted."""
     eval_rows: int = 16384
-    """Held-out rows of the periodic evaluations; the final one uses all."""
+    """Held-out rows of an evaluation during the run; the final one uses all rows."""
     device: str = _service("auto")
-    """`auto` (a GPU when there is one), `cpu`, or `cuda`."""
+    """`auto` (a GPU if there is one), `cpu` or `cuda`."""
     threads: int = _service(0)
-    """CPU threads; 0 leaves the choice to torch."""
+    """CPU threads; 0: torch chooses."""
     log_every_steps: int = _service(50)
+    """Steps between lines of metrics."""
     checkpoint_every_s: float = _service(300.0)
-    """Seconds between checkpoints; 0: only by steps."""
+    """Seconds between checkpoints; 0: no checkpoints by time."""
     checkpoint_every_steps: int = _service(0)
-    """Steps between checkpoints; 0: only by time."""
+    """Steps between checkpoints; 0: no checkpoints by steps."""
     keep_checkpoints: bool = _service(False)
-    """Keep the last checkpoint of a finished run (it holds the optimiser; `sae/` holds the weights)."""
+    """Keep the last checkpoint of a finished run. It holds the state of the optimiser; `sae/` holds the weights."""
 
     def __post_init__(self) -> None:
         _one_of("train.until", self.until, ("budget", "convergence"))
@@ -297,7 +305,7 @@ class TrainConfig:
         _require(
             not 0 < self.tokens < self.batch_tokens,
             f"train.tokens={self.tokens:g} is less than one step of train.batch_tokens={self.batch_tokens}; "
-            f"raise the one or lower the other",
+            f"raise train.tokens or lower train.batch_tokens",
         )
         for name in ("log_every_steps", "eval_rows", "dead_window_tokens"):
             value = getattr(self, name)
@@ -309,10 +317,12 @@ class TrainConfig:
 
 @dataclass
 class MeshConfig:
+    """The ranks that train one SAE: dp × shard."""
+
     dp: int = 1
-    """Replicas that see different tokens."""
+    """Number of replicas. Each sees its own part of the batch."""
     shard: int = 1
-    """Ranks that share the latents of one replica."""
+    """Number of ranks in a replica. Each holds its own part of the latents."""
 
     def __post_init__(self) -> None:
         _require(self.dp >= 1 and self.shard >= 1, f"mesh.dp={self.dp} and mesh.shard={self.shard} must be at least 1")
@@ -324,64 +334,71 @@ class MeshConfig:
 
 @dataclass
 class ClusterConfig:
-    """Where cells run, and what a job there is given: never science, all of it may change from launch to launch."""
+    """Where cells run, and the resources of a job there. Nothing here is science: it may change with every launch."""
 
     name: str = "local"
-    """`local` (this machine, or the `srun` step that the launcher runs in) or `slurm` (submitted)."""
+    """`local`: on this machine, or in the `srun` step that the launcher runs in. `slurm`: in submitted jobs."""
     pack: int = 0
-    """Cells trained together on one stream in one job: N of them, 1 for never, 0 lets the plan choose."""
+    """Number of cells that one job trains together on one stream; 1: no packing, 0: the plan chooses."""
     pack_minutes: float = 60.0
-    """With `pack=0` on a cluster, cells are packed until the job is estimated to take this long."""
+    """With `pack=0` on a cluster, the plan packs cells until it expects the job to take this many minutes."""
     time: str = "04:00:00"
-    """Time limit of a job, as Slurm writes it; a cell that needs longer goes on in the next allocation."""
+    """Time limit of a job in Slurm's notation. A cell that needs longer resumes in another allocation."""
     partition: str = ""
+    """Value of `--partition`; empty: the site's default. The same holds for the next three."""
     account: str = ""
+    """Value of `--account`."""
     qos: str = ""
+    """Value of `--qos`."""
     constraint: str = ""
+    """Value of `--constraint`."""
     tasks_per_node: int = 0
-    """Ranks on one node; 0 puts all ranks of a job on one."""
+    """Ranks per node; 0: all ranks of a job on one node."""
     cpus_per_task: int = 4
+    """CPUs per rank."""
     gpus_per_task: int = 1
-    """GPUs of a rank: 1, or 0 for a partition without GPUs."""
+    """GPUs per rank: 1, or 0 for a partition without GPUs."""
     gpu_type: str = ""
-    """Type as the site names it, e.g. `a100`; also what the plan estimates times for."""
+    """The site's name of the GPU type, e.g. `a100`. The plan estimates times for this type."""
     gpu_bind: str = ""
-    """Value of `--gpu-bind` (e.g. `none`, `closest`); empty leaves it to the site."""
+    """Value of `--gpu-bind`, e.g. `none` or `closest`; empty: the site's default."""
     mem: str = ""
-    """Memory per node, e.g. `64G`; empty leaves it to the site."""
+    """Memory per node, e.g. `64G`; empty: the site's default."""
     max_running: int = 0
-    """At most this many elements of an array at a time; 0: no limit."""
+    """Maximum number of elements of an array that run at the same time; 0: no limit."""
     requeue: bool = True
-    """Requeue a job that was stopped before its end; false (where a site forbids it): submit it again."""
+    """Requeue a job that was stopped before its end. False, for a site that forbids it: submit the job again."""
     lead_s: int = 0
-    """Seconds before the time limit at which a job begins to save; 0 derives them from the time a save takes."""
+    """Seconds before the time limit at which a job begins to save; 0: derived from the duration of a save."""
     backoff_s: float = 20.0
-    """Wait after a failure before the next start; three times as long after the second. Slurm adds its own delay."""
+    """Seconds to wait after the first failure of a job before it starts again; three times as long after the second.
+    Slurm adds a delay of its own."""
     harvest_time: str = "04:00:00"
-    """Time limit of the job that harvests a missing store."""
+    """Time limit of a job that harvests a store."""
     setup: list[str] = field(default_factory=list)
-    """Lines of the job script before anything runs, e.g. `module load cuda`."""
+    """Shell lines at the start of the job script, e.g. `module load cuda`."""
     container: list[str] = field(default_factory=list)
-    """Put before every command of ours on the compute node, e.g. `[apptainer, exec, --nv, image.sif]`."""
+    """Words put before every command of the harness on a compute node, e.g. `[apptainer, exec, --nv, image.sif]`."""
     python: str = ""
-    """Interpreter on the compute nodes; empty: the one that submits."""
+    """Python interpreter on the compute nodes; empty: the one that runs the launcher."""
     flags: list[str] = field(default_factory=list)
     """Further flags of `sbatch`, e.g. `--exclude=n7`."""
     srun_flags: list[str] = field(default_factory=list)
     """Further flags of `srun`."""
     master_addr: str = ""
-    """Where ranks find rank 0; empty: the first node of the job."""
+    """Address at which ranks find rank 0; empty: the first node of the job."""
     network_interface: str = ""
-    """Network interface of gloo and NCCL, e.g. `ib0`; empty leaves the choice to them."""
+    """Network interface for gloo and NCCL, e.g. `ib0`; empty: they choose."""
     stage_dir: str = ""
-    """Node-local directory to copy the store into before training; may name a variable of the job, e.g. `$TMPDIR`."""
+    """Node-local directory into which the store is copied before training; empty: no copy. It may contain a variable of
+    the job, e.g. `$TMPDIR`."""
 
     def __post_init__(self) -> None:
         _one_of("cluster", self.name, ("local", "slurm"))
         for name in ("pack", "tasks_per_node", "gpus_per_task", "max_running", "lead_s", "backoff_s"):
             value = getattr(self, name)
             _require(value >= 0, f"cluster.{name}={value} must not be negative")
-        _require(self.gpus_per_task <= 1, f"cluster.gpus_per_task={self.gpus_per_task}: a rank uses one GPU, or 0")
+        _require(self.gpus_per_task <= 1, f"cluster.gpus_per_task={self.gpus_per_task} must be 0 or 1")
         _require(self.cpus_per_task >= 1, f"cluster.cpus_per_task={self.cpus_per_task} must be at least 1")
         _require(self.pack_minutes > 0, f"cluster.pack_minutes={self.pack_minutes} must be positive")
         for name in ("time", "harvest_time"):
@@ -394,12 +411,16 @@ class ClusterConfig:
 
 @dataclass
 class TrackerConfig:
+    """The service that shows copies of the record."""
+
     name: str = "wandb"
-    """`wandb` (offline without a key) or `none`; the run directory's own record is complete either way."""
+    """`wandb` (offline without a key) or `none`. The record in the run directory is complete either way."""
     project: str = "sae-scaling"
+    """W&B project."""
     entity: str = ""
-    """Empty: the account's default."""
+    """W&B entity; empty: the account's default."""
     tags: list[str] = field(default_factory=list)
+    """W&B tags of every run."""
 
     def __post_init__(self) -> None:
         _one_of("tracker", self.name, ("wandb", "none"))
@@ -407,7 +428,7 @@ class TrackerConfig:
 
 @dataclass
 class Config:
-    """One cell: everything that one run needs to know."""
+    """One cell: the complete configuration of one run."""
 
     sae: SaeConfig = MISSING
     activations: ActivationsConfig = MISSING
@@ -417,17 +438,17 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata=SERVICE)
     tracker: TrackerConfig = field(default_factory=TrackerConfig, metadata=SERVICE)
     ops: str = _service("auto")
-    """Kernels: `auto` (the fastest for the device, or those that the checkpoint was made with), `reference`, `cpu`, or
-    `triton` (GPUs)."""
+    """Kernels: `auto` (those of the checkpoint if a run resumes, else the fastest on the device), `reference`, `cpu`
+    or `triton` (for GPUs)."""
     sweep: str = _service("default")
-    """Name of the directory under `out` (and the W&B group) that collects the runs."""
+    """Name of the sweep: the directory under `out` that holds the runs, and the W&B group."""
     out: str = _service("runs")
-    """Output directory; nothing outside it is written."""
+    """Output directory. Nothing is written outside it."""
 
     def __post_init__(self) -> None:
         _require(
             "/" not in self.sweep and not self.sweep.startswith((".", "_")) and self.sweep != "",
-            f"sweep={self.sweep!r} is not a plain name; it is a directory under out=, which may be anywhere",
+            f"sweep={self.sweep!r} is not a plain name; a sweep is a directory inside out=, and out= may be any path",
         )
         shard, sae = self.mesh.shard, self.sae
         if sae != MISSING:
@@ -446,10 +467,10 @@ class Config:
 
 
 def from_container(container: Any) -> Config:
-    """Build and check a `Config` from a DictConfig or a plain nested dict (a frozen `config.yaml`).
+    """Build and check a `Config` from a DictConfig or from a plain nested dict (a frozen `config.yaml`).
 
-    Raises `omegaconf.errors.OmegaConfBaseException` for unknown keys, wrong types and missing values, and
-    `ValueError` for values that make no sense.
+    Raises `omegaconf.errors.OmegaConfBaseException` for unknown keys and wrong types, and `ValueError` for missing and
+    impossible values.
     """
     merged = OmegaConf.merge(OmegaConf.structured(Config), container)
     missing = sorted(OmegaConf.missing_keys(merged))
@@ -461,8 +482,8 @@ def from_container(container: Any) -> Config:
 
 
 def to_container(config: Any) -> dict[str, Any]:
-    """The configuration (or a section of it) as a plain nested dict, ready for YAML or JSON."""
-    # dataclasses.asdict copies deeply, which takes seconds for ten thousand cells
+    """The configuration, or a section of it, as a plain nested dict for YAML or JSON."""
+    # dataclasses.asdict copies deeply: seconds for ten thousand cells
     values = vars(config).items()
     return {
         name: to_container(value)
@@ -475,10 +496,10 @@ def to_container(config: Any) -> dict[str, Any]:
 
 
 def science(config: Any) -> dict[str, Any]:
-    """The settings that decide the result and differ from the default they were introduced with.
+    """The settings that decide the result and differ from their default in this module.
 
-    Leaving defaults out means that a field added later does not orphan the runs made before it. The price: a
-    default in this module, once released, must never change (values in `conf/` may).
+    Defaults are left out so that a new field does not change the ids of runs that were made before it. In return, a
+    default in this module must never change once it is released. Values in `conf/` may change.
     """
     settings: dict[str, Any] = {}
     for spec in dataclasses.fields(config):
@@ -496,10 +517,10 @@ def science(config: Any) -> dict[str, Any]:
 
 
 def run_id(config: Config, store_id: str) -> str:
-    """Name of a run: readable size, then a hash of its science (invariant 4).
+    """The name of a run: its size, readable, then a hash of its science.
 
-    `store_id` is the content hash of the activation store, which stands for the whole `activations` group.
-    `train.precision` must be resolved: a bf16 run and an fp32 run are different runs.
+    `store_id` names the activation store and stands for the whole `activations` group. `train.precision` must be
+    resolved, because a bf16 run and an fp32 run are different runs.
     """
     assert config.train.precision != "auto", "resolve train.precision before naming a run"
     settings = science(config)
