@@ -33,6 +33,7 @@ from harness.record.rundir import FINAL
 from harness.record.state import state_of
 from harness.sweep import pack
 from harness.sweep import runs as plan
+from harness.terminal import say
 
 
 @dataclass(frozen=True)
@@ -222,10 +223,6 @@ def write_study(sweep_dir: Path, about: Mapping[str, Any], runs: Sequence[plan.R
     known = {key: earlier.get(key, value) for key, value in unnamed.items()} | dict(about)
     names = list(dict.fromkeys([*earlier["runs"], *(run.run_id for run in runs)]))
     write_json_atomic(path, {**known, "command": command_line(), "time": now(), "runs": names})
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def parse_only(texts: Sequence[str]) -> dict[str, list[Any]]:

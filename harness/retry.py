@@ -19,10 +19,11 @@ from harness.config import Config, from_container, to_container
 from harness.errors import WRONG_REQUEST, UserError
 from harness.grid.cells import Cell
 from harness.grid.compose import one_line
-from harness.launch import carry_out, say
+from harness.launch import carry_out
 from harness.record.rundir import read_config
 from harness.record.state import state_of
 from harness.sweep import runs as plan
+from harness.terminal import say
 
 
 def cells_to_retry(sweep_dir: Path, run_ids: Sequence[str], overrides: Sequence[str]) -> list[Cell]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from harness.places.local import describe, outcome_line
 from harness.process.signals import Interrupted
 from harness.record import rundir
 from harness.sweep.pack import Job, Target, freeze_job
+from harness.terminal import say
 
 POLL_S = 0.2
 PLAN_TIMEOUT_S = 1800.0
@@ -65,7 +65,7 @@ def lead(out: Path, plan: Callable[[], Sequence[Job]], all_done: Callable[[], bo
     if jobs:  # then all ranks have read it
         path.unlink()
     if code == INTERRUPTED:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
+        say("interrupted; the same command goes on where it stopped")
         return code
     return 0 if all_done() else FAILED
 
@@ -99,4 +99,4 @@ def _told(target: Target) -> None:
     for run_dir in target.run_dirs:
         config, result = rundir.read_config(run_dir), rundir.read_result(run_dir)
         line = describe(config) if result is None else outcome_line(config, result, result.get("wall_s") or 0.0)
-        print(line, file=sys.stderr, flush=True)
+        say(line)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from harness.record.attempt import attempt, claimed, write_provenance
 from harness.record.provenance import now
 from harness.sweep.pack import Job, freeze_job
 from harness.sweep.runs import Run
-from harness.terminal import Progress, duration
+from harness.terminal import Progress, duration, say
 
 WAIT_S = 2.0
 """Between looks at a run that another process works on."""
@@ -53,14 +52,14 @@ def run_jobs(jobs: Sequence[Job], ended: Sequence[Run] = ()) -> int:
         try:
             statuses = _run_all(jobs, ended, sources, stop)
         except Interrupted:
-            _say("interrupted; the same command goes on where it stopped")
+            say("interrupted; the same command goes on where it stopped")
             return INTERRUPTED
         except DiskFull as full:
-            _say(f"error: {full}; free some space and run the same command again, it goes on where it stopped")
+            say(f"error: {full}; free some space and run the same command again, it goes on where it stopped")
             return FAILED
     counts = Counter(statuses.values())
     if counts["done"] < len(statuses) or any(run.status != "done" for job in jobs for run in job.runs):
-        _say(f"{counts['done']} of {len(statuses)} cells done" + _unlucky(counts))
+        say(f"{counts['done']} of {len(statuses)} cells done" + _unlucky(counts))
     return 0 if counts["done"] == len(statuses) else FAILED
 
 
@@ -77,9 +76,9 @@ def _run_all(jobs: Sequence[Job], ended: Sequence[Run], sources: dict[str, Any],
         share = "all" if len(ended) == total else f"{len(ended)} of"
         diverged = sum(run.status == "diverged" for run in ended)
         what = f"have ended, {diverged} of them diverged" if diverged else "already done"
-        _say(f"{share} {total} cells {what}")
+        say(f"{share} {total} cells {what}")
     if retried := sum(run.status == "failed" for job in jobs for run in job.runs):
-        _say(f"{retried} failed earlier and will be tried again")
+        say(f"{retried} failed earlier and will be tried again")
     waiting, progress, elsewhere, told = deque(jobs), Progress(), 0, False
     while waiting:
         if stop.requested:
@@ -95,7 +94,7 @@ def _run_all(jobs: Sequence[Job], ended: Sequence[Run], sources: dict[str, Any],
         if elsewhere >= len(waiting):
             if not told:
                 cells = sum(len(job.runs) for job in waiting)
-                _say(f"{cells} cells are being trained by another process; waiting for it")
+                say(f"{cells} cells are being trained by another process; waiting for it")
                 told = True
             _wait(stop)
     return statuses
@@ -221,7 +220,3 @@ def outcome_line(config: Config, result: dict[str, Any], seconds: float) -> str:
 
 def _number(name: str, value: float | None, spec: str) -> str:
     return f"{name} {'-' if value is None else format(value, spec)}".strip()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

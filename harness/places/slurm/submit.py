@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from harness.record.rundir import FINAL, freeze, set_failure_aside
 from harness.record.state import state_of
 from harness.sweep.pack import Job
 from harness.sweep.runs import Run
+from harness.terminal import say
 
 ASSUMED_BYTES_PER_S = 1e8
 """Of a checkpoint on its way to a slow network disk."""
@@ -93,7 +93,7 @@ def _submit_sweep(sweep_dir: Path, runs: Sequence[Run], estimates: Estimates, su
     left_out = {run.run_dir for run in (*ended, *elsewhere)} | queued
     todo = [run for run in runs if run.run_dir not in left_out]
     waiting = sum(run.run_dir in queued for run in runs)
-    _say(f"{sweep_dir}: {len(runs)} cells, {len(ended)} have ended, {waiting} have a job already" + _trained(elsewhere))
+    say(f"{sweep_dir}: {len(runs)} cells, {len(ended)} have ended, {waiting} have a job already" + _trained(elsewhere))
     if not todo:
         return
     for run in todo:
@@ -139,7 +139,7 @@ def _submit_harvests(sweep_dir: Path, runs: Sequence[Run], submitted: list[Submi
         array = _sbatch(directory, config, 1, LEAD_MARGIN_S, harvest=True, about=f"makes the store {store}")
         submitted.append(array)
         ids[store] = array.job_id
-        _say(f"job {array.job_id} harvests the activations first")
+        say(f"job {array.job_id} harvests the activations first")
     return ids
 
 
@@ -155,7 +155,7 @@ def _submit_array(sweep_dir: Path, jobs: Sequence[Job], estimates: Estimates, af
     ranks, lead = config.mesh.dp * config.mesh.shard, lead_s(config.cluster, size)
     about = f"{cells} cells of {sweep_dir} in {len(jobs)} jobs of {ranks} ranks; {command_line()}"
     array = _sbatch(directory, config, len(jobs), lead, harvest=False, about=about, after=after)
-    _say(f"job {array.job_id}: {cells} cells in {len(jobs)} jobs ({directory / 'job.sh'})")
+    say(f"job {array.job_id}: {cells} cells in {len(jobs)} jobs ({directory / 'job.sh'})")
     return array
 
 
@@ -207,7 +207,3 @@ def wait_for(runs: Sequence[Run]) -> dict[Path, str]:
         if not any(True for sweep_dir in sweep_dirs for _ in live_elements(sweep_dir)):
             return {run.run_dir: state_of(run.run_dir).status for run in runs}
         time.sleep(POLL_S)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
