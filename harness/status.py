@@ -20,7 +20,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.record.state import STATES
 from harness.sweep.rows import Row, sweep_rows
-from harness.terminal import duration, is_terminal, own_screen, say, si, table
+from harness.terminal import can_redraw, duration, own_screen, say, si, table
 
 ENDED = ("done", "diverged", "failed")
 
@@ -35,7 +35,7 @@ PROBLEMS = 15
 
 
 HEADINGS = ("run", "status", "progress", "fvu", "dead", "tok/s", "time", "planned", "restarts", "left", "host")
-OPTIONAL = ("planned", "restarts", "host", "tok/s", "dead", "time")
+OPTIONAL = ("planned", "restarts", "host", "tok/s", "dead", "time", "left")
 """Columns that a narrow terminal does without, from the first on."""
 
 
@@ -150,7 +150,7 @@ def watch(sweep_dir: Path, seconds: float, whole: bool) -> None:
     """
     shown = ""
     texts = _texts(sweep_dir, seconds, whole)
-    if not is_terminal(sys.stdout):
+    if not can_redraw(sys.stdout):
         for shown in texts:
             print(shown, flush=True)
         return

@@ -46,8 +46,8 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def is_terminal(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal that can move its cursor."""
+def can_redraw(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal with a cursor that can be moved."""
     return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
@@ -68,7 +68,7 @@ def table(
     """
     target = stream or sys.stdout
     columns = [(heading, [row[i] for row in rows]) for i, heading in enumerate(headings)]
-    if not is_terminal(target) or len(rows) > MOST_FITTED_ROWS:
+    if not target.isatty() or len(rows) > MOST_FITTED_ROWS:
         return _plain_table(columns, left)
     console = _console(target)
     columns = _fitting(columns, optional, console.width)
@@ -168,7 +168,7 @@ class Progress:
         self._label, self._total, self._fields = label, total_tokens, {}
         self._done = self._begin = done_tokens
         self._start_time = self._last_shown = time.monotonic()
-        if is_terminal(self._stream):
+        if can_redraw(self._stream):
             self._bar = _new_bar(self._stream)
             self._bar.add_task(label, total=total_tokens, completed=int(done_tokens), numbers="")
             self._bar.start()
