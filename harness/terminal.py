@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bar
+    from rich.live import Live
+    from rich.table import Table
 
 PLAIN_INTERVAL_S = 10.0
 """Seconds between two progress lines where there is no terminal."""
 
 REDRAW_INTERVAL_S = 0.1
 """Seconds between two drawings of the bar."""
+
+BAR_WIDTHS = (8, 40)
+"""The least and the most characters of the bar."""
 
 GAP = 2
 """Blanks between the columns of a table."""
@@ -155,8 +159,8 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """`stream`: where to write, by default standard error."""
-        self._stream = sys.stderr if stream is None else stream
-        self._bar: Bar | None = None
+        self._stream = stream or sys.stderr
+        self._live: Live | None = None
         self._fields: dict[str, float] = {}
         self._label = ""
         self._total = self._done = self._begin = 0.0  # tokens
@@ -169,25 +173,23 @@ class Progress:
         self._done = self._begin = done_tokens
         self._start_time = self._last_shown = time.monotonic()
         if can_redraw(self._stream):
-            self._bar = _new_bar(self._stream)
-            self._bar.add_task(label, total=total_tokens, completed=int(done_tokens), numbers="")
-            self._bar.start()
+            self._live = self._new_live()
+            self._live.start(refresh=True)
             # a process that is killed would leave the terminal without a cursor
-            self._bar.console.show_cursor(True)
+            self._live.console.show_cursor(True)
 
     def update(self, tokens: float, fields: Mapping[str, Any]) -> None:
         """Show that the run has trained on `tokens` so far; `fields` is a line of its metrics."""
         self._done = tokens
         self._fields |= {name: float(fields[name]) for name in _PROGRESS_FIELDS if fields.get(name) is not None}
-        since = time.monotonic() - self._last_shown
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=tokens, numbers=self._numbers())
-            if since >= REDRAW_INTERVAL_S:
-                self._last_shown = time.monotonic()
-                self._bar.refresh()
-        elif since >= PLAIN_INTERVAL_S:
-            self._last_shown = time.monotonic()
+        interval = PLAIN_INTERVAL_S if self._live is None else REDRAW_INTERVAL_S
+        if time.monotonic() - self._last_shown < interval:
+            return
+        self._last_shown = time.monotonic()
+        if self._live is None:
             self._print(f"{self._label}: {self._numbers()}")
+        else:
+            self._live.refresh()
 
     def finish(self, line: str) -> None:
         """End the run: remove the bar and print `line`, its outcome, unless that is empty."""
@@ -197,15 +199,15 @@ class Progress:
 
     def note(self, line: str) -> None:
         """Print a line above the bar."""
-        if self._bar is None:
+        if self._live is None:
             self._print(line)
         else:
-            self._bar.console.print(line, soft_wrap=True)
+            self._live.console.print(line, soft_wrap=True)
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def _numbers(self) -> str:
         elapsed = time.monotonic() - self._start_time
@@ -221,23 +223,36 @@ class Progress:
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
 
+    def _new_live(self) -> Live:
+        """The line with the bar; it is redrawn on request, by no thread of its own."""
+        from rich.live import Live
 
-def _new_bar(stream: TextIO) -> Bar:
-    """A bar between its description and its numbers that is drawn on request, by no thread of its own."""
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bar
+        console = _console(self._stream)
+        return Live(
+            console=console,
+            get_renderable=lambda: self._line(console.width),
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
 
-    return Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None, style="dim", complete_style="", finished_style=""),
-        TextColumn("{task.fields[numbers]}", markup=False),
-        console=_console(stream),
-        auto_refresh=False,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-        expand=True,
-    )
+    def _line(self, width: int) -> Table:
+        """Label, bar and numbers on a line of `width`; the label is shortened if there is no room."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        numbers = self._numbers()
+        room = width - len(numbers) - 2
+        bar_width = min(max(room - len(self._label), BAR_WIDTHS[0]), BAR_WIDTHS[1])
+        label_width = min(max(room - bar_width, 1), len(self._label))
+        line = Table.grid(padding=(0, 1, 0, 0))
+        line.add_column(width=label_width, no_wrap=True)
+        line.add_column(width=bar_width)
+        line.add_column(width=len(numbers), no_wrap=True)
+        bar = ProgressBar(self._total, self._done, width=bar_width, style="dim", complete_style="", finished_style="")
+        line.add_row(self._label, bar, numbers)
+        return line
 
 
 def duration(seconds: float) -> str:
