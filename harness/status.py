@@ -155,12 +155,13 @@ def watch(sweep_dir: Path, seconds: float, whole: bool) -> None:
             print(shown, flush=True)
         return
     # `kill` must give the first screen back, as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with own_screen(sys.stdout) as show:
             for shown in texts:
                 show(_cut(shown, shutil.get_terminal_size().lines))
     finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
         if shown:
             print(shown, flush=True)
 
