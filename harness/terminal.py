@@ -27,7 +27,7 @@ BAR_WIDTHS = (8, 40)
 """The least and the most characters of the bar."""
 
 GAP = 2
-"""Blanks between the columns of a table."""
+"""Blanks after each column of a table."""
 
 MOST_FITTED_ROWS = 500
 """Longer tables are printed plain, in full width: `rich` lays out only a few hundred rows a second."""
@@ -100,7 +100,7 @@ def _fitting(
     kept = list(columns)
     cells = dict(columns)
     for heading in sorted(optional, key=lambda name: any(text not in ("", "-") for text in cells.get(name, ()))):
-        if sum(_width(column) + GAP for column in kept) - GAP <= width:
+        if sum(_width(column) + GAP for column in kept) <= width:
             break
         kept = [column for column in kept if column[0] != heading]
     return kept
@@ -111,14 +111,14 @@ def _drawn_table(columns: Sequence[tuple[str, list[str]]], left: Collection[str]
     from rich.text import Text
 
     drawn = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="")
-    others = sum(_width(column) + GAP for column in columns[1:])
+    room = console.width - GAP - sum(_width(column) + GAP for column in columns[1:])
     for i, column in enumerate(columns):
         width = _width(column)
         drawn.add_column(
             column[0],
             justify="left" if i == 0 or column[0] in left else "right",
             no_wrap=True,
-            width=min(width, max(len(column[0]), console.width - others)) if i == 0 else width,
+            width=min(width, max(len(column[0]), room)) if i == 0 else width,
         )
     for first, *rest in zip(*(cells for _, cells in columns), strict=True):
         drawn.add_row(Text(first), *(Text(text, style=STATUS_STYLES.get(text, "")) for text in rest))
