@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: messages, tables, numbers in few characters, and the progress of a run.
+"""Everything printed for a person: messages, tables, numbers in few characters, and the progress of a run.
 
 `rich` is imported only where something is drawn on a terminal, so that importing this module costs nothing.
 """
@@ -40,6 +40,7 @@ STATUS_STYLES = {
     "preempted": "yellow",
     "interrupted": "yellow",
 }
+"""Status word -> its colour on a terminal."""
 
 _PROGRESS_FIELDS = {"loss": ("loss", ".4g"), "fvu": ("fvu", ".4f"), "dead_frac": ("dead", ".1%")}
 """Field of a metrics line -> its label and format in the progress."""
@@ -67,8 +68,8 @@ def table(
 
     The first column and those named in `left` are aligned to the left, the others to the right. In a file or a pipe,
     the table is plain and has its full width. On a terminal, status words have colours (unless NO_COLOR is set) and the
-    table fits the width: the columns in `optional` are dropped from the first on until it does, empty ones before all
-    others; then the first column is shortened.
+    table fits the width: columns in `optional` are dropped, empty ones first and then in the order given; if that is not
+    enough, the first column is shortened.
     """
     target = stream or sys.stdout
     columns = [(heading, [row[i] for row in rows]) for i, heading in enumerate(headings)]
