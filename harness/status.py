@@ -1,6 +1,6 @@
-"""`python -m harness.status runs/<sweep>`: what became of the runs of a sweep, from their files alone.
+"""`python -m harness.status runs/<sweep>`: the state of every run of a sweep, read from its files alone.
 
-Exit codes: 0, also when some runs failed or the watch was ended by Ctrl-C; 2 for a wrong request.
+Exit codes: 0, also if runs failed or Ctrl-C ended the watch; 2 for a wrong request.
 """
 
 from __future__ import annotations
@@ -9,72 +9,81 @@ import argparse
 import datetime
 import json
 import shutil
+import signal
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from harness.errors import UserError
 from harness.record.state import STATES
 from harness.sweep.rows import Row, sweep_rows
-from harness.terminal import aligned, duration, si
+from harness.terminal import can_redraw, duration, own_screen, say, si, table
 
 ENDED = ("done", "diverged", "failed")
 
 WHOLE = 40
-"""A sweep of at most this many runs is shown whole."""
+"""A sweep of at most this many runs is shown in full."""
 
 SHOWN = {"failed": 15, "diverged": 10, "running": 20, "preempted": 10, "interrupted": 10, "pending": 3, "done": 3}
-"""Rows of a larger one, by status."""
+"""Status -> rows shown of a larger sweep."""
 
 PROBLEMS = 15
-"""Lines about what went wrong, unless all are asked for."""
+"""Lines about problems, unless `--all` is given."""
 
 
-def text(rows: Sequence[Row], whole: bool = False, besides: Sequence[str] = ()) -> str:
-    """The status as a table, what needs attention first; what went wrong below it (`besides` the runs first), counts
-    and the plan last."""
+HEADINGS = ("run", "status", "progress", "fvu", "dead", "tok/s", "time", "planned", "restarts", "left", "host")
+OPTIONAL = ("planned", "restarts", "host", "tok/s", "dead", "time", "left")
+"""Columns that a narrow terminal does without, from the first on."""
+
+
+def text(rows: Sequence[Row], whole: bool = False, harvests: Sequence[str] = ()) -> str:
+    """The status as text for standard output: a table, what needs attention first; then the lines about `harvests` and
+    the problems of the runs; the counts and the plan last.
+
+    `whole`: every run and every problem, however many.
+    """
     shown = sorted(rows, key=lambda row: STATES.index(row["status"]))
     if not whole and len(rows) > WHOLE:
         shown = [row for status in STATES for row in _first(shown, status)]
-    table = [("run", "status", "progress", "fvu", "dead", "tok/s", "time", "planned", "restarts", "left", "host")]
-    for row in shown:
-        table.append(
-            (
-                row["run_id"],
-                row["status"],
-                _form(row["progress"], ".0%"),
-                _form(row["fvu"], ".4f"),
-                _form(row["dead_frac"], ".1%"),
-                "-" if row["tokens_per_s"] is None else si(row["tokens_per_s"]),
-                _duration(row["took_s"]),
-                _duration(row["planned_s"]),
-                str(row["restarts"] or "-"),
-                _left(row["ends"]),
-                row["host"] or "-",
-            )
-        )
-    lines = aligned(table)
+    lines = [table(HEADINGS, [_cells(row) for row in shown], left=("status", "host"), optional=OPTIONAL)]
     if len(shown) < len(rows):
         hidden = Counter(row["status"] for row in rows)
         hidden.subtract(row["status"] for row in shown)
         lines.append(f"… and {len(rows) - len(shown)} more: {_counts(hidden)} (--all shows them)")
-    lines += besides
+    lines += harvests
     problems = [line for row in shown for line in _problem(row)]
     lines += problems if whole else problems[:PROBLEMS]
     if not whole and len(problems) > PROBLEMS:
         lines.append(f"… and {len(problems) - PROBLEMS} more lines (--all shows them)")
     lines.append(f"{len(rows)} runs: {_counts(Counter(row['status'] for row in rows))}")
-    return "\n".join([*lines, *_beside_the_plan(rows)])
+    return "\n".join([*lines, *_against_the_plan(rows)])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """One per heading."""
+    return (
+        row["run_id"],
+        row["status"],
+        _form(row["progress"], ".0%"),
+        _form(row["fvu"], ".4f"),
+        _form(row["dead_frac"], ".1%"),
+        "-" if row["tokens_per_s"] is None else si(row["tokens_per_s"]),
+        _duration(row["took_s"]),
+        _duration(row["planned_s"]),
+        str(row["restarts"] or "-"),
+        _left(row["ends"]),
+        row["host"] or "-",
+    )
 
 
 def failed_harvests(sweep_dir: Path) -> list[str]:
-    """What became of harvest jobs that were given up: the cells that wait for their stores cannot start."""
-    found = sorted(sweep_dir.glob("_slurm/*/failed.txt"))
+    """One line per harvest job that failed for good: the cells that need its store cannot start."""
     return [
-        f"{path.parent.name}: {path.read_text(encoding='utf-8').strip()} (log: {path.parent}/log)" for path in found
+        f"{path.parent.name}: {path.read_text(encoding='utf-8').strip()} (log: {path.parent}/log)"
+        for path in sorted(sweep_dir.glob("_slurm/*/failed.txt"))
     ]
 
 
@@ -87,14 +96,14 @@ def _counts(counts: Counter[str]) -> str:
 
 
 def _problem(row: Row) -> list[str]:
-    """What went wrong in a run, and what its record says beside its numbers."""
+    """The error of a run and the notes in its record."""
     where = f" (log: {row['log']})" if row["log"] and row["status"] == "failed" else ""
     lines = [f"{row['run_id']}: {row['error']}{where}"] if row["error"] else []
     return lines + [f"{row['run_id']}: {note}" for note in row["notes"]]
 
 
-def _beside_the_plan(rows: Sequence[Row]) -> list[str]:
-    """What was planned and what it took, of the runs that are done; what is left by plan."""
+def _against_the_plan(rows: Sequence[Row]) -> list[str]:
+    """Planned and real time and memory of the runs that are done; planned time of the others."""
     lines = []
     done = [row for row in rows if row["status"] == "done"]
     if pairs := _pairs(done, "planned_s", "took_s"):
@@ -115,7 +124,7 @@ def _pairs(rows: Iterable[Row], planned: str, real: str) -> list[tuple[float, fl
 
 
 def _ratios(pairs: Sequence[tuple[float, float]]) -> str:
-    """How much of the plan a run took, in the middle and at the ends."""
+    """Median, smallest and largest ratio of real to planned."""
     ratios = sorted(real / planned for planned, real in pairs)
     return f"per run {statistics.median(ratios):.2f} of the plan, {ratios[0]:.2f} to {ratios[-1]:.2f}"
 
@@ -135,27 +144,47 @@ def _left(ends: str | None) -> str:
 
 
 def watch(sweep_dir: Path, seconds: float, whole: bool) -> None:
-    """Show the status again and again until every run has ended, or somebody presses Ctrl-C. Raises `UserError`."""
+    """Show the status every `seconds` until every run has ended. Raises `UserError`, and `KeyboardInterrupt` on Ctrl-C.
+
+    A terminal shows it in place, and the whole text at the end.
+    """
+    shown = ""
+    texts = _texts(sweep_dir, seconds, whole)
+    if not can_redraw(sys.stdout):
+        for shown in texts:
+            print(shown, flush=True)
+        return
+    # `kill` must give the first screen back, as Ctrl-C does
+    on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with own_screen(sys.stdout) as show:
+            for shown in texts:
+                show(_cut(shown, shutil.get_terminal_size().lines))
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
+        if shown:
+            print(shown, flush=True)
+
+
+def _texts(sweep_dir: Path, seconds: float, whole: bool) -> Iterator[str]:
+    """The status now and every `seconds`, until every run has ended."""
     final: dict[str, Row] = {}
-    terminal = sys.stdout.isatty()
     while True:
         rows = sweep_rows(sweep_dir, final)
-        shown = text(rows, whole, failed_harvests(sweep_dir))
-        if terminal:
-            # what does not fit would scroll away at every turn; the sums at the end are kept
-            height = shutil.get_terminal_size().lines - 2
-            lines = shown.splitlines()
-            cut = lines if len(lines) <= height else [*lines[: height - 5], "…", *lines[-4:]]
-            print("\x1b[H\x1b[J" + "\n".join(cut), flush=True)
-        else:
-            print(shown, flush=True)
+        yield text(rows, whole, failed_harvests(sweep_dir))
         if all(row["status"] in ENDED for row in rows):
             return
         time.sleep(seconds)
 
 
+def _cut(shown: str, height: int) -> str:
+    """The first lines and the last four, which are the sums, on `height` lines in all."""
+    lines = shown.splitlines()
+    return shown if len(lines) <= height else "\n".join([*lines[: height - 5], "…", *lines[-4:]])
+
+
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="python -m harness.status", description="What became of a sweep's runs.")
+    result = argparse.ArgumentParser(prog="python -m harness.status", description="The state of every run of a sweep.")
     result.add_argument("sweep_dir", type=Path, metavar="runs/SWEEP")
     result.add_argument("--all", action="store_true", help="every run and every problem, however many")
     how = result.add_mutually_exclusive_group()
@@ -166,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         const=10.0,
         metavar="SECONDS",
-        help="show it again every SECONDS (default 10) until all runs have ended",
+        help="show the table again every SECONDS (default 10) until every run has ended",
     )
     return result
 
@@ -181,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(text(sweep_rows(arguments.sweep_dir), arguments.all, failed_harvests(arguments.sweep_dir)))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         return 0

@@ -1,95 +1,263 @@
-"""What a person sees while a run trains: a bar on a terminal, a plain line now and then elsewhere."""
+"""Everything printed for a person: messages, tables, numbers in few characters, and the progress of a run.
+
+`rich` is imported only where something is drawn on a terminal, so that importing this module costs nothing.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
 
 PLAIN_INTERVAL_S = 10.0
+"""Seconds between two progress lines where there is no terminal."""
 
-_SHOWN = {"loss": ".4g", "fvu": ".4f", "dead_frac": ".1%"}
-_NAMES = {"dead_frac": "dead"}
+REDRAW_INTERVAL_S = 0.1
+"""Seconds between two drawings of the bar."""
+
+BAR_WIDTHS = (8, 40)
+"""The least and the most characters of the bar."""
+
+GAP = 2
+"""Blanks after each column of a table."""
+
+MOST_FITTED_ROWS = 500
+"""Longer tables are printed plain, in full width: `rich` lays out only a few hundred rows a second."""
+
+STATUS_STYLES = {
+    "done": "green",
+    "running": "cyan",
+    "diverged": "magenta",
+    "failed": "red",
+    "preempted": "yellow",
+    "interrupted": "yellow",
+}
+"""Status word -> its colour on a terminal."""
+
+_PROGRESS_FIELDS = {"loss": ("loss", ".4g"), "fvu": ("fvu", ".4f"), "dead_frac": ("dead", ".1%")}
+"""Field of a metrics line -> its label and format in the progress."""
+
+
+def say(line: str) -> None:
+    """Print one line to standard error at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def can_redraw(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal with a cursor that can be moved."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Collection[str] = (),
+    optional: Sequence[str] = (),
+    stream: TextIO | None = None,
+) -> str:
+    """A table as text for `stream` (default: standard output), without a final line break.
+
+    The first column and those named in `left` are aligned to the left, the others to the right. In a file or a pipe,
+    the table is plain and has its full width. On a terminal, status words have colours (unless NO_COLOR is set) and the
+    table fits the width: columns in `optional` are dropped, empty ones first and then in the order given; if that is
+    not enough, the first column is shortened.
+    """
+    target = stream or sys.stdout
+    columns = [(heading, [row[i] for row in rows]) for i, heading in enumerate(headings)]
+    if not target.isatty() or len(rows) > MOST_FITTED_ROWS:
+        return _plain_table(columns, left)
+    console = _console(target)
+    columns = _fitting(columns, optional, console.width)
+    return _drawn_table(columns, left, console)
+
+
+def _width(column: tuple[str, list[str]]) -> int:
+    heading, cells = column
+    return max(map(len, [heading, *cells]))
+
+
+def _plain_table(columns: Sequence[tuple[str, list[str]]], left: Collection[str]) -> str:
+    padded = []
+    for i, (heading, cells) in enumerate(columns):
+        pad = str.ljust if i == 0 or heading in left else str.rjust
+        width = _width((heading, cells))
+        padded.append([pad(text, width) for text in (heading, *cells)])
+    return "\n".join((" " * GAP).join(line).rstrip() for line in zip(*padded, strict=True))
+
+
+def _fitting(
+    columns: Sequence[tuple[str, list[str]]], optional: Sequence[str], width: int
+) -> list[tuple[str, list[str]]]:
+    """The columns without those that must be dropped to make the table at most `width` wide."""
+    kept = list(columns)
+    cells = dict(columns)
+    for heading in sorted(optional, key=lambda name: any(text not in ("", "-") for text in cells.get(name, ()))):
+        if sum(_width(column) + GAP for column in kept) <= width:
+            break
+        kept = [column for column in kept if column[0] != heading]
+    return kept
+
+
+def _drawn_table(columns: Sequence[tuple[str, list[str]]], left: Collection[str], console: Console) -> str:
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="")
+    room = console.width - GAP - sum(_width(column) + GAP for column in columns[1:])
+    for i, column in enumerate(columns):
+        width = _width(column)
+        drawn.add_column(
+            column[0],
+            justify="left" if i == 0 or column[0] in left else "right",
+            no_wrap=True,
+            width=min(width, max(len(column[0]), room)) if i == 0 else width,
+        )
+    for first, *rest in zip(*(cells for _, cells in columns), strict=True):
+        drawn.add_row(Text(first), *(Text(text, style=STATUS_STYLES.get(text, "")) for text in rest))
+    with console.capture() as capture:
+        console.print(drawn)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+@contextmanager
+def own_screen(stream: TextIO) -> Iterator[Callable[[str], None]]:
+    """A second screen on the terminal `stream`; the first one comes back at the end.
+
+    Yields a function that shows a text, which may have colours, in place of the one before. Lines are cut at the width
+    of the terminal, and the text at its height.
+    """
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=_console(stream), screen=True, auto_refresh=False) as live:
+
+        def show(text: str) -> None:
+            live.update(Text.from_ansi(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+        yield show
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, force_terminal=True, force_jupyter=False, highlight=False, markup=False, emoji=False)
 
 
 class Progress:
-    """One bar per run: loss, fvu, dead share, tokens/s, time left.
+    """The progress of one run at a time: loss, fvu, dead share, tokens/s, time left.
 
-    The stream decides how: a terminal gets a bar that is redrawn, anything else at most one line per ten seconds.
+    A terminal gets a bar that is redrawn, any other stream at most one line per ten seconds.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = sys.stderr if stream is None else stream
-        self._terminal = self._stream.isatty()
-        self._bar: tqdm[Any] | None = None
+        """`stream`: where to write, by default standard error."""
+        self._stream = stream or sys.stderr
+        self._live: Live | None = None
         self._fields: dict[str, float] = {}
         self._label = ""
-        self._total = self._done = self._started_at = self._last_line = 0.0
-        self._start_time = 0.0
+        self._total = self._done = self._begin = 0.0  # tokens
+        self._start_time = self._last_shown = 0.0  # seconds
 
     def start(self, label: str, total_tokens: float, done_tokens: float = 0.0) -> None:
-        """Begin a run of `total_tokens` of which `done_tokens` are done already (after a resume)."""
+        """Begin a run of `total_tokens`; a resumed run has trained on `done_tokens` already."""
+        self._close()
         self._label, self._total, self._fields = label, total_tokens, {}
-        self._done = self._started_at = done_tokens
-        self._start_time = self._last_line = time.monotonic()
-        if self._terminal:
-            self._bar = tqdm(
-                desc=label,
-                total=int(total_tokens),
-                initial=int(done_tokens),
-                unit="tok",
-                unit_scale=True,
-                file=self._stream,
-                dynamic_ncols=True,
-                leave=False,
-            )
+        self._done = self._begin = done_tokens
+        self._start_time = self._last_shown = time.monotonic()
+        if can_redraw(self._stream):
+            self._live = self._new_live()
+            self._live.start(refresh=True)
+            # a process that is killed would leave the terminal without a cursor
+            self._live.console.show_cursor(True)
 
     def update(self, tokens: float, fields: Mapping[str, Any]) -> None:
-        """`tokens` trained so far in all; `fields` is a metrics line, of which the known names are shown."""
+        """Show that the run has trained on `tokens` so far; `fields` is a line of its metrics."""
         self._done = tokens
-        self._fields |= {name: float(fields[name]) for name in _SHOWN if fields.get(name) is not None}
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._shown(), refresh=False)
-            self._bar.update(int(tokens) - self._bar.n)
-        elif not self._terminal and time.monotonic() - self._last_line >= PLAIN_INTERVAL_S:
-            self._last_line = time.monotonic()
-            self._print(f"{self._label}: {self._plain()}")
+        self._fields |= {name: float(fields[name]) for name in _PROGRESS_FIELDS if fields.get(name) is not None}
+        interval = PLAIN_INTERVAL_S if self._live is None else REDRAW_INTERVAL_S
+        if time.monotonic() - self._last_shown < interval:
+            return
+        self._last_shown = time.monotonic()
+        if self._live is None:
+            self._print(f"{self._label}: {self._numbers()}")
+        else:
+            self._live.refresh()
 
     def finish(self, line: str) -> None:
-        """End the run; `line` is its outcome and stays on the screen (nothing is printed when it is empty)."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        """End the run: remove the bar and print `line`, its outcome, unless that is empty."""
+        self._close()
         if line:
             self._print(line)
 
     def note(self, line: str) -> None:
         """Print a line above the bar."""
-        if self._bar is not None:
-            self._bar.clear()
-        self._print(line)
-        if self._bar is not None:
-            self._bar.refresh()
+        if self._live is None:
+            self._print(line)
+        else:
+            self._live.console.print(line, soft_wrap=True)
 
-    def _shown(self) -> str:
-        return " ".join(f"{_NAMES.get(name, name)} {value:{_SHOWN[name]}}" for name, value in self._fields.items())
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
-    def _plain(self) -> str:
+    def _numbers(self) -> str:
         elapsed = time.monotonic() - self._start_time
-        rate = (self._done - self._started_at) / elapsed if elapsed > 0 else 0.0
+        rate = (self._done - self._begin) / elapsed if elapsed > 0 else 0.0
         share = self._done / self._total if self._total else 0.0
         left = f", {duration((self._total - self._done) / rate)} left" if rate > 0 else ""
-        return f"{share:.0%} {self._shown()} {rate:,.0f} tok/s{left}"
+        shown = [f"{share:.0%}"]
+        for name, value in self._fields.items():
+            label, spec = _PROGRESS_FIELDS[name]
+            shown.append(f"{label} {value:{spec}}")
+        return f"{' '.join(shown)} {rate:,.0f} tok/s{left}"
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
 
+    def _new_live(self) -> Live:
+        """The line with the bar; it is redrawn on request, by no thread of its own."""
+        from rich.live import Live
+
+        console = _console(self._stream)
+        return Live(
+            console=console,
+            get_renderable=lambda: self._line(console.width),
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def _line(self, width: int) -> Table:
+        """Label, bar and numbers on a line of `width`; the label is shortened if there is no room."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        numbers = self._numbers()
+        room = width - len(numbers) - 2
+        bar_width = min(max(room - len(self._label), BAR_WIDTHS[0]), BAR_WIDTHS[1])
+        label_width = min(max(room - bar_width, 1), len(self._label))
+        line = Table.grid(padding=(0, 1, 0, 0))
+        line.add_column(width=label_width, no_wrap=True)
+        line.add_column(width=bar_width)
+        line.add_column(width=len(numbers), no_wrap=True)
+        bar = ProgressBar(self._total, self._done, width=bar_width, style="dim", complete_style="", finished_style="")
+        line.add_row(self._label, bar, numbers)
+        return line
+
 
 def duration(seconds: float) -> str:
-    """A time a person reads at a glance: `42s`, `3m05s`, `2h10m`, `12d4h`."""
+    """A time that is read at a glance: `42s`, `3m05s`, `2h10m`, `12d4h`."""
     whole = round(max(seconds, 0.0))
     if whole < 60:
         return f"{whole}s"
@@ -98,17 +266,6 @@ def duration(seconds: float) -> str:
     if whole < 100 * 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600}h"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns padded to their widest entry: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
 
 
 def si(value: float) -> str:
@@ -121,11 +278,6 @@ def si(value: float) -> str:
 
 
 def listed(parts: Sequence[str], most: int = 5) -> str:
-    """The first few of a list that may be long: `a; b and 7 more`."""
+    """The first `most` entries of a list: `a; b and 7 more`."""
     shown = "; ".join(parts[:most])
     return f"{shown} and {len(parts) - most} more" if len(parts) > most else shown
-
-
-def say(line: str) -> None:
-    """One line for the person who started the command, on standard error."""
-    print(line, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from harness import status
 from harness.files import write_json_atomic
 from harness.process.claim import claim
 from harness.sweep.rows import Row, last_line, sweep_rows
+from tests.test_terminal import Terminal
 
 
 class Sweep:
@@ -222,6 +224,27 @@ def test_ctrl_c_ends_a_watch(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> N
     sweep.rows()
     monkeypatch.setattr(status.time, "sleep", interrupt)
     assert status.main([str(sweep.directory), "--watch"]) == 0
+
+
+def test_a_watch_on_a_terminal_ends_with_the_whole_status(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(30):
+        sweep.add(f"run-{number:02}", ended=ended())
+    sweep.rows()
+    terminal, handler = Terminal(), signal.getsignal(signal.SIGTERM)
+
+    def kill(_: float) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(status.time, "sleep", kill)
+    monkeypatch.setattr("sys.stdout", terminal)
+    for name, value in {"TERM": "xterm", "COLUMNS": "100", "LINES": "12"}.items():
+        monkeypatch.setenv(name, value)
+    assert status.main([str(sweep.directory), "--watch"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is handler
+    on_screen, after = terminal.getvalue().split("\x1b[?1049l")
+    assert "run-05" in on_screen and "run-06" not in on_screen and "…" in on_screen
+    assert "30 runs: 30 preempted" in on_screen and "30 runs: 30 preempted" in after
+    assert all(f"run-{number:02}" in after for number in range(30))
 
 
 def test_wrong_requests(tmp_path: Path, sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:

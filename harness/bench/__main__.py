@@ -6,6 +6,7 @@ import signal
 import sys
 
 from harness.errors import INTERRUPTED
+from harness.terminal import say
 
 
 def run() -> int:
@@ -17,7 +18,7 @@ def run() -> int:
 
         return main()
     except KeyboardInterrupt:
-        print("interrupted; no file was written", file=sys.stderr)
+        say("interrupted; no file was written")
         return INTERRUPTED
 
 

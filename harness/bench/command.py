@@ -6,7 +6,6 @@ import argparse
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from harness.bench.shapes import parse_shapes
 from harness.errors import UserError
 from harness.files import write_json_atomic
 from harness.ops import choose_ops
+from harness.terminal import say, table
 
 PEERS = ("sparsify", "dictionary_learning", "saelens", "openai")
 GPU_PEERS = ("openai",)
-"""Those that have no CPU code."""
+"""Peers without CPU code."""
 WORKER = Path(__file__).with_name("peer_worker.py")
 
 
@@ -33,7 +33,7 @@ def _processor() -> str:
 
 
 def machine(device: torch.device, threads: int) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine that the numbers were measured on."""
     return {
         "processor": _processor(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -45,59 +45,77 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def installed_peers(python: Path, wanted: list[str]) -> dict[str, list[str]]:
-    """Commands of the workers of those wanted peers that are installed in their environment."""
+    """Name -> command of its worker, for the wanted peers that are installed in the environment of `python`."""
     if not wanted:
         return {}
     if not python.exists():
-        print(f"no peers: {python} is not there (make bench-peers)", file=sys.stderr)
+        say(f"no peers: {python} does not exist (make bench-peers)")
         return {}
-    listed = subprocess.run([str(python), str(WORKER), "installed"], capture_output=True, text=True, check=True)
-    found = listed.stdout.split()
+    answer = subprocess.run([str(python), str(WORKER), "installed"], capture_output=True, text=True, check=True)
+    installed = answer.stdout.split()
     for name in wanted:
-        if name not in found:
-            print(f"no {name}: not installed beside {python} (make bench-peers)", file=sys.stderr)
-    return {name: [str(python), str(WORKER)] for name in wanted if name in found}
+        if name not in installed:
+            say(f"no {name}: it is not installed in the environment of {python} (make bench-peers)")
+    return {name: [str(python), str(WORKER)] for name in wanted if name in installed}
 
 
 def add_comparisons(results: list[dict[str, Any]]) -> None:
-    """To the last result, if it is of a Switch SAE: how much longer the TopK of its size took, if that was measured."""
+    """Add `topk_over_switch` to the last result if it is a Switch SAE and a TopK SAE of its size came before."""
     last = results[-1]
     for other in results[:-1] if last["n_experts"] > 1 else ():
         if other["n_experts"] == 1 and all(other[key] == last[key] for key in ("d", "n", "k", "batch")):
             last["topk_over_switch"] = other["step_ms"] / last["step_ms"]
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """For the terminal: one line per shape, and one per peer."""
-    lines = [
-        f"{'shape':12} {'step ms':>9} {'/ product':>9} {'% floor':>7} {'select':>8} {'decode':>8} {'backward':>8} "
-        f"{'optim':>7} {'rest':>6} {'tokens/s':>9} {'peak MB':>8}"
-    ]
-    for r in results:
-        lines.append(
-            f"{r['shape']:12} {r['step_ms']:9.1f} {r['step_over_gemm']:9.2f} {r['pct_of_floor']:7.0f} "
-            f"{r['select_ms']:8.1f} {r['decode_ms']:8.1f} {r['backward_ms']:8.1f} {r['optimizer_ms']:7.1f} "
-            f"{r['other_ms']:6.1f} {r['tokens_per_s']:9.0f} {r['peak_mem_bytes'] / 1e6:8.0f}"
-        )
-        if "torch_topk_ms" in r:
-            lines.append(
-                f"  {'selection alone':30} {r['selection_ms']:9.2f} ms   torch.topk takes "
-                f"{r['selection_over_topk']:.1f} times as long   "
-                f"the encoder runs at {r['encoder_pct_of_cublas']:.0f} % of cuBLAS"
+def text(result: dict[str, Any]) -> str:
+    """One entry of `results` as text for standard output: its times in a table, remarks, and a table of the peers."""
+    row = {
+        "shape": result["shape"],
+        "step ms": f"{result['step_ms']:.1f}",
+        "/ product": f"{result['step_over_gemm']:.2f}",
+        "% floor": f"{result['pct_of_floor']:.0f}",
+        "select ms": f"{result['select_ms']:.1f}",
+        "decode ms": f"{result['decode_ms']:.1f}",
+        "backward ms": f"{result['backward_ms']:.1f}",
+        "optimizer ms": f"{result['optimizer_ms']:.1f}",
+        "rest ms": f"{result['other_ms']:.1f}",
+        "tokens/s": f"{result['tokens_per_s']:.0f}",
+        "peak MB": f"{result['peak_mem_bytes'] / 1e6:.0f}",
+    }
+    lines = [table(list(row), [list(row.values())], optional=("rest ms", "peak MB", "optimizer ms", "decode ms"))]
+    lines += [f"  {line}" for line in _remarks(result)]
+    if result["peers"]:
+        headings = ("  peer", "version", "step ms", "ours is faster", "gradients differ", "peak MB")
+        rows = [
+            (
+                f"  {name}",
+                peer["version"],
+                f"{peer['step_ms']:.1f}",
+                f"{peer['ours_is_faster_by']:.2f}×",
+                f"{peer['gradient_difference']:.1e}",
+                f"{peer['peak_mem_bytes'] / 1e6:.0f}",
             )
-        if "topk_over_switch" in r:
-            lines.append(f"  {'TopK of the same size':30} takes {r['topk_over_switch']:.2f} times as long")
-        if r["dead"]:
-            lines.append(
-                f"  {'AuxK, ' + format(r['dead'], '.0%') + ' dead':30} {r['auxk_extra_ms']:9.1f} ms more"
-                f"   a step takes {r['auxk_step_ratio']:.2f} times as long"
-            )
-        lines += [
-            f"  {name + ' ' + p['version']:30} {p['step_ms']:9.1f} ms   ours is {p['ours_is_faster_by']:.2f}× faster   "
-            f"gradients differ by {p['gradient_difference']:.1e}   peak {p['peak_mem_bytes'] / 1e6:.0f} MB"
-            for name, p in r["peers"].items()
+            for name, peer in result["peers"].items()
         ]
+        lines.append(table(headings, rows, left=("version",), optional=("peak MB", "version")))
     return "\n".join(lines)
+
+
+def _remarks(result: dict[str, Any]) -> list[str]:
+    lines = []
+    if "torch_topk_ms" in result:
+        lines.append(
+            f"selection alone takes {result['selection_ms']:.2f} ms, torch.topk {result['selection_over_topk']:.1f} "
+            f"times as long; the encoder runs at {result['encoder_pct_of_cublas']:.0f} % of cuBLAS"
+        )
+    if "topk_over_switch" in result:
+        lines.append(f"TopK of the same size takes {result['topk_over_switch']:.2f} times as long")
+    if result["dead"]:
+        lines.append(
+            f"AuxK with {result['dead']:.0%} dead latents adds {result['auxk_extra_ms']:.1f} ms: a step takes "
+            f"{result['auxk_step_ratio']:.2f} times as long"
+        )
+    return lines
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,23 +128,21 @@ def parser() -> argparse.ArgumentParser:
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, else fp32")
     add("--ops", choices=("auto", "reference", "cpu", "triton"), default="auto", help="our kernels")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU if there is one")
-    add(
-        "--dead", type=float, help="share of latents that are dead: what AuxK adds to a step (ours only); 0.05 on a GPU"
-    )
+    add("--dead", type=float, help="share of dead latents, to time what AuxK adds to a step (ours only); 0.05 on a GPU")
     add("--threads", type=int, default=0, help="CPU threads; 0 leaves the choice to torch")
     add(
         "--clock",
         choices=("wall", "process"),
         default="wall",
-        help="process: CPU time, for a machine that others use too; only with --threads 1 on a CPU",
+        help="process: CPU time, for a busy machine; only with --threads 1 on a CPU",
     )
-    add("--peers", default=",".join(PEERS), help="which of the installed peers to run beside ours; empty for none")
+    add("--peers", default=",".join(PEERS), help="peers to compare with, if they are installed; empty for none")
     add("--peers-python", type=Path, default=Path(".venv-peers/bin/python"), help="their environment")
     return result
 
 
 def _resolve(arguments: argparse.Namespace) -> None:
-    """Fill in what depends on the machine."""
+    """Replace `auto` by what this machine has."""
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = arguments.device == "cuda"
@@ -139,7 +155,7 @@ def _resolve(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raises `UserError` for what would fail only after minutes, or in a contender."""
+    """Raises `UserError` for settings that would fail only after minutes, or in a contender."""
     if not 0 <= arguments.dead <= 1:
         raise UserError(f"--dead {arguments.dead} is not a share: give a number from 0 to 1")
     if arguments.rounds < 1 or arguments.threads < 0:
@@ -152,13 +168,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--ops {arguments.ops}: {error}") from None
     for file in (arguments.json, arguments.picture):
         if file is not None and not file.absolute().parent.is_dir():
-            raise UserError(f"{file} cannot be written: there is no directory {file.parent}")
+            raise UserError(f"{file} cannot be written: {file.parent} is not a directory")
         if file is not None and not os.access(file.absolute().parent, os.W_OK):
             raise UserError(f"{file} cannot be written: {file.parent} is not writable")
 
 
 def main() -> int:
-    """Run the command; returns its exit code. Raises `KeyboardInterrupt`, all contenders gone."""
+    """Run the command; returns its exit code. On `KeyboardInterrupt` all contenders are ended first."""
     arguments = parser().parse_args()
     try:
         shapes = parse_shapes(arguments.shapes)
@@ -168,16 +184,18 @@ def main() -> int:
         if unknown := set(wanted) - set(PEERS):
             raise UserError(f"unknown peers {', '.join(sorted(unknown))}: choose from {', '.join(PEERS)}")
         if arguments.clock == "process" and (arguments.threads != 1 or arguments.device != "cpu"):
-            raise UserError("--clock process adds up all threads and knows no GPU: use it with --threads 1 on the CPU")
+            raise UserError(
+                "--clock process adds up all threads and ignores the GPU: use it with --threads 1 on the CPU"
+            )
         settings = {key: getattr(arguments, key) for key in ("precision", "ops", "device", "threads", "clock", "dead")}
         peers = installed_peers(arguments.peers_python, wanted)
         results = []
         for shape in shapes:
             results.append(measure(shape, peers, settings, arguments.rounds))
             add_comparisons(results)
-            print(table(results[-1:]), flush=True)
+            print(text(results[-1]), flush=True)
     except UserError as error:
-        print(error, file=sys.stderr)
+        say(str(error))
         return 2
     if arguments.json:
         about = machine(torch.device(arguments.device), arguments.threads) | {"clock": arguments.clock}

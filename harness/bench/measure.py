@@ -17,6 +17,7 @@ from harness.bench.contender import Process
 from harness.bench.shapes import Shape
 from harness.config import SaeConfig
 from harness.errors import UserError
+from harness.terminal import say
 
 WARM_UP = 2
 """Rounds that are not counted; the first compiles our kernels."""
@@ -107,7 +108,7 @@ def _ask_all(peers: dict[str, Process], command: str, folder: Path | None = None
         try:
             answers[label] = process.ask(command, *([] if folder is None else [folder / f"{label}.safetensors"]))
         except UserError as error:
-            print(f"goes on without {label}: {error}", file=sys.stderr)
+            say(f"goes on without {label}: {error}")
             del peers[label]
     return answers
 

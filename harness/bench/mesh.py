@@ -1,8 +1,8 @@
-"""`python -m harness.bench.mesh`: the training step on several ranks beside the cost model of docs/scaling.md.
+"""`python -m harness.bench.mesh`: the training step on several ranks against the cost model of docs/scaling.md.
 
-Starts the ranks of each mesh on this machine (gloo on CPUs, NCCL on GPUs), measures the network alone, the step, the
-time inside each kind of exchange and the bytes sent, and sets beside them the bytes of `harness.budget` and the time
-that latency and bandwidth predict.
+It starts the ranks of each mesh on this machine (gloo on CPUs, NCCL on GPUs). It measures the network alone, the step,
+the time inside each kind of exchange and the bytes sent. Next to them it prints the bytes of `harness.budget` and the
+time predicted from latency and bandwidth.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from harness.bench.shapes import Shape, parse_shapes
 from harness.errors import UserError
 from harness.files import write_json_atomic
 from harness.places.ranks import rank_environment
+from harness.terminal import say, table
 
 EXCHANGES_PER_CALL = {"selection": 2}
 """Candidates one way, counts back; every other kind is one all-reduce."""
@@ -31,17 +33,17 @@ EXCHANGES_PER_CALL = {"selection": 2}
 
 def parse_meshes(text: str) -> list[tuple[int, int]]:
     """(dp, shard) pairs from `1x1,2x1`. Raises `UserError`."""
-    found = []
+    meshes = []
     for item in text.split(","):
         pair = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", item.strip())
         if pair is None:
-            raise UserError(f"'{item.strip()}' is no mesh: DPxSHARD, as in 2x1")
-        found.append((int(pair[1]), int(pair[2])))
-    return found
+            raise UserError(f"'{item.strip()}' is not a mesh: write DPxSHARD, as in 2x1")
+        meshes.append((int(pair[1]), int(pair[2])))
+    return meshes
 
 
 def run_mesh(task: dict[str, Any]) -> dict[str, Any]:
-    """What rank 0 answers. Raises `UserError` with the last line of a rank that failed."""
+    """The answer of rank 0. Raises `UserError` with the last line of the first rank that failed."""
     world = task["dp"] * task["shard"]
     environment = rank_environment(world)
     command = [sys.executable, "-m", "harness.bench.mesh_rank", json.dumps(task)]
@@ -60,22 +62,23 @@ def run_mesh(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def predicted_ms(kind: str, exchange: dict[str, float], network: dict[str, dict[str, float]]) -> float:
-    """Latency of its exchanges plus its bytes over the bandwidth that the probe found."""
+    """Predicted milliseconds: the latency of the exchanges plus their bytes over the measured bandwidth."""
     rates = network["all_to_all" if kind == "selection" else "all_reduce"]
     transfer = rates["small_bytes"] / rates["bytes_per_s"]
     latency = EXCHANGES_PER_CALL.get(kind, 1) * max(0.0, rates["small_s"] - transfer)
     return 1e3 * (exchange["calls"] * latency + exchange["bytes"] / rates["bytes_per_s"])
 
 
-def entry(shape: Shape, dp: int, shard: int, threads: int, found: dict[str, Any], network: Any) -> dict[str, Any]:
-    exchanges = found.pop("exchanges")
+def entry(shape: Shape, dp: int, shard: int, threads: int, measured: dict[str, Any], network: Any) -> dict[str, Any]:
+    """One entry of `results`: the shape, the mesh, what was measured, and what the cost model predicts."""
+    exchanges = measured.pop("exchanges")
     for kind, exchange in exchanges.items() if network else ():
         exchange["predicted_ms"] = predicted_ms(kind, exchange, network)
     sizes = asdict(shape)
-    result = {"shape": sizes.pop("name"), **sizes, "dp": dp, "shard": shard, "threads": threads, **found}
+    result = {"shape": sizes.pop("name"), **sizes, "dp": dp, "shard": shard, "threads": threads, **measured}
     result["n_experts"] = result.pop("experts")
     return result | {
-        "tokens_per_s": 1e3 * shape.batch / found["step_ms"],
+        "tokens_per_s": 1e3 * shape.batch / measured["step_ms"],
         "exchange_ms": sum(exchange["ms"] for exchange in exchanges.values()) if network else 0.0,
         "predicted_exchange_ms": sum(exchange["predicted_ms"] for exchange in exchanges.values()) if network else 0.0,
         "bytes_sent": sum(exchange["bytes"] for exchange in exchanges.values()),
@@ -84,15 +87,33 @@ def entry(shape: Shape, dp: int, shard: int, threads: int, found: dict[str, Any]
     }
 
 
-def line(result: dict[str, Any]) -> str:
-    """For the terminal."""
-    low, high = result["step_ms_spread"]["q1"], result["step_ms_spread"]["q3"]
-    return (
-        f"{result['shape']:20} dp {result['dp']} shard {result['shard']}  step {result['step_ms']:7.1f} ms "
-        f"({low:.1f}–{high:.1f})  exchanges {result['exchange_ms']:6.1f} ms, predicted "
-        f"{result['predicted_exchange_ms']:6.1f}  sent {result['bytes_sent'] / 1e6:8.3f} MB, formula "
-        f"{result['formula_bytes'] / 1e6:8.3f}"
-    )
+def network_table(ranks: int, network: dict[str, dict[str, float]]) -> str:
+    """The measured network as text for standard output."""
+    rows = [
+        (kind, str(ranks), f"{1e6 * rates['small_s']:.0f}", f"{rates['bytes_per_s'] / 1e9:.2f}")
+        for kind, rates in network.items()
+    ]
+    return table(("network", "ranks", "µs for 16 KiB", "GB/s sent"), rows)
+
+
+def result_table(results: Sequence[dict[str, Any]]) -> str:
+    """Results of one mesh as text for standard output."""
+    headings = ("shape", "dp", "shard", "step ms", "quartiles", "exchanges ms", "predicted ms", "sent MB", "formula MB")
+    rows = [
+        (
+            result["shape"],
+            str(result["dp"]),
+            str(result["shard"]),
+            f"{result['step_ms']:.1f}",
+            f"{result['step_ms_spread']['q1']:.1f}–{result['step_ms_spread']['q3']:.1f}",
+            f"{result['exchange_ms']:.1f}",
+            f"{result['predicted_exchange_ms']:.1f}",
+            f"{result['bytes_sent'] / 1e6:.3f}",
+            f"{result['formula_bytes'] / 1e6:.3f}",
+        )
+        for result in results
+    ]
+    return table(headings, rows, optional=("quartiles",))
 
 
 def main() -> int:
@@ -100,7 +121,7 @@ def main() -> int:
     add = parser.add_argument
     add("--shapes", default="384x1024x16x2048,384x4096x32x2048,384x4096x32x2048x8", help="names or DxNxKxB[xE]")
     add("--meshes", default="1x1,1x2,2x1", help="DPxSHARD, separated by commas")
-    add("--rounds", type=int, default=15, help="steps that are timed")
+    add("--rounds", type=int, default=15, help="timed steps")
     add("--precision", default="fp32", help="fp32, bf16 or fp64")
     add("--ops", default="auto", help="kernels")
     add("--device", default="cpu", help="cpu or cuda")
@@ -120,20 +141,19 @@ def main() -> int:
             for shape in shapes:
                 if shape.n % shard or (shape.experts > 1 and shape.experts % shard) or shape.batch % dp:
                     raise UserError(f"{shape.name} cannot be cut {dp} × {shard}")
-            found = run_mesh(settings | {"dp": dp, "shard": shard, "shapes": sizes, "out": "unused"})
-            network = found.get("network")
+            answer = run_mesh(settings | {"dp": dp, "shard": shard, "shapes": sizes, "out": "unused"})
+            network = answer.get("network")
             if network:
                 networks.append({"ranks": dp * shard, **network})
-                for kind, rates in network.items():
-                    print(
-                        f"{dp * shard} ranks, {kind}: {rates['small_s'] * 1e6:.0f} µs for 16 KiB, "
-                        f"{rates['bytes_per_s'] / 1e9:.2f} GB/s sent"
-                    )
-            for shape, measured in zip(shapes, found["results"], strict=True):
-                results.append(entry(shape, dp, shard, arguments.threads, measured, network))
-                print(line(results[-1]), flush=True)
+                print(network_table(dp * shard, network))
+            own = [
+                entry(shape, dp, shard, arguments.threads, measured, network)
+                for shape, measured in zip(shapes, answer["results"], strict=True)
+            ]
+            print(result_table(own), flush=True)
+            results += own
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     if arguments.json:
         about = machine(torch.device(arguments.device), arguments.threads)

@@ -1,4 +1,4 @@
-"""Timing real steps of a few cells on this machine; the others lie between them."""
+"""Time real training steps of a few cells on this machine; the times of the others are interpolated."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ from harness.record.provenance import machine, now
 from harness.record.run import Run
 
 SHAPES = 6
-"""Steps of this many cells are timed; the others lie between them."""
+"""At most this many shapes are timed, unless there are more kinds of cells."""
 
 SHAPE_S = 0.25
-"""Seconds for one of them, beside loading kernels."""
+"""The most seconds for one of them, not counting the time to load kernels."""
 
 CALIBRATION_SHARE = 0.02
-"""Calibration may take this share of the time that the work would take at `ASSUMED_FLOPS_PER_S`."""
+"""Calibration may take this share of the training time at `ASSUMED_FLOPS_PER_S`."""
 
 ASSUMED_FLOPS_PER_S = 1e11
 MOST_S = 5.0
-"""After so long, only kinds of cells that have no timed shape yet are timed."""
+"""After this many seconds, only kinds of cells without a timed shape are timed."""
 
 MOST_STEP_FLOPS = 1e10
-"""Larger steps are timed at a smaller batch, then a smaller width."""
+"""Larger steps are timed with a smaller batch, then with fewer latents."""
 
 LEAST_BATCH = 256
+"""The batch is not made smaller than this."""
+
 DEAD_SHARES = {"topk": 0.02, "switch": 0.1}
-"""Of the latents, taken to be dead once a run is longer than `sae.dead_after_tokens`: what AuxK works on. As seen in
-the default study (docs/lab-log.md)."""
+"""Architecture -> assumed share of dead latents once a run has passed `sae.dead_after_tokens`; AuxK works on these. The
+values come from the default study (docs/lab-log.md)."""
 
 PROCESS_BYTES = 450_000_000
-"""Interpreter, torch and compiled kernels."""
+"""Memory of a process with interpreter, torch and compiled kernels."""
 
 
 class Timed(NamedTuple):
@@ -54,28 +56,31 @@ class Timed(NamedTuple):
 
 @dataclass
 class Calibration:
-    """Where times come from."""
+    """Measured times from which the time of every run is estimated."""
 
     source: str = ""
-    """In words, for people; empty when there are no times."""
+    """Where the times come from, in words; empty if there are none."""
     problem: str = ""
-    """Why there are none, or not for all."""
+    """Why some or all times are missing; empty if none are."""
     time: str = ""
+    """When it was made, ISO 8601."""
     seconds: float = 0.0
-    """How long it took."""
+    """Duration of the calibration."""
     start_s: float = 0.0
+    """Seconds that a run needs before its first step, without drawing its sample."""
     process_bytes: int = PROCESS_BYTES
     """Memory of the process before anything is trained."""
     steps: dict[tuple[Any, ...], list[Timed]] = field(default_factory=dict)
-    """By `kind_of`, FLOPs ascending."""
+    """Kind of cell (`kind_of`) -> timed training steps, FLOPs ascending."""
     dead_steps: dict[tuple[Any, ...], list[Timed]] = field(default_factory=dict)
-    """The same with `DEAD_SHARES` of the latents dead; FLOPs as without."""
+    """The same steps with `DEAD_SHARES` of the latents dead. The FLOPs do not count AuxK."""
     evaluations: dict[tuple[Any, ...], list[Timed]] = field(default_factory=dict)
+    """Kind of cell -> timed reconstructions of a batch."""
     draws: dict[str, float] = field(default_factory=dict)
-    """Seconds to draw a row of synthetic activations, by store."""
+    """Store id -> seconds to draw one row of synthetic activations."""
 
     def facts(self) -> dict[str, Any]:
-        """For the record."""
+        """The calibration as JSON values, for plan.json."""
         words = {"source": self.source, "problem": self.problem, "time": self.time, "seconds": self.seconds}
         measured = {"steps": self.steps, "dead_steps": self.dead_steps, "evaluations": self.evaluations}
         points = {
@@ -86,6 +91,7 @@ class Calibration:
 
 
 def sample_rows(config: Config) -> int:
+    """Rows of the sample that sets the normalisation and the initial centre."""
     from harness.activations.source import SAMPLE_ROWS
 
     activations = config.activations
@@ -93,39 +99,40 @@ def sample_rows(config: Config) -> int:
 
 
 def cores() -> int:
+    """CPU threads that torch uses here."""
     import torch
 
     return torch.get_num_threads()
 
 
 def threads_of(config: Config) -> int:
-    """CPU threads that the run will have, as far as this machine can try: 0 leaves the choice to torch."""
+    """CPU threads of the run, at most as many as this machine has; 0 leaves the choice to torch."""
     if config.train.threads or config.cluster.name != "slurm" or planned_on_gpu(config):
         return config.train.threads
     return min(config.cluster.cpus_per_task, os.cpu_count() or 1)
 
 
 def kind_of(config: Config) -> tuple[Any, ...]:
-    """Cells of one kind differ in size only."""
+    """What two cells must share to differ only in size: their times can then be interpolated."""
     train = config.train
     return (config.sae.architecture, train.precision, train.device, threads_of(config), config.ops)
 
 
 def step_flops(config: Config, d_model: int) -> float:
+    """Executed FLOPs of one training step without dead latents."""
     batch = config.train.batch_tokens
     return sum(budget.flops_executed_per_token(config.sae, d_model, batch, n_dead=0).values()) * batch
 
 
 def evaluation_flops(config: Config, d_model: int) -> float:
-    """Of a batch that is only reconstructed."""
+    """Executed FLOPs to reconstruct one batch."""
     batch = config.train.batch_tokens
     parts = budget.flops_executed_per_token(config.sae, d_model, batch, n_dead=0)
     return sum(parts[name] for name in ("encoder", "selection", "decode", "router")) * batch
 
 
 def interpolate(points: Sequence[Timed], flops: float) -> float:
-    """Seconds at `flops`: straight lines between the points in log-log; above them in proportion to FLOPs, below as
-    much as the cheapest."""
+    """Seconds at `flops`: linear in log-log between the points, constant below them, proportional to FLOPs above."""
     if flops <= points[0].flops:
         return points[0].seconds
     for left, right in itertools.pairwise(points):
@@ -136,31 +143,31 @@ def interpolate(points: Sequence[Timed], flops: float) -> float:
 
 
 def calibrate(runs: Sequence[Run]) -> Calibration:
-    """Time real steps of a few of the runs on this machine; what cannot be timed is said in `problem`."""
+    """Time real steps of a few of the runs on this machine; `problem` says what cannot be timed."""
     calibration = Calibration(time=now())
     here = [run for run in runs if not run.config.cluster.gpu_type and run.store.d_model is not None]
     named = {run.config.cluster.gpu_type for run in runs} - {""}
-    said = []
+    sources = []
     for name in sorted(named):
         gpu = find_gpu(name)
         if gpu is None:
             calibration.problem = f"no figures for cluster.gpu_type={name}; known: {known_gpus()}"
         else:
-            said.append(f"data sheet of {gpu.name}, unmeasured")
+            sources.append(f"data sheet of {gpu.name}, unmeasured")
     if here:
         begin = time.perf_counter()
         try:
-            said.append(_calibrate_here(here, calibration))
+            sources.append(_calibrate_here(here, calibration))
         except (RuntimeError, ValueError, MemoryError) as error:
-            # a step that this machine cannot do says nothing against the cluster that is to do it
+            # the cluster that will train the runs may be able to do what this machine cannot
             calibration.problem = f"steps could not be timed here: {' '.join(str(error).split())}"
         calibration.seconds = time.perf_counter() - begin
-    calibration.source = "; ".join(said)
+    calibration.source = "; ".join(sources)
     return calibration
 
 
 def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
-    """Fill in `calibration` and return what was measured, in words."""
+    """Fill in `calibration`; returns what was measured, in words."""
     from harness.cost.speed import measure_draw, measure_speed, measure_start
     from harness.process.memory import reset_peak
 
@@ -170,19 +177,19 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     seconds = min(SHAPE_S, CALIBRATION_SHARE * work / len(shapes))
     first, d_model = shapes[0]
     calibration.start_s = measure_start(first, d_model, sample_rows(first))
-    late = time.perf_counter() + MOST_S
+    deadline = time.perf_counter() + MOST_S
     for config, d_model in shapes:
         kind, flops = kind_of(config), step_flops(config, d_model)
-        if kind in calibration.steps and time.perf_counter() > late:
+        if kind in calibration.steps and time.perf_counter() > deadline:
             continue
         speed = measure_speed(config, d_model, seconds, DEAD_SHARES[config.sae.architecture])
         calibration.steps.setdefault(kind, []).append(Timed(flops, speed.step_s))
         calibration.dead_steps.setdefault(kind, []).append(Timed(flops, speed.dead_step_s))
-        looked = Timed(evaluation_flops(config, d_model), speed.evaluation_s)
-        calibration.evaluations.setdefault(kind, []).append(looked)
+        evaluation = Timed(evaluation_flops(config, d_model), speed.evaluation_s)
+        calibration.evaluations.setdefault(kind, []).append(evaluation)
     drawn = {run.store.id: run.config for run in runs if run.config.activations.kind == "synthetic"}
     for store, config in drawn.items():
-        enough = calibration.draws and time.perf_counter() > late
+        enough = calibration.draws and time.perf_counter() > deadline
         calibration.draws[store] = max(calibration.draws.values()) if enough else measure_draw(config, seconds)
     for by_kind in (calibration.steps, calibration.dead_steps, calibration.evaluations):
         for points in by_kind.values():
@@ -203,8 +210,8 @@ def _steps(run: Run) -> int:
 
 
 def probes(runs: Iterable[Run]) -> list[tuple[Config, int]]:
-    """(configuration, d_model) of the steps to time: for each kind of cell at quantiles of FLOPs, cut down where they
-    are too dear."""
+    """(configuration, d_model) of the steps to time: quantiles of FLOPs of each kind of cell, made smaller if they
+    would take too long."""
     kinds: dict[tuple[Any, ...], dict[float, tuple[Config, int]]] = {}
     for run in runs:
         config, d_model = run.config, run.store.d_model or 0
@@ -223,7 +230,7 @@ def probes(runs: Iterable[Run]) -> list[tuple[Config, int]]:
 
 
 def _smaller(config: Config, d_model: int) -> Config:
-    """One process with the threads that it will have, and a step of at most `MOST_STEP_FLOPS`."""
+    """The configuration for one process, with the threads of the run and a step of at most `MOST_STEP_FLOPS`."""
     train = dataclasses.replace(config.train, threads=threads_of(config))
     config = dataclasses.replace(config, mesh=MeshConfig(), train=train)
     while step_flops(config, d_model) > MOST_STEP_FLOPS:

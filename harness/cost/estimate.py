@@ -1,5 +1,5 @@
-"""What a run will cost: time, FLOPs, memory, disk. Times come from steps timed on this machine, or, for a GPU type that
-a person names, from its data sheet (`harness.cost.gpus`)."""
+"""The expected cost of a run: time, FLOPs, memory, disk. Times come from steps timed on this machine or, if
+`cluster.gpu_type` names a GPU, from its data sheet (`harness.cost.gpus`)."""
 
 from __future__ import annotations
 
@@ -28,59 +28,59 @@ from harness.record.run import Run
 from harness.training.schedule import evaluation_steps
 
 PROCESS_START_S = 6.0
-"""Interpreter, torch, kernels and the opened store, for a job that starts processes of its own."""
+"""Seconds to load interpreter, torch, kernels and store, for a job that starts processes of its own."""
 
 RUN_START_S = 0.5
-"""Record, tracker and final weights of a run, beside the start that is timed."""
+"""Seconds for record, tracker and final weights of a run, in addition to the timed start."""
 
 EVALUATION_OVER_STEP = 0.5
-"""A row that is evaluated costs about half of one that is trained on: no gradients, no update."""
+"""Cost of evaluating a row over training on it: an evaluation has no gradients and no update."""
 
 SAVE_COPIES = 2
-"""Writing a checkpoint takes this many times its size in memory beside the state."""
+"""Writing a checkpoint needs this many times its size in memory, in addition to the state."""
 
 NUMBER_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-"""Of a store, by its dtype."""
+"""dtype of a store -> bytes of a number."""
 
 START_BYTES_PER_NUMBER = 28
-"""Of the sample that sets normalisation and the initial centre: as stored in float32, then three times in float64."""
+"""Memory of the sample that sets the normalisation and the initial centre: once in float32, three times in float64."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run, trained from its beginning, alone. What depends on an unknown width or speed is None."""
+    """The cost of one run that is trained alone, from the beginning. None: the width or the speed is unknown."""
 
     tokens: int | None = None
     params: int | None = None
     flops: dict[str, float] = field(default_factory=dict)
-    """Closed form, by part, of the whole run."""
+    """Part of the step -> FLOPs of the whole run, in closed form."""
     seconds: float | None = None
-    """Start, training, evaluations. With `train.until=convergence`: at most."""
+    """Start, training and evaluations; an upper bound if `train.until=convergence`."""
     train_s: float | None = None
-    """The part of `seconds` that the record counts as `wall_s`: steps and evaluations."""
+    """The part of `seconds` that `result.json` counts as `wall_s`: steps and evaluations."""
     once_s: float = 0.0
-    """The part of `seconds` that a job pays once, however many runs it has: processes that start, a stream that is
-    drawn."""
+    """The part of `seconds` that a job pays once for all its runs: to start processes and to draw the stream."""
     memory_bytes: int | None = None
-    """Peak of one rank: of the GPU where it runs on one, else of the process."""
+    """Peak of one rank: of its GPU if it has one, else of its process."""
     shared_bytes: int = 0
-    """The part of `memory_bytes` that the runs of a pack use in turn."""
+    """The part of `memory_bytes` that the runs of a pack use one after the other."""
     mapped_bytes: int = 0
-    """Rows of the store that are read through memory maps: they count as the process's, but the system drops them when
-    memory is short."""
+    """Rows of the store, read through memory maps. They count towards the process, but the system drops them if memory
+    is short."""
     checkpoint_bytes: int = 0
-    """One checkpoint; while the next is written there are two."""
+    """Size of one checkpoint; there are two while the next one is written."""
     weights_bytes: int = 0
     sent_bytes: float = 0.0
-    """Sent per step by one rank."""
+    """Bytes that one rank sends per step."""
 
 
 @dataclass
 class Estimates:
-    """Of the runs of a sweep."""
+    """The expected cost of the runs of a sweep."""
 
     calibration: Calibration
     by_dir: dict[Path, Estimate]
+    """Run directory -> estimate."""
 
     def of(self, run: Run) -> Estimate:
         return self.by_dir[run.run_dir]
@@ -89,14 +89,15 @@ class Estimates:
         return self.by_dir[run.run_dir].seconds
 
     def job_seconds(self, job: Job) -> float | None:
-        """Of a job that trains its runs on one stream."""
+        """Seconds of a job, which trains its runs on one stream; None if the time of a run is unknown."""
         parts = [self.of(run) for run in job.runs]
         if any(part.seconds is None for part in parts):
             return None
         return max(part.once_s for part in parts) + sum((part.seconds or 0.0) - part.once_s for part in parts)
 
     def job_memory(self, job: Job) -> int | None:
-        """Peak of one rank of the job: every run's own, and once what they use in turn."""
+        """Peak memory of one rank of the job, in bytes: the own parts of all runs plus the largest shared part; None if
+        a run's is unknown."""
         parts = [self.of(run) for run in job.runs]
         if any(part.memory_bytes is None for part in parts):
             return None
@@ -105,7 +106,7 @@ class Estimates:
 
 
 def estimate(runs: Sequence[Run]) -> Estimates:
-    """Estimates of all runs; a few seconds for a calibration unless every run has ended or has a named GPU."""
+    """Estimates of all runs. Takes a few seconds for a calibration unless every run has ended or names its GPU type."""
     calibration = calibrate([run for run in runs if run.status not in FINAL])
     return Estimates(calibration, {run.run_dir: _estimate(run, calibration) for run in runs})
 
@@ -120,7 +121,7 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
     start = _start_seconds(config)
     evaluated = _evaluated_rows(config, d_model)
     trained = _train_seconds(config, d_model, calibration, evaluated)
-    # all shards of a replica draw the same rows
+    # every shard of a replica draws the same rows
     draw_s = calibration.draws.get(run.store.id, 0.0) * config.mesh.shard / _at_once(config)
     drawn = tokens * draw_s
     if trained is not None:
@@ -156,13 +157,14 @@ def _mapped_bytes(activations: ActivationsConfig, d_model: int, tokens: float) -
 
 
 def _process_bytes(config: Config, calibration: Calibration) -> int:
-    """The launcher trains single runs itself, with all that it has loaded; others get a process of their own."""
+    """Memory of the process before training: the launcher trains local single-rank runs itself, with all that it has
+    loaded; other runs get new processes."""
     own = config.cluster.name == "local" and config.mesh.ranks == 1
     return calibration.process_bytes if own else PROCESS_BYTES
 
 
 def _start_seconds(config: Config) -> float:
-    """What a job needs before its first step."""
+    """Seconds to start the processes of a job."""
     ranks = config.mesh.ranks
     if config.cluster.name == "slurm":
         return PROCESS_START_S
@@ -170,7 +172,7 @@ def _start_seconds(config: Config) -> float:
 
 
 def _train_seconds(config: Config, d_model: int, calibration: Calibration, evaluated: int) -> float | None:
-    """Steps of a run and evaluations of so many rows, all rows at hand."""
+    """Seconds for the steps of a run and for evaluations of `evaluated` rows, without drawing rows; None if unknown."""
     steps = budget.total_steps(config, d_model)
     if config.cluster.gpu_type:
         gpu = find_gpu(config.cluster.gpu_type)
@@ -192,14 +194,14 @@ def _train_seconds(config: Config, d_model: int, calibration: Calibration, evalu
 
 
 def _evaluated_rows(config: Config, d_model: int) -> int:
+    """Rows of all evaluations of a run, the final one on every held-out row included."""
     heldout = round(config.activations.heldout_tokens)
-    looks = len(evaluation_steps(config, budget.total_steps(config, d_model)))
-    return looks * min(config.train.eval_rows, heldout) + heldout
+    evaluations = len(evaluation_steps(config, budget.total_steps(config, d_model)))
+    return evaluations * min(config.train.eval_rows, heldout) + heldout
 
 
 def _at_once(config: Config) -> int:
-    """How many times the speed of one process a mesh is expected to reach: ranks on this machine's processor share its
-    cores."""
+    """Expected speed of the mesh over that of one process: local ranks on the CPU share its cores."""
     import torch
 
     if config.cluster.name == "slurm":

@@ -1,7 +1,7 @@
-"""What a training step can take on a named GPU, from data sheets: for plans made where no such GPU is.
+"""The expected time of a training step on a named GPU, from data sheets: for plans made on another machine.
 
-Unmeasured: peak figures, times the shares of them that an H200 was seen to reach in plain products and copies, times
-the share of that floor which our step is expected to reach.
+These are estimates. The peak figures are multiplied by the shares that an H200 reached in plain products and copies.
+That gives a floor; the step is expected to reach a fixed share of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from harness.config import Config
 @dataclass(frozen=True)
 class Gpu:
     name: str
+    """Model, then `-` and the variant if there are several."""
     bf16_flops: float
     """Peak of dense bf16 products with float32 sums, FLOP/s."""
     fp32_flops: float
@@ -24,12 +25,12 @@ class Gpu:
     bytes_per_s: float
     """Peak memory bandwidth."""
     link_bytes_per_s: float
-    """To another GPU of the node, one direction: NVLink, or PCIe where there is none."""
+    """To another GPU of the node, in one direction: over NVLink if the GPU has it, else over PCIe."""
 
 
 # NVIDIA data sheets: "A100 Tensor Core GPU" (40 GB PCIe/SXM, 80 GB PCIe/SXM), "A40", "A10", "L4", "L40", "L40S",
 # "H100 Tensor Core GPU" (SXM, PCIe, NVL), "H200 Tensor Core GPU" (SXM). Dense figures: half of those printed with
-# sparsity. The longest name that occurs in a site's own name counts, so the variants come with their ending.
+# sparsity. A site's own name for a GPU means the longest of these names that it contains.
 _GPUS = (
     Gpu("a100", 312e12, 19.5e12, 40e9, 1.555e12, 300e9),
     Gpu("a100-80", 312e12, 19.5e12, 80e9, 2.039e12, 300e9),
@@ -44,37 +45,38 @@ _GPUS = (
 )
 
 PRODUCTS_REACH, COPIES_REACH = 0.80, 0.90
-"""Of the peaks: an H200 does 790 TFLOP/s on long bf16 products and copies at 4.3 TB/s."""
+"""Shares of the peaks: an H200 does 790 TFLOP/s on long bf16 products and copies at 4.3 TB/s."""
 
 FLOOR_SHARE = 0.25
-"""Share of the floor that a step is taken to reach. Expected, not measured: other people's trainers in plain torch,
-which our kernels for GPUs resemble, come to 4 to 5 ms where the floor is 1.1 (n = 32,768, d = 768, batch 8,192)."""
+"""Assumed floor time over step time. Not measured: other trainers in plain torch, which our GPU kernels resemble, need
+4 to 5 ms where the floor is 1.1 ms (n = 32,768, d = 768, batch 8,192)."""
 
 LAUNCHES_S = 1e-3
-"""No step is shorter than this: it starts about a hundred kernels one by one."""
+"""The shortest step, in seconds: about a hundred kernels are launched one after the other."""
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU that a site's name such as `nvidia_a100-sxm4-80gb` means; None for one that is not in the list, and for
-    a slice of one (`a100_3g.20gb`)."""
-    said = name.lower()
-    if re.search(r"\d+g\.\d+gb", said):
+    """The GPU of a site's own name such as `nvidia_a100-sxm4-80gb`; None if unknown or a slice (`a100_3g.20gb`)."""
+    site_name = name.lower()
+    if re.search(r"\d+g\.\d+gb", site_name):
         return None
-    found = [gpu for gpu in _GPUS if _is_meant(gpu, said)]
-    return max(found, key=lambda gpu: len(gpu.name), default=None)
+    matching = [gpu for gpu in _GPUS if _matches(gpu, site_name)]
+    return max(matching, key=lambda gpu: len(gpu.name), default=None)
 
 
-def _is_meant(gpu: Gpu, said: str) -> bool:
+def _matches(gpu: Gpu, site_name: str) -> bool:
     model, _, variant = gpu.name.partition("-")
-    return bool(re.search(rf"(?<![a-z0-9]){model}(?!\d)", said) and re.search(rf"(?<!\d){variant}(?!\d)", said))
+    has_model = re.search(rf"(?<![a-z0-9]){model}(?!\d)", site_name)
+    return bool(has_model and re.search(rf"(?<!\d){variant}(?!\d)", site_name))
 
 
 def known_gpus() -> str:
+    """All names in the list, for a message."""
     return ", ".join(gpu.name for gpu in _GPUS)
 
 
 def step_seconds(gpu: Gpu, config: Config, d_model: int) -> float | None:
-    """Expected seconds of one step of one rank of `config`; None for float64, which these GPUs are not made for."""
+    """Expected seconds of one step on one rank; None for float64, for which there are no figures."""
     if config.train.precision == "fp64":
         return None
     low = config.train.precision == "bf16"

@@ -1,4 +1,4 @@
-"""What a plan needs of disk and memory, and what of it would not fit."""
+"""The disk and the memory that a plan needs, and whether they suffice."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from harness.record.run import Run
 from harness.terminal import duration, listed, si
 
 FITS = 0.9
-"""Of a memory, what a job may plan to use: allocators keep some for themselves."""
+"""Share of a memory that a job may plan to use: allocators keep some for themselves."""
 
 LINE_BYTES = 600
-"""A line of `metrics.jsonl`."""
+"""Size of a line of `metrics.jsonl`."""
 
 HARVEST_COPIES = 2.05
-"""A store that is being made takes its size about twice: units, and the shards made of them."""
+"""A harvest needs about twice the size of its store: for the units, and for the shards made from them."""
 
 
 @dataclass(frozen=True)
@@ -32,36 +32,37 @@ class Disk:
     """Bytes that a plan needs."""
 
     stores: float
-    """Of activations that are still to be harvested."""
+    """Activations that must still be harvested."""
     harvest: float
-    """While the largest of them is made."""
+    """The same while the largest store is being harvested."""
     stores_there: float
+    """Activations that exist already."""
     results: float
     """Final weights and records of the runs to do."""
     checkpoints: float
-    """At the most at one time, the next one being written."""
+    """The most at any time, including checkpoints that are being written."""
 
     def needed(self) -> float:
         return max(self.stores, self.harvest) + self.results + self.checkpoints
 
 
 def store_bytes(config: ActivationsConfig, d_model: int) -> float:
-    """Rows, and for each the number of its document. Synthetic rows are computed."""
+    """Size of a store: its rows, and the document number of each row. Synthetic activations take no space."""
     if config.kind == "synthetic":
         return 0.0
     return (config.tokens + config.heldout_tokens) * (d_model * NUMBER_BYTES[config.dtype] + 8)
 
 
 def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk:
-    """`runs` are all of the sweep, `jobs` those that are still to be trained."""
+    """Disk for all `runs` of a sweep, whose unfinished ones are trained by `jobs`."""
     from harness.activations.store.identity import is_complete, store_root
 
-    new, there = [], []
+    new, existing = [], []
     sections = {run.store.id: run for run in runs if run.store.d_model is not None}
     for run in sections.values():
         size = store_bytes(run.config.activations, run.store.d_model or 0)
         place = store_root(run.config.activations, Path(run.config.out)) / run.store.id
-        (there if is_complete(place) else new).append(size)
+        (existing if is_complete(place) else new).append(size)
     results, saving = 0.0, []
     for job in jobs:
         parts = [estimates.of(run) for run in job.runs]
@@ -73,21 +74,21 @@ def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk
     return Disk(
         stores=sum(new),
         harvest=sum(new) + (HARVEST_COPIES - 1) * max(new, default=0.0),
-        stores_there=sum(there),
+        stores_there=sum(existing),
         results=results,
         checkpoints=sum(sorted(saving, reverse=True)[:at_once]),
     )
 
 
 def _at_once(jobs: Sequence[Job]) -> int:
-    """Jobs that may run at the same time."""
+    """How many jobs may run at the same time."""
     if not jobs or jobs[0].config.cluster.name == "local":
         return 1
     return jobs[0].config.cluster.max_running or len(jobs)
 
 
 def would_not_fit(jobs: Sequence[Job], estimates: Estimates, needed: Disk) -> list[str]:
-    """One line for each thing that is too small, with what to do."""
+    """One line for each limit that the plan exceeds, with a remedy."""
     lines = []
     for job in jobs:
         if line := memory_problem(job, estimates):
@@ -99,24 +100,24 @@ def would_not_fit(jobs: Sequence[Job], estimates: Estimates, needed: Disk) -> li
         free = shutil.disk_usage(place).free
         if needed.needed() > free:
             lines.append(
-                f"disk: {si(needed.needed())}B are needed and {si(free)}B are free in {place}; "
+                f"disk: {si(needed.needed())}B needed, but {si(free)}B are free in {place}; "
                 "choose another out= or activations.dir=, or fewer cells"
             )
     return lines
 
 
 def _existing(path: Path) -> Path:
-    """The nearest directory above that exists."""
+    """`path` or its nearest parent that is an existing directory."""
     path = path.absolute()
     return next(parent for parent in (path, *path.parents) if parent.is_dir())
 
 
 def memory_problem(job: Job, estimates: Estimates) -> str:
-    """Why the job does not fit into the memory of a rank, and what to do; empty if it fits or nobody can tell."""
-    needed, there = estimates.job_memory(job), available(job.config)
-    if needed is None or there is None:
+    """Why the job does not fit into the memory of a rank, with a remedy; empty if it fits or the plan cannot know."""
+    needed, memory = estimates.job_memory(job), available(job.config)
+    if needed is None or memory is None:
         return ""
-    size, where = there
+    size, where = memory
     if needed <= FITS * size:
         return ""
     first, packed = job.runs[0], len(job.runs) > 1
@@ -124,13 +125,13 @@ def memory_problem(job: Job, estimates: Estimates) -> str:
     if packed:
         remedy = "lower cluster.pack"
     elif (shard := _enough_shards(first, size)) is not None:
-        remedy = f"mesh.shard={shard} would do"
+        remedy = f"mesh.shard={shard} would suffice"
     name = f"pack {job.home.name}" if packed else first.run_id
     return f"memory: {name} needs {si(needed)}B per rank, {where} has {si(size)}B; {remedy}"
 
 
 def available(config: Config) -> tuple[float, str] | None:
-    """Bytes for one rank, and whose they are; None where the plan cannot know."""
+    """Bytes of memory for one rank and the name of that memory; None if the plan cannot know."""
     cluster, ranks = config.cluster, config.mesh.ranks
     if planned_on_gpu(config):
         if cluster.gpu_type:
@@ -151,7 +152,7 @@ def available(config: Config) -> tuple[float, str] | None:
 
 
 def _enough_shards(run: Run, size: float) -> int | None:
-    """The smallest `mesh.shard` at which one rank's part fits on a GPU of `size` bytes."""
+    """The smallest `mesh.shard` with which the part of one rank fits on a GPU of `size` bytes."""
     config, d_model = run.config, run.store.d_model
     if d_model is None or not planned_on_gpu(config):
         return None
@@ -165,14 +166,14 @@ def _enough_shards(run: Run, size: float) -> int | None:
 
 
 def memory_limit(text: str) -> float:
-    """Bytes of a memory size as Slurm reads it: `64G`, `512M`; megabytes without a unit."""
+    """Bytes of a memory size in Slurm's notation: `64G`, `512M`; a number without a unit means megabytes."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "M")
     return float(number) * units[unit]
 
 
 def time_limit(text: str) -> float:
-    """Seconds of a time limit as Slurm reads it: MINUTES, MM:SS, HH:MM:SS, DAYS-HH, DAYS-HH:MM, DAYS-HH:MM:SS."""
+    """Seconds of a time limit in Slurm's notation: MINUTES, MM:SS, HH:MM:SS, DAYS-HH, DAYS-HH:MM, DAYS-HH:MM:SS."""
     days, dash, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash or len(parts) == 3:
@@ -183,7 +184,7 @@ def time_limit(text: str) -> float:
 
 
 def longer_than_the_limit(jobs: Sequence[Job], estimates: Estimates) -> list[str]:
-    """Jobs that need several allocations one after the other, which they get by themselves."""
+    """A line about jobs that need several allocations, which they are given automatically; empty if there are none."""
     over = []
     for job in jobs:
         seconds, cluster = estimates.job_seconds(job), job.config.cluster
@@ -194,4 +195,4 @@ def longer_than_the_limit(jobs: Sequence[Job], estimates: Estimates) -> list[str
             over.append(f"{job.home.name} in {-(-seconds // room):.0f} ({duration(seconds)})")
     if not over:
         return []
-    return [f"longer than cluster.time={jobs[0].config.cluster.time}, goes on in the next allocation: {listed(over)}"]
+    return [f"longer than cluster.time={jobs[0].config.cluster.time}, continued in further allocations: {listed(over)}"]

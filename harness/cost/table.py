@@ -1,4 +1,4 @@
-"""The plan as a person reads it: a row per run, then jobs, time, disk, and what would not fit."""
+"""The plan as text: a row per run, then jobs, time, disk, and what would not fit."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from harness.cost.limits import Disk, disk, longer_than_the_limit, would_not_fit
 from harness.record.job import Job
 from harness.record.result import FINAL
 from harness.record.run import Run
-from harness.terminal import aligned, duration, si
+from harness.terminal import duration, si, table
 
 ROWS = 200
+"""Runs in the table."""
 
 PARTS = {"encoder": "enc", "selection": "sel", "decode": "dec", "gradients": "grad", "auxk": "aux", "router": "rt"}
-"""Parts of the FLOPs in the order of their column; the rest is the optimiser."""
+"""Part of the FLOPs -> its name in the heading of the shares; the optimiser comes last."""
+
+SHARES = f"% {'/'.join(PARTS.values())}/opt"
+
+OPTIONAL = (SHARES, "checkpoint", "sent/step", "params", "tokens", "FLOPs")
+"""Columns that a narrow terminal does without, from the first on."""
 
 
 def plan_text(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> str:
-    """`runs`: all that were asked for, cheap ones first; `jobs`: how those that are not done will be trained."""
+    """The plan as text for standard output.
+
+    `runs`: all runs of the request, cheap ones first. `jobs`: the jobs that will train the unfinished ones.
+    """
     job_number = {run.run_dir: number for number, job in enumerate(jobs, start=1) for run in job.runs}
     columns = _columns(runs, jobs, estimates, job_number)
-    rows = [list(columns)]
-    rows += [[form(run, estimates.of(run)) for form in columns.values()] for run in runs[:ROWS]]
-    lines = aligned(rows)
+    rows = [[form(run, estimates.of(run)) for form in columns.values()] for run in runs[:ROWS]]
+    lines = [table(list(columns), rows, left=("state",), optional=OPTIONAL)]
     if len(runs) > ROWS:
         lines.append(f"… and {len(runs) - ROWS} more")
     counts = Counter(run.status for run in runs)
@@ -38,19 +46,19 @@ def plan_text(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) ->
 def _columns(
     runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates, job_number: Mapping[Path, int]
 ) -> dict[str, Callable[[Run, Estimate], str]]:
-    """Heading → what stands there for a run."""
+    """Heading -> the text of a run in that column."""
     columns: dict[str, Callable[[Run, Estimate], str]] = {
         "run": lambda run, _: run.run_id,
-        "params": lambda _, known: _si(known.params),
-        "tokens": lambda _, known: _si(known.tokens),
-        "FLOPs": lambda _, known: f"{sum(known.flops.values()):.2e}" if known.flops else "?",
-        f"% {'/'.join(PARTS.values())}/opt": lambda _, known: _shares(known.flops),
-        "memory": lambda _, known: _si(known.memory_bytes, "B"),
+        "params": lambda _, cost: _si(cost.params),
+        "tokens": lambda _, cost: _si(cost.tokens),
+        "FLOPs": lambda _, cost: f"{sum(cost.flops.values()):.2e}" if cost.flops else "?",
+        SHARES: lambda _, cost: _shares(cost.flops),
+        "memory": lambda _, cost: _si(cost.memory_bytes, "B"),
     }
     if any(run.config.mesh.ranks > 1 for run in runs):
-        columns["sent/step"] = lambda _, known: _si(known.sent_bytes if known.params else None, "B")
-    columns["checkpoint"] = lambda _, known: _si(known.checkpoint_bytes or None, "B")
-    columns["time"] = lambda _, known: "?" if known.seconds is None else duration(known.seconds)
+        columns["sent/step"] = lambda _, cost: _si(cost.sent_bytes if cost.params else None, "B")
+    columns["checkpoint"] = lambda _, cost: _si(cost.checkpoint_bytes or None, "B")
+    columns["time"] = lambda _, cost: "?" if cost.seconds is None else duration(cost.seconds)
     if any(len(job.runs) > 1 for job in jobs):
         columns["job"] = lambda run, _: str(job_number.get(run.run_dir, "-"))
     columns["state"] = lambda run, _: run.status
@@ -98,12 +106,12 @@ def _packing(packs: Sequence[int]) -> str:
 
 
 def _time(jobs: Sequence[Job], estimates: Estimates) -> str:
-    """Device-hours, and how long it takes from start to end."""
-    known = [(job, seconds) for job in jobs if (seconds := estimates.job_seconds(job)) is not None]
-    if not known:
+    """Device-hours, and the time from start to end."""
+    timed = [(job, seconds) for job in jobs if (seconds := estimates.job_seconds(job)) is not None]
+    if not timed:
         return ""
-    hours = sum(seconds * job.ranks for job, seconds in known) / 3600
-    total, longest = sum(seconds for _, seconds in known), max(seconds for _, seconds in known)
+    hours = sum(seconds * job.ranks for job, seconds in timed) / 3600
+    total, longest = sum(seconds for _, seconds in timed), max(seconds for _, seconds in timed)
     cluster = jobs[0].config.cluster
     if cluster.name == "local":
         words = f"{duration(total)} one after the other"
@@ -111,12 +119,12 @@ def _time(jobs: Sequence[Job], estimates: Estimates) -> str:
         words = f"at least {duration(max(longest, total / cluster.max_running))} with {cluster.max_running} at a time"
     else:
         words = f"the longest takes {duration(longest)}"
-    unknown = f"; {_count(len(jobs) - len(known), 'job')} of unknown length" if len(known) < len(jobs) else ""
+    unknown = f"; {_count(len(jobs) - len(timed), 'job')} of unknown length" if len(timed) < len(jobs) else ""
     return f": {si(hours)} device-hours, {words}{unknown}"
 
 
 def _disk(needed: Disk) -> str:
-    there = f" ({si(needed.stores_there)}B are there)" if needed.stores_there else ""
+    there = f" ({si(needed.stores_there)}B exist already)" if needed.stores_there else ""
     return (
         f"{si(needed.stores)}B of activations to harvest{there}, {si(needed.results)}B of weights and records, "
         f"at most {si(needed.checkpoints)}B of checkpoints at a time"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.bench.command import add_comparisons, installed_peers, main
+from harness.bench.command import add_comparisons, installed_peers, main, text
 from harness.bench.contender import Process
 from harness.bench.measure import _ask_all, floor_ms, gradient_difference
 from harness.bench.shapes import SHAPES, Shape, parse_shapes
@@ -47,6 +48,24 @@ def test_a_switch_is_set_beside_the_topk_of_its_size() -> None:
         results.append(size | {"n_experts": experts, "step_ms": 2.0})
         add_comparisons(results)
     assert [result.get("topk_over_switch") for result in results] == [None, None, 3.0, None]
+
+
+def test_a_result_as_text() -> None:
+    times = {f"{part}_ms": 1.0 for part in ("select", "decode", "backward", "optimizer", "other", "auxk_extra")}
+    peer = {"version": "1.2", "step_ms": 9.0, "ours_is_faster_by": 3.0, "gradient_difference": 1e-7}
+    result = times | {"shape": "C1", "step_ms": 3.0, "step_over_gemm": 2.5, "pct_of_floor": 40.0, "dead": 0.05}
+    result |= {"tokens_per_s": 682666.7, "peak_mem_bytes": 5e8, "auxk_step_ratio": 1.3, "topk_over_switch": 2.0}
+    result |= {"peers": {"sparsify": peer | {"peak_mem_bytes": 9e8}, "openai": peer | {"peak_mem_bytes": 7e8}}}
+    heading, row, *remarks, peers, first, second = text(result).splitlines()
+    shown = dict(zip(re.split(" {2,}", heading), row.split(), strict=True))
+    assert shown["shape"] == "C1" and shown["step ms"] == "3.0" and shown["% floor"] == "40"
+    assert shown["tokens/s"] == "682667" and shown["peak MB"] == "500"
+    assert remarks == [
+        "  TopK of the same size takes 2.00 times as long",
+        "  AuxK with 5% dead latents adds 1.0 ms: a step takes 1.30 times as long",
+    ]
+    assert re.split(" {2,}", peers.strip())[0] == "peer"
+    assert first.split() == ["sparsify", "1.2", "9.0", "3.00×", "1.0e-07", "900"] and second.split()[-1] == "700"
 
 
 def test_only_installed_peers_take_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from harness.bench.mesh import parse_meshes, predicted_ms
+from harness.bench.mesh import network_table, parse_meshes, predicted_ms, result_table
 from harness.errors import UserError
 
 
 def test_meshes() -> None:
     assert parse_meshes("1x1, 2x4") == [(1, 1), (2, 4)]
     for text in ("2", "0x1", "2x", ""):
-        with pytest.raises(UserError, match="is no mesh"):
+        with pytest.raises(UserError, match="is not a mesh"):
             parse_meshes(text)
 
 
@@ -26,6 +26,16 @@ def test_prediction_is_latency_of_every_exchange_plus_bytes_over_bandwidth() -> 
     exchange = {"calls": 3.0, "bytes": 5e6}
     assert predicted_ms("gradients", exchange, network) == pytest.approx(3 * 2 + 5)
     assert predicted_ms("selection", exchange, network) == pytest.approx(2 * 3 * 2 + 5)
+
+
+def test_results_as_text() -> None:
+    network = {"all_reduce": {"small_s": 12e-6, "bytes_per_s": 2e9}}
+    assert network_table(2, network).splitlines()[1].split() == ["all_reduce", "2", "12", "2.00"]
+    result = {"shape": "C1", "dp": 2, "shard": 1, "step_ms": 3.0, "step_ms_spread": {"q1": 2.5, "q3": 3.5}}
+    result |= {"exchange_ms": 1.0, "predicted_exchange_ms": 0.5, "bytes_sent": 1.5e6, "formula_bytes": 1.5e6}
+    assert result_table([result]).splitlines()[1].split() == [
+        *("C1", "2", "1", "3.0", "2.5–3.5", "1.0", "0.5", "1.500", "1.500"),
+    ]
 
 
 @pytest.mark.slow

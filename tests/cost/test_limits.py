@@ -57,7 +57,7 @@ def test_memory_of_a_gpu(tmp_path: Path) -> None:
     wide = a_config(sae__n_latents=1 << 20, sae__k=32, train__precision="bf16", train__device="auto", cluster=gpu)
     line, *_ = problems([a_run(tmp_path, wide, "wide", d_model=4096)])  # its disk may be too small as well
     assert line.startswith("memory: wide needs 1") and "a100 has 40GB" in line
-    assert "mesh.shard=8 would do" in line
+    assert "mesh.shard=8 would suffice" in line
     narrow = a_config(sae__n_latents=1 << 14, sae__k=32, train__precision="bf16", train__device="auto", cluster=gpu)
     assert problems([a_run(tmp_path, narrow, d_model=4096)]) == []
 
