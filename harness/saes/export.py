@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.files import write_json_atomic, write_tensors_atomic
+from harness.files import replacing, write_json_atomic, write_tensors_atomic
 
 FORMATS = ("saelens", "sparsify", "dictionary_learning")
 
@@ -175,9 +175,8 @@ def _dictionary_learning(sae: TrainedSae, out: Path) -> None:
         "decoder.weight": sae.W_dec.T.contiguous(),
         "b_dec": sae.b_dec,
     }
-    beside = out / ".ae.pt.tmp"
-    torch.save(state, beside)
-    beside.replace(out / "ae.pt")
+    with replacing(out / "ae.pt") as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
     write_json_atomic(
         out / "config.json",
         {

@@ -246,6 +246,17 @@ def test_a_torn_unit_is_made_again(tiny: ActivationsConfig, tmp_path: Path) -> N
     assert torch.equal(all_rows(opened(tiny, tmp_path)), expected)
 
 
+def test_a_finished_store_keeps_no_temporary_file_of_a_killed_attempt(tiny: ActivationsConfig, tmp_path: Path) -> None:
+    partial = tmp_path / "_activations" / f"{store_id(tiny)}.partial"
+    partial.mkdir(parents=True)
+    prepare(tiny, partial, StopFlag())
+    (partial / ".train-00001.safetensors.4711.tmp").write_bytes(b"half a shard")
+    opened(tiny, tmp_path)
+    names = {path.name for path in (tmp_path / "_activations" / store_id(tiny)).iterdir()}
+    shards = {f"train-{number:05d}.safetensors" for number in range(3)} | {"heldout-00000.safetensors"}
+    assert names == shards | {"statistics.safetensors", "manifest.json", "verified.json"}
+
+
 def test_two_processes_that_need_the_same_store_harvest_it_once(tiny: ActivationsConfig, tmp_path: Path) -> None:
     fields = {f.name: getattr(tiny, f.name) for f in dataclasses.fields(tiny) if f.name != "synthetic"}
     command = [sys.executable, "-c", WORKER, repr(fields), "whole", str(tmp_path)]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from harness.activations.lm.contexts import SPLITS, open_contexts
 from harness.activations.store.harvest import DTYPES, Plan, unit_path
-from harness.files import fsync_directory, write_json_atomic
+from harness.files import write_json_atomic, write_tensors_atomic
 from harness.process.signals import Interrupted, StopFlag
 
 MANIFEST_VERSION = 1
@@ -38,6 +36,7 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
     Row i of a split lies at its permuted place, which is the global shuffle; a pass over the units fills the places
     of a few shards, so memory stays bounded and writing is sequential. Raises `TornUnits`, `Interrupted`.
     """
+    _remove_torn(directory)
     _check_units(plan, directory)
     shards: dict[str, list[dict[str, Any]]] = {}
     moments = {False: _Moments(plan.d_model), True: _Moments(plan.d_model)}
@@ -45,12 +44,12 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
         shards[split] = []
         for start, tensors in _shuffled(plan, directory, split, shard_rows, stop):
             path = directory / f"{split}-{start // shard_rows:05d}.safetensors"
-            shards[split].append({**write_tensors(path, tensors), "rows": len(tensors["x"])})
+            shards[split].append({**_write_shard(path, tensors), "rows": len(tensors["x"])})
             if split == "train":
                 for layernorm, moment in moments.items():
                     moment.add(tensors["x"], layernorm)
     means = {f"mean_{_rule(layernorm)}": torch.from_numpy(moment.mean()) for layernorm, moment in moments.items()}
-    described = write_tensors(directory / "statistics.safetensors", means)
+    described = _write_shard(directory / "statistics.safetensors", means)
     contexts = {split: open_contexts(directory, split) for split in SPLITS}
     forwarded = sum(int(contexts[split].offsets[-1]) for split in SPLITS)
     manifest = {
@@ -68,7 +67,6 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
             **{_rule(layernorm): moment.summary() for layernorm, moment in moments.items()},
         },
     }
-    fsync_directory(directory)
     write_json_atomic(directory / "manifest.json", manifest)
 
 
@@ -81,18 +79,18 @@ def remove_scratch(directory: Path) -> None:
     (directory / "plan.json").unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file whole or not at all; return its name, bytes and sha256."""
-    beside = path.with_suffix(".tmp")
-    beside.touch()
-    mode = beside.stat().st_mode
-    safetensors.torch.save_file(tensors, beside)
-    beside.chmod(mode)  # safetensors makes files that only their owner can read; stores are shared
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write a file of the store; return its name, bytes and sha256, as the manifest lists them."""
+    write_tensors_atomic(path, tensors)
+    with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    beside.replace(path)
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+
+
+def _remove_torn(directory: Path) -> None:
+    """Remove the temporary files of a killed `assemble`: the finished store would keep them."""
+    for torn in directory.glob(".*.tmp"):
+        torn.unlink()
 
 
 def _check_units(plan: Plan, directory: Path) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -35,7 +34,7 @@ from harness.activations.shuffle import permute
 from harness.activations.store.identity import digest, recipe
 from harness.config import ActivationsConfig
 from harness.errors import UserError
-from harness.files import write_json_atomic
+from harness.files import write_json_atomic, write_tensors_atomic
 from harness.parallel import Shards, Solo
 from harness.process.signals import STOP, Interrupted, StopFlag
 
@@ -201,9 +200,8 @@ def _write_unit(
     if split == "heldout":
         document = np.repeat(contexts.document[first:last], np.diff(contexts.rows[first : last + 1]))
         tensors["document"] = torch.from_numpy(document[order])
-    beside = path.with_suffix(".tmp")
-    safetensors.torch.save_file(tensors, beside)
-    beside.replace(path)  # not synced: a torn unit after a power cut is found by `assemble` and made again
+    # `assemble` detects a unit that a power cut damaged, and it is made again
+    write_tensors_atomic(path, tensors, durable=False)
 
 
 def _unit_rows(
