@@ -1,4 +1,4 @@
-"""Atomic file writes: write to a temporary file, fsync, rename. A reader sees the old content or the new, never a part."""
+"""Atomic file writes: temporary file, fsync, rename. A reader sees the old content or the new, never a part."""
 
 from __future__ import annotations
 

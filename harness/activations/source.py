@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from harness.activations.statistics import Statistics
 from harness.activations.stream import Stream
 
 SAMPLE_ROWS = 32_768
-
-
-class Statistics(NamedTuple):
-    """Of the training rows as they are stored, accumulated in float64."""
-
-    count: int
-    mean: Float64[Tensor, " d"]
-    mean_sq_norm: float
-    """E‖x‖²."""
-    variance: float
-    """E‖x − mean‖², summed over d."""
+"""Most rows of `ActivationSource.sample`."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Storage dtypes by their names in the configuration (`activations.dtype`)."""
 
 
 @runtime_checkable

@@ -23,9 +23,8 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from harness.activations.shuffle import digest64
-from harness.activations.source import SAMPLE_ROWS, Statistics
-from harness.activations.store.assemble import layernorm_rows
-from harness.activations.store.harvest import DTYPES
+from harness.activations.source import DTYPES, SAMPLE_ROWS
+from harness.activations.statistics import Statistics, layernorm_rows
 from harness.activations.stream import Stream
 from harness.config import ActivationsConfig
 

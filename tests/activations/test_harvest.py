@@ -17,7 +17,8 @@ from harness.activations.lm.contexts import kept_positions, open_contexts
 from harness.activations.lm.model import load_model, locate
 from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
-from harness.activations.store.assemble import assemble, layernorm_rows
+from harness.activations.statistics import layernorm_rows
+from harness.activations.store.assemble import assemble
 from harness.activations.store.harvest import Plan, _check_disk, describe, forward_units, prepare, unit_path
 from harness.activations.store.identity import store_id
 from harness.config import ActivationsConfig

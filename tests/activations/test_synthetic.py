@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
-from harness.activations.store.assemble import layernorm_rows
+from harness.activations.statistics import layernorm_rows
 from harness.activations.synthetic import recovered, zipf_probabilities
 from harness.config import ActivationsConfig, SyntheticConfig
 from harness.process.signals import StopFlag

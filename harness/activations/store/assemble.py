@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from harness.activations.lm.contexts import SPLITS, open_contexts
-from harness.activations.store.harvest import DTYPES, Plan, unit_path
+from harness.activations.source import DTYPES
+from harness.activations.statistics import Moments
+from harness.activations.store.harvest import Plan, unit_path
 from harness.files import write_json_atomic, write_tensors_atomic
 from harness.process.signals import Interrupted, StopFlag
 
 MANIFEST_VERSION = 1
 PASS_BYTES = 512 * 2**20
 """Rows that are shuffled in memory at once; never less than one shard."""
-BLOCK_ROWS = 4096
 
 
 class TornUnits(Exception):
@@ -39,7 +38,7 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
     _remove_torn(directory)
     _check_units(plan, directory)
     shards: dict[str, list[dict[str, Any]]] = {}
-    moments = {False: _Moments(plan.d_model), True: _Moments(plan.d_model)}
+    moments = {False: Moments(plan.d_model), True: Moments(plan.d_model)}
     for split in SPLITS:
         shards[split] = []
         for start, tensors in _shuffled(plan, directory, split, shard_rows, stop):
@@ -48,7 +47,8 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
             if split == "train":
                 for layernorm, moment in moments.items():
                     moment.add(tensors["x"], layernorm)
-    means = {f"mean_{_rule(layernorm)}": torch.from_numpy(moment.mean()) for layernorm, moment in moments.items()}
+    statistics = {_rule(layernorm): moment.result() for layernorm, moment in moments.items()}
+    means = {f"mean_{rule}": result.mean for rule, result in statistics.items()}
     described = _write_shard(directory / "statistics.safetensors", means)
     contexts = {split: open_contexts(directory, split) for split in SPLITS}
     forwarded = sum(int(contexts[split].offsets[-1]) for split in SPLITS)
@@ -64,7 +64,10 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
         "shards": shards,
         "statistics": {
             "file": described,
-            **{_rule(layernorm): moment.summary() for layernorm, moment in moments.items()},
+            **{
+                rule: {"count": result.count, "mean_sq_norm": result.mean_sq_norm, "variance": result.variance}
+                for rule, result in statistics.items()
+            },
         },
     }
     write_json_atomic(directory / "manifest.json", manifest)
@@ -140,35 +143,3 @@ def _shuffled(
 
 def _rule(layernorm: bool) -> str:
     return "layernorm" if layernorm else "raw"
-
-
-def layernorm_rows(x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
-    """Per row: subtract the mean over d, scale to unit norm (Gao et al. 2024); a constant row becomes zero."""
-    centred = x - x.mean(dim=1, keepdim=True)
-    return centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-
-
-class _Moments:
-    """Running sums in float64. numpy's reductions do not depend on the number of threads; the store must not."""
-
-    def __init__(self, d_model: int) -> None:
-        self._count = 0
-        self._sum = np.zeros(d_model)
-        self._squares = 0.0
-
-    def add(self, rows: Float[Tensor, "rows d"], layernorm: bool) -> None:
-        for block in rows.split(BLOCK_ROWS):
-            x = block.to(torch.float64)
-            values = (layernorm_rows(x) if layernorm else x).numpy()
-            self._count += len(values)
-            self._sum += values.sum(axis=0)
-            self._squares += float(np.square(values).sum())
-
-    def mean(self) -> np.ndarray:
-        return self._sum / self._count
-
-    def summary(self) -> dict[str, int | float]:
-        mean_sq_norm = self._squares / self._count
-        variance = max(0.0, mean_sq_norm - float(np.square(self.mean()).sum()))
-        assert math.isfinite(variance)
-        return {"count": self._count, "mean_sq_norm": mean_sq_norm, "variance": variance}

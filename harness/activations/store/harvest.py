@@ -31,6 +31,7 @@ from harness.activations.lm.contexts import (
 )
 from harness.activations.lm.model import HookedModel, load_model, load_tokenizer, locate, resolve_precision
 from harness.activations.shuffle import permute
+from harness.activations.source import DTYPES
 from harness.activations.store.identity import digest, recipe
 from harness.config import ActivationsConfig
 from harness.errors import UserError
@@ -40,7 +41,6 @@ from harness.process.signals import STOP, Interrupted, StopFlag
 
 UNIT_TOKENS = 32_768
 """Tokens of a work unit: what a kill costs at most."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 OnRows = Callable[[int], None]
 """Called with the number of rows that were just computed."""

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.activations.source import SAMPLE_ROWS, Statistics
+from harness.activations.source import SAMPLE_ROWS
+from harness.activations.statistics import Statistics
 from harness.activations.store.assemble import MANIFEST_VERSION
 from harness.activations.stream import Rows, StoreBatches, Stream, map_tensor
 from harness.errors import UserError
