@@ -12,7 +12,8 @@ from torch import Tensor
 
 from harness import export as command
 from harness.errors import UserError
-from harness.saes.export import export, load_trained
+from harness.saes.export import export, fold
+from harness.saes.trained import load
 
 
 def reference(run_dir: Path, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,7 @@ def dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
 
 
 def test_the_constant_scale_is_folded(topk_run: Path) -> None:
-    sae, x = load_trained(topk_run), rows(topk_run)
+    sae, x = fold(load(topk_run)), rows(topk_run)
     found = dense(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
     for ours, expected in zip(found, reference(topk_run, x), strict=True):
         torch.testing.assert_close(ours, expected)
