@@ -5,11 +5,9 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,19 +21,6 @@ from harness.activations.shuffle import permutation
 BLOCK_ROWS = 16_384
 """Later epochs permute blocks of this many rows, then the rows of each block: one sequential read per block."""
 PREFETCHED = 4
-_INTEGERS = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.int32, torch.int64: np.int64}
-_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
-
-
-def map_tensor(path: Path, name: str) -> Tensor:
-    """A tensor of a safetensors file, memory-mapped: nothing is read until it is used."""
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(header_bytes))[name]
-    dtype = _NAMES[entry["dtype"]]
-    # Copy-on-write, as torch warns about arrays it may not write to; nobody writes.
-    raw = np.memmap(path, _INTEGERS[dtype], "c", 8 + header_bytes + entry["data_offsets"][0], tuple(entry["shape"]))
-    return torch.from_numpy(raw).view(dtype)
 
 
 class Rows:

@@ -11,12 +11,13 @@ from typing import Any
 import safetensors.torch
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor
 
 from harness.activations.source import SAMPLE_ROWS
 from harness.activations.statistics import Statistics
 from harness.activations.store.assemble import MANIFEST_VERSION
-from harness.activations.stream import Rows, StoreBatches, Stream, map_tensor
+from harness.activations.stream import Rows, StoreBatches, Stream
 from harness.errors import UserError
 from harness.files import write_json_atomic
 
@@ -41,9 +42,9 @@ class Store:
         self._statistics = manifest["statistics"]
         self._means = safetensors.torch.load_file(directory / self._statistics["file"]["file"])
         files = {split: [directory / shard["file"] for shard in shards] for split, shards in manifest["shards"].items()}
-        self._train = Rows([map_tensor(path, "x") for path in files["train"]])
-        self._heldout = Rows([map_tensor(path, "x") for path in files["heldout"]])
-        self._documents = torch.cat([map_tensor(path, "document") for path in files["heldout"]])
+        self._train = Rows([_mapped(path, "x") for path in files["train"]])
+        self._heldout = Rows([_mapped(path, "x") for path in files["heldout"]])
+        self._documents = torch.cat([_mapped(path, "document") for path in files["heldout"]])
 
     def statistics(self, layernorm: bool) -> Statistics:
         rule = "layernorm" if layernorm else "raw"
@@ -61,6 +62,12 @@ class Store:
         for start in range(0, self._heldout.total, batch_rows):
             end = min(start + batch_rows, self._heldout.total)
             yield self._heldout.read(start, end), self._documents[start:end]
+
+
+def _mapped(path: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file, memory-mapped: rows are read when they are used."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
