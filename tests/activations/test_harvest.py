@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from harness.activations.lm.contexts import kept_positions, open_contexts
-from harness.activations.lm.model import load_model, locate
+from harness.activations.lm.location import locate
+from harness.activations.lm.model import load_model
 from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
 from harness.activations.statistics import layernorm_rows

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from harness.activations.lm.model import HookedModel, find_blocks, load_model, load_tokenizer, locate, resolve_precision
+from harness.activations.lm.location import locate
+from harness.activations.lm.model import HookedModel, find_blocks, load_model, load_tokenizer, resolve_precision
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from tests.activations.conftest import FAMILIES

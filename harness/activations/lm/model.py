@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,59 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from harness.activations.lm.hub import HUB_ERRORS, online, quiet, resolve_commit, unreachable
+from harness.activations.lm.hub import HUB_ERRORS, online, quiet, unreachable
+from harness.activations.lm.location import Location
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "output.dense")
 """Where a block keeps its MLP; `output.dense` is BERT's, before the residual and its LayerNorm."""
 ATTENTION_NAMES = ("self_attn", "attention.output.dense", "attn", "attention", "self_attention", "linear_attn")
-
-
-class Location(NamedTuple):
-    """Where a model is loaded from."""
-
-    source: str
-    """A local directory or a hub name."""
-    commit: str
-    """Resolved hub commit; empty for a directory."""
-
-    @property
-    def is_local(self) -> bool:
-        return not self.commit
-
-
-def locate(cfg: ActivationsConfig) -> Location:
-    """Find the model named by `cfg.model`: `package:NAME`, a directory, or a hub repository."""
-    if cfg.model.startswith("package:"):
-        return Location(str(_package_directory(cfg.model.removeprefix("package:"))), "")
-    directory = Path(cfg.model).expanduser()
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise UserError(f"activations.model={cfg.model}: the directory has no config.json of a transformers model")
-        return Location(str(directory), "")
-    return Location(cfg.model, resolve_commit("model", cfg.model, cfg.revision))
-
-
-def _package_directory(package: str) -> Path:
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"activations.model=package:{package}: no such package; pip install {package.replace('_', '-')}"
-        )
-    for root in map(Path, spec.submodule_search_locations):
-        for config in sorted(root.rglob("config.json"), key=lambda path: len(path.parts)):
-            if weight_files(config.parent):
-                return config.parent
-    raise UserError(f"activations.model=package:{package}: the package carries no transformers model")
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The files that hold a local model's weights: safetensors if there are any."""
-    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
 
 
 def load_tokenizer(location: Location) -> Any:

@@ -29,7 +29,8 @@ from harness.activations.lm.contexts import (
     open_contexts,
     special_tokens,
 )
-from harness.activations.lm.model import HookedModel, load_model, load_tokenizer, locate, resolve_precision
+from harness.activations.lm.location import locate
+from harness.activations.lm.model import HookedModel, load_model, load_tokenizer, resolve_precision
 from harness.activations.shuffle import permute
 from harness.activations.source import DTYPES
 from harness.activations.store.identity import digest, recipe

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.activations.lm.hub import resolve_commit
-from harness.activations.lm.model import Location, locate, weight_files
+from harness.activations.lm.location import Location, locate, weight_files
 from harness.activations.lm.text import file_digest, text_files
 from harness.config import ActivationsConfig
 from harness.errors import UserError
