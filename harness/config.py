@@ -186,7 +186,7 @@ class ActivationsConfig:
     dir: str = _service("")
     """Where stores live; empty means `<out>/_activations`."""
     store: str = _service("")
-    """Content hash of the store; launching fills it in, so that a node without a hub finds the store by name."""
+    """Recipe hash of the store. Launching fills it in, so that a node without a hub finds the store by name."""
 
     def __post_init__(self) -> None:
         _one_of("activations.kind", self.kind, ("lm", "synthetic"))
@@ -494,7 +494,7 @@ def science(config: Any) -> dict[str, Any]:
 def run_id(config: Config, store_id: str) -> str:
     """Name of a run: readable size, then a hash of its science (invariant 4).
 
-    `store_id` is the content hash of the activation store, which stands for the whole `activations` group.
+    `store_id` is the recipe hash of the activation store; it stands for the whole `activations` group.
     `train.precision` must be resolved: a bf16 run and an fp32 run are different runs.
     """
     assert config.train.precision != "auto", "resolve train.precision before naming a run"

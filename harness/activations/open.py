@@ -16,7 +16,7 @@ from harness.activations.lm.model import HookedModel
 from harness.activations.source import ActivationSource
 from harness.activations.store.assemble import TornUnits, assemble, remove_scratch
 from harness.activations.store.harvest import OnRows, Plan, describe, forward_units, prepare, rows_done
-from harness.activations.store.identity import is_complete, store_id, store_name, store_path
+from harness.activations.store.identity import MANIFEST, is_complete, store_id, store_name, store_path
 from harness.activations.store.read import Store
 from harness.activations.synthetic import Synthetic
 from harness.config import ActivationsConfig
@@ -100,7 +100,7 @@ def _is_missing(directory: Path, partial: Path) -> bool:
     if is_complete(directory):
         return False
     if directory.exists():
-        raise UserError(f"{directory} has no manifest.json, so it is no store; delete it to harvest it again")
+        raise UserError(f"{directory} has no {MANIFEST}, so it is no store; delete it to harvest it again")
     partial.mkdir(exist_ok=True)
     return not is_complete(partial)
 

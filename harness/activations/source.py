@@ -23,7 +23,7 @@ class ActivationSource(Protocol):
     """Rows to train on, held-out rows, and what is known about them."""
 
     id: str
-    """Content hash; part of the run_id."""
+    """Recipe hash of the store (see `store.identity`); part of the run_id."""
     d_model: int
     train_rows: int | None
     """Rows of one epoch; None when rows never repeat."""

@@ -59,7 +59,7 @@ def freeze(run_dir: Path, config: Config) -> None:
         if frozen == config:
             return
         before, now = science(frozen), science(config)
-        # The run's name contains the content hash of its store; the same store may be asked for in several ways.
+        # The run's name contains the recipe hash of its store; the same store may be asked for in several ways.
         before.pop("activations", None)
         now.pop("activations", None)
         if different := list(_differences(before, now)):

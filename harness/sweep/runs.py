@@ -16,7 +16,7 @@ from harness.record.rundir import run_directory
 from harness.record.state import state_of
 
 UNRESOLVED = "unresolved"
-"""Stands for the content hash of a store that cannot be known here, e.g. without the hub that has the model."""
+"""Stands for the recipe hash of a store that cannot be known here, e.g. without the hub that has the model."""
 
 KNOWN_WIDTHS = {"gpt2": 768, "openai-community/gpt2": 768}
 """d_model of models that our studies name, so that their plan can be shown where no hub is reachable."""
@@ -73,7 +73,7 @@ def resolve_precision(config: Config) -> Config:
 
 
 def find_stores(configs: Sequence[ActivationsConfig], *, tolerant: bool) -> dict[str, Store]:
-    """Content hash and width of every distinct store, by `recipe_key`.
+    """Recipe hash and width of every distinct store, by `recipe_key`.
 
     `tolerant`: a hub that cannot be reached leaves the store unresolved instead of raising `UserError`.
     """

@@ -248,6 +248,25 @@ def test_a_torn_unit_is_made_again(tiny: ActivationsConfig, tmp_path: Path) -> N
     assert torch.equal(all_rows(opened(tiny, tmp_path)), expected)
 
 
+def test_a_half_made_store_of_an_earlier_version_is_continued(tiny: ActivationsConfig, tmp_path: Path) -> None:
+    """It kept its plan in `plan.json`."""
+    expected = manifest_of(tmp_path / "whole" / "_activations" / opened(tiny, tmp_path / "whole").id)
+    partial = tmp_path / "_activations" / f"{store_id(tiny)}.partial"
+    partial.mkdir(parents=True)
+    plan, hooked = prepare(tiny, partial, StopFlag())
+    forward_units(plan, hooked, partial, StopFlag(), lambda rows: None)
+    (partial / "harvest.json").rename(partial / "plan.json")
+    units = {path.name: path.stat().st_mtime_ns for path in (partial / "units").iterdir()}
+    assert prepare(tiny, partial, StopFlag())[0] == plan
+    assert not (partial / "harvest.json").exists()
+    forward_units(plan, hooked, partial, StopFlag(), lambda rows: None)
+    assert {path.name: path.stat().st_mtime_ns for path in (partial / "units").iterdir()} == units
+    opened(tiny, tmp_path)
+    store = tmp_path / "_activations" / store_id(tiny)
+    assert manifest_of(store) == expected
+    assert not (store / "plan.json").exists() and not (store / "units").exists()
+
+
 def test_a_finished_store_keeps_no_temporary_file_of_a_killed_attempt(tiny: ActivationsConfig, tmp_path: Path) -> None:
     partial = tmp_path / "_activations" / f"{store_id(tiny)}.partial"
     partial.mkdir(parents=True)

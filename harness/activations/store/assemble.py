@@ -16,11 +16,11 @@ from torch import Tensor
 from harness.activations.lm.contexts import SPLITS, open_contexts
 from harness.activations.source import DTYPES
 from harness.activations.statistics import Moments
-from harness.activations.store.harvest import Plan, unit_path
+from harness.activations.store.harvest import OLD_PLAN_FILE, PLAN_FILE, Plan, unit_path
+from harness.activations.store.identity import MANIFEST, MANIFEST_VERSION
 from harness.files import write_json_atomic, write_tensors_atomic
 from harness.process.signals import Interrupted, StopFlag
 
-MANIFEST_VERSION = 1
 PASS_BYTES = 512 * 2**20
 """Rows that are shuffled in memory at once; never less than one shard."""
 
@@ -70,7 +70,7 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
             },
         },
     }
-    write_json_atomic(directory / "manifest.json", manifest)
+    write_json_atomic(directory / MANIFEST, manifest)
 
 
 def remove_scratch(directory: Path) -> None:
@@ -79,7 +79,8 @@ def remove_scratch(directory: Path) -> None:
     for split in SPLITS:
         for name in ("ids", "offsets", "rows", "document"):
             (directory / f"{split}.{name}").unlink(missing_ok=True)
-    (directory / "plan.json").unlink(missing_ok=True)
+    for name in (PLAN_FILE, OLD_PLAN_FILE):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

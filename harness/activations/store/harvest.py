@@ -33,7 +33,7 @@ from harness.activations.lm.location import locate
 from harness.activations.lm.model import HookedModel, load_model, load_tokenizer, resolve_precision
 from harness.activations.shuffle import permute
 from harness.activations.source import DTYPES
-from harness.activations.store.identity import digest, recipe
+from harness.activations.store.identity import recipe, recipe_hash
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.files import write_json_atomic, write_tensors_atomic
@@ -42,6 +42,11 @@ from harness.process.signals import STOP, Interrupted, StopFlag
 
 UNIT_TOKENS = 32_768
 """Tokens of a work unit: what a kill costs at most."""
+
+PLAN_FILE = "harvest.json"
+"""In a half-made store: the `Plan` of its harvest."""
+OLD_PLAN_FILE = "plan.json"
+"""What versions before 0.2 called it; their half-made stores are continued."""
 
 OnRows = Callable[[int], None]
 """Called with the number of rows that were just computed."""
@@ -83,8 +88,11 @@ def harvest_device() -> torch.device:
 
 def read_plan(directory: Path) -> Plan | None:
     """The plan of an unfinished harvest, if one was made."""
-    path = directory / "plan.json"
-    return Plan(**json.loads(path.read_text())) if path.is_file() else None
+    for name in (PLAN_FILE, OLD_PLAN_FILE):
+        path = directory / name
+        if path.is_file():
+            return Plan(**json.loads(path.read_text(encoding="utf-8")))
+    return None
 
 
 def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Plan, HookedModel]:
@@ -111,7 +119,7 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
     with hooked.computing():
         width = hooked.activations(probe[None].to(device), None).shape[-1]
     plan = Plan(
-        id=digest(settings),
+        id=recipe_hash(settings),
         recipe=settings,
         d_model=width,
         precision=precision,
@@ -131,7 +139,7 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
     )
     _check_disk(plan, directory)
     (directory / "units").mkdir(exist_ok=True)
-    write_json_atomic(directory / "plan.json", plan._asdict())
+    write_json_atomic(directory / PLAN_FILE, plan._asdict())
     return plan, hooked
 
 

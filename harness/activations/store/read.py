@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness.activations.source import SAMPLE_ROWS
 from harness.activations.statistics import Statistics
-from harness.activations.store.assemble import MANIFEST_VERSION
+from harness.activations.store.identity import MANIFEST, MANIFEST_VERSION
 from harness.activations.stream import Rows, StoreBatches, Stream
 from harness.errors import UserError
 from harness.files import write_json_atomic
@@ -71,7 +71,7 @@ def _mapped(path: Path, name: str) -> Tensor:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / "manifest.json"
+    path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text())
         version = manifest["schema_version"]
