@@ -1,4 +1,4 @@
-"""Where a language model comes from, and what its configuration says. No torch: names and plans need no model."""
+"""Where a language model comes from, and what can be read off it without loading it. No torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class Location(NamedTuple):
 
 
 def locate(cfg: ActivationsConfig) -> Location:
-    """Find the model named by `cfg.model`: `package:NAME`, a directory, or a hub repository."""
+    """Find the model `cfg.model`: `package:NAME`, a directory, or a hub repository.
+
+    Raises `UserError` if it does not exist or cannot be reached.
+    """
     if cfg.model.startswith("package:"):
         return Location(str(_package_directory(cfg.model.removeprefix("package:"))), "")
     directory = Path(cfg.model).expanduser()
@@ -54,7 +57,7 @@ def _package_directory(package: str) -> Path:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold a local model's weights: safetensors if there are any."""
+    """The weight files of a local model: its safetensors files if it has any, else its .bin files."""
     return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
 
 
@@ -77,7 +80,7 @@ def model_width(cfg: ActivationsConfig) -> int:
 
 
 def needs_hub(cfg: ActivationsConfig) -> bool:
-    """Whether the model or the text has to come from the Hugging Face hub (or its local cache)."""
+    """Whether the model or the text comes from the Hugging Face hub (or its local cache)."""
     if cfg.kind == "synthetic":
         return False
     local_model = cfg.model.startswith("package:") or Path(cfg.model).is_dir()

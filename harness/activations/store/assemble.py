@@ -1,4 +1,4 @@
-"""From unit files to a store: shuffled shards, their hashes, the statistics, and the manifest last."""
+"""From unit files to a store: shuffled shards, statistics, and at last the manifest with a hash of every file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from harness.activations.lm.contexts import SPLITS, open_contexts
+from harness.activations.lm.contexts import SPLITS, open_contexts, remove_contexts
 from harness.activations.source import DTYPES
 from harness.activations.statistics import Moments
 from harness.activations.store.harvest import OLD_PLAN_FILE, PLAN_FILE, Plan, unit_path
@@ -22,18 +22,19 @@ from harness.files import write_json_atomic, write_tensors_atomic
 from harness.process.signals import Interrupted, StopFlag
 
 PASS_BYTES = 512 * 2**20
-"""Rows that are shuffled in memory at once; never less than one shard."""
+"""Size of the rows that are shuffled in memory at once; at least one shard."""
 
 
 class TornUnits(Exception):
-    """Unit files that were damaged by a crash; they are removed and have to be computed again."""
+    """A crash damaged unit files. They are removed and must be computed again."""
 
 
 def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str, Any], stop: StopFlag) -> None:
-    """Write shards, statistics and the manifest beside the unit files.
+    """Write shards, statistics and the manifest into `directory`, from its unit files.
 
-    Row i of a split lies at its permuted place, which is the global shuffle; a pass over the units fills the places
-    of a few shards, so memory stays bounded and writing is sequential. Raises `TornUnits`, `Interrupted`.
+    Row i of a split goes to its permuted place: that is the global shuffle. A pass over the units fills the places of a
+    few shards, so memory stays bounded and writing is sequential. Raises `TornUnits`, and `Interrupted` when `stop` is
+    set.
     """
     _remove_torn(directory)
     _check_units(plan, directory)
@@ -74,17 +75,15 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
 
 
 def remove_scratch(directory: Path) -> None:
-    """Remove what only the harvest needed."""
+    """Remove what only the harvest needed: contexts, units and its plan."""
     shutil.rmtree(directory / "units", ignore_errors=True)
-    for split in SPLITS:
-        for name in ("ids", "offsets", "rows", "document"):
-            (directory / f"{split}.{name}").unlink(missing_ok=True)
+    remove_contexts(directory)
     for name in (PLAN_FILE, OLD_PLAN_FILE):
         (directory / name).unlink(missing_ok=True)
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a file of the store; return its name, bytes and sha256, as the manifest lists them."""
+    """Write a file of the store; return its entry in the manifest."""
     write_tensors_atomic(path, tensors)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -115,7 +114,7 @@ def _check_units(plan: Plan, directory: Path) -> None:
 def _shuffled(
     plan: Plan, directory: Path, split: str, shard_rows: int, stop: StopFlag
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Shards of a split in order: first row, and the tensors."""
+    """Shards of a split in order: number of the first row, and the tensors."""
     total = plan.rows[split]
     row_bytes = plan.d_model * DTYPES[plan.dtype].itemsize
     shards_per_pass = max(1, PASS_BYTES // (shard_rows * row_bytes))

@@ -1,4 +1,4 @@
-"""A store on disk: opened, verified, read. What makes one is `harness.activations.store.harvest`."""
+"""Open, verify and read a store on disk."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ from harness.errors import UserError
 from harness.files import write_json_atomic
 
 VERIFIED = "verified.json"
-"""Beside the shards: size and modification time of each at the time its hash was checked."""
+"""Size and modification time of every file when its hash was last checked."""
 
 
 class Store:
-    """An `ActivationSource` backed by a directory of shards. Opening checks every file's size, and its hash unless
-    it was checked before and has not been written since. Raises `UserError` naming a file that is wrong."""
+    """An `ActivationSource` backed by a directory of shards.
+
+    Opening checks the size of every file, and its hash unless that was checked before and the file has not been written
+    since. Raises `UserError` that names the wrong file.
+    """
 
     dictionary = None
 
@@ -51,7 +54,7 @@ class Store:
         return Statistics(mean=self._means[f"mean_{rule}"], **self._statistics[rule])
 
     def sample(self) -> Float[Tensor, "rows d"]:
-        # The store is shuffled, so its beginning is a fair sample.
+        # the store is shuffled, so its beginning is a fair sample
         return self._train.read(0, min(SAMPLE_ROWS, self._train.total)).float()
 
     def stream(self, seed: int, batch_tokens: int, device: torch.device, dp_rank: int = 0, dp: int = 1) -> Stream:
@@ -90,9 +93,9 @@ def _verify(directory: Path, manifest: dict[str, Any]) -> None:
     again = f"delete {directory} to harvest it again"
     sidecar = directory / VERIFIED
     try:
-        known = json.loads(sidecar.read_text())
+        earlier = json.loads(sidecar.read_text())
     except (OSError, ValueError):
-        known = {}
+        earlier = {}
     verified = {}
     for entry in files:
         path = directory / entry["file"]
@@ -102,13 +105,13 @@ def _verify(directory: Path, manifest: dict[str, Any]) -> None:
         if status.st_size != entry["bytes"]:
             raise UserError(f"the shard {path} has {status.st_size} bytes instead of {entry['bytes']}; {again}")
         verified[entry["file"]] = [status.st_size, status.st_mtime_ns]
-        if known.get(entry["file"]) != verified[entry["file"]]:
+        if earlier.get(entry["file"]) != verified[entry["file"]]:
             with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != entry["sha256"]:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            if sha256 != entry["sha256"]:
                 raise UserError(f"the shard {path} is damaged (its sha256 is not the manifest's); {again}")
-    if verified != known:
+    if verified != earlier:
         try:
             write_json_atomic(sidecar, verified)
         except OSError:
-            return  # a store that others may only read is verified at every opening
+            return  # a store that this user may only read is verified at every opening
