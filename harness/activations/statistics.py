@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 _BLOCK_ROWS = 4096
 
 
-class Statistics(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Statistics:
     """Of the training rows, accumulated in float64."""
 
     count: int

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -36,11 +36,12 @@ FORMAT = 1
 _AGAIN = "copy the run directory again, or delete it and train the run again"
 
 
-class TokenCodes(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TokenCodes:
     """The active latents of each token, and the per-token numbers that decoding needs.
 
-    In normalised space x̂ = gate·Σ_j values[:, j]·W_dec[index[:, j]] + b_dec. All fields are cut along tokens, so rows
-    of `values` and `index` may be edited or replaced (`codes._replace(values=…)`).
+    In normalised space x̂ = gate·Σ_j values[:, j]·W_dec[index[:, j]] + b_dec. To edit codes, use
+    `dataclasses.replace(codes, values=…)`.
     """
 
     values: Float[Tensor, "tokens k"]

@@ -1,5 +1,6 @@
 """A finished SAE computes what the training's evaluation computed, in the model's own units."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -58,7 +59,8 @@ def test_codes_are_decoded_to_the_same_bits(run_dir: Path) -> None:
 
 def test_codes_are_padded_and_ordered(run_dir: Path) -> None:
     trained, x = load(run_dir, ops="reference"), heldout_rows(run_dir)
-    values, index = trained.encode(x)[:2]
+    codes = trained.encode(x)
+    values, index = codes.values, codes.index
     assert values.shape == index.shape == (len(x), trained.sae.k)
     assert (values >= 0).all() and (values[:, :-1] >= values[:, 1:]).all()
     assert index.min() >= 0 and index.max() < trained.sae.n_latents
@@ -110,7 +112,7 @@ def test_a_latent_can_be_ablated(run_dir: Path) -> None:
     trained, x = load(run_dir, ops="reference"), heldout_rows(run_dir)
     codes = trained.encode(x)
     latent = codes.index[0, 0]
-    ablated = trained.decode(codes._replace(values=codes.values * (codes.index != latent)))
+    ablated = trained.decode(dataclasses.replace(codes, values=codes.values * (codes.index != latent)))
     changed = ((codes.index == latent) & (codes.values > 0)).any(dim=1)
     whole = trained.forward(x)
     assert changed.any() and not changed.all()

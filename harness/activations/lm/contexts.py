@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ def special_tokens(tokenizer: Any) -> Special:
     return Special(prefix, suffix, sorted({*prefix, *suffix, *(token for token in named if token is not None)}))
 
 
-class Contexts(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Contexts:
     """The contexts of a split, in the order of their documents."""
 
     ids: Int[np.ndarray, " tokens"]
@@ -126,13 +128,13 @@ def cut_contexts(
 
     # A text that ends before there are enough held-out rows is read again: until a division gives them, and then
     # for its training rows. A long text is read once.
-    writers: dict[str, _Writer] = {}
-    attempts = list(itertools.product((*HELDOUT_DOCUMENTS, 1), shares))
-    for fewest, share in attempts:
-        writers |= cut(("heldout",) if writers else SPLITS, share, fewest)
-        if writers["heldout"].full:
-            break
-    if share != attempts[0][1]:
+    attempts = itertools.product((*HELDOUT_DOCUMENTS, 1), shares)
+    fewest, share = next(attempts)
+    writers = cut(SPLITS, share, fewest)
+    while not writers["heldout"].full and (attempt := next(attempts, None)):
+        fewest, share = attempt
+        writers |= cut(("heldout",), share, fewest)
+    if share != shares[0]:
         writers |= cut(("train",), share, fewest)
     used = sum(writer.documents for writer in writers.values())
     for split, name in (("heldout", "held-out"), ("train", "training")):
