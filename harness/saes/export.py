@@ -72,7 +72,7 @@ def export(run_dir: Path, form: str, out: Path) -> list[str]:
     writers = {"saelens": _saelens, "sparsify": _sparsify, "dictionary_learning": _dictionary_learning}
     if form not in writers:
         raise UserError(f"--format {form} is not known; choose one of: {', '.join(FORMATS)}")
-    sae = fold(load(run_dir))
+    sae = fold(load(run_dir, ops="reference"))  # no kernel runs
     try:
         out.mkdir(parents=True, exist_ok=True)
         writers[form](sae, out)

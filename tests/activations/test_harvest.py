@@ -68,11 +68,11 @@ def test_statistics_are_those_of_the_stored_rows(tiny: ActivationsConfig, tmp_pa
     assert rows.dtype == torch.bfloat16
     for layernorm in (False, True):
         x = layernorm_rows(rows.double()) if layernorm else rows.double()
-        found = source.statistics(layernorm)
-        assert found.count == 3000 and found.mean.dtype == torch.float64
-        torch.testing.assert_close(found.mean, x.mean(dim=0), rtol=1e-12, atol=1e-14)
-        assert found.mean_sq_norm == pytest.approx(float(x.square().sum(1).mean()), rel=1e-12)
-        assert found.variance == pytest.approx(float((x - x.mean(0)).square().sum(1).mean()), rel=1e-10)
+        statistics = source.statistics(layernorm)
+        assert statistics.count == 3000 and statistics.mean.dtype == torch.float64
+        torch.testing.assert_close(statistics.mean, x.mean(dim=0), rtol=1e-12, atol=1e-14)
+        assert statistics.mean_sq_norm == pytest.approx(float(x.square().sum(1).mean()), rel=1e-12)
+        assert statistics.variance == pytest.approx(float((x - x.mean(0)).square().sum(1).mean()), rel=1e-10)
     assert source.sample().dtype == torch.float32 and len(source.sample()) == 3000
 
 
