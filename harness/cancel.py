@@ -22,6 +22,7 @@ from harness.record import names
 from harness.record.rundir import claim_path
 from harness.record.sweepdir import require_sweep
 from harness.sweep.rows import begun_runs
+from harness.terminal import say
 
 
 def cancel(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:
@@ -64,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         lines = list(cancel(arguments.sweep_dir, arguments.run_ids))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except client.SlurmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
     print("\n".join(lines) or "nothing queued or running")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.saes.export import FORMATS, export
+from harness.terminal import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         warnings = export(arguments.run_dir, arguments.format, arguments.out)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}")
     print(f"wrote {arguments.out}")
     return 0
 

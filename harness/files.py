@@ -1,43 +1,25 @@
-"""Files that are whole or absent: written beside, fsynced, renamed."""
+"""Atomic file writes: temporary file, fsync, rename. A reader sees the old content or the new, never a part."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # analysis writes files too, and has no use for three seconds of torch
+if TYPE_CHECKING:  # importing torch takes seconds, and the analysis writes files without it
     from torch import Tensor
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make the names in `directory` durable; a rename is not, until its directory is synced."""
+    """Make the names in `directory` durable; a rename is durable only after its directory is synced."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old content or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    fsync_directory(path.parent)
-
-
-def write_json_atomic(path: Path, content: Any) -> None:
-    """`write_text_atomic` of indented JSON; NaN and infinity are refused, JSON has none."""
-    write_text_atomic(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def fsync_file(path: Path) -> None:
@@ -46,18 +28,45 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors of any device to a safetensors file; a reader sees the old content or the new."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        from safetensors.torch import save_file
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield an empty temporary file in the directory of `path`; when the block ends well, it becomes `path`.
 
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
-        fsync_file(beside)
-        beside.replace(path)
+    If the block raises, the temporary file is removed and `path` stays as it was. A killed process leaves
+    `.NAME.PID.tmp` behind. `durable=False` skips fsync: after a power cut `path` may be damaged.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        yield temporary
+        if durable:
+            fsync_file(temporary)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
-    fsync_directory(path.parent)
+        temporary.unlink(missing_ok=True)
+    if durable:
+        fsync_directory(path.parent)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json_atomic(path: Path, content: Any) -> None:
+    """Write indented JSON. Raises `ValueError` for NaN and infinity, which JSON does not have."""
+    write_text_atomic(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], *, durable: bool = True) -> None:
+    """Write tensors of any device to a safetensors file. `durable`: see `replacing`."""
+    from safetensors.torch import save_file
+
+    with replacing(path, durable=durable) as temporary:
+        mode = temporary.stat().st_mode
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read; stores and weights are shared
 
 
 def last_line(path: Path, tail_bytes: int = 4096) -> str:

@@ -16,6 +16,7 @@ from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.grid.study import load_study
 from harness.sweep.execute import launch
 from harness.sweep.request import Request
+from harness.terminal import say
 
 DEFAULT_STUDY = "quick"
 
@@ -55,7 +56,7 @@ def report(sweep_dir: Path) -> None:
     from analysis.cli import main as analysis
 
     if analysis(["report", str(sweep_dir)]) != 0:
-        print(f"no report for {sweep_dir}; later: python -m analysis report {sweep_dir}", file=sys.stderr)
+        say(f"no report for {sweep_dir}; later: python -m analysis report {sweep_dir}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,16 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         outcome = launch(request(arguments), dry_run=arguments.dry_run, wait=arguments.wait)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return WRONG_REQUEST
     if arguments.dry_run or outcome.submitted or outcome.exit_code == INTERRUPTED:
         return outcome.exit_code
     for sweep_dir in outcome.sweep_dirs:
         report(sweep_dir)
     if outcome.exit_code:
-        print(
-            "some cells are not done: see the lines above, `python -m harness.status` and the report", file=sys.stderr
-        )
+        say("some cells are not done: see the lines above, `python -m harness.status` and the report")
     return outcome.exit_code
 
 

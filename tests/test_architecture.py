@@ -16,8 +16,8 @@ ROOMS = (
     *("harness.errors", "harness.config", "harness.budget", "harness.files", "harness.terminal"),
     # local kernels, collectives, this process
     *("harness.ops", "harness.parallel", "harness.process"),
-    # the run directory, the models, where x comes from, copies of the record
-    *("harness.record", "harness.saes", "harness.activations", "harness.mirror"),
+    # where x comes from, the run directory, the models, copies of the record
+    *("harness.activations", "harness.record", "harness.saes", "harness.mirror"),
     # train, ask, plan, place, and who does what
     *("harness.training", "harness.grid", "harness.cost", "harness.places", "harness.sweep"),
     "harness.bench",
@@ -156,7 +156,10 @@ def test_analysis_knows_little_of_the_harness_and_no_torch() -> None:
 def test_file_names_of_a_run_directory_stand_in_one_place() -> None:
     from harness.record import names
 
-    files = {value for name, value in vars(names).items() if name.isupper() and "." in value} - {names.WEIGHTS_CONFIG}
+    files = {value for name, value in vars(names).items() if name.isupper() and "." in value} - {
+        names.WEIGHTS,
+        names.WEIGHTS_CONFIG,
+    }
     for module, path in sources().items():
         if module == "harness.record.names":
             continue

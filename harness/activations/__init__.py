@@ -1,1 +1,1 @@
-"""Where x comes from: harvested from a language model into a store, or drawn from a known sparse dictionary."""
+"""The source of x: a store harvested from a language model, or rows drawn from a known sparse dictionary."""

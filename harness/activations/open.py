@@ -1,4 +1,4 @@
-"""Opening a source: the store is harvested first if it does not exist, by one process while others wait."""
+"""Open a source. A missing store is harvested first, by one process (or its ranks) while others wait."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.activations.lm.model import HookedModel
 from harness.activations.source import ActivationSource
 from harness.activations.store.assemble import TornUnits, assemble, remove_scratch
 from harness.activations.store.harvest import OnRows, Plan, describe, forward_units, prepare, rows_done
-from harness.activations.store.identity import is_complete, store_id, store_name, store_path
+from harness.activations.store.identity import MANIFEST, is_complete, store_id, store_name, store_path
 from harness.activations.store.read import Store
 from harness.activations.synthetic import Synthetic
 from harness.config import ActivationsConfig
@@ -32,36 +32,36 @@ from harness.terminal import Progress
 def open_source(
     cfg: ActivationsConfig, out: Path, *, progress: bool, stop: StopFlag, shards: Shards | None = None
 ) -> ActivationSource:
-    """The rows that `cfg` describes; a missing store is harvested into `store_root(cfg, out)` first.
+    """The rows that `cfg` describes. A missing store is harvested into `store_root(cfg, out)` first.
 
-    A harvest that was interrupted goes on; one that another process is making is waited for. All ranks of `shards`
-    (default: one process) call it and harvest together. Raises `UserError` for what the user can cause (unknown model,
-    unreadable text, no room, a damaged shard), `Interrupted` on request.
+    An interrupted harvest is continued. If another process is harvesting the same store, this one waits for it. All
+    ranks of `shards` (default: one process) call this and harvest together. Raises `UserError` for what the user can
+    cause (unknown model, unreadable text, full disk, damaged shard), `Interrupted` when `stop` is set.
     """
     if cfg.kind == "synthetic":
         return Synthetic(cfg, store_name(cfg))
     directory = store_path(cfg, out)
     shards = shards or Solo()
-    there = torch.tensor(int(shards.rank == 0 and is_complete(directory)))
-    if not int(shards.sum_(there, "all", "scalars")):
-        if (here := store_id(cfg)) != directory.name:
+    complete = torch.tensor(int(shards.rank == 0 and is_complete(directory)))
+    if not int(shards.sum_(complete, "all", "scalars")):
+        if (local_id := store_id(cfg)) != directory.name:
             raise UserError(
-                f"there is no store {directory}, and this machine's model and text would give another one ({here}); "
-                f"harvest it where the sweep was launched, or copy it here"
+                f"there is no store {directory}, and the model and text of this machine would give another one "
+                f"({local_id}); harvest it where the sweep was launched, or copy it here"
             )
         try:
             _harvest_once(cfg, directory, Progress() if progress else Progress(io.StringIO()), stop, shards)
         except (OSError, SafetensorError) as error:
-            if (explained := _explained(error, directory.parent)) is not None:
-                raise explained from error
+            if (explanation := _explain(error, directory.parent)) is not None:
+                raise explanation from error
             raise
         return_freed()
     return Store(directory)
 
 
 def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, stop: StopFlag, shards: Shards) -> None:
-    """Rank 0 holds the claim, plans and assembles; the forwards between are everybody's. The ranks meet after each
-    part, so that what ends one ends all."""
+    """Harvest the store unless it exists by now. Rank 0 holds the claim, plans and assembles; all ranks share the
+    forwards. The ranks meet after each part, so that if one raises, all raise."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial, writer, missing = directory.with_suffix(".partial"), shards.rank == 0, False
     prepared: tuple[Plan, HookedModel] | None = None
@@ -82,7 +82,7 @@ def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, s
                 plan, hooked = prepared or prepare(cfg, partial, stop)
             try:
                 with together(shards):
-                    forward_units(plan, hooked, partial, stop, _shown(plan, partial, progress), shards)
+                    forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress), shards)
                 with together(shards):
                     if writer:
                         _assemble(cfg, plan, hooked, partial, progress, stop)
@@ -96,11 +96,11 @@ def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, s
 
 
 def _is_missing(directory: Path, partial: Path) -> bool:
-    """Whether anything is left to compute. Raises `UserError` for a directory of that name that is no store."""
+    """Whether something is left to compute. Raises `UserError` if `directory` exists but is no store."""
     if is_complete(directory):
         return False
     if directory.exists():
-        raise UserError(f"{directory} has no manifest.json, so it is no store; delete it to harvest it again")
+        raise UserError(f"{directory} has no {MANIFEST}, so it is no store; delete it to harvest it again")
     partial.mkdir(exist_ok=True)
     return not is_complete(partial)
 
@@ -111,12 +111,12 @@ def _begin(cfg: ActivationsConfig, partial: Path, progress: Progress, stop: Stop
     wanted = {"train": round(cfg.tokens), "heldout": round(cfg.heldout_tokens)}
     for split, rows in plan.rows.items():
         if rows < wanted[split]:
-            progress.note(f"the text ends after {rows:,} of {wanted[split]:,} {split} rows; going on with these")
+            progress.note(f"the text ends after {rows:,} of {wanted[split]:,} {split} rows; harvesting these")
     return plan, hooked
 
 
-def _shown(plan: Plan, partial: Path, progress: Progress) -> OnRows:
-    """Begins a progress bar where the harvest stands, and moves it."""
+def _show_progress(plan: Plan, partial: Path, progress: Progress) -> OnRows:
+    """Start a progress bar at the rows that exist already; the result moves it."""
     done = rows_done(plan, partial)
     progress.start("harvest", sum(plan.rows.values()), done)
 
@@ -131,23 +131,23 @@ def _shown(plan: Plan, partial: Path, progress: Progress) -> OnRows:
 def _assemble(
     cfg: ActivationsConfig, plan: Plan, hooked: HookedModel, partial: Path, progress: Progress, stop: StopFlag
 ) -> None:
-    """Bring the harvest in `partial`, whose units are computed, to its end: afterwards its manifest exists."""
+    """Turn the units in `partial` into a complete store; damaged units are computed again."""
     while True:
         try:
             assemble(plan, partial, cfg.shard_rows, describe(cfg, plan), stop)
         except TornUnits as torn:
-            progress.finish(f"units damaged by a crash are made again: {torn}")
-            forward_units(plan, hooked, partial, stop, _shown(plan, partial, progress))
+            progress.finish(f"computing units again that a crash damaged: {torn}")
+            forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress))
             continue
         rows = plan.rows
         progress.finish(f"harvested {rows['train']:,} training and {rows['heldout']:,} held-out rows")
         return
 
 
-def _explained(error: OSError | SafetensorError, root: Path) -> UserError | None:
-    """The one line for a full disk or a place that cannot be written."""
+def _explain(error: OSError | SafetensorError, root: Path) -> UserError | None:
+    """One line for a full disk or a directory that cannot be written; None for other errors."""
     number = error.errno if isinstance(error, OSError) else None
-    # safetensors reports the operating system's error as text only.
+    # safetensors gives the operating system's error only as text
     if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
         free = shutil.disk_usage(root).free
         return UserError(f"the disk of {root} is full ({free / 1e6:.0f} MB free); free some or set activations.dir")

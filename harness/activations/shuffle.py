@@ -1,9 +1,9 @@
-"""Pseudo-random permutations that are computed, not stored: element i of n goes to `permute(i)`, in any order,
-on any machine, without a table. They give the store its global shuffle and every later epoch its order.
+"""Pseudo-random permutations that are computed, not stored: element i of 0 … n−1 goes to `permute(i)`.
 
-Construction: a Feistel network over the smallest even number of bits that holds n, and cycle walking (apply it
-again while the result is not below n), which keeps it a bijection (Black & Rogaway 2002, "Ciphers with arbitrary
-finite domains").
+The result is the same on every machine and needs no table. It gives the store its global shuffle and every later epoch
+its order. Construction: a Feistel network over the smallest even number of bits that holds n, with cycle walking (apply
+it again while the result is not below n), which keeps it a bijection: Black & Rogaway 2002, "Ciphers with arbitrary
+finite domains".
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ ROUNDS = 6
 
 
 def digest64(*parts: object) -> int:
-    """64 bits that depend on every part, the same on every machine and in every process."""
+    """A 64-bit hash of all parts, the same on every machine and in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
 
 
 def permute(index: Int[np.ndarray, " m"], n: int, *key: object) -> Int[np.ndarray, " m"]:
-    """Where the permutation of 0 … n−1 named by `key` sends each element of `index`."""
+    """Images of `index` (each in 0 … n−1) under the permutation of 0 … n−1 that `key` selects."""
     assert n >= 1
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     round_keys = [np.uint64(digest64("feistel", number, *key)) for number in range(ROUNDS)]
@@ -33,7 +33,7 @@ def permute(index: Int[np.ndarray, " m"], n: int, *key: object) -> Int[np.ndarra
 
 
 def permutation(n: int, *key: object) -> Int[np.ndarray, " n"]:
-    """The whole permutation as an array of 0 … n−1."""
+    """The whole permutation: element i is the image of i."""
     return permute(np.arange(n, dtype=np.int64), n, *key)
 
 
@@ -46,7 +46,7 @@ def _feistel(value: UInt[np.ndarray, " m"], half: np.uint64, round_keys: list[np
 
 
 def _mix(value: UInt[np.ndarray, " m"]) -> UInt[np.ndarray, " m"]:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014); the arithmetic is modulo 2⁶⁴."""
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014), modulo 2⁶⁴."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

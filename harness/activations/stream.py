@@ -5,11 +5,9 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,25 +19,13 @@ from torch import Tensor
 from harness.activations.shuffle import permutation
 
 BLOCK_ROWS = 16_384
-"""Later epochs permute blocks of this many rows, then the rows of each block: one sequential read per block."""
+"""Later epochs permute blocks of this many rows, then the rows in each block: one sequential read per block."""
 PREFETCHED = 4
-_INTEGERS = {torch.bfloat16: np.int16, torch.float16: np.int16, torch.float32: np.int32, torch.int64: np.int64}
-_NAMES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
-
-
-def map_tensor(path: Path, name: str) -> Tensor:
-    """A tensor of a safetensors file, memory-mapped: nothing is read until it is used."""
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(header_bytes))[name]
-    dtype = _NAMES[entry["dtype"]]
-    # Copy-on-write, as torch warns about arrays it may not write to; nobody writes.
-    raw = np.memmap(path, _INTEGERS[dtype], "c", 8 + header_bytes + entry["data_offsets"][0], tuple(entry["shape"]))
-    return torch.from_numpy(raw).view(dtype)
+"""Batches that are prepared ahead."""
 
 
 class Rows:
-    """The rows of all shards as one long tensor that is never in memory as a whole."""
+    """The rows of all shards as one long tensor, which is never in memory as a whole."""
 
     def __init__(self, shards: list[Tensor]) -> None:
         self._shards = shards
@@ -49,7 +35,7 @@ class Rows:
         self.dtype = shards[0].dtype
 
     def slices(self, start: int, end: int) -> Iterator[Tensor]:
-        """Rows `start` … `end`−1 as views of the shards they lie in."""
+        """Rows `start` … `end`−1 as views of their shards, in order."""
         shard = bisect.bisect_right(self._starts, start) - 1
         while start < end:
             stop = min(end, self._starts[shard + 1])
@@ -57,14 +43,15 @@ class Rows:
             start, shard = stop, shard + 1
 
     def read(self, start: int, end: int) -> Tensor:
+        """Rows `start` … `end`−1, copied into one tensor."""
         return torch.cat(list(self.slices(start, end)))
 
 
 class Order:
-    """Which rows of the store stand at which positions of the endless stream.
+    """The row of the store at each position of the endless stream.
 
-    Position p belongs to epoch p // total. Epoch 0 is the store as it is, shuffled once for all; later epochs permute
-    its blocks, and the rows of each block, by (seed, epoch, block).
+    Position p belongs to epoch p // total. Epoch 0 is the store in its own order, which is shuffled already. Later
+    epochs permute its blocks, and the rows in each block, by (seed, epoch, block).
     """
 
     def __init__(self, total: int, seed: int) -> None:
@@ -72,16 +59,18 @@ class Order:
         self._blocks = functools.lru_cache(maxsize=2)(self._make_blocks)
 
     def _make_blocks(self, epoch: int) -> tuple[Int[np.ndarray, " blocks"], Int[np.ndarray, " blocks_plus_1"]]:
-        """Blocks of an epoch in their order, and the position in the epoch where each begins."""
+        """The blocks of an epoch in order, and the position in the epoch where each begins (and the last ends)."""
         count = -(-self._total // BLOCK_ROWS)
         order = permutation(count, "blocks", self._seed, epoch)
         sizes = np.minimum(BLOCK_ROWS, self._total - order * BLOCK_ROWS)
         return order, np.concatenate([[0], np.cumsum(sizes)])
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """Cut positions `start` … `end`−1 into (epoch, block, first, last) within one block of one epoch each.
+        """Cut positions `start` … `end`−1 into pieces (epoch, block, first, last), each within one block of one epoch.
 
-        Epoch 0 comes uncut as (0, −1, first row, last row)."""
+        `first` and `last` count the permuted rows of the block, `last` excluded. Epoch 0 is not cut into blocks: its
+        piece is (0, −1, first row, last row) of the store.
+        """
         while start < end:
             epoch, at = divmod(start, self._total)
             until = min(end - start + at, self._total)
@@ -95,14 +84,13 @@ class Order:
             start += until - at
 
     def within(self, epoch: int, block: int) -> Int[np.ndarray, " rows"]:
-        """Order of the rows of one block in one later epoch."""
+        """Order of the rows of a block in a later epoch."""
         rows = min(BLOCK_ROWS, self._total - block * BLOCK_ROWS)
         return permutation(rows, "rows", self._seed, epoch, block)
 
 
 class StoreBatches:
-    """Computes the rows of a stream at given positions. Keeps the last permuted blocks; the result never depends
-    on what was asked before."""
+    """Writes the rows of a stream at given positions: a pure function. The last permuted blocks are cached."""
 
     def __init__(self, rows: Rows, seed: int) -> None:
         self._rows, self._order = rows, Order(rows.total, seed)
@@ -116,17 +104,17 @@ class StoreBatches:
     def __call__(self, start: int, end: int, out: Tensor) -> None:
         filled = 0
         for epoch, block, first, last in self._order.pieces(start, end):
-            found = [self._permuted(epoch, block)[first:last]] if epoch else self._rows.slices(first, last)
-            for rows in found:
+            pieces = [self._permuted(epoch, block)[first:last]] if epoch else self._rows.slices(first, last)
+            for rows in pieces:
                 out[filled : filled + len(rows)] = rows
                 filled += len(rows)
 
 
 class Stream:
-    """One rank's share of the batches of a stream.
+    """The share of one replica in the batches of a stream.
 
-    `fill(start, end, out)` writes the rows at stream positions `start` … `end`−1 into `out` and is a pure function;
-    it is called from one thread at a time.
+    `fill(start, end, out)` writes the rows at stream positions `start` … `end`−1 into `out`. It is a pure function and
+    is called from one thread at a time. `close`, or leaving the `with` block, stops the background threads.
     """
 
     def __init__(
@@ -149,11 +137,11 @@ class Stream:
         self._prefetchers: list[_Prefetcher] = []
 
     def batch(self, step: int) -> Float[Tensor, "rows d"]:
-        """Rows [r·B/dp, (r+1)·B/dp) of batch `step`, in the storage dtype, on the device."""
+        """Rows r·B/dp … (r+1)·B/dp − 1 of batch `step` for replica r, in the storage dtype, on the device."""
         return self._to_device(self._host_batch(step))
 
     def batches(self, start_step: int) -> Iterator[Float[Tensor, "rows d"]]:
-        """`batch(start_step)`, `batch(start_step + 1)`, … without end, prepared ahead by one background thread."""
+        """`batch(start_step)`, `batch(start_step + 1)`, … without end; a background thread prepares them ahead."""
         prefetcher = _Prefetcher(self._host_batch, start_step)
         self._prefetchers.append(prefetcher)
         try:
@@ -163,7 +151,7 @@ class Stream:
             prefetcher.close()
 
     def close(self) -> None:
-        """Stop the background thread; `batches` iterators end."""
+        """Stop the background threads; `batches` iterators end."""
         for prefetcher in self._prefetchers:
             prefetcher.close()
         self._prefetchers.clear()
@@ -184,12 +172,12 @@ class Stream:
         return out
 
     def _to_device(self, rows: Tensor) -> Tensor:
-        # torch keeps a pinned buffer from being reused until the copy from it is done.
+        # torch does not reuse a pinned buffer before the copy from it is done
         return rows.to(self._device, non_blocking=True) if self._pinned else rows
 
 
 class _Prefetcher:
-    """One thread that keeps a few batches ready. An error in it is raised by `next`."""
+    """A thread that keeps a few batches ready. `next` raises an error that happened in it."""
 
     def __init__(self, make: Callable[[int], Tensor], start_step: int) -> None:
         self._make = make
@@ -201,12 +189,12 @@ class _Prefetcher:
     def next(self) -> Tensor | None:
         while not self._end.is_set():
             try:
-                found = self._ready.get(timeout=0.5)
+                item = self._ready.get(timeout=0.5)
             except queue.Empty:
                 continue
-            if isinstance(found, BaseException):
-                raise found
-            return found
+            if isinstance(item, BaseException):
+                raise item
+            return item
         return None
 
     def close(self) -> None:
@@ -217,7 +205,7 @@ class _Prefetcher:
         while not self._end.is_set():
             try:
                 made: Any = self._make(step)
-            except Exception as error:  # handed to the reader, which raises it
+            except Exception as error:  # `next` raises it in the reader's thread
                 made = error
             while not self._end.is_set():
                 try:

@@ -1,11 +1,11 @@
-"""Rows from a known sparse dictionary: ground truth for recovery, endless, without a language model.
+"""Rows from a known sparse dictionary: the ground truth for recovery. Endless, and without a language model.
 
     x = Σ_i s_i·m_i·f_i + noise
 
 with unit-norm features f_i ∈ R^d, s_i ~ Bernoulli(p_i), p_i = min(1, c·i^−zipf_exponent) with c such that Σ p_i is
 `active_features`, magnitudes m_i ~ U(½, 3/2), and Gaussian noise. More features than dimensions is superposition.
-Rows are made in blocks of 256, each from its own counter of a counter-based generator (Philox), so any row of the
-endless stream is known without the ones before it.
+Rows are made in blocks of 256. Each block has its own counter of a counter-based generator (Philox), so every row of
+the endless stream can be computed without the rows before it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from harness.activations.shuffle import digest64
-from harness.activations.source import SAMPLE_ROWS, Statistics
-from harness.activations.store.assemble import layernorm_rows
-from harness.activations.store.harvest import DTYPES
+from harness.activations.source import DTYPES, SAMPLE_ROWS
+from harness.activations.statistics import Statistics, layernorm_rows
 from harness.activations.stream import Stream
 from harness.config import ActivationsConfig
 
@@ -37,7 +36,7 @@ MAGNITUDE_SECOND_MOMENT = 13 / 12
 def zipf_probabilities(n_features: int, exponent: float, active: float) -> Float64[np.ndarray, " features"]:
     """p_i = min(1, c·i^−exponent) with Σ p_i = active, 0 < active ≤ n_features."""
     weights = np.arange(1, n_features + 1, dtype=np.float64) ** -exponent
-    # The m most frequent features are always on, where m is the smallest number that keeps the next one below 1.
+    # The m most frequent features are always on; m is the smallest number for which the next p is at most 1.
     for always in range(n_features):
         scale = (active - always) / weights[always:].sum()
         if scale * weights[always] <= 1:
@@ -46,7 +45,7 @@ def zipf_probabilities(n_features: int, exponent: float, active: float) -> Float
 
 
 class Synthetic:
-    """An `ActivationSource` that computes its rows. Every row is its own document."""
+    """An `ActivationSource` that computes its rows. Each row is a document of its own."""
 
     train_rows: int | None = None
 
@@ -76,7 +75,7 @@ class Synthetic:
         return torch.from_numpy(self._features).float()
 
     def statistics(self, layernorm: bool) -> Statistics:
-        """Raw: exact, from the probabilities. After `layernorm`: of the fixed sample."""
+        """Raw: exact, from the probabilities. With `layernorm`: of the fixed sample."""
         if layernorm:
             rows = layernorm_rows(self.sample().double())
             mean = rows.mean(dim=0)
@@ -115,7 +114,7 @@ class Synthetic:
         ends = np.cumsum(np.count_nonzero(on, axis=1))
         magnitudes = random.random(ends[-1], np.float32) + np.float32(0.5)
         codes = csr_array((magnitudes, np.nonzero(on)[1], np.concatenate([[0], ends])), on.shape)
-        # sparse: added in the order of the features, whatever BLAS and however many threads a machine has
+        # a sparse product adds in the order of the features: the sum depends neither on BLAS nor on threads
         rows = codes @ self._features32
         rows += random.standard_normal(rows.shape, np.float32) * np.float32(self._sigma)
         return torch.from_numpy(rows).to(self._dtype)
@@ -129,10 +128,10 @@ def _generator(seed: int, purpose: object, counter: int) -> np.random.Generator:
 def recovered(
     decoder: Float[Tensor, "n d"], dictionary: Float[Tensor, "features d"], block: int = 1024
 ) -> dict[str, float]:
-    """How much of the true dictionary a decoder holds: `recovered`, the share of true features with a latent of
-    cosine above 0.9, and `mean_max_cosine`, the mean over true features of the largest cosine of any latent.
+    """How much of the true dictionary a decoder holds.
 
-    A zero row of the decoder has cosine 0 with everything.
+    `recovered`: share of the true features that have a latent with cosine above 0.9. `mean_max_cosine`: mean over the
+    true features of the largest cosine with a latent. A zero row of the decoder has cosine 0 with everything.
     """
     latents = torch.nn.functional.normalize(decoder.detach().to(dictionary), dim=1)
     truth = torch.nn.functional.normalize(dictionary, dim=1)

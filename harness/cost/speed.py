@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.activations.source import ActivationSource, Statistics
+from harness.activations.source import ActivationSource
+from harness.activations.statistics import Statistics
 from harness.activations.stream import Stream
 from harness.activations.synthetic import Synthetic
 from harness.config import Config

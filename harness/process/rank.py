@@ -12,6 +12,7 @@ from harness.parallel.mesh import Ranks
 from harness.process.claim import Claimed
 from harness.process.signals import Interrupted
 from harness.process.slurm_task import slurm_task
+from harness.terminal import say
 
 
 def ranks_from_environment(environment: Mapping[str, str] | None = None) -> Ranks:
@@ -39,7 +40,7 @@ def run_as_rank(work: Callable[[], None], *, saved_is_success: bool) -> int:
     except Interrupted:
         return 0 if saved_is_success else INTERRUPTED
     except (UserError, Claimed) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return WRONG_REQUEST
     except Exception:
         logging.exception("failed")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from harness.process.signals import Interrupted
 from harness.record import names
 from harness.record.provenance import collect, command_line, now
 from harness.record.rundir import attempts, claim_path
+from harness.terminal import say
 
 END_TIME = "HARNESS_END_TIME"
 """Environment variable of the ranks: when their job will be killed, in seconds since 1970."""
@@ -42,7 +42,7 @@ def claimed(run_dirs: Sequence[Path]) -> Iterator[None]:
 
 def _leave(path: Path) -> None:
     """Exit: another process took this one for dead (it was suspended, or lost its disk) and trains the run now."""
-    print(f"error: {path} was taken over by another process; leaving the run to it", file=sys.stderr, flush=True)
+    say(f"error: {path} was taken over by another process; leaving the run to it")
     os._exit(INTERRUPTED)
 
 

@@ -1,24 +1,23 @@
-"""Weights of a finished run in the formats of other tools (each checked by loading it with that tool).
+"""Weights of a finished run in the formats of other tools. Each format is tested by loading it with its tool.
 
-All formats hold an SAE of raw activations x. A run that divided by a constant s computes on y = x/s; since unit
-decoder rows are to stay unit, only the biases change: b_enc → s·b_enc, b_dec → s·b_dec, and activations come out
-s times larger. Per-token normalisation is no linear map and stays with whoever feeds the SAE.
+All formats hold an SAE of raw activations x. A run that divided by a constant s computes on y = x/s. Decoder rows keep
+norm 1, so only the biases change: b_enc → s·b_enc, b_dec → s·b_dec, and activations come out s times larger. Per-token
+normalisation is no linear map: the user of the exported SAE has to apply it.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
-from safetensors.torch import load_file
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.files import write_json_atomic, write_tensors_atomic
+from harness.files import replacing, write_json_atomic, write_tensors_atomic
+from harness.saes.trained import TrainedSae, load
 
 FORMATS = ("saelens", "sparsify", "dictionary_learning")
 
@@ -26,64 +25,54 @@ _SAELENS_HOOKS = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "a
 _MODULE_SUFFIX = {"resid_post": "", "mlp_out": ".mlp", "attn_out": ".attn"}
 
 
-class TrainedSae(NamedTuple):
-    """A TopK SAE for raw activations, and where it comes from."""
+class LinearSae(NamedTuple):
+    """A TopK SAE with its constant scale folded into the biases: float32, on the CPU."""
 
     W_enc: Float[Tensor, "n d"]
     W_dec: Float[Tensor, "n d"]
     b_enc: Float[Tensor, " n"]
     b_dec: Float[Tensor, " d"]
-    fire_counts: Int[Tensor, " n"]
-    """Tokens of the training on which each latent fired."""
+    frequency: Float64[Tensor, " n"]
+    """Share of the training tokens on which each latent fired."""
     k: int
-    settings: dict[str, Any]
-    """`sae/config.json` of the run."""
-
-    @property
-    def activations(self) -> dict[str, Any]:
-        return self.settings["activations"]
-
-    @property
-    def per_token(self) -> bool:
-        """Whether x has to be normalised per token (mean over d subtracted, unit norm) before it is encoded."""
-        return self.settings["normalizer"]["rule"] == "layernorm"
+    activations: dict[str, Any]
+    """Description of the activations it was trained on."""
+    per_token: bool
+    """Whether inputs must be normalised per token (mean over d subtracted, unit norm)."""
 
 
-def load_trained(run_dir: Path) -> TrainedSae:
-    """Read `sae/` of a run and fold its constant scale into the biases. Raises `UserError`."""
-    folder = run_dir / "sae"
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{run_dir} has no finished weights (sae/config.json); let the run end first")
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if settings["sae"]["architecture"] != "topk":
+def fold(trained: TrainedSae) -> LinearSae:
+    """The same SAE for raw activations (or for activations normalised per token, if it was trained on those).
+
+    Raises `UserError` for an SAE that is no linear encoder with a top k.
+    """
+    if trained.sae.routed:
         raise UserError(
-            f"{run_dir.name} is a Switch SAE: no other tool can load one, and routing has no exact TopK equivalent; "
-            "read sae/sae.safetensors instead"
+            f"{trained.origin.run_id} is a Switch SAE: no other tool can load one, and routing has no exact TopK "
+            "equivalent; load it with harness.saes.trained.load"
         )
-    tensors = load_file(folder / "sae.safetensors")
-    scale = float(settings["normalizer"]["scale"])
-    W_enc = tensors["W_enc"].float()
-    b_enc = tensors["b_enc"].float() if "b_enc" in tensors else torch.zeros(W_enc.shape[0])
-    return TrainedSae(
-        W_enc=W_enc,
-        W_dec=tensors["W_dec"].float(),
-        b_enc=b_enc * scale,
-        b_dec=tensors["b_dec"].float() * scale,
-        fire_counts=tensors["fire_counts"],
-        k=settings["sae"]["k"],
-        settings=settings,
+    scale = trained.normalizer.scale
+    return LinearSae(
+        W_enc=trained.W_enc,
+        W_dec=trained.W_dec,
+        b_enc=trained.b_enc * scale,
+        b_dec=trained.b_dec * scale,
+        frequency=trained.frequency,
+        k=trained.sae.k,
+        activations=trained.origin.activations,
+        per_token=trained.normalizer.per_token,
     )
 
 
 def export(run_dir: Path, form: str, out: Path) -> list[str]:
-    """Write the SAE of `run_dir` into `out` in one of `FORMATS`; returns warnings for the reader.
+    """Write the SAE of `run_dir` into `out` in one of `FORMATS`; return warnings for the user.
 
-    Raises `UserError` when the run is not finished, is a Switch SAE, or the format is unknown.
+    Raises `UserError` when the run is not finished, is a Switch SAE, `out` cannot be written, or the format is unknown.
     """
     writers = {"saelens": _saelens, "sparsify": _sparsify, "dictionary_learning": _dictionary_learning}
     if form not in writers:
         raise UserError(f"--format {form} is not known; choose one of: {', '.join(FORMATS)}")
-    sae = load_trained(run_dir)
+    sae = fold(load(run_dir, ops="reference"))  # no kernel runs
     try:
         out.mkdir(parents=True, exist_ok=True)
         writers[form](sae, out)
@@ -94,11 +83,11 @@ def export(run_dir: Path, form: str, out: Path) -> list[str]:
     return []
 
 
-def _note(sae: TrainedSae) -> str:
+def _note(sae: LinearSae) -> str:
     return "inputs: mean over d subtracted, unit norm per token" if sae.per_token else "inputs: raw activations"
 
 
-def _saelens(sae: TrainedSae, out: Path) -> None:
+def _saelens(sae: LinearSae, out: Path) -> None:
     n, d = sae.W_enc.shape
     about = sae.activations
     hook = _SAELENS_HOOKS.get(about.get("hook", ""))
@@ -131,11 +120,10 @@ def _saelens(sae: TrainedSae, out: Path) -> None:
     )
     tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     write_tensors_atomic(out / "sae_weights.safetensors", tensors)
-    frequency = sae.fire_counts.double() / max(float(sae.settings["tokens"]), 1.0)
-    write_tensors_atomic(out / "sparsity.safetensors", {"sparsity": frequency.clamp_min(1e-10).log10().float()})
+    write_tensors_atomic(out / "sparsity.safetensors", {"sparsity": sae.frequency.clamp_min(1e-10).log10().float()})
 
 
-def _sparsify(sae: TrainedSae, out: Path) -> None:
+def _sparsify(sae: LinearSae, out: Path) -> None:
     n, d = sae.W_enc.shape
     folder = out / _hookpoint(sae)
     folder.mkdir(exist_ok=True)
@@ -157,27 +145,26 @@ def _sparsify(sae: TrainedSae, out: Path) -> None:
     write_tensors_atomic(folder / "sae.safetensors", tensors)
 
 
-def _hookpoint(sae: TrainedSae) -> str:
+def _hookpoint(sae: LinearSae) -> str:
     about = sae.activations
     if about["kind"] == "synthetic":
         return "synthetic"
     return f"layers.{about['layer']}{_MODULE_SUFFIX[about['hook']]}"
 
 
-def _dictionary_learning(sae: TrainedSae, out: Path) -> None:
+def _dictionary_learning(sae: LinearSae, out: Path) -> None:
     n, d = sae.W_enc.shape
     about = sae.activations
     state = {
         "k": torch.tensor(sae.k, dtype=torch.int32),
-        "threshold": torch.tensor(-1.0),  # unset: exact top k instead of a threshold
+        "threshold": torch.tensor(-1.0),  # not set: exact top k instead of a threshold
         "encoder.weight": sae.W_enc,
         "encoder.bias": sae.b_enc,
         "decoder.weight": sae.W_dec.T.contiguous(),
         "b_dec": sae.b_dec,
     }
-    beside = out / ".ae.pt.tmp"
-    torch.save(state, beside)
-    beside.replace(out / "ae.pt")
+    with replacing(out / "ae.pt") as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
     write_json_atomic(
         out / "config.json",
         {

@@ -46,6 +46,7 @@ def recipe_key(config: ActivationsConfig) -> str:
 
 
 def _find_store(config: ActivationsConfig, tolerant: bool) -> Store:
+    from harness.activations.lm.location import model_width, needs_hub
     from harness.activations.store.identity import store_name
 
     try:
@@ -54,31 +55,6 @@ def _find_store(config: ActivationsConfig, tolerant: bool) -> Store:
         if not tolerant or not needs_hub(config):
             raise UserError(str(error)) from error
         return Store(UNRESOLVED, KNOWN_WIDTHS.get(config.model), " ".join(str(error).split()))
-
-
-def model_width(config: ActivationsConfig) -> int:
-    """d_model of a store, from the configuration of its model."""
-    if config.kind == "synthetic":
-        return config.synthetic.d_model
-    from harness.activations.lm.model import locate
-
-    location = locate(config)
-    if location.is_local:
-        settings = json.loads((Path(location.source) / "config.json").read_text(encoding="utf-8"))
-        for name in ("hidden_size", "n_embd", "d_model"):
-            if isinstance(settings.get(name), int):
-                return settings[name]
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(location.source, revision=location.commit or None).hidden_size
-
-
-def needs_hub(config: ActivationsConfig) -> bool:
-    """Whether the model or the text has to come from the Hugging Face hub (or its local cache)."""
-    if config.kind == "synthetic":
-        return False
-    local_model = config.model.startswith("package:") or Path(config.model).is_dir()
-    return not local_model or config.text == "hub"
 
 
 def make_runs(cells: Sequence[Cell], stores: dict[str, Store]) -> list[Run]:

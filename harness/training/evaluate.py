@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.activations.source import ActivationSource, Statistics
+from harness.activations.source import ActivationSource
+from harness.activations.statistics import Statistics
 from harness.budget import EVALUATION_BATCH
 from harness.process.runtime import Runtime
 from harness.process.signals import STOP

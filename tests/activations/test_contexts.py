@@ -6,7 +6,8 @@ import pytest
 import transformers
 
 from harness.activations.lm.contexts import Cut, cut_contexts, kept_positions, open_contexts, special_tokens
-from harness.activations.lm.model import load_tokenizer, locate
+from harness.activations.lm.location import locate
+from harness.activations.lm.model import load_tokenizer
 from harness.activations.lm.text import documents
 from harness.config import ActivationsConfig
 from harness.errors import UserError

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from harness.activations.lm.contexts import kept_positions, open_contexts
-from harness.activations.lm.model import load_model, locate
+from harness.activations.lm.location import locate
+from harness.activations.lm.model import load_model
 from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
-from harness.activations.store.assemble import assemble, layernorm_rows
+from harness.activations.statistics import layernorm_rows
+from harness.activations.store.assemble import assemble
 from harness.activations.store.harvest import Plan, _check_disk, describe, forward_units, prepare, unit_path
 from harness.activations.store.identity import store_id
 from harness.config import ActivationsConfig
@@ -66,11 +68,11 @@ def test_statistics_are_those_of_the_stored_rows(tiny: ActivationsConfig, tmp_pa
     assert rows.dtype == torch.bfloat16
     for layernorm in (False, True):
         x = layernorm_rows(rows.double()) if layernorm else rows.double()
-        found = source.statistics(layernorm)
-        assert found.count == 3000 and found.mean.dtype == torch.float64
-        torch.testing.assert_close(found.mean, x.mean(dim=0), rtol=1e-12, atol=1e-14)
-        assert found.mean_sq_norm == pytest.approx(float(x.square().sum(1).mean()), rel=1e-12)
-        assert found.variance == pytest.approx(float((x - x.mean(0)).square().sum(1).mean()), rel=1e-10)
+        statistics = source.statistics(layernorm)
+        assert statistics.count == 3000 and statistics.mean.dtype == torch.float64
+        torch.testing.assert_close(statistics.mean, x.mean(dim=0), rtol=1e-12, atol=1e-14)
+        assert statistics.mean_sq_norm == pytest.approx(float(x.square().sum(1).mean()), rel=1e-12)
+        assert statistics.variance == pytest.approx(float((x - x.mean(0)).square().sum(1).mean()), rel=1e-10)
     assert source.sample().dtype == torch.float32 and len(source.sample()) == 3000
 
 
@@ -244,6 +246,36 @@ def test_a_torn_unit_is_made_again(tiny: ActivationsConfig, tmp_path: Path) -> N
     torn = unit_path(partial, "train", 0)
     torn.write_bytes(torn.read_bytes()[:-100])
     assert torch.equal(all_rows(opened(tiny, tmp_path)), expected)
+
+
+def test_a_half_made_store_of_an_earlier_version_is_continued(tiny: ActivationsConfig, tmp_path: Path) -> None:
+    """It kept its plan in `plan.json`."""
+    expected = manifest_of(tmp_path / "whole" / "_activations" / opened(tiny, tmp_path / "whole").id)
+    partial = tmp_path / "_activations" / f"{store_id(tiny)}.partial"
+    partial.mkdir(parents=True)
+    plan, hooked = prepare(tiny, partial, StopFlag())
+    forward_units(plan, hooked, partial, StopFlag(), lambda rows: None)
+    (partial / "harvest.json").rename(partial / "plan.json")
+    units = {path.name: path.stat().st_mtime_ns for path in (partial / "units").iterdir()}
+    assert prepare(tiny, partial, StopFlag())[0] == plan
+    assert not (partial / "harvest.json").exists()
+    forward_units(plan, hooked, partial, StopFlag(), lambda rows: None)
+    assert {path.name: path.stat().st_mtime_ns for path in (partial / "units").iterdir()} == units
+    opened(tiny, tmp_path)
+    store = tmp_path / "_activations" / store_id(tiny)
+    assert manifest_of(store) == expected
+    assert not (store / "plan.json").exists() and not (store / "units").exists()
+
+
+def test_a_finished_store_keeps_no_temporary_file_of_a_killed_attempt(tiny: ActivationsConfig, tmp_path: Path) -> None:
+    partial = tmp_path / "_activations" / f"{store_id(tiny)}.partial"
+    partial.mkdir(parents=True)
+    prepare(tiny, partial, StopFlag())
+    (partial / ".train-00001.safetensors.4711.tmp").write_bytes(b"half a shard")
+    opened(tiny, tmp_path)
+    names = {path.name for path in (tmp_path / "_activations" / store_id(tiny)).iterdir()}
+    shards = {f"train-{number:05d}.safetensors" for number in range(3)} | {"heldout-00000.safetensors"}
+    assert names == shards | {"statistics.safetensors", "manifest.json", "verified.json"}
 
 
 def test_two_processes_that_need_the_same_store_harvest_it_once(tiny: ActivationsConfig, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from harness.activations.lm.model import HookedModel, find_blocks, load_model, load_tokenizer, locate, resolve_precision
+from harness.activations.lm.location import locate
+from harness.activations.lm.model import HookedModel, find_blocks, load_model, load_tokenizer, resolve_precision
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from tests.activations.conftest import FAMILIES
@@ -34,8 +35,8 @@ def test_resid_post_is_the_next_hidden_state(models_on_disk: dict[str, Path], fa
     hooked = load(models_on_disk[family], layer)
     with torch.no_grad():
         states = hooked.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
-    found = hooked.activations(tokens, mask)
-    torch.testing.assert_close(found[mask == 1], states[layer + 1][mask == 1], rtol=0, atol=0)
+    activations = hooked.activations(tokens, mask)
+    torch.testing.assert_close(activations[mask == 1], states[layer + 1][mask == 1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
@@ -104,14 +105,14 @@ def test_bf16_forward_is_close_to_fp32(models_on_disk: dict[str, Path]) -> None:
     exact = hooked.activations(tokens, mask)
     rounded = hooked._replace(precision="bf16")
     with rounded.computing():
-        found = rounded.activations(tokens, mask).float()
-    difference = (found - exact)[mask == 1].norm() / exact[mask == 1].norm()
+        activations = rounded.activations(tokens, mask).float()
+    difference = (activations - exact)[mask == 1].norm() / exact[mask == 1].norm()
     assert 0 < difference < 0.03
 
 
 def test_precision_can_be_forced() -> None:
-    for asked in ("fp32", "bf16"):
-        assert resolve_precision(ActivationsConfig(model="x", lm_precision=asked), CPU) == asked
+    for precision in ("fp32", "bf16"):
+        assert resolve_precision(ActivationsConfig(model="x", lm_precision=precision), CPU) == precision
     assert resolve_precision(ActivationsConfig(model="x"), CPU) in ("fp32", "bf16")
 
 

@@ -36,10 +36,10 @@ def test_without_room_the_shared_store_is_read(
     store: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert stage.main([str(store), str(small_disk)]) == 0
-    assert "the shared one is read" in capsys.readouterr().err
+    assert "reading the shared one" in capsys.readouterr().err
     assert list(small_disk.iterdir()) == []
 
 
 def test_what_is_no_store_is_not_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stage.main([str(tmp_path / "nothing"), str(tmp_path / "node")]) == 0
-    assert "no finished store" in capsys.readouterr().err
+    assert "is not a finished store" in capsys.readouterr().err

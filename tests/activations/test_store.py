@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.activations.open import open_source
 from harness.activations.store.identity import store_id
@@ -75,6 +76,14 @@ def test_hashes_are_checked_once_and_again_after_a_change(store: Path) -> None:
     os.utime(shard)
     with pytest.raises(UserError, match="is damaged"):
         Store(store)
+
+
+def test_rows_are_read_when_they_are_used(store: Path) -> None:
+    source, shard = Store(store), store / "train-00002.safetensors"
+    with shard.open("rb+") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\x80\x3f")  # 1.0
+    assert float(source.stream(0, 3000, torch.device("cpu")).batch(0)[-1, -1]) == 1.0
 
 
 def test_a_copied_store_opens(store: Path, tmp_path: Path) -> None:

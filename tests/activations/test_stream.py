@@ -27,8 +27,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_epoch_is_the_store_in_order() -> None:
-    found = torch.cat([stream(1280).batch(step) for step in range(20)])
-    assert torch.equal(found[:, 0], torch.arange(1280.0))
+    read = torch.cat([stream(1280).batch(step) for step in range(20)])
+    assert torch.equal(read[:, 0], torch.arange(1280.0))
 
 
 @settings(max_examples=30, deadline=None)
@@ -38,8 +38,8 @@ def test_every_epoch_has_every_row_once(total: int, batch: int, seed: int) -> No
     one = stream(total, seed, batch, shard=97)
     rows = torch.cat([one.batch(step)[:, 0] for step in range(-(-epochs * total // batch))])
     for epoch in range(epochs):
-        found = rows[epoch * total : (epoch + 1) * total]
-        assert found.sort().values.tolist() == list(range(total))
+        positions = rows[epoch * total : (epoch + 1) * total]
+        assert positions.sort().values.tolist() == list(range(total))
 
 
 @settings(max_examples=30, deadline=None)

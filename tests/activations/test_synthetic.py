@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
-from harness.activations.store.assemble import layernorm_rows
+from harness.activations.statistics import layernorm_rows
 from harness.activations.synthetic import recovered, zipf_probabilities
 from harness.config import ActivationsConfig, SyntheticConfig
 from harness.process.signals import StopFlag
@@ -115,10 +115,10 @@ def test_recovered_counts_true_features_with_a_close_latent() -> None:
     truth = torch.eye(4, 8)
     assert recovered(3 * truth[[2, 0, 1, 3]], truth) == {"recovered": 1.0, "mean_max_cosine": 1.0}
     half = torch.stack([truth[0], truth[1] + 0.3 * truth[2], torch.zeros(8)])
-    found = recovered(half, truth, block=3)
-    assert found["recovered"] == 0.5
+    measured = recovered(half, truth, block=3)
+    assert measured["recovered"] == 0.5
     cosine = 1 / (1 + 0.3**2) ** 0.5
-    assert found["mean_max_cosine"] == pytest.approx((1 + cosine + 0.3 * cosine + 0) / 4)
+    assert measured["mean_max_cosine"] == pytest.approx((1 + cosine + 0.3 * cosine + 0) / 4)
     assert recovered(-truth, truth)["recovered"] == 0.0
 
 

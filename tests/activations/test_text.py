@@ -27,12 +27,12 @@ def write_all_formats(directory: Path) -> None:
 
 
 def test_stdlib_has_sources_and_reference_but_no_tests() -> None:
-    found = texts(ActivationsConfig(model="unused"))
-    assert len(found) > 500
-    assert any('"""Heap queue algorithm' in text for text in found)  # heapq.py
-    assert any(text.startswith('The "assert" statement') for text in found)  # pydoc_data.topics
-    assert not any("class TestHeap" in text for text in found)
-    assert len(set(found)) == len(found)
+    sources = texts(ActivationsConfig(model="unused"))
+    assert len(sources) > 500
+    assert any('"""Heap queue algorithm' in text for text in sources)  # heapq.py
+    assert any(text.startswith('The "assert" statement') for text in sources)  # pydoc_data.topics
+    assert not any("class TestHeap" in text for text in sources)
+    assert len(set(sources)) == len(sources)
 
 
 def test_every_format_is_read(tmp_path: Path) -> None:
@@ -62,10 +62,10 @@ def test_equal_documents_count_once_and_empty_ones_not_at_all(tmp_path: Path) ->
 def test_a_long_file_becomes_several_documents_cut_at_line_ends(tmp_path: Path) -> None:
     text = "".join(f"line {number}\n" for number in range(20_000))
     (tmp_path / "book.txt").write_text(text)
-    found = texts(files(f"{tmp_path}/book.txt"))
-    assert len(found) == -(-len(text) // TXT_DOCUMENT_CHARACTERS)
-    assert all(part.endswith("\n") and len(part) <= TXT_DOCUMENT_CHARACTERS for part in found)
-    assert sorted("".join(found).splitlines()) == sorted(text.splitlines())
+    parts = texts(files(f"{tmp_path}/book.txt"))
+    assert len(parts) == -(-len(text) // TXT_DOCUMENT_CHARACTERS)
+    assert all(part.endswith("\n") and len(part) <= TXT_DOCUMENT_CHARACTERS for part in parts)
+    assert sorted("".join(parts).splitlines()) == sorted(text.splitlines())
 
 
 def test_a_lone_surrogate_does_not_stop_the_reading(tmp_path: Path) -> None:

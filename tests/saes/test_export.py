@@ -12,7 +12,8 @@ from torch import Tensor
 
 from harness import export as command
 from harness.errors import UserError
-from harness.saes.export import export, load_trained
+from harness.saes.export import export, fold
+from harness.saes.trained import load
 
 
 def reference(run_dir: Path, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,9 +42,9 @@ def dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
 
 
 def test_the_constant_scale_is_folded(topk_run: Path) -> None:
-    sae, x = load_trained(topk_run), rows(topk_run)
-    found = dense(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
-    for ours, expected in zip(found, reference(topk_run, x), strict=True):
+    sae, x = fold(load(topk_run)), rows(topk_run)
+    folded = dense(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
+    for ours, expected in zip(folded, reference(topk_run, x), strict=True):
         torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(len(sae.W_dec)))
 
@@ -54,8 +55,8 @@ def test_saelens(topk_run: Path, tmp_path: Path) -> None:
     assert (about["architecture"], about["d_in"], about["d_sae"], about["k"]) == ("topk", 16, 32, 2)
     tensors, x = load_file(tmp_path / "sae_weights.safetensors"), rows(topk_run)
     assert tensors["W_enc"].shape == (16, 32)
-    found = dense(x, tensors["W_enc"].T, tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], about["k"])
-    torch.testing.assert_close(found[1], reference(topk_run, x)[1])
+    exported = dense(x, tensors["W_enc"].T, tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], about["k"])
+    torch.testing.assert_close(exported[1], reference(topk_run, x)[1])
     assert load_file(tmp_path / "sparsity.safetensors")["sparsity"].shape == (32,)
 
 
@@ -64,8 +65,10 @@ def test_sparsify(topk_run: Path, tmp_path: Path) -> None:
     about = json.loads((tmp_path / "synthetic/cfg.json").read_text())
     assert (about["num_latents"], about["d_in"], about["k"]) == (32, 16, 2)
     tensors, x = load_file(tmp_path / "synthetic/sae.safetensors"), rows(topk_run)
-    found = dense(x, tensors["encoder.weight"], tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], about["k"])
-    torch.testing.assert_close(found[1], reference(topk_run, x)[1])
+    exported = dense(
+        x, tensors["encoder.weight"], tensors["encoder.bias"], tensors["W_dec"], tensors["b_dec"], about["k"]
+    )
+    torch.testing.assert_close(exported[1], reference(topk_run, x)[1])
 
 
 def test_dictionary_learning(topk_run: Path, tmp_path: Path) -> None:
@@ -79,7 +82,7 @@ def test_dictionary_learning(topk_run: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(dense(x, *weights, int(tensors["k"]))[1], reference(topk_run, x)[1])
 
 
-def test_per_token_normalisation_is_told(
+def test_the_user_is_warned_of_per_token_normalisation(
     layernorm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command.main([str(layernorm_run), "--format", "saelens", "--out", str(tmp_path)]) == 0
@@ -130,5 +133,5 @@ def test_the_other_tools_load_them(topk_run: Path, tmp_path: Path) -> None:
     done = subprocess.run([python, "-W", "ignore", "-c", LOADERS, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = reference(topk_run, x)[1]
-    for name, found in load_file(tmp_path / "out.safetensors").items():
-        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+    for name, loaded in load_file(tmp_path / "out.safetensors").items():
+        torch.testing.assert_close(loaded, expected, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,12 +1,13 @@
 """From documents to contexts: which token ids the language model sees, and which of their positions become rows.
 
-Everything after this file works on the contexts it wrote, so a resumed harvest needs neither text nor hub again.
+The contexts are written to disk, so that a resumed harvest needs neither the text nor the hub again.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,18 +21,22 @@ from harness.process.signals import Interrupted, StopFlag
 
 SPLITS = ("train", "heldout")
 HELDOUT_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Share of the documents, chosen by content hash, that is held out: the smallest that serves. A document held out
-at one share is held out at every larger one."""
+"""Possible shares of held-out documents, which are chosen by the hash of their content. The smallest that gives enough
+rows is taken. A document held out at one share is held out at every larger one."""
 HELDOUT_DOCUMENTS = (384, 128, 32, 8)
-"""The held-out rows come from at least this many documents, as many as the text allows: each gives at most that part
-of them. fvu's standard error goes with the number of documents, so many count more than a small held-out share. Only
-where no share serves otherwise, there is no such limit."""
+"""Smallest numbers of held-out documents that are tried, the largest first: each document gives at most that part of
+the held-out rows. The standard error of fvu falls with the number of documents, so many documents matter more than a
+small held-out share. If no number and share give enough rows, a document may give any number."""
 _TOKENIZE_CHARACTERS = 1 << 20
+"""Characters given to the tokenizer at once: enough to keep a parallel one busy."""
 _REMEMBERED_TOKENS = 1 << 24
+"""Tokens kept in memory for a text that is read again."""
+_TABLES = ("offsets", "rows", "document")
+"""Files of a split beside its `ids`, see `Contexts`."""
 
 
 class Special(NamedTuple):
-    """What the tokenizer puts around every context, and which ids never become rows."""
+    """Token ids that the tokenizer puts around every context, and ids that never become rows."""
 
     prefix: list[int]
     suffix: list[int]
@@ -39,9 +44,10 @@ class Special(NamedTuple):
 
 
 def special_tokens(tokenizer: Any) -> Special:
-    """Found by asking the tokenizer, so that it holds for any of them.
+    """The special tokens of any tokenizer, read off the encoding of a word.
 
-    The id for unknown words stays a row unless it doubles as another special token: it stands for content.
+    The id for unknown words stands for content, so it is dropped only if it is also another special token. Raises
+    `UserError` for a tokenizer that encodes the word differently with special tokens.
     """
     probe = "word"
     bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
@@ -55,11 +61,12 @@ def special_tokens(tokenizer: Any) -> Special:
     return Special(prefix, suffix, sorted({*prefix, *suffix, *(token for token in named if token is not None)}))
 
 
-class Contexts(NamedTuple):
-    """The contexts of one split, in the order of their documents."""
+@dataclass(frozen=True, eq=False)
+class Contexts:
+    """The contexts of a split, in the order of their documents."""
 
     ids: Int[np.ndarray, " tokens"]
-    """Token ids of all contexts, one after the other, special tokens included; on disk."""
+    """Token ids of all contexts, one after the other, special tokens included; memory-mapped."""
     offsets: Int[np.ndarray, " contexts_plus_1"]
     """Where each context begins in `ids`."""
     rows: Int[np.ndarray, " contexts_plus_1"]
@@ -79,7 +86,7 @@ class Contexts(NamedTuple):
 def kept_positions(
     ids: Int[np.ndarray, " length"], dropped: Iterable[int], drop_first: bool
 ) -> Bool[np.ndarray, " length"]:
-    """Which positions of one context become rows: not the special tokens, and not position 0 if so configured."""
+    """Which positions of a context become rows: not those of `dropped` ids, and with `drop_first` not position 0."""
     kept = ~np.isin(ids, list(dropped))
     if drop_first:
         kept[:1] = False
@@ -87,22 +94,24 @@ def kept_positions(
 
 
 class Cut(NamedTuple):
-    """What was read and how it was divided."""
+    """What `cut_contexts` read and how it divided it."""
 
     heldout_share: float
     documents: int
-    """Documents that gave rows, both splits."""
+    """Documents that gave rows, in both splits."""
     text_exhausted: bool
-    """The text ended before both splits had the rows asked for."""
+    """Whether the text ended before both splits had all their rows."""
     largest_id: int
+    """Largest token id."""
 
 
 def cut_contexts(
     cfg: ActivationsConfig, tokenizer: Any, special: Special, revision: str, directory: Path, stop: StopFlag
 ) -> Cut:
-    """Read documents until both splits have the rows asked for or the text ends; write the contexts to `directory`.
+    """Read documents until both splits have their rows or the text ends; write the contexts to `directory`.
 
-    Training rows never come from a held-out document. Raises `UserError` when a split would be empty.
+    Training rows never come from a held-out document. Raises `UserError` when a split would be empty, `Interrupted`
+    when `stop` is set.
     """
     wanted = {"train": round(cfg.tokens), "heldout": round(cfg.heldout_tokens)}
     if cfg.context <= len(special.prefix) + len(special.suffix):
@@ -117,15 +126,15 @@ def cut_contexts(
         _read(documents(cfg, revision), encode, special, cfg, share, writers, stop)
         return writers
 
-    # A text that ends before there are enough held-out rows is read again: first to find the division that gives
-    # them, then for its training rows. An endless one is read once.
-    writers: dict[str, _Writer] = {}
-    attempts = list(itertools.product((*HELDOUT_DOCUMENTS, 1), shares))
-    for fewest, share in attempts:
-        writers |= cut(("heldout",) if writers else SPLITS, share, fewest)
-        if writers["heldout"].full:
-            break
-    if share != attempts[0][1]:
+    # A text that ends before there are enough held-out rows is read again: until a division gives them, and then
+    # for its training rows. A long text is read once.
+    attempts = itertools.product((*HELDOUT_DOCUMENTS, 1), shares)
+    fewest, share = next(attempts)
+    writers = cut(SPLITS, share, fewest)
+    while not writers["heldout"].full and (attempt := next(attempts, None)):
+        fewest, share = attempt
+        writers |= cut(("heldout",), share, fewest)
+    if share != shares[0]:
         writers |= cut(("train",), share, fewest)
     used = sum(writer.documents for writer in writers.values())
     for split, name in (("heldout", "held-out"), ("train", "training")):
@@ -150,7 +159,7 @@ def _read(
     """Cut documents into contexts until every writer is full or the text ends."""
     piece = cfg.context - len(special.prefix) - len(special.suffix)
     try:
-        for batch in _batched(_undecided(read, writers, share)):
+        for batch in _batched(_needed(read, writers, share)):
             if stop.requested:
                 raise Interrupted
             encoded = encode([document for _, _, document in batch])
@@ -167,31 +176,29 @@ def _read(
 
 
 class _Encoder:
-    """Tokenizes documents and remembers the first ones, which a small text is asked for again."""
+    """Tokenizes documents, and remembers the first ones for when a small text is read again."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[bytes, Int[np.ndarray, " tokens"]] = {}
+        self._remembered: dict[bytes, Int[np.ndarray, " tokens"]] = {}
         self._room = _REMEMBERED_TOKENS
 
     def __call__(self, batch: list[Document]) -> list[Int[np.ndarray, " tokens"]]:
-        unknown = [document for document in batch if document.digest not in self._known]
+        unknown = [document for document in batch if document.digest not in self._remembered]
         new: dict[bytes, Int[np.ndarray, " tokens"]] = {}
         if unknown:
             texts = [document.text for document in unknown]
             encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             new = {d.digest: np.array(ids, np.int32) for d, ids in zip(unknown, encoded, strict=True)}
-        found = [new[d.digest] if d.digest in new else self._known[d.digest] for d in batch]
+        encoded_batch = [new[d.digest] if d.digest in new else self._remembered[d.digest] for d in batch]
         if self._room > 0:
-            self._known |= new
+            self._remembered |= new
             self._room -= sum(map(len, new.values()))
-        return found
+        return encoded_batch
 
 
-def _undecided(
-    read: Iterable[Document], writers: dict[str, _Writer], share: float
-) -> Iterator[tuple[int, str, Document]]:
-    """Documents of splits that are not full yet, with their number and split; ends when all are full."""
+def _needed(read: Iterable[Document], writers: dict[str, _Writer], share: float) -> Iterator[tuple[int, str, Document]]:
+    """Number, split and document, for documents of splits that are not full. Ends when all splits are full."""
     for number, document in enumerate(read):
         if all(writer.full for writer in writers.values()):
             return
@@ -201,7 +208,7 @@ def _undecided(
 
 
 def _batched(read: Iterable[tuple[int, str, Document]]) -> Iterator[list[tuple[int, str, Document]]]:
-    """Batches of about a million characters: enough to keep a parallel tokenizer busy."""
+    """Batches of about `_TOKENIZE_CHARACTERS` characters."""
     batch: list[tuple[int, str, Document]] = []
     characters = 0
     for item in read:
@@ -215,7 +222,7 @@ def _batched(read: Iterable[tuple[int, str, Document]]) -> Iterator[list[tuple[i
 
 
 class _Writer:
-    """Writes contexts of one split to disk until it has its rows, at most `most` of them from one document."""
+    """Writes the contexts of a split to disk until it has `wanted` rows, at most `most` of them from one document."""
 
     def __init__(self, directory: Path, split: str, wanted: int, most: int) -> None:
         self._directory, self._split, self._wanted, self._most = directory, split, wanted, most
@@ -234,14 +241,14 @@ class _Writer:
 
     @property
     def documents(self) -> int:
-        """Documents that gave rows."""
+        """Number of documents that gave rows."""
         return len(set(self._document))
 
     def begin_document(self, number: int) -> None:
         self._number, self._before = number, self.total_rows
 
     def add(self, context: Int[np.ndarray, " length"], rows: int) -> bool:
-        """Take up to `rows` rows of a context; False when no more of this document are wanted."""
+        """Take up to `rows` rows of a context. Return whether further contexts of this document may be added."""
         room = min(self._wanted, self._before + self._most) - self.total_rows
         rows = min(rows, room)
         if rows > 0:
@@ -254,12 +261,18 @@ class _Writer:
 
     def close(self) -> None:
         self._file.close()
-        table = {"offsets": self._offsets, "rows": self._rows, "document": self._document}
-        for name, values in table.items():
+        for name, values in zip(_TABLES, (self._offsets, self._rows, self._document), strict=True):
             (self._directory / f"{self._split}.{name}").write_bytes(np.array(values, np.int64).tobytes())
 
 
 def open_contexts(directory: Path, split: str) -> Contexts:
     """The contexts that `cut_contexts` wrote."""
-    table = (np.fromfile(directory / f"{split}.{name}", np.int64) for name in ("offsets", "rows", "document"))
-    return Contexts(np.memmap(directory / f"{split}.ids", np.int32, "r"), *table)
+    tables = (np.fromfile(directory / f"{split}.{name}", np.int64) for name in _TABLES)
+    return Contexts(np.memmap(directory / f"{split}.ids", np.int32, "r"), *tables)
+
+
+def remove_contexts(directory: Path) -> None:
+    """Remove the files that `cut_contexts` wrote, if they exist."""
+    for split in SPLITS:
+        for name in ("ids", *_TABLES):
+            (directory / f"{split}.{name}").unlink(missing_ok=True)

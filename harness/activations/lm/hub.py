@@ -1,4 +1,4 @@
-"""The Hugging Face hub: is it there, which commit does a name mean, and quiet libraries while we ask."""
+"""The Hugging Face hub: whether it answers, which commit a name means, and its libraries without their advice."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from harness.errors import UserError
 
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
-"""What a failed request raises: OSError, or the HTTP client's own base class, which need not be one."""
+"""What a failed request raises: `OSError`, or the base class of the HTTP client's errors, if that is another one."""
 PROBE_SECONDS = 5.0
+"""Timeout of a request."""
 _PROBED_FILE = {"model": "config.json", "dataset": "README.md"}
 
 
 @functools.cache
 def online() -> bool:
-    """Whether the hub answers; asked once per process. Without this, the libraries retry for half a minute."""
+    """Whether the hub answers. Probed once per process: the libraries themselves would retry for half a minute."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -35,8 +36,10 @@ def online() -> bool:
 
 
 def resolve_commit(kind: str, name: str, revision: str) -> str:
-    """The commit that `revision` (empty: the default branch) of a hub repository means, from the hub or, without
-    one, from the local cache. `kind` is `model` or `dataset`. Raises `UserError` when neither knows it."""
+    """The commit of `revision` (empty: the default branch) of a hub repository, from the hub or the local cache.
+
+    `kind` is `model` or `dataset`. Raises `UserError` when neither the hub nor the cache knows it.
+    """
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     try:
@@ -58,7 +61,7 @@ def resolve_commit(kind: str, name: str, revision: str) -> str:
 
 
 def unreachable(what: str, error: BaseException) -> UserError:
-    """One line for a hub that does not deliver, with the way out."""
+    """The error for a model or dataset that the hub does not give, with what the user can do."""
     if not online():
         return UserError(
             f"{what} is no local directory, is not in the local cache, and the hub ({constants.ENDPOINT}) cannot be "
@@ -71,7 +74,7 @@ def unreachable(what: str, error: BaseException) -> UserError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence advice and progress bars of the Hugging Face libraries; errors still come as exceptions."""
+    """Silence advice and progress bars of the Hugging Face libraries. Errors are still raised."""
     import transformers
 
     names = ("transformers", "datasets", "huggingface_hub", "fsspec", "httpx", "urllib3")

@@ -1,9 +1,8 @@
-"""A `transformers` model that runs up to a named hook point and stops there."""
+"""A `transformers` model that runs up to a hook point and stops there."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,63 +13,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from harness.activations.lm.hub import HUB_ERRORS, online, quiet, resolve_commit, unreachable
+from harness.activations.lm.hub import HUB_ERRORS, online, quiet, unreachable
+from harness.activations.lm.location import Location
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "output.dense")
-"""Where a block keeps its MLP; `output.dense` is BERT's, before the residual and its LayerNorm."""
+"""Names of a block's MLP; `output.dense` is BERT's, before the residual and its LayerNorm."""
 ATTENTION_NAMES = ("self_attn", "attention.output.dense", "attn", "attention", "self_attention", "linear_attn")
-
-
-class Location(NamedTuple):
-    """Where a model is loaded from."""
-
-    source: str
-    """A local directory or a hub name."""
-    commit: str
-    """Resolved hub commit; empty for a directory."""
-
-    @property
-    def is_local(self) -> bool:
-        return not self.commit
-
-
-def locate(cfg: ActivationsConfig) -> Location:
-    """Find the model named by `cfg.model`: `package:NAME`, a directory, or a hub repository."""
-    if cfg.model.startswith("package:"):
-        return Location(str(_package_directory(cfg.model.removeprefix("package:"))), "")
-    directory = Path(cfg.model).expanduser()
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise UserError(f"activations.model={cfg.model}: the directory has no config.json of a transformers model")
-        return Location(str(directory), "")
-    return Location(cfg.model, resolve_commit("model", cfg.model, cfg.revision))
-
-
-def _package_directory(package: str) -> Path:
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"activations.model=package:{package}: no such package; pip install {package.replace('_', '-')}"
-        )
-    for root in map(Path, spec.submodule_search_locations):
-        for config in sorted(root.rglob("config.json"), key=lambda path: len(path.parts)):
-            if weight_files(config.parent):
-                return config.parent
-    raise UserError(f"activations.model=package:{package}: the package carries no transformers model")
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The files that hold a local model's weights: safetensors if there are any."""
-    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+"""Names of a block's attention."""
 
 
 def load_tokenizer(location: Location) -> Any:
-    """The model's tokenizer, without its limit on lengths (we cut contexts ourselves)."""
+    """The model's tokenizer, without its limit on lengths: contexts are cut by `lm.contexts`."""
     import transformers
 
     with quiet(), _loading(location, "tokenizer"):
@@ -86,11 +41,11 @@ class HookedModel(NamedTuple):
     module: nn.Module
     device: torch.device
     precision: str
-    """`fp32` or `bf16`: what the forward computes in."""
+    """`fp32` or `bf16`: the precision of the forward."""
     name: str
     """Class of the model, e.g. `BertModel`."""
     flops_per_token: float
-    """2 per weight of the blocks that run, plus 4·context·d per block for attention; embeddings not counted."""
+    """2 per weight of the blocks that run, plus 4·context·d per block for attention; embeddings are not counted."""
 
     @torch.no_grad()
     def activations(
@@ -98,7 +53,7 @@ class HookedModel(NamedTuple):
         tokens: Int[Tensor, "contexts length"],
         mask: Int[Tensor, "contexts length"] | None,
     ) -> Float[Tensor, "contexts length d"]:
-        """The hook point's value; nothing after it is computed. `mask` is 1 on tokens and 0 on padding."""
+        """The value at the hook point; the forward stops there. `mask` is 1 on tokens and 0 on padding."""
 
         def stop_here(_module: nn.Module, _inputs: Any, output: Any) -> None:
             raise _Reached(output[0] if isinstance(output, tuple) else output)
@@ -114,13 +69,13 @@ class HookedModel(NamedTuple):
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Autocast for a series of forwards: inside it, each weight is rounded to bf16 once and kept."""
+        """Autocast for a series of forwards: each weight is rounded to bf16 once and cached."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
 
 
 class _Reached(Exception):
-    """Leaves the forward at the hook with its value."""
+    """Carries the value out of the forward at the hook."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -162,7 +117,7 @@ def load_model(cfg: ActivationsConfig, location: Location, precision: str, devic
 
 
 def resolve_precision(cfg: ActivationsConfig, device: torch.device) -> str:
-    """`auto`: bf16 on a GPU and on processors with bf16 arithmetic (AVX-512 BF16, AMX), where it is faster."""
+    """`fp32` or `bf16`. `auto` takes bf16 where it is faster: on a GPU and on CPUs with AVX-512 BF16 or AMX."""
     if cfg.lm_precision != "auto":
         return cfg.lm_precision
     return "bf16" if device.type == "cuda" or _cpu_computes_bf16() else "fp32"
@@ -170,7 +125,7 @@ def resolve_precision(cfg: ActivationsConfig, device: torch.device) -> str:
 
 @functools.cache
 def _cpu_computes_bf16() -> bool:
-    # torch has no public query for it; on other systems than Linux bf16 has to be asked for.
+    # torch has no public query for it; elsewhere than on Linux the user has to set bf16
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return False
@@ -178,7 +133,10 @@ def _cpu_computes_bf16() -> bool:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of transformer blocks and its name: the outermost ModuleList with one entry per hidden layer."""
+    """Name and list of the transformer blocks: the outermost ModuleList with one entry per hidden layer.
+
+    Raises `UserError` if there is none.
+    """
     count = model.config.get_text_config().num_hidden_layers  # pyright: ignore
     candidates = [
         (name, module)
@@ -187,7 +145,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     ]
     if not candidates:
         raise UserError(f"{type(model).__name__} has no list of {count} blocks; this architecture is not supported")
-    return min(candidates, key=lambda found: found[0].count("."))
+    return min(candidates, key=lambda candidate: candidate[0].count("."))
 
 
 def _submodule(cfg: ActivationsConfig, block: nn.Module) -> nn.Module:
@@ -202,7 +160,7 @@ def _submodule(cfg: ActivationsConfig, block: nn.Module) -> nn.Module:
 
 
 def _runs(key: str, blocks: str, layer: int) -> bool:
-    """Whether a weight is used before the hook: it is an embedding, or lies in a block up to `layer`."""
+    """Whether the weight `key` is used before the hook: it is an embedding, or in a block up to `layer`."""
     if key.startswith(f"{blocks}."):
         return int(key.removeprefix(f"{blocks}.").split(".")[0]) <= layer
     return re.search(r"embed|wte|wpe", key) is not None
@@ -216,7 +174,7 @@ def _where(location: Location) -> dict[str, Any]:
 
 @contextmanager
 def _loading(location: Location, what: str) -> Iterator[None]:
-    """Turn what `transformers` raises for a wrong or damaged model into one line."""
+    """Turn the errors of `transformers` for a wrong or damaged model into one-line `UserError`s."""
     from safetensors import SafetensorError
 
     try:

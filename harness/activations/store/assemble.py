@@ -1,56 +1,56 @@
-"""From unit files to a store: shuffled shards, their hashes, the statistics, and the manifest last."""
+"""From unit files to a store: shuffled shards, statistics, and at last the manifest with a hash of every file."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from harness.activations.lm.contexts import SPLITS, open_contexts
-from harness.activations.store.harvest import DTYPES, Plan, unit_path
-from harness.files import fsync_directory, write_json_atomic
+from harness.activations.lm.contexts import SPLITS, open_contexts, remove_contexts
+from harness.activations.source import DTYPES
+from harness.activations.statistics import Moments
+from harness.activations.store.harvest import OLD_PLAN_FILE, PLAN_FILE, Plan, unit_path
+from harness.activations.store.identity import MANIFEST, MANIFEST_VERSION
+from harness.files import write_json_atomic, write_tensors_atomic
 from harness.process.signals import Interrupted, StopFlag
 
-MANIFEST_VERSION = 1
 PASS_BYTES = 512 * 2**20
-"""Rows that are shuffled in memory at once; never less than one shard."""
-BLOCK_ROWS = 4096
+"""Size of the rows that are shuffled in memory at once; at least one shard."""
 
 
 class TornUnits(Exception):
-    """Unit files that were damaged by a crash; they are removed and have to be computed again."""
+    """A crash damaged unit files. They are removed and must be computed again."""
 
 
 def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str, Any], stop: StopFlag) -> None:
-    """Write shards, statistics and the manifest beside the unit files.
+    """Write shards, statistics and the manifest into `directory`, from its unit files.
 
-    Row i of a split lies at its permuted place, which is the global shuffle; a pass over the units fills the places
-    of a few shards, so memory stays bounded and writing is sequential. Raises `TornUnits`, `Interrupted`.
+    Row i of a split goes to its permuted place: that is the global shuffle. A pass over the units fills the places of a
+    few shards, so memory stays bounded and writing is sequential. Raises `TornUnits`, and `Interrupted` when `stop` is
+    set.
     """
+    _remove_torn(directory)
     _check_units(plan, directory)
     shards: dict[str, list[dict[str, Any]]] = {}
-    moments = {False: _Moments(plan.d_model), True: _Moments(plan.d_model)}
+    moments = {False: Moments(plan.d_model), True: Moments(plan.d_model)}
     for split in SPLITS:
         shards[split] = []
         for start, tensors in _shuffled(plan, directory, split, shard_rows, stop):
             path = directory / f"{split}-{start // shard_rows:05d}.safetensors"
-            shards[split].append({**write_tensors(path, tensors), "rows": len(tensors["x"])})
+            shards[split].append({**_write_shard(path, tensors), "rows": len(tensors["x"])})
             if split == "train":
                 for layernorm, moment in moments.items():
                     moment.add(tensors["x"], layernorm)
-    means = {f"mean_{_rule(layernorm)}": torch.from_numpy(moment.mean()) for layernorm, moment in moments.items()}
-    described = write_tensors(directory / "statistics.safetensors", means)
+    statistics = {_rule(layernorm): moment.result() for layernorm, moment in moments.items()}
+    means = {f"mean_{rule}": result.mean for rule, result in statistics.items()}
+    described = _write_shard(directory / "statistics.safetensors", means)
     contexts = {split: open_contexts(directory, split) for split in SPLITS}
     forwarded = sum(int(contexts[split].offsets[-1]) for split in SPLITS)
     manifest = {
@@ -65,34 +65,35 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
         "shards": shards,
         "statistics": {
             "file": described,
-            **{_rule(layernorm): moment.summary() for layernorm, moment in moments.items()},
+            **{
+                rule: {"count": result.count, "mean_sq_norm": result.mean_sq_norm, "variance": result.variance}
+                for rule, result in statistics.items()
+            },
         },
     }
-    fsync_directory(directory)
-    write_json_atomic(directory / "manifest.json", manifest)
+    write_json_atomic(directory / MANIFEST, manifest)
 
 
 def remove_scratch(directory: Path) -> None:
-    """Remove what only the harvest needed."""
+    """Remove what only the harvest needed: contexts, units and its plan."""
     shutil.rmtree(directory / "units", ignore_errors=True)
-    for split in SPLITS:
-        for name in ("ids", "offsets", "rows", "document"):
-            (directory / f"{split}.{name}").unlink(missing_ok=True)
-    (directory / "plan.json").unlink(missing_ok=True)
+    remove_contexts(directory)
+    for name in (PLAN_FILE, OLD_PLAN_FILE):
+        (directory / name).unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file whole or not at all; return its name, bytes and sha256."""
-    beside = path.with_suffix(".tmp")
-    beside.touch()
-    mode = beside.stat().st_mode
-    safetensors.torch.save_file(tensors, beside)
-    beside.chmod(mode)  # safetensors makes files that only their owner can read; stores are shared
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write a file of the store; return its entry in the manifest."""
+    write_tensors_atomic(path, tensors)
+    with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    beside.replace(path)
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+
+
+def _remove_torn(directory: Path) -> None:
+    """Remove the temporary files of a killed `assemble`: the finished store would keep them."""
+    for torn in directory.glob(".*.tmp"):
+        torn.unlink()
 
 
 def _check_units(plan: Plan, directory: Path) -> None:
@@ -113,7 +114,7 @@ def _check_units(plan: Plan, directory: Path) -> None:
 def _shuffled(
     plan: Plan, directory: Path, split: str, shard_rows: int, stop: StopFlag
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Shards of a split in order: first row, and the tensors."""
+    """Shards of a split in order: number of the first row, and the tensors."""
     total = plan.rows[split]
     row_bytes = plan.d_model * DTYPES[plan.dtype].itemsize
     shards_per_pass = max(1, PASS_BYTES // (shard_rows * row_bytes))
@@ -142,35 +143,3 @@ def _shuffled(
 
 def _rule(layernorm: bool) -> str:
     return "layernorm" if layernorm else "raw"
-
-
-def layernorm_rows(x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
-    """Per row: subtract the mean over d, scale to unit norm (Gao et al. 2024); a constant row becomes zero."""
-    centred = x - x.mean(dim=1, keepdim=True)
-    return centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-
-
-class _Moments:
-    """Running sums in float64. numpy's reductions do not depend on the number of threads; the store must not."""
-
-    def __init__(self, d_model: int) -> None:
-        self._count = 0
-        self._sum = np.zeros(d_model)
-        self._squares = 0.0
-
-    def add(self, rows: Float[Tensor, "rows d"], layernorm: bool) -> None:
-        for block in rows.split(BLOCK_ROWS):
-            x = block.to(torch.float64)
-            values = (layernorm_rows(x) if layernorm else x).numpy()
-            self._count += len(values)
-            self._sum += values.sum(axis=0)
-            self._squares += float(np.square(values).sum())
-
-    def mean(self) -> np.ndarray:
-        return self._sum / self._count
-
-    def summary(self) -> dict[str, int | float]:
-        mean_sq_norm = self._squares / self._count
-        variance = max(0.0, mean_sq_norm - float(np.square(self.mean()).sum()))
-        assert math.isfinite(variance)
-        return {"count": self._count, "mean_sq_norm": mean_sq_norm, "variance": variance}

@@ -1,9 +1,9 @@
-"""Harvesting: run the language model over the contexts and leave a complete store behind.
+"""Run the language model over the contexts and write the rows to unit files.
 
-The work is cut into units of fixed contexts. A unit's rows depend on nothing but the unit, each row's place in the
-store is a computed permutation of its number, so the store is the same however many workers made it and however
-often they were killed. Three steps, each safe to repeat: `prepare` (text to contexts, and the plan), `forward_units`
-(contexts to unit files), `assemble` (unit files to shuffled shards, in `harness.activations.store.assemble`).
+The work is cut into units of fixed contexts. The rows of a unit depend only on the unit, and the place of a row in the
+store is a computed permutation of its number. So the store depends neither on how many workers made it nor on how often
+they were killed. A harvest has three steps, each safe to repeat: `prepare` (text to contexts, and the plan),
+`forward_units` (contexts to unit files) and `assemble` (unit files to shuffled shards, in `store.assemble`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -30,25 +29,31 @@ from harness.activations.lm.contexts import (
     open_contexts,
     special_tokens,
 )
-from harness.activations.lm.model import HookedModel, load_model, load_tokenizer, locate, resolve_precision
+from harness.activations.lm.location import locate
+from harness.activations.lm.model import HookedModel, load_model, load_tokenizer, resolve_precision
 from harness.activations.shuffle import permute
-from harness.activations.store.identity import digest, recipe
+from harness.activations.source import DTYPES
+from harness.activations.store.identity import recipe, recipe_hash
 from harness.config import ActivationsConfig
 from harness.errors import UserError
-from harness.files import write_json_atomic
+from harness.files import write_json_atomic, write_tensors_atomic
 from harness.parallel import Shards, Solo
 from harness.process.signals import STOP, Interrupted, StopFlag
 
 UNIT_TOKENS = 32_768
-"""Tokens of a work unit: what a kill costs at most."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Tokens of a unit: a kill loses at most these."""
+
+PLAN_FILE = "harvest.json"
+"""In a half-made store: the `Plan` of its harvest."""
+OLD_PLAN_FILE = "plan.json"
+"""Its name in earlier versions, whose half-made stores are continued."""
 
 OnRows = Callable[[int], None]
-"""Called with the number of rows that were just computed."""
+"""Called with the number of rows after each forward."""
 
 
 class Plan(NamedTuple):
-    """What is fixed before the first forward, so that a resumed harvest continues the same one."""
+    """What is fixed before the first forward, so that a resumed harvest gives the same store."""
 
     id: str
     recipe: dict[str, Any]
@@ -82,13 +87,19 @@ def harvest_device() -> torch.device:
 
 
 def read_plan(directory: Path) -> Plan | None:
-    """The plan of an unfinished harvest, if one was made."""
-    path = directory / "plan.json"
-    return Plan(**json.loads(path.read_text())) if path.is_file() else None
+    """The plan of an unfinished harvest; None if none was written."""
+    for name in (PLAN_FILE, OLD_PLAN_FILE):
+        path = directory / name
+        if path.is_file():
+            return Plan(**json.loads(path.read_text(encoding="utf-8")))
+    return None
 
 
 def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Plan, HookedModel]:
-    """Load the model; on the first attempt also cut the text into contexts, check the disk and write the plan."""
+    """Load the model. On the first attempt also cut the text into contexts, check the disk and write the plan.
+
+    Raises `UserError` (model, tokenizer, text, full disk), and `Interrupted` when `stop` is set.
+    """
     location = locate(cfg)
     device = harvest_device()
     plan = read_plan(directory)
@@ -111,7 +122,7 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
     with hooked.computing():
         width = hooked.activations(probe[None].to(device), None).shape[-1]
     plan = Plan(
-        id=digest(settings),
+        id=recipe_hash(settings),
         recipe=settings,
         d_model=width,
         precision=precision,
@@ -131,12 +142,12 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
     )
     _check_disk(plan, directory)
     (directory / "units").mkdir(exist_ok=True)
-    write_json_atomic(directory / "plan.json", plan._asdict())
+    write_json_atomic(directory / PLAN_FILE, plan._asdict())
     return plan, hooked
 
 
 def _check_disk(plan: Plan, directory: Path) -> None:
-    """Room for the units and, beside them, the shards."""
+    """Raise `UserError` unless the disk has room for the units and the shards."""
     rows = sum(plan.rows.values())
     needed = round(2.05 * rows * plan.d_model * DTYPES[plan.dtype].itemsize) + 16 * rows + 2**20
     free = shutil.disk_usage(directory).free
@@ -148,21 +159,22 @@ def _check_disk(plan: Plan, directory: Path) -> None:
 
 
 def unit_path(directory: Path, split: str, unit: int) -> Path:
+    """Where a unit is written, once it is complete."""
     return directory / "units" / f"{split}-{unit:06d}.safetensors"
 
 
 def forward_units(
     plan: Plan, hooked: HookedModel, directory: Path, stop: StopFlag, on_rows: OnRows, shards: Shards | None = None
 ) -> None:
-    """Compute the units that are missing, shared among the ranks of `shards` (default: one process).
+    """Compute the missing units, shared among the ranks of `shards` (default: one process).
 
-    Raises `Interrupted` between two forwards when asked to stop; the units written so far stay. A rank that stops or
-    fails is heard of by the others a unit or two later, and they return early: the caller meets them (`together`).
+    Raises `Interrupted` between two forwards when `stop` is set; the units written so far stay. If a rank stops or
+    fails, the others learn it a unit or two later and return early, so the caller has to join them (`together`).
     """
     shards = shards or Solo()
     contexts = {split: open_contexts(directory, split) for split in SPLITS}
     problem: Exception | None = None
-    # as many rounds on every rank, whatever it finds done
+    # the same number of rounds on every rank, whichever units exist
     rounds = [(split, first) for split in SPLITS for first in range(0, plan.units(split), shards.size)]
     for split, first in rounds:
         if shards.agree(STOP * (stop.requested or problem is not None)) & STOP:
@@ -201,9 +213,8 @@ def _write_unit(
     if split == "heldout":
         document = np.repeat(contexts.document[first:last], np.diff(contexts.rows[first : last + 1]))
         tensors["document"] = torch.from_numpy(document[order])
-    beside = path.with_suffix(".tmp")
-    safetensors.torch.save_file(tensors, beside)
-    beside.replace(path)  # not synced: a torn unit after a power cut is found by `assemble` and made again
+    # not durable: `assemble` detects a unit that a power cut damaged, and it is computed again
+    write_tensors_atomic(path, tensors, durable=False)
 
 
 def _unit_rows(
@@ -215,7 +226,7 @@ def _unit_rows(
     stop: StopFlag,
     on_rows: OnRows,
 ) -> Float[Tensor, "rows d"]:
-    """Rows of the contexts `first` … `last`−1, in their order, in the storage dtype."""
+    """Rows of the contexts `first` … `last`−1 in order, in the storage dtype, on the CPU."""
     base = int(contexts.rows[first])
     rows = torch.empty(int(contexts.rows[last]) - base, plan.d_model, dtype=DTYPES[plan.dtype])
     with hooked.computing():
@@ -234,21 +245,21 @@ def _unit_rows(
                 kept[line, positions[: contexts.rows[context + 1] - contexts.rows[context]]] = True
             padded = min(lengths) < max(lengths)
             value = hooked.activations(tokens.to(hooked.device), mask.to(hooked.device) if padded else None)
-            found = value[kept.to(value.device)].to(rows.dtype).cpu()
-            if not torch.isfinite(found).all():
+            computed = value[kept.to(value.device)].to(rows.dtype).cpu()
+            if not torch.isfinite(computed).all():
                 raise UserError(
                     f"the model gives values that {plan.dtype} cannot hold (not finite); set activations.dtype=bf16 "
                     f"or fp32, or activations.lm_precision=fp32"
                 )
             spans = zip(contexts.rows[batch].tolist(), contexts.rows[batch + 1].tolist(), strict=True)
             into = np.concatenate([np.arange(begin, end) for begin, end in spans]) - base
-            rows.index_copy_(0, torch.from_numpy(into), found)
-            on_rows(len(found))
+            rows.index_copy_(0, torch.from_numpy(into), computed)
+            on_rows(len(computed))
     return rows
 
 
 def _length_batches(contexts: Contexts, first: int, last: int, size: int) -> Iterator[np.ndarray]:
-    """Contexts of similar length together, so that little padding is computed."""
+    """Numbers of the contexts `first` … `last`−1 in batches of similar length, so that there is little padding."""
     lengths = contexts.offsets[first + 1 : last + 1] - contexts.offsets[first:last]
     order = first + np.argsort(-lengths, kind="stable")
     for start in range(0, len(order), size):
@@ -256,7 +267,7 @@ def _length_batches(contexts: Contexts, first: int, last: int, size: int) -> Ite
 
 
 def rows_done(plan: Plan, directory: Path) -> int:
-    """Rows in the unit files that exist: where a progress bar resumes."""
+    """Rows in the unit files that exist."""
     done = 0
     for split in SPLITS:
         contexts = open_contexts(directory, split)
@@ -269,7 +280,7 @@ def rows_done(plan: Plan, directory: Path) -> int:
 
 
 def describe(cfg: ActivationsConfig, plan: Plan) -> dict[str, Any]:
-    """What trackers and exports want to know about the rows; kept in the manifest."""
+    """The `description` of the rows for trackers and exports; the manifest keeps it."""
     settings = dataclasses.asdict(cfg)
     names = ("kind", "model", "hook", "layer", "context", "text", "dtype", "seed", "drop_first_position")
     described = {name: settings[name] for name in names}

@@ -1,4 +1,8 @@
-"""Which store: its name is a hash of everything that decides its rows, computed without a forward pass. No torch."""
+"""Which store: its name is the hash of its recipe. No torch.
+
+The recipe is everything that decides the rows: model, hook, text, row counts … It is known before a row is computed, so
+two stores of one name were made the same way; their bytes are not what is hashed (the manifest has a sha256 per file).
+"""
 
 from __future__ import annotations
 
@@ -11,32 +15,40 @@ from pathlib import Path
 from typing import Any
 
 from harness.activations.lm.hub import resolve_commit
-from harness.activations.lm.model import Location, locate, weight_files
+from harness.activations.lm.location import Location, locate, weight_files
 from harness.activations.lm.text import file_digest, text_files
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 
-RECIPE_VERSION, SYNTHETIC_VERSION = 1, 2
-"""Raise them when the same settings would give other rows (another order, another cut): of a language model, drawn."""
+RECIPE_VERSION = 1
+"""Raise it when the same settings would give other rows of a language model (another order, another cut)."""
+SYNTHETIC_VERSION = 2
+"""The same for synthetic rows."""
+MANIFEST = "manifest.json"
+"""Written last: a directory that has it is a complete store."""
+MANIFEST_VERSION = 1
 TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model")
 
 
 def store_id(cfg: ActivationsConfig) -> str:
-    """16 hex digits: equal exactly if the rows are meant to be equal. Cached per distinct configuration.
+    """Recipe hash, 16 hex digits: equal exactly if the rows are meant to be equal. Cached per distinct configuration.
 
-    For a language model it covers the model (hub commit, or hash of the local files), hook, tokenizer, text,
+    For a language model the recipe covers the model (hub commit, or hash of the local files), hook, tokenizer, text,
     context, positions, seed, dtype and row counts. Raises `UserError` if model or text cannot be found.
     """
-    return digest(recipe(cfg))
+    return recipe_hash(recipe(cfg))
 
 
 def store_name(cfg: ActivationsConfig) -> str:
-    """The store that was found when the run was frozen, else `store_id`: nothing has to be hashed or looked up."""
+    """The recipe hash that was frozen with the run if there is one, else `store_id`.
+
+    A frozen run needs neither model nor text to find its store. Raises `UserError` as `store_id` does.
+    """
     return cfg.store or store_id(cfg)
 
 
-def digest(settings: dict[str, Any]) -> str:
-    """The hash of a recipe."""
+def recipe_hash(settings: dict[str, Any]) -> str:
+    """The id of the store with this `recipe`."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -46,17 +58,17 @@ def store_root(cfg: ActivationsConfig, out: Path) -> Path:
 
 
 def store_path(cfg: ActivationsConfig, out: Path) -> Path:
-    """Where the store of these activations is, or is going to be."""
+    """The directory of this store, whether it exists or not."""
     return store_root(cfg, out) / store_name(cfg)
 
 
 def is_complete(store: Path) -> bool:
-    """Whether the store is there: its manifest comes last."""
-    return (store / "manifest.json").is_file()
+    """Whether the store exists and is whole."""
+    return (store / MANIFEST).is_file()
 
 
 def recipe(cfg: ActivationsConfig) -> dict[str, Any]:
-    """What `store_id` hashes, readable; it is kept in the manifest."""
+    """What `store_id` hashes, readable; the manifest keeps it."""
     return json.loads(_recipe(json.dumps(dataclasses.asdict(cfg), sort_keys=True)))
 
 
@@ -88,7 +100,7 @@ def _recipe(settings: str) -> str:
 
 
 def _model_identity(location: Location) -> dict[str, str]:
-    """The hub name and commit, or the hash of configuration, tokenizer and weights. A path is no identity."""
+    """Hub name and commit, or the hash of configuration, tokenizer and weights. A path does not identify a model."""
     if not location.is_local:
         return {"hub": location.source, "commit": location.commit}
     directory = Path(location.source)

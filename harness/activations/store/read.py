@@ -1,4 +1,4 @@
-"""A store on disk: opened, verified, read. What makes one is `harness.activations.store.harvest`."""
+"""Open, verify and read a store on disk."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from typing import Any
 import safetensors.torch
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor
 
-from harness.activations.source import SAMPLE_ROWS, Statistics
-from harness.activations.store.assemble import MANIFEST_VERSION
-from harness.activations.stream import Rows, StoreBatches, Stream, map_tensor
+from harness.activations.source import SAMPLE_ROWS
+from harness.activations.statistics import Statistics
+from harness.activations.store.identity import MANIFEST, MANIFEST_VERSION
+from harness.activations.stream import Rows, StoreBatches, Stream
 from harness.errors import UserError
 from harness.files import write_json_atomic
 
 VERIFIED = "verified.json"
-"""Beside the shards: size and modification time of each at the time its hash was checked."""
+"""Size and modification time of every file when its hash was last checked."""
 
 
 class Store:
-    """An `ActivationSource` backed by a directory of shards. Opening checks every file's size, and its hash unless
-    it was checked before and has not been written since. Raises `UserError` naming a file that is wrong."""
+    """An `ActivationSource` backed by a directory of shards.
+
+    Opening checks the size of every file, and its hash unless that was checked before and the file has not been written
+    since. Raises `UserError` that names the wrong file.
+    """
 
     dictionary = None
 
@@ -40,16 +45,16 @@ class Store:
         self._statistics = manifest["statistics"]
         self._means = safetensors.torch.load_file(directory / self._statistics["file"]["file"])
         files = {split: [directory / shard["file"] for shard in shards] for split, shards in manifest["shards"].items()}
-        self._train = Rows([map_tensor(path, "x") for path in files["train"]])
-        self._heldout = Rows([map_tensor(path, "x") for path in files["heldout"]])
-        self._documents = torch.cat([map_tensor(path, "document") for path in files["heldout"]])
+        self._train = Rows([_mapped(path, "x") for path in files["train"]])
+        self._heldout = Rows([_mapped(path, "x") for path in files["heldout"]])
+        self._documents = torch.cat([_mapped(path, "document") for path in files["heldout"]])
 
     def statistics(self, layernorm: bool) -> Statistics:
         rule = "layernorm" if layernorm else "raw"
         return Statistics(mean=self._means[f"mean_{rule}"], **self._statistics[rule])
 
     def sample(self) -> Float[Tensor, "rows d"]:
-        # The store is shuffled, so its beginning is a fair sample.
+        # the store is shuffled, so its beginning is a fair sample
         return self._train.read(0, min(SAMPLE_ROWS, self._train.total)).float()
 
     def stream(self, seed: int, batch_tokens: int, device: torch.device, dp_rank: int = 0, dp: int = 1) -> Stream:
@@ -62,8 +67,14 @@ class Store:
             yield self._heldout.read(start, end), self._documents[start:end]
 
 
+def _mapped(path: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file, memory-mapped: rows are read when they are used."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / "manifest.json"
+    path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text())
         version = manifest["schema_version"]
@@ -82,9 +93,9 @@ def _verify(directory: Path, manifest: dict[str, Any]) -> None:
     again = f"delete {directory} to harvest it again"
     sidecar = directory / VERIFIED
     try:
-        known = json.loads(sidecar.read_text())
+        earlier = json.loads(sidecar.read_text())
     except (OSError, ValueError):
-        known = {}
+        earlier = {}
     verified = {}
     for entry in files:
         path = directory / entry["file"]
@@ -94,13 +105,13 @@ def _verify(directory: Path, manifest: dict[str, Any]) -> None:
         if status.st_size != entry["bytes"]:
             raise UserError(f"the shard {path} has {status.st_size} bytes instead of {entry['bytes']}; {again}")
         verified[entry["file"]] = [status.st_size, status.st_mtime_ns]
-        if known.get(entry["file"]) != verified[entry["file"]]:
+        if earlier.get(entry["file"]) != verified[entry["file"]]:
             with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != entry["sha256"]:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            if sha256 != entry["sha256"]:
                 raise UserError(f"the shard {path} is damaged (its sha256 is not the manifest's); {again}")
-    if verified != known:
+    if verified != earlier:
         try:
             write_json_atomic(sidecar, verified)
         except OSError:
-            return  # a store that others may only read is verified at every opening
+            return  # a store that this user may only read is verified at every opening

@@ -1,6 +1,7 @@
 """`python -m harness.activations.store.stage STORE DIR`: copy a store to a directory of this node before training.
 
-One process a node. Without room, or where DIR cannot be written, it says so and ends well: the shared one is read.
+One process per node runs it. If DIR has no room or cannot be written, it prints a note and exits with 0: training then
+reads the shared store.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from pathlib import Path
 from harness.activations.store.identity import is_complete
 from harness.files import fsync_directory
 from harness.process.claim import claim
+from harness.terminal import say
 
 
 def stage(store: Path, target: Path) -> Path:
-    """Copy `store` into `target` unless it is there, and return the copy. Raises `OSError` without room.
+    """Copy `store` into `target` unless a copy exists, and return the copy. Raises `OSError` without room.
 
-    The copy appears under its name when it is whole; what it holds is verified against the manifest when it is opened.
+    The copy gets its name when it is whole. Opening it verifies it against the manifest.
     """
     copy = target / store.name
     target.mkdir(parents=True, exist_ok=True)
@@ -49,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("target", type=Path, metavar="DIR")
     arguments = parser.parse_args(argv)
     if not is_complete(arguments.store):
-        print(f"note: {arguments.store} is no finished store, so it is not copied", file=sys.stderr)
+        say(f"note: {arguments.store} is not a finished store, so it is not copied")
         return 0
     try:
         stage(arguments.store, arguments.target)
     except OSError as error:
-        print(f"note: the store is not copied to this node: {error}; the shared one is read", file=sys.stderr)
+        say(f"note: the store is not copied to this node: {error}; reading the shared one")
     return 0
 
 

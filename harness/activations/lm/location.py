@@ -1,0 +1,87 @@
+"""Where a language model comes from, and what can be read off it without loading it. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.activations.lm.hub import resolve_commit
+from harness.config import ActivationsConfig
+from harness.errors import UserError
+
+
+class Location(NamedTuple):
+    """Where a model is loaded from."""
+
+    source: str
+    """A local directory or a hub name."""
+    commit: str
+    """Resolved hub commit; empty for a directory."""
+
+    @property
+    def is_local(self) -> bool:
+        return not self.commit
+
+
+def locate(cfg: ActivationsConfig) -> Location:
+    """Find the model `cfg.model`: `package:NAME`, a directory, or a hub repository.
+
+    Raises `UserError` if it does not exist or cannot be reached.
+    """
+    if cfg.model.startswith("package:"):
+        return Location(str(_package_directory(cfg.model.removeprefix("package:"))), "")
+    directory = Path(cfg.model).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise UserError(f"activations.model={cfg.model}: the directory has no config.json of a transformers model")
+        return Location(str(directory), "")
+    return Location(cfg.model, resolve_commit("model", cfg.model, cfg.revision))
+
+
+def _package_directory(package: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"activations.model=package:{package}: no such package; pip install {package.replace('_', '-')}"
+        )
+    for root in map(Path, spec.submodule_search_locations):
+        for config in sorted(root.rglob("config.json"), key=lambda path: len(path.parts)):
+            if weight_files(config.parent):
+                return config.parent
+    raise UserError(f"activations.model=package:{package}: the package carries no transformers model")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files of a local model: its safetensors files if it has any, else its .bin files."""
+    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+
+
+def model_width(cfg: ActivationsConfig) -> int:
+    """Width d of the activations, from the configuration of their model; no weights are loaded.
+
+    Raises `UserError` for a model that cannot be found, `OSError` when its configuration cannot be read.
+    """
+    if cfg.kind == "synthetic":
+        return cfg.synthetic.d_model
+    location = locate(cfg)
+    if location.is_local:
+        settings = json.loads((Path(location.source) / "config.json").read_text(encoding="utf-8"))
+        for name in ("hidden_size", "n_embd", "d_model"):
+            if isinstance(settings.get(name), int):
+                return settings[name]
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(location.source, revision=location.commit or None).hidden_size
+
+
+def needs_hub(cfg: ActivationsConfig) -> bool:
+    """Whether the model or the text comes from the Hugging Face hub (or its local cache)."""
+    if cfg.kind == "synthetic":
+        return False
+    local_model = cfg.model.startswith("package:") or Path(cfg.model).is_dir()
+    return not local_model or cfg.text == "hub"

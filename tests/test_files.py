@@ -1,0 +1,43 @@
+"""Files are whole or absent."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from harness.files import replacing, write_json_atomic, write_tensors_atomic, write_text_atomic
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "a.txt"
+    write_text_atomic(path, "old")
+    with pytest.raises(RuntimeError, match="half way"), replacing(path, durable=durable) as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError("half way")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_sees_the_old_content_until_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path and path.read_text() == "old"
+    assert path.read_text() == "new" and not temporary.exists()
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json_atomic(tmp_path / "a.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_may_be_views_and_have_the_mode_of_other_files(tmp_path: Path) -> None:
+    x = torch.arange(6.0).view(2, 3)
+    write_tensors_atomic(tmp_path / "t.safetensors", {"x": x.T})
+    write_text_atomic(tmp_path / "a.txt", "")
+    assert torch.equal(load_file(tmp_path / "t.safetensors")["x"], x.T)
+    assert (tmp_path / "t.safetensors").stat().st_mode == (tmp_path / "a.txt").stat().st_mode
