@@ -28,6 +28,9 @@ EVALUATION_BATCH = 4096
 TILE_NUMBERS = 1 << 23
 """Pre-activations that exist at a time, at most: two threads with a tile each."""
 
+HARVEST_COPIES = 2.05
+"""A store takes this many times its size while it is made: units, and the shards made of them."""
+
 SAVE_BYTES_PER_S = 1e8
 """How fast a checkpoint is assumed to be written before a save has been timed: a slow network disk."""
 

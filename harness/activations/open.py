@@ -16,7 +16,8 @@ from harness.activations.lm.model import HookedModel
 from harness.activations.source import ActivationSource
 from harness.activations.store.assemble import TornUnits, assemble, remove_scratch
 from harness.activations.store.harvest import OnRows, Plan, describe, forward_units, prepare, rows_done
-from harness.activations.store.identity import MANIFEST, is_complete, store_id, store_name, store_path
+from harness.activations.store.identity import store_id
+from harness.activations.store.paths import MANIFEST, is_complete, store_name, store_path
 from harness.activations.store.read import Store
 from harness.activations.synthetic import Synthetic
 from harness.config import ActivationsConfig

@@ -17,6 +17,7 @@ from harness.bench.shapes import parse_shapes
 from harness.errors import UserError
 from harness.files import write_json_atomic
 from harness.ops import choose_ops
+from harness.process.device import pick_device
 from harness.terminal import say, table
 
 PEERS = ("sparsify", "dictionary_learning", "saelens", "openai")
@@ -142,9 +143,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _resolve(arguments: argparse.Namespace) -> None:
-    """Replace `auto` by what this machine has."""
-    if arguments.device == "auto":
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Replace `auto` by what this machine has. Raises `UserError` for a GPU that it does not have."""
+    try:
+        arguments.device = pick_device(arguments.device).type
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
     on_gpu = arguments.device == "cuda"
     if arguments.precision == "auto":
         arguments.precision = "bf16" if on_gpu else "fp32"
@@ -160,8 +163,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--dead {arguments.dead} is not a share: give a number from 0 to 1")
     if arguments.rounds < 1 or arguments.threads < 0:
         raise UserError(f"--rounds {arguments.rounds} --threads {arguments.threads}: at least 1 round and 0 threads")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU here; leave it out, or check the driver")
     try:
         choose_ops(arguments.ops, torch.device(arguments.device))
     except ValueError as error:

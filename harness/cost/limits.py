@@ -23,9 +23,6 @@ FITS = 0.9
 LINE_BYTES = 600
 """Size of a line of `metrics.jsonl`."""
 
-HARVEST_COPIES = 2.05
-"""A harvest needs about twice the size of its store: for the units, and for the shards made from them."""
-
 
 @dataclass(frozen=True)
 class Disk:
@@ -55,7 +52,7 @@ def store_bytes(config: ActivationsConfig, d_model: int) -> float:
 
 def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk:
     """Disk for all `runs` of a sweep, whose unfinished ones are trained by `jobs`."""
-    from harness.activations.store.identity import is_complete, store_root
+    from harness.activations.store.paths import is_complete, store_root
 
     new, existing = [], []
     sections = {run.store.id: run for run in runs if run.store.d_model is not None}
@@ -73,7 +70,7 @@ def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk
     at_once = _at_once(jobs)
     return Disk(
         stores=sum(new),
-        harvest=sum(new) + (HARVEST_COPIES - 1) * max(new, default=0.0),
+        harvest=sum(new) + (budget.HARVEST_COPIES - 1) * max(new, default=0.0),
         stores_there=sum(existing),
         results=results,
         checkpoints=sum(sorted(saving, reverse=True)[:at_once]),

@@ -47,7 +47,7 @@ def recipe_key(config: ActivationsConfig) -> str:
 
 def _find_store(config: ActivationsConfig, tolerant: bool) -> Store:
     from harness.activations.lm.location import model_width, needs_hub
-    from harness.activations.store.identity import store_name
+    from harness.activations.store.paths import store_name
 
     try:
         return Store(store_name(config), model_width(config))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from harness.activations.open import open_source
-from harness.activations.store.identity import is_complete, store_name
+from harness.activations.store.paths import is_complete, store_name
 from harness.errors import UserError
 from harness.parallel import Shards
 from harness.parallel.mesh import mesh

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.activations.store.identity import is_complete, store_id
+from harness.activations.store.identity import store_id
+from harness.activations.store.paths import is_complete
 from harness.config import ActivationsConfig, Config
 from harness.errors import INTERRUPTED
 from tests.training.members import small_config

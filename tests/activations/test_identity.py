@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.activations.store.identity import recipe, store_id, store_root
+from harness.activations.store.identity import recipe, store_id
+from harness.activations.store.paths import store_root
 from harness.config import ActivationsConfig, SyntheticConfig
 from harness.errors import UserError
 

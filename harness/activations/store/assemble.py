@@ -17,7 +17,7 @@ from harness.activations.lm.contexts import SPLITS, open_contexts, remove_contex
 from harness.activations.source import DTYPES
 from harness.activations.statistics import Moments
 from harness.activations.store.harvest import OLD_PLAN_FILE, PLAN_FILE, Plan, unit_path
-from harness.activations.store.identity import MANIFEST, MANIFEST_VERSION
+from harness.activations.store.paths import MANIFEST, MANIFEST_VERSION
 from harness.files import write_json_atomic, write_tensors_atomic
 from harness.process.signals import Interrupted, StopFlag
 

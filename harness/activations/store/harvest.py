@@ -34,10 +34,12 @@ from harness.activations.lm.model import HookedModel, load_model, load_tokenizer
 from harness.activations.shuffle import permute
 from harness.activations.source import DTYPES
 from harness.activations.store.identity import recipe, recipe_hash
+from harness.budget import HARVEST_COPIES
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.files import write_json_atomic, write_tensors_atomic
 from harness.parallel import Shards, Solo
+from harness.process.device import pick_device
 from harness.process.signals import STOP, Interrupted, StopFlag
 
 UNIT_TOKENS = 32_768
@@ -81,11 +83,6 @@ class Plan(NamedTuple):
         return max(32, UNIT_TOKENS // self.context)
 
 
-def harvest_device() -> torch.device:
-    """The first GPU if there is one: the language model is the expensive part."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def read_plan(directory: Path) -> Plan | None:
     """The plan of an unfinished harvest; None if none was written."""
     for name in (PLAN_FILE, OLD_PLAN_FILE):
@@ -101,7 +98,7 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
     Raises `UserError` (model, tokenizer, text, full disk), and `Interrupted` when `stop` is set.
     """
     location = locate(cfg)
-    device = harvest_device()
+    device = pick_device("auto")
     plan = read_plan(directory)
     precision = plan.precision if plan else resolve_precision(cfg, device)
     hooked = load_model(cfg, location, precision, device)
@@ -149,7 +146,7 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
 def _check_disk(plan: Plan, directory: Path) -> None:
     """Raise `UserError` unless the disk has room for the units and the shards."""
     rows = sum(plan.rows.values())
-    needed = round(2.05 * rows * plan.d_model * DTYPES[plan.dtype].itemsize) + 16 * rows + 2**20
+    needed = round(HARVEST_COPIES * rows * plan.d_model * DTYPES[plan.dtype].itemsize) + 16 * rows + 2**20
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(

@@ -24,9 +24,6 @@ RECIPE_VERSION = 1
 """Raise it when the same settings would give other rows of a language model (another order, another cut)."""
 SYNTHETIC_VERSION = 2
 """The same for synthetic rows."""
-MANIFEST = "manifest.json"
-"""Written last: a directory that has it is a complete store."""
-MANIFEST_VERSION = 1
 TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model")
 
 
@@ -39,32 +36,9 @@ def store_id(cfg: ActivationsConfig) -> str:
     return recipe_hash(recipe(cfg))
 
 
-def store_name(cfg: ActivationsConfig) -> str:
-    """The recipe hash that was frozen with the run if there is one, else `store_id`.
-
-    A frozen run needs neither model nor text to find its store. Raises `UserError` as `store_id` does.
-    """
-    return cfg.store or store_id(cfg)
-
-
 def recipe_hash(settings: dict[str, Any]) -> str:
     """The id of the store with this `recipe`."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def store_root(cfg: ActivationsConfig, out: Path) -> Path:
-    """The directory that holds the stores: `activations.dir`, or `_activations` in the output directory."""
-    return Path(cfg.dir).expanduser() if cfg.dir else out / "_activations"
-
-
-def store_path(cfg: ActivationsConfig, out: Path) -> Path:
-    """The directory of this store, whether it exists or not."""
-    return store_root(cfg, out) / store_name(cfg)
-
-
-def is_complete(store: Path) -> bool:
-    """Whether the store exists and is whole."""
-    return (store / MANIFEST).is_file()
 
 
 def recipe(cfg: ActivationsConfig) -> dict[str, Any]:

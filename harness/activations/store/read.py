@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness.activations.source import SAMPLE_ROWS
 from harness.activations.statistics import Statistics
-from harness.activations.store.identity import MANIFEST, MANIFEST_VERSION
+from harness.activations.store.paths import MANIFEST, MANIFEST_VERSION
 from harness.activations.stream import Rows, StoreBatches, Stream
 from harness.errors import UserError
 from harness.files import write_json_atomic

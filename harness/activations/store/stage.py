@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.activations.store.identity import is_complete
+from harness.activations.store.paths import is_complete
 from harness.files import fsync_directory
 from harness.process.claim import claim
 from harness.terminal import say

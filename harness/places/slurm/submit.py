@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.activations.store.identity import is_complete, store_path
+from harness.activations.store.paths import is_complete, store_path
 from harness.budget import SAVE_BYTES_PER_S
 from harness.config import ClusterConfig, Config, to_container
 from harness.cost.estimate import Estimates

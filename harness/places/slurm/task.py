@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.activations.store.identity import is_complete, store_path
+from harness.activations.store.paths import is_complete, store_path
 from harness.config import Config, from_container
 from harness.files import last_line, write_json_atomic, write_text_atomic
 from harness.places.slurm import client
