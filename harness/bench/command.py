@@ -147,7 +147,7 @@ def _resolve(arguments: argparse.Namespace) -> None:
     try:
         arguments.device = pick_device(arguments.device).type
     except ValueError as error:
-        raise UserError(f"--{error}") from None
+        raise UserError(str(error).replace("train.device=cuda", "--device cuda")) from None
     on_gpu = arguments.device == "cuda"
     if arguments.precision == "auto":
         arguments.precision = "bf16" if on_gpu else "fp32"

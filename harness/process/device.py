@@ -19,7 +19,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda, but torch sees no GPU here; leave it at auto, or check the driver")
+        raise ValueError("train.device=cuda, but torch sees no GPU here; leave it at auto, or check the driver")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cuda":
