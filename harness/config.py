@@ -414,7 +414,8 @@ class TrackerConfig:
     """The service that shows copies of the record."""
 
     name: str = "wandb"
-    """`wandb` (offline without a key) or `none`. The record in the run directory is complete either way."""
+    """Where the record is copied to: `wandb` (offline without a key), `tensorboard`, `trackio` or `none`. The record in
+    the run directory is always complete."""
     project: str = "sae-scaling"
     """W&B project."""
     entity: str = ""
@@ -423,7 +424,7 @@ class TrackerConfig:
     """W&B tags of every run."""
 
     def __post_init__(self) -> None:
-        _one_of("tracker", self.name, ("wandb", "none"))
+        _one_of("tracker", self.name, ("wandb", "tensorboard", "trackio", "none"))
 
 
 @dataclass

@@ -1,64 +1,61 @@
-"""`python -m harness.replay RUN_DIR…`: send finished records to Weights & Biases, from their own files."""
+"""`python -m harness.replay RUN_DIR…`: copy finished records to a tracker, from their own files."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from harness.config import from_container
 from harness.errors import UserError
-from harness.mirror.wandb_mirror import WandbRun, mode
-from harness.record import metrics
+from harness.mirror import copies
+from harness.record import names
+from harness.record.result import read_result
+from harness.record.rundir import read_config
+from harness.terminal import say
 
 
-def replay(run_dir: Path) -> str:
-    """Send the record of `run_dir` to the W&B run that belongs to it; returns the mode (online, offline).
+def replay(run_dir: Path, tracker: str = "") -> str:
+    """Copy the record of `run_dir` to `tracker` (default: the run's own, or W&B if it has none).
 
-    Lines that W&B has already are dropped by W&B. Raises `UserError` when the directory is not a run, and what wandb
-    raises when sending fails.
+    Lines that the copy holds already are not sent again. Returns how to look at the copy or send it on; may be empty.
+    Raises `UserError` if the directory is not a run or a package is missing, and what the tracker's package raises.
     """
-    config_path = run_dir / "config.yaml"
-    if not config_path.is_file():
-        raise UserError(f"{run_dir} is not a run directory: it has no config.yaml")
+    run_dir = run_dir.resolve()
+    config = read_config(run_dir)
+    own = config.tracker.name
+    config.tracker = dataclasses.replace(config.tracker, name=tracker or ("wandb" if own == "none" else own))
+    copies.check(config.tracker)
     try:
-        config = from_container(yaml.safe_load(config_path.read_text(encoding="utf-8")))
-        lines = metrics.read(run_dir / "metrics.jsonl")
+        lines = copies.Tail(run_dir / names.METRICS).read()
     except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
-    result: dict[str, Any] = {}
-    if (run_dir / "result.json").exists():
-        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
-    chosen = mode()
-    run = WandbRun(run_dir.resolve(), config, chosen)
-    for line in lines:
-        run.log(line)
-    scalars = {name: value for name, value in result.items() if isinstance(value, str | int | float | bool)}
-    run.finish(scalars, 0 if result.get("status") == "done" else 1)
-    return chosen
+        raise UserError(f"{run_dir / names.METRICS} is damaged ({error}); the record cannot be read") from error
+    result = read_result(run_dir) or {}
+    with contextlib.redirect_stdout(None):  # trackio prints
+        copy = copies.open_copy(run_dir, config, live=False)
+        copies.send(copy, lines)
+        copies.finish(copy, result)
+    return copy.note
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.replay", description=__doc__)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--tracker", choices=list(copies.TITLES), default="", help="default: the run's own, or wandb")
     arguments = parser.parse_args(argv)
     for run_dir in arguments.run_dirs:
         try:
-            chosen = replay(run_dir)
+            note = replay(run_dir, arguments.tracker)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
             return 2
-        except Exception as error:  # wandb's own errors: what they are differs between its versions
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"error: W&B did not take {run_dir}: {first}; try again later", file=sys.stderr)
+        except Exception as error:  # which ones, the tracker's package decides
+            text = copies.first_line(error)
+            say(f"error: the tracker did not take {run_dir}: {text}; try again later")
             return 1
-        hint = f" (offline; send it: wandb sync {run_dir}/wandb/offline-run-*)" if chosen == "offline" else ""
-        print(f"{run_dir.name}: sent{hint}")
+        print(f"{run_dir.name}: sent" + (f" ({note})" if note else ""))
     return 0
 
 

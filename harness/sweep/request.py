@@ -9,6 +9,7 @@ from typing import Any
 from harness.errors import UserError
 from harness.grid.cells import Cell, Grid, make_cells, narrow_cells
 from harness.grid.study import Study, study_grids
+from harness.mirror.copies import check as check_tracker
 from harness.process.device import pick_device
 from harness.record.run import Run
 from harness.sweep.runs import UNRESOLVED, find_stores, make_runs, resolve_precision
@@ -35,14 +36,16 @@ def requested_cells(request: Request) -> list[Cell]:
     study, overrides = request.study, request.overrides
     grids = [Grid(tuple(overrides))] if study is None else study_grids(study, overrides)
     cells = make_cells(grids, request.only)
-    _check_devices(cells)
+    _check_machine(cells)
     if len({cell.config.cluster.name for cell in cells}) > 1:
         raise UserError("one launch runs here or is submitted, not both; write cluster=local or cluster=slurm")
     return [Cell(cell.label, resolve_precision(cell.config)) for cell in cells]
 
 
-def _check_devices(cells: Sequence[Cell]) -> None:
-    """Raises `UserError` for cells that need a device or kernels that this machine does not have."""
+def _check_machine(cells: Sequence[Cell]) -> None:
+    """Raises `UserError` for cells that need a device, kernels or a tracker that this machine does not have."""
+    for tracker in {cell.config.tracker.name: cell.config.tracker for cell in cells}.values():
+        check_tracker(tracker)
     local = [cell.config for cell in cells if cell.config.cluster.name == "local"]
     for name, device in {(config.ops, config.train.device) for config in local} - {("auto", "auto"), ("auto", "cpu")}:
         from harness.ops import choose_ops

@@ -23,7 +23,6 @@ def finish(member: Member, runtime: Runtime, started: str) -> None:
     shards, state, run = runtime.shards, member.state, member.run
     _save_weights(member, shards)
     summary = _summary(member, shards)
-    member.tracker.finish(summary, 0 if summary["status"] == "done" else 1)
     if shards.rank != 0:
         return
     k = run.config.sae.k
@@ -72,7 +71,7 @@ def _save_weights(member: Member, shards: Shards) -> None:
 
 
 def _summary(member: Member, shards: Shards) -> dict[str, Any]:
-    """The outcome in numbers, for `result.json` and the summary of mirrors."""
+    """The outcome in numbers, for `result.json`."""
     state, final = member.state, member.final
     tokens, rows = state.tokens, member.source.train_rows
     summary: dict[str, Any] = {

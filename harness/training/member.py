@@ -12,7 +12,6 @@ from harness.activations.source import ActivationSource
 from harness.activations.stream import Stream
 from harness.activations.synthetic import recovered
 from harness.config import Config
-from harness.mirror.tracker import Tracker
 from harness.parallel import Shards
 from harness.process.runtime import Runtime
 from harness.record.metrics import MetricsFile, NullMetrics
@@ -30,7 +29,6 @@ class Member:
     source: ActivationSource
     state: TrainState
     metrics: MetricsFile | NullMetrics
-    tracker: Tracker
     progress: Progress
     together: int = 1
     """Runs of its job, which share a stream."""
@@ -127,7 +125,6 @@ class Member:
 
     def _record(self, line: dict[str, Any]) -> None:
         self.metrics.append(line)
-        self.tracker.log(line)
         self.progress.update(line["tokens"], line)
 
     def counters(self, ops_name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from harness.activations.source import ActivationSource
-from harness.mirror.tracker import NullTracker, open_tracker
+from harness.mirror.follow import follow
 from harness.ops import Ops, choose_ops
 from harness.parallel import Shards, Solo
 from harness.process.device import pick_device
@@ -105,17 +105,11 @@ def _opened(
     together: int,
 ) -> Iterator[Member]:
     """The member at step 0, its record cut back to the checkpoint, so that no step appears twice in it."""
-    state = make_state(run.config, source, runtime)
-    metrics, tracker = NullMetrics(), NullTracker()
+    state, metrics = make_state(run.config, source, runtime), NullMetrics()
     with ExitStack() as stack:
         if runtime.shards.rank == 0:
             written = 0 if checkpoint is None else checkpoint.extra[run.run_id]["metrics"]
             cut_back(run.run_dir / names.METRICS, written)
-            tracker = open_tracker(run.config, run.run_id, run.run_dir, resumed=checkpoint is not None)
+            follow(run.run_dir, run.config)
             metrics = stack.enter_context(MetricsFile(run.run_dir / names.METRICS))
-        member = Member(run, source, state, metrics, tracker, progress, together)
-        try:
-            yield member
-        finally:
-            if not member.ended:
-                tracker.finish({"status": "interrupted"}, 1)
+        yield Member(run, source, state, metrics, progress, together)

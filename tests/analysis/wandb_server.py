@@ -114,6 +114,14 @@ def answer(store: Store, query: str, variables: dict[str, Any], page: int = 2) -
         project = {"id": "1", "name": variables.get("project"), "entity": {"id": "1", "name": ENTITY}}
         node = store.node(variables["name"])
         return {"upsertBucket": {"bucket": {**node, "project": project}, "inserted": True}}
+    if operation == "RunResumeStatus":
+        bucket = None
+        if variables["name"] in store.runs:
+            node = store.node(variables["name"])
+            tails = {"historyTail": json.dumps(node["historyTail"]), "eventsTail": "[]"}
+            bucket = node | tails | {"wandbConfig": '{"t": 1}'}  # "t" says that it was started before
+        project = {"id": "1", "name": variables.get("project"), "entity": {"id": "1", "name": ENTITY}}
+        return {"model": {**project, "bucket": bucket}}
     if operation == "CreateRunFiles":
         return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []}}
     if operation == "HistoryPage":
