@@ -11,22 +11,11 @@ import math
 
 from harness.config import Config, SaeConfig
 
-DENSE_ROWS_PER_K = 7
-"""A group of at most this many latents per active one is cheaper as dense products: where two gathers (decode, dz) and
-two accumulations (weight gradients) cost as much as four products, measured with the CPU kernels."""
-
-DENSE_ROWS_PER_K_GPU = {"bf16": 120, "fp32": 20}
-"""The same for the Triton kernels, by precision; worked out, not measured: three gathers of k rows at 4.3 TB/s against
-four products at 790 (bf16) or 60 (fp32, no tensor cores) TFLOP/s on an H200."""
-
 ADAM_FLOPS = 12
 """Per parameter: two moments (3 + 4), bias-corrected step with a square root and a division (5)."""
 
 EVALUATION_BATCH = 4096
 """Held-out rows that are reconstructed at a time."""
-
-TILE_NUMBERS = 1 << 23
-"""Pre-activations that exist at a time, at most: two threads with a tile each."""
 
 HARVEST_COPIES = 2.05
 """A store takes this many times its size while it is made: units, and the shards made of them."""
@@ -79,30 +68,27 @@ def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int) -> dict[str
     }
 
 
-def dense_rows_per_k(ops: str, precision: str) -> int:
-    """The rule of the kernel set `ops` for dense products at this precision."""
-    return DENSE_ROWS_PER_K_GPU[precision] if ops == "triton" and precision != "fp64" else DENSE_ROWS_PER_K
-
-
-def _per_use(width: float, k: float, d_model: int, dense: int) -> float:
+def _per_use(width: float, k: float, d_model: int, dense_rows_per_k: int) -> float:
     """FLOPs per token of one product over the active latents: dense over a narrow group, else sparse."""
-    return 2.0 * d_model * (width if width <= dense * k else k)
+    return 2.0 * d_model * (width if width <= dense_rows_per_k * k else k)
 
 
 def flops_executed_per_token(
-    sae: SaeConfig, d_model: int, batch_tokens: int, n_dead: float, dense: int = DENSE_ROWS_PER_K
+    sae: SaeConfig, d_model: int, batch_tokens: int, n_dead: float, dense_rows_per_k: int
 ) -> dict[str, float]:
-    """What a step computes when `n_dead` latents are dead, by part; per token, averaged over experts. `dense`: the
-    kernels' rule for dense products.
+    """What a step computes when `n_dead` latents are dead, by part; per token, averaged over experts.
 
-    AuxK encodes the dead latents of the token's group again and is free when nothing is dead.
+    `dense_rows_per_k` belongs to the kernel set (`harness.ops.Ops.dense_rows_per_k`): a group of at most this many
+    latents per active one is computed as dense products. AuxK encodes the dead latents of the token's group again and
+    is free when nothing is dead.
     """
     width = sae.n_latents // sae.n_experts
-    use = _per_use(width, sae.k, d_model, dense)
+    use = _per_use(width, sae.k, d_model, dense_rows_per_k)
     dead = n_dead / sae.n_experts
     aux = 0.0
     if sae.aux_alpha and n_dead:
-        aux = 2.0 * d_model * dead + 4 * _per_use(dead, min(aux_k(sae, d_model), dead), d_model, dense)
+        active = min(aux_k(sae, d_model), dead)
+        aux = 2.0 * d_model * dead + 4 * _per_use(dead, active, d_model, dense_rows_per_k)
     return {
         "encoder": 2.0 * d_model * width,
         "selection": float(width),
@@ -114,23 +100,6 @@ def flops_executed_per_token(
     }
 
 
-def switch2024_flops_per_token(sae: SaeConfig, d_model: int) -> float:
-    """The convention of Mudide et al. 2024, §4: 4·n·d per token, over the experts; backward and router ignored."""
-    return 4.0 * sae.n_latents * d_model / sae.n_experts
-
-
-def six_per_parameter_flops_per_token(sae: SaeConfig, d_model: int) -> float:
-    """The language-model convention, 6 FLOPs per parameter and token, as if everything were dense."""
-    return 6.0 * params(sae, d_model)
-
-
-CONVENTIONS = {
-    "switch2024": switch2024_flops_per_token,
-    "six_per_parameter": six_per_parameter_flops_per_token,
-}
-"""Cruder counts used in papers, by name."""
-
-
 def total_steps(config: Config, d_model: int) -> int:
     """Steps that the budget buys (with `until=convergence`: at most): whole batches, at least one."""
     train = config.train
@@ -139,12 +108,13 @@ def total_steps(config: Config, d_model: int) -> int:
     return max(1, int(tokens // train.batch_tokens))
 
 
-def memory_bytes(config: Config, d_model: int) -> dict[str, int]:
+def memory_bytes(config: Config, d_model: int, tile_numbers: int) -> dict[str, int]:
     """Bytes of one rank by part; on a GPU the device's. Compared with the CPU kernels in docs/lab-log.md.
 
     weights: with gradients, moments, low-precision copies, average. counters: since when each latent is silent, how
     often it fired, and in this batch. step: what a step (AuxK included, though it needs nothing while nothing is dead)
-    or an evaluation holds beside them, whichever is more.
+    or an evaluation holds in addition, whichever is more. `tile_numbers`: pre-activations that the kernels hold at a
+    time, at most.
     """
     train, sae, mesh = config.train, config.sae, config.mesh
     word = 8 if train.precision == "fp64" else 4
@@ -157,7 +127,7 @@ def memory_bytes(config: Config, d_model: int) -> dict[str, int]:
     aux = min(aux_k(sae, d_model), width) * (5 * word + 8) + 2 * d_model * word if sae.aux_alpha else 0
     # the bias-corrected average that is evaluated is a copy of its own
     step = max(tokens * (per_token + aux), EVALUATION_BATCH * per_token + rows * average)
-    tile = min(TILE_NUMBERS, max(tokens, EVALUATION_BATCH) * width) * word
+    tile = min(tile_numbers, max(tokens, EVALUATION_BATCH) * width) * word
     return {
         "weights": rows * (4 * word + copies + average),
         "counters": 3 * 8 * sae.n_latents // mesh.shard,

@@ -14,6 +14,7 @@ from harness.saes import find_dead, initial_params, resolve_sae, step
 from tests.training.members import small_config
 
 D = 32
+DENSE = reference.DENSE_ROWS_PER_K
 
 
 def sae_config(**changes) -> SaeConfig:
@@ -35,7 +36,7 @@ def step_flops(config: SaeConfig, tokens: int, n_dead: int) -> int:
 
 def test_dense_parts_of_topk_equal_the_counted_products() -> None:
     config, tokens = sae_config(), 256  # n ≤ 7·k: every use of the codes is a dense product
-    parts = budget.flops_executed_per_token(config, D, tokens, 0)
+    parts = budget.flops_executed_per_token(config, D, tokens, 0, DENSE)
     counted = step_flops(config, tokens, 0)
     bias_gradient = 2 * config.n_latents * D  # Σ dz @ W_enc, once per step
     assert counted == tokens * (parts["encoder"] + parts["decode"] + parts["gradients"]) + bias_gradient
@@ -43,14 +44,14 @@ def test_dense_parts_of_topk_equal_the_counted_products() -> None:
 
 def test_auxk_costs_what_the_dead_latents_cost_and_nothing_without_them() -> None:
     config, tokens = sae_config(), 256
-    alive, dying = (budget.flops_executed_per_token(config, D, tokens, dead) for dead in (0, 40))
+    alive, dying = (budget.flops_executed_per_token(config, D, tokens, dead, DENSE) for dead in (0, 40))
     assert alive["auxk"] == 0
     assert step_flops(config, tokens, 40) - step_flops(config, tokens, 0) == tokens * dying["auxk"]
 
 
 def test_switch_encodes_one_expert_per_token_and_adds_a_router() -> None:
     config, tokens = sae_config(architecture="switch", n_experts=4, n_latents=224, balance_weight=0.1), 512
-    parts = budget.flops_executed_per_token(config, D, tokens, 0)
+    parts = budget.flops_executed_per_token(config, D, tokens, 0, DENSE)
     once = 2 * config.n_latents * D + 2 * config.n_experts * D
     counted = step_flops(config, tokens, 0) - once
     assert counted == tokens * (parts["encoder"] + parts["decode"] + parts["gradients"] + parts["router"])
@@ -75,14 +76,8 @@ def test_params_counts_every_trained_number(architecture: str, enc_bias: bool) -
     assert budget.params(config, D) == sum(value.numel() for value in params.values())
 
 
-def test_papers_conventions_by_name() -> None:
-    config = sae_config(architecture="switch", n_experts=8, n_latents=1024)
-    assert budget.CONVENTIONS["switch2024"](config, 768) == 4 * 1024 * 768 / 8
-    assert budget.CONVENTIONS["six_per_parameter"](config, 768) == 6 * budget.params(config, 768)
-
-
 def test_memory_of_the_weights_counts_master_gradient_and_moments() -> None:
     config = small_config()
-    assert budget.memory_bytes(config, 16)["weights"] == 16 * budget.params(config.sae, 16)
+    assert budget.memory_bytes(config, 16, 1 << 23)["weights"] == 16 * budget.params(config.sae, 16)
     averaged = small_config(train__ema=0.9)
-    assert budget.memory_bytes(averaged, 16)["weights"] == 20 * budget.params(config.sae, 16)
+    assert budget.memory_bytes(averaged, 16, 1 << 23)["weights"] == 20 * budget.params(config.sae, 16)

@@ -14,8 +14,8 @@ from harness.errors import UserError
 class Process:
     """A contender that runs in its own interpreter. Use as a context manager.
 
-    Contenders end when their input does, so none outlives the driver; a process group of their own keeps the terminal's
-    Ctrl-C from them, which the driver answers for all.
+    A contender ends when its input does, so none outlives the driver. Each has its own process group, so that Ctrl-C
+    reaches only the driver, which ends them all.
     """
 
     def __init__(self, name: str, command: list[str], task: dict[str, Any]) -> None:
@@ -31,15 +31,15 @@ class Process:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise UserError(f"{self.name} ended early; what it said is above") from None
+            raise UserError(f"{self.name} ended early; its output is above") from None
 
     def ask(self, *command: str | Path) -> dict[str, Any]:
-        """Send one command and wait for its answer. Raises `UserError` when the process has died."""
+        """Send one command and wait for its answer. Raises `UserError` if the process has died."""
         self._send(" ".join(str(part) for part in command))
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise UserError(f"{self.name} ended early; what it said is above")
+            raise UserError(f"{self.name} ended early; its output is above")
         return json.loads(line)
 
     def __enter__(self) -> Process:
@@ -47,7 +47,7 @@ class Process:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is not None:
-            self._process.kill()  # it may be in the middle of something long, and has nothing to save
+            self._process.kill()  # it may be in a long step, and it has nothing to save
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it may have ended already
             self._process.stdin.close()

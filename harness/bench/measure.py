@@ -1,4 +1,4 @@
-"""One shape: start the contenders, check that they compute the same step, time them in turn, put numbers together."""
+"""One shape: start the contenders, check that they compute the same step, time them in turn, and compare."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def gradient_difference(ours: Path, theirs: Path) -> float:
     fitted first."""
     worst = 0.0
     expected = load_file(ours)
-    for name, found in load_file(theirs).items():
-        found, should = found.double(), expected[name].double()
-        factor = (found * should).sum() / found.square().sum()
-        worst = max(worst, float((factor * found - should).norm() / should.norm()))
+    for name, gradient in load_file(theirs).items():
+        their, our = gradient.double(), expected[name].double()
+        factor = (their * our).sum() / their.square().sum()
+        worst = max(worst, float((factor * their - our).norm() / our.norm()))
     return worst
 
 
@@ -102,7 +102,7 @@ def measure(shape: Shape, peers: dict[str, list[str]], settings: dict[str, Any],
 
 
 def _ask_all(peers: dict[str, Process], command: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """The peers' answers, in turn. One that dies, of lack of memory for example, is named and leaves `peers`."""
+    """The peers' answers, in turn. A peer that dies (say, out of memory) is reported and removed from `peers`."""
     answers = {}
     for label, process in list(peers.items()):
         try:

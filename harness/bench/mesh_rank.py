@@ -98,13 +98,13 @@ def config_of(task: dict[str, Any]) -> Config:
 
 def network(shards: Shards, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
     """By kind of exchange: seconds for 16 KiB, and bytes per second that a rank sends when it is 4 MiB."""
-    found = {}
+    rates = {}
     kinds: tuple[tuple[Exchange, int], ...] = (("all_reduce", 2), ("all_to_all", 1))
     for kind, passes in kinds:
         seconds = [statistics.median(exchange_seconds(kind, n, device, rounds)) for n in PROBE_NUMBERS]
         sent = [passes * 4 * n * (shards.size - 1) / shards.size for n in PROBE_NUMBERS]
-        found[kind] = {"small_s": seconds[0], "small_bytes": sent[0], "bytes_per_s": sent[1] / seconds[1]}
-    return found
+        rates[kind] = {"small_s": seconds[0], "small_bytes": sent[0], "bytes_per_s": sent[1] / seconds[1]}
+    return rates
 
 
 def measure(task: dict[str, Any], shards: Shards, device: torch.device) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def measure(task: dict[str, Any], shards: Shards, device: torch.device) -> dict[
     for step in range(task["rounds"]):
         shards.barrier()
         begin = timed.clock()
-        state.train_step(batches[step % 2], runtime._replace(shards=timed))  # type: ignore[arg-type]
+        state.train_step(batches[step % 2], runtime._replace(shards=timed))  # pyright: ignore[reportArgumentType]  (it forwards the rest)
         seconds.append(timed.clock() - begin)
     rounds = task["rounds"]
     timed.take_sent()

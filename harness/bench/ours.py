@@ -1,4 +1,4 @@
-"""Our step as a contender. Also measures, in the same process, what its floor is made of.
+"""Our step as a contender. Also measures the parts of its floor in the same process.
 
 Reads one JSON line with the task, then commands, and answers each with one JSON line; see `contender`.
 """
@@ -30,14 +30,13 @@ from harness.training.state import COMPUTE
 LR = 1e-4
 AUX_ALPHA = 1 / 32
 SHORT_MS = 250.0
-"""What is shorter is done twice, and the second time counts; the same for the peers (`peer_worker`)."""
+"""Shorter work is done twice, and the second time counts; so it is for the peers (`peer_worker`)."""
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 COPY_BYTES = 1 << 28
-"""Size of the copy that measures bandwidth: far above any cache."""
-
+"""Bytes read and written by the copy that measures bandwidth: far more than any cache."""
 
 GPU_REPEATS = 5
-"""Times that work is queued on a GPU between two events; the mean counts, as training queues step after step."""
+"""Work is queued this many times between two events on a GPU, and the mean counts: training queues steps too."""
 
 
 class Timed:
@@ -115,13 +114,13 @@ class Contender:
         return begin, self.mark()
 
     def round(self) -> dict[str, float]:
-        """Milliseconds of the bare product, one step, its parts (in a second step), what AuxK adds to a step where
-        latents are dead, and bandwidth in bytes/s."""
+        """Milliseconds of the bare product, of one step, of its parts (in a second step), and of what AuxK adds when
+        latents are dead; bandwidth in bytes/s."""
         product_ms = self._steady("product", self._product)
         step_ms = self._steady("step", lambda: self.take_step(self.ops))
         end = self.mark()
         timed = Timed(self.ops, self.mark)
-        optimizer = self.take_step(timed)  # type: ignore[arg-type]
+        optimizer = self.take_step(timed)  # pyright: ignore[reportArgumentType]  (forwards every operation)
         parts_end = self.mark()
         self._copy[1].copy_(self._copy[0])
         copied = self.mark()
@@ -153,13 +152,13 @@ class Contender:
             return {}
         z, k, ops = self._preactivations.flatten(0, 1), self.sae.k, self.ops
         return {
-            "selection_ms": self._steady("selection", lambda: ops.select_preactivations(z, k)),  # type: ignore[attr-defined]
+            "selection_ms": self._steady("selection", lambda: ops.select_preactivations(z, k)),
             "torch_topk_ms": self._steady("topk", lambda: torch.topk(z, k, dim=1, sorted=False)),
         }
 
     def _steady(self, name: str, work: Callable[[], object]) -> float:
-        """Milliseconds of `work`; done twice, and the second counts, where the last time was short: after the other
-        contenders' turns caches are cold and threads asleep, which in training they are not."""
+        """Milliseconds of `work`. Short work is done twice, and the second time counts: after the other contenders'
+        turns caches are cold and threads asleep, unlike in training."""
         repeats = GPU_REPEATS if self.device.type == "cuda" else 1
         for _ in range(2 if self._last.get(name, SHORT_MS) < SHORT_MS else 1):
             begin = self.mark()
@@ -206,7 +205,7 @@ def main() -> None:
             contender.gradients(contender.ops)
             save_file({name: grad.cpu().contiguous() for name, grad in contender.optimizer.grads.items()}, command[1])
         elif command[0] == "peak":
-            answer = {"peak_mem_bytes": peak_bytes(contender.device, before), "ops": contender.ops.NAME}  # type: ignore[attr-defined]
+            answer = {"peak_mem_bytes": peak_bytes(contender.device, before), "ops": contender.ops.NAME}
         print(json.dumps(answer), flush=True)
 
 

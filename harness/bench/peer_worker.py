@@ -1,7 +1,7 @@
 """One step of somebody else's SAE, as a contender. Runs in the peers' own environment and imports nothing of ours.
 
 Each peer is built through its public classes from our initial weights, and one step is what its own trainer does per
-batch, logging and data aside. `steel` repairs what costs nothing but a flag: fused Adam and an unsorted top-k.
+batch, logging and data aside. `steel` sets what takes only a flag: fused Adam and an unsorted top-k.
 """
 
 # pyright: reportMissingImports=false, reportOptionalMemberAccess=false
@@ -125,8 +125,8 @@ def saelens(data: dict[str, torch.Tensor], k: int, steel: bool) -> tuple[Step, S
 def openai(data: dict[str, torch.Tensor], k: int, steel: bool) -> tuple[Step, Step, Callable[[], dict]]:
     """Gao et al.'s Triton kernels: decoder gradient projected, rows renormalised; without AuxK, average and scaler.
 
-    Their single-process top-k asks a group of ranks that is not there for its size; here it is told that there is no
-    group. Their Adam is fused as it comes. Written from their source, not yet run: it needs a GPU.
+    Their single-process top-k asks for the size of a group of ranks, which does not exist here, so it gets None for the
+    group. Their Adam is fused by default. Written from their source and not run yet: it needs a GPU.
     """
     from sparse_autoencoder import train
 
@@ -177,12 +177,12 @@ def _gpu_ms(whole: Step, autocast: Callable[[], Any]) -> float:
 
 def installed() -> list[str]:
     """The peers whose packages are in this environment."""
-    found = []
+    names = []
     for name, (package, _) in PEERS.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version(package)
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def main() -> None:
@@ -190,7 +190,7 @@ def main() -> None:
         print(*installed())
         return
     task = json.loads(sys.stdin.readline())
-    out, sys.stdout = sys.stdout, sys.stderr  # whatever a peer prints is not an answer
+    out, sys.stdout = sys.stdout, sys.stderr  # what a peer prints is not an answer
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     clock = {"wall": time.perf_counter, "process": time.process_time}[task["clock"]]
@@ -202,14 +202,14 @@ def main() -> None:
         torch.topk = functools.partial(torch.topk, sorted=False)
         plain = torch.Tensor.topk
         torch.Tensor.topk = lambda self, *args, **kw: plain(self, *args, **{"sorted": False, **kw})
-    gradients, whole, found = build(data, task["k"], task["steel"])
+    gradients, whole, weight_grads = build(data, task["k"], task["steel"])
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=task["precision"] == "bf16")
     last_ms = SHORT_MS
     for line in sys.stdin:
         command = line.split()
         answer: dict[str, Any] = {}
         if command[0] == "round":
-            # as ours: a short step is taken twice and the second counts
+            # as ours: a short step is taken twice, and the second one counts
             for _ in range(2 if last_ms < SHORT_MS else 1):
                 if device.type == "cuda":
                     last_ms = _gpu_ms(whole, autocast)
@@ -222,7 +222,7 @@ def main() -> None:
         elif command[0] == "gradients":
             with autocast():
                 gradients()
-            save_file({name: grad.cpu().contiguous() for name, grad in found().items()}, command[1])
+            save_file({name: grad.cpu().contiguous() for name, grad in weight_grads().items()}, command[1])
         elif command[0] == "peak":
             if device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(device)

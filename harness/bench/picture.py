@@ -1,4 +1,4 @@
-"""The step by part beside its floor and the peers, as one picture."""
+"""A picture of the step by part, with its floor and the peers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARTS = {
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Horizontal bars in units of the encoder product alone, one panel per shape; SVG or whatever `path` ends in."""
+    """Horizontal bars in units of the encoder product alone, one panel per shape; `path` says the format."""
     import matplotlib
 
     matplotlib.use("Agg")

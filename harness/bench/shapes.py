@@ -1,4 +1,4 @@
-"""What is measured: the named shapes, and free ones as DxNxKxB or DxNxKxBxE."""
+"""The shapes to measure: named ones, and free ones as DxNxKxB or DxNxKxBxE."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ FAMILIES = ("S3", "S5")
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Shapes from a comma-separated list of names and free shapes. Raises `UserError` for what is neither."""
-    found: list[Shape] = []
+    """Shapes from a comma-separated list of names and free shapes. Raises `UserError` for any other text."""
+    shapes: list[Shape] = []
     for item in text.split(","):
         name = item.strip()
         free = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)(?:x(\d+))?", name)
         if name in SHAPES:
-            found.append(SHAPES[name])
+            shapes.append(SHAPES[name])
         elif name in FAMILIES:
-            found += [shape for shape in _NAMED if shape.name.startswith(f"{name}-")]
+            shapes += [shape for shape in _NAMED if shape.name.startswith(f"{name}-")]
         elif free:
             d, n, k, batch, experts = (int(number) for number in free.groups(default="1"))
             if min(d, n, k, batch, experts) < 1 or n % experts or k > n // experts:
                 raise UserError(f"shape {name}: needs positive numbers, E dividing N, and K at most N/E")
-            found.append(Shape(name, d, n, k, batch, experts))
+            shapes.append(Shape(name, d, n, k, batch, experts))
         else:
             raise UserError(f"unknown shape '{name}': one of {', '.join(SHAPES)}, S3, S5, or DxNxKxB, DxNxKxBxE")
-    return found
+    return shapes

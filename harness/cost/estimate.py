@@ -127,7 +127,7 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
     if trained is not None:
         trained += drawn + evaluated * draw_s
     begin = RUN_START_S + calibration.start_s + sample_rows(config) * draw_s
-    memory = budget.memory_bytes(config, d_model)
+    memory = rank_memory(config, d_model)
     checkpoint = budget.checkpoint_bytes(config, d_model)
     own, shared = memory["weights"] + memory["counters"], memory["step"]
     if not planned_on_gpu(config):
@@ -148,6 +148,13 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
         mapped_bytes=0 if planned_on_gpu(config) else round(_mapped_bytes(config.activations, d_model, tokens)),
         sent_bytes=sum(budget.bytes_sent_per_step(config, d_model).values()),
     )
+
+
+def rank_memory(config: Config, d_model: int) -> dict[str, int]:
+    """`budget.memory_bytes` with the tiles of the CPU kernels, of two threads."""
+    from harness.ops.cpu.arrays import TILE_ELEMENTS
+
+    return budget.memory_bytes(config, d_model, 2 * TILE_ELEMENTS)
 
 
 def _mapped_bytes(activations: ActivationsConfig, d_model: int, tokens: float) -> float:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import budget
+from harness.budget import HARVEST_COPIES
 from harness.config import ActivationsConfig, Config, MeshConfig
-from harness.cost.estimate import NUMBER_BYTES, Estimates
+from harness.cost.estimate import NUMBER_BYTES, Estimates, rank_memory
 from harness.cost.gpus import find_gpu
 from harness.process.device import planned_on_gpu
 from harness.record.job import Job
@@ -70,7 +70,7 @@ def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk
     at_once = _at_once(jobs)
     return Disk(
         stores=sum(new),
-        harvest=sum(new) + (budget.HARVEST_COPIES - 1) * max(new, default=0.0),
+        harvest=sum(new) + (HARVEST_COPIES - 1) * max(new, default=0.0),
         stores_there=sum(existing),
         results=results,
         checkpoints=sum(sorted(saving, reverse=True)[:at_once]),
@@ -157,7 +157,7 @@ def _enough_shards(run: Run, size: float) -> int | None:
     for shard in (2, 4, 8, 16, 32, 64):
         if shard > config.mesh.shard and cut % shard == 0:
             part = dataclasses.replace(config, mesh=MeshConfig(dp=config.mesh.dp, shard=shard))
-            if sum(budget.memory_bytes(part, d_model).values()) <= FITS * size:
+            if sum(rank_memory(part, d_model).values()) <= FITS * size:
                 return shard
     return None
 

@@ -13,10 +13,10 @@ __all__ = ["AdamState", "Codes", "Groups", "Hyper", "Ops", "Reduce", "choose_ops
 
 
 def choose_ops(name: str, device: torch.device | None = None) -> Ops:
-    """The kernel set called `name`; `auto` takes the fastest that is exact on this device (default: the CPU). Raises
-    `ValueError` for one that does not run there.
+    """The kernel set called `name`; `auto` is the fastest exact one for this device (default: the CPU). Raises
+    `ValueError` if the set does not run on this device.
 
-    Kernel sets are imported when asked for: their compilers are slow to load.
+    Kernel sets are imported here and not at the top, since their compilers are slow to load.
     """
     on_cpu = device is None or device.type == "cpu"
     has_triton = importlib.util.find_spec("triton") is not None

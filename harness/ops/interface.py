@@ -4,24 +4,27 @@ TopK is a Switch SAE with one expert, so there is one set of operations, over *g
 `token_offsets[g] : token_offsets[g+1]` and the latents `row_offsets[g] : row_offsets[g+1]`, and every token selects
 among its own group's latents only.
 
-Shapes: tokens and k as usual, d = d_model, rows = the local latents. Products accumulate in float32 or better.
+Shapes: k = active latents of a token, d = d_model, rows = the local latents. Products accumulate in float32 or better.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from harness.ops.untyped import integers
 
 
 class Codes(NamedTuple):
     """The active latents of each token, value descending, equal values by ascending index."""
 
     values: Float[Tensor, "tokens k"]
-    index: Int[Tensor, "tokens k"]
+    index: Int[Tensor, "tokens k"]  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index)
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,13 @@ class Groups:
     @cached_property
     def spans(self) -> list[tuple[slice, slice]]:
         """(tokens, rows) of each group as host slices; on a GPU this waits for the device, once per batch."""
-        tokens = self.token_offsets.tolist()
+        tokens = integers(self.token_offsets)
         rows = self.row_offsets
         return [(slice(tokens[g], tokens[g + 1]), slice(rows[g], rows[g + 1])) for g in range(len(rows) - 1)]
 
 
-class Reduce(Protocol):
-    """Sums a partial reconstruction over the shards, in place, and returns it."""
-
-    def __call__(self, partial: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d"]: ...
+Reduce: TypeAlias = Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]]
+"""Sums a partial reconstruction over the shards, in place, and returns it."""
 
 
 class AdamState(NamedTuple):
@@ -54,7 +55,7 @@ class AdamState(NamedTuple):
 
 @dataclass(frozen=True)
 class Hyper:
-    """What one optimiser update needs beside the parameter."""
+    """Settings of one optimiser update."""
 
     lr: float
     beta1: float
@@ -69,19 +70,25 @@ class Hyper:
     unit_rows: bool = False
     """Afterwards scale each row to unit norm."""
     rates: Float[Tensor, 2] | None = None
-    """`corrected` on the device, for a captured step; None: `lr` and `step` hold."""
+    """`corrected()` on the device, for a step in a CUDA graph; None: `lr` and `step` are used."""
 
     def corrected(self) -> tuple[float, float]:
         """(lr/(1 − β₁ᵗ), 1/(1 − β₂ᵗ)): the step size and the factor on the second moment."""
         return self.lr / (1 - self.beta1**self.step), 1 / (1 - self.beta2**self.step)
 
 
+@runtime_checkable
 class Ops(Protocol):
-    """A kernel set. Implementations are modules: `reference`, `cpu`."""
+    """A kernel set. Implementations are modules: `reference`, `cpu`, `triton`."""
 
     @property
     def NAME(self) -> str:
         """Recorded with every result."""
+        ...
+
+    def dense_rows_per_k(self, precision: str) -> int:
+        """A group of at most this many latents per active one is computed as dense products over its whole width, a
+        wider one with gathers. `precision` is fp64, fp32 or bf16."""
         ...
 
     def select(
@@ -96,8 +103,12 @@ class Ops(Protocol):
         """The k largest of x·W_encᵀ + b_enc of each token's group, before any ReLU; equal values go to the lowest
         index. `index` counts local rows. A group with fewer than k rows pads with −inf at its first row.
 
-        `ordered=False` leaves a kernel free to return only the positive ones of these k, in any fixed order, padded
-        with values ≤ 0 at rows of the group: for callers that apply ReLU and sum (AuxK)."""
+        With `ordered=False` a kernel may return only the positive ones of these k, in any fixed order, padded with
+        values ≤ 0 at rows of the group. This suffices for callers that apply ReLU and sum (AuxK)."""
+        ...
+
+    def select_preactivations(self, preactivations: Float[Tensor, "tokens rows"], k: int) -> Codes:
+        """`select` from given pre-activations of a single group; k ≤ rows."""
         ...
 
     def reconstruct(

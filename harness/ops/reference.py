@@ -1,4 +1,4 @@
-"""The judge: every operation in plain torch, any dtype, any device, exact. See `interface` for the contracts.
+"""The reference: every operation in plain torch, any dtype, any device, exact. See `interface` for the contracts.
 
 Two forms, equal in what they compute: *sparse* (gathers over the active latents) and, where a group has few latents
 per active one, *dense* (products over the group's whole width).
@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from harness.budget import DENSE_ROWS_PER_K
 from harness.ops.interface import AdamState, Codes, Groups, Hyper, Reduce
+from harness.ops.untyped import norm
 
 NAME = "reference"
+
+DENSE_ROWS_PER_K = 7
+"""A group of at most this many latents per active one is computed as dense products, as the CPU kernels do."""
 
 _BLOCK_ELEMENTS = 1 << 21
 """Tiles hold about this many numbers, so that they stay in a CPU's cache and are bounded everywhere."""
@@ -55,7 +58,7 @@ def select(
     b_enc: Float[Tensor, " rows"] | None,
     k: int,
     groups: Groups,
-    ordered: bool = True,  # always is
+    ordered: bool = True,  # always ordered
 ) -> Codes:
     tokens = x.shape[0]
     values = torch.full((tokens, k), -torch.inf, dtype=x.dtype, device=x.device)
@@ -73,6 +76,10 @@ def select(
             values[block, :kept] = codes.values
             index[block, :kept] = codes.index + row_span.start
     return Codes(values.to(_wide(x.dtype)), index)
+
+
+def dense_rows_per_k(precision: str) -> int:
+    return DENSE_ROWS_PER_K
 
 
 def _is_dense(width: int, k: int) -> bool:
@@ -197,7 +204,7 @@ def update(
     denominator = (state.square / (1 - hyper.beta2**hyper.step)).sqrt_().add_(hyper.eps)
     param -= state.mean / denominator * (weight * (hyper.lr / (1 - hyper.beta1**hyper.step)))
     if hyper.unit_rows:
-        norm = param.norm(dim=1, keepdim=True)
-        param /= torch.where(ok, norm, torch.ones_like(norm))
+        norms = norm(param, dim=1, keepdim=True)
+        param /= torch.where(ok, norms, torch.ones_like(norms))
     if low_precision is not None:
         low_precision.copy_(param)

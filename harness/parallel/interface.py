@@ -5,7 +5,7 @@ A mesh is `dp` replicas × `shard` ranks: the ranks of one replica see the same 
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,14 +13,15 @@ from torch import Tensor
 Axis = Literal["shard", "dp", "all"]
 
 Kind = Literal["selection", "reconstruction", "auxk", "gradients", "counters", "scalars", "evaluation"]
-"""What an exchange is for; bytes are counted by it."""
+"""The purpose of an exchange; bytes are counted by it."""
 
 
+@runtime_checkable
 class Shards(Protocol):
     """This rank's place in the mesh, and the exchanges over it."""
 
     rank: int
-    """Among all; rank 0 writes."""
+    """Among all processes; rank 0 writes the record."""
     size: int
     """dp·shard."""
     dp_rank: int
@@ -42,8 +43,8 @@ class Shards(Protocol):
         ...
 
     def global_view(self, local: Tensor, cut: bool) -> Tensor:
-        """The tensor as a checkpoint sees it: `local` itself, or, when it is this rank's rows (`cut`) of a larger
-        one, a DTensor over the same memory."""
+        """The tensor as a checkpoint sees it: `local` itself in one process, else a DTensor over the same memory.
+        `cut`: `local` is this rank's rows of a larger tensor."""
         ...
 
     def gather(self, local: Tensor) -> Tensor:
@@ -55,13 +56,14 @@ class Shards(Protocol):
         ...
 
     def started(self) -> None:
-        """The first step is done: from now on a silent rank is soon taken for lost."""
+        """To be called after the first step: from now on a rank that is silent for minutes counts as lost."""
         ...
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Return when every rank has called it."""
         ...
 
     def agree(self, bits: int) -> int:
-        """Bitwise OR of a small non-negative integer over all ranks, maybe of the call before this one."""
+        """Bitwise OR over all ranks of a number from 0 to 255. A mesh of several ranks returns the answer to the
+        previous call."""
         ...

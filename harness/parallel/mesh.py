@@ -8,7 +8,7 @@ processes at exit.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,17 +18,19 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import ProcessGroup, _set_pg_timeout
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from harness.errors import UserError
+from harness.parallel import collectives
 from harness.parallel.interface import Axis, Kind, Shards
 from harness.parallel.solo import Solo
 
 START_TIMEOUT = timedelta(minutes=30)
 """Until the first step: ranks may start far apart, compile, or wait for a harvest."""
 STEP_TIMEOUT = timedelta(minutes=5)
-"""Afterwards: a rank that is silent for longer is lost, and the others end."""
+"""After the first step: if a rank is silent for longer, the others end."""
+FLAG_BITS = 8
+"""Of the numbers that ranks agree on."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,8 @@ class Mesh:
         self._sent: dict[Kind, float] = {}
         self._groups = {"dp": device_mesh.get_group("dp"), "shard": device_mesh.get_group("shard")}
         self._sizes = {"dp": self.dp, "shard": self.shard, "all": self.dp * self.shard}
-        control = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
-        assert isinstance(control, ProcessGroup)
-        self._control = control
-        self._asked: tuple[Tensor, dist.Work] | None = None
+        self._control = collectives.new_control_group(START_TIMEOUT)
+        self._pending: tuple[Tensor, dist.Work] | None = None
 
     def rows(self, count: int) -> slice:
         assert count % self.shard == 0
@@ -74,7 +74,7 @@ class Mesh:
         padded = values.new_full((each * self.shard, width), -torch.inf)
         padded[:tokens] = values
         received = torch.empty_like(padded)
-        dist.all_to_all_single(received, padded, group=group)
+        collectives.all_to_all(received, padded, group)
         self._count(kind, padded, self.shard, 1)
         # (owned tokens, shard·width): of each token all candidates, lowest shard first
         candidates = received.view(self.shard, each, width).transpose(0, 1).reshape(each, -1)
@@ -83,14 +83,14 @@ class Mesh:
         counts.scatter_add_(1, winners // width, torch.ones_like(winners, dtype=torch.int32))
         answers = counts.T.contiguous()
         kept = torch.empty_like(answers)
-        dist.all_to_all_single(kept, answers, group=group)
+        collectives.all_to_all(kept, answers, group)
         self._count(kind, answers, self.shard, 1)
         return kept.flatten()[:tokens].long()
 
     def sum_(self, tensor: Tensor, over: Axis, kind: Kind) -> Tensor:
         if self._sizes[over] > 1:
             contiguous = tensor.contiguous()
-            dist.all_reduce(contiguous, group=None if over == "all" else self._groups[over])
+            collectives.all_reduce(contiguous, None if over == "all" else self._groups[over])
             if contiguous is not tensor:
                 tensor.copy_(contiguous)
             self._count(kind, tensor, self._sizes[over], 2)
@@ -111,46 +111,44 @@ class Mesh:
 
     def gather(self, local: Tensor) -> Tensor:
         parts = [torch.empty_like(local) for _ in range(self.shard)]
-        dist.all_gather(parts, local.contiguous(), group=self._groups["shard"])
+        collectives.all_gather(parts, local.contiguous(), self._groups["shard"])
         return torch.cat(parts)
 
     def agree(self, bits: int) -> int:
-        """One call late: what all ranks said in the call before; so no rank waits for the slowest one here."""
+        """Returns the answer to the previous call, so that no rank waits for the slowest one."""
         answer = 0
-        if self._asked is not None:
-            flags, work = self._asked
+        if self._pending is not None:
+            flags, work = self._pending
             work.wait()
-            answer = sum(1 << place for place, flag in enumerate(flags.tolist()) if flag)
-        flags = torch.tensor([bits >> place & 1 for place in range(8)])
-        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
-        assert work is not None
-        self._asked = (flags, work)
+            answer = sum(1 << place for place, flag in enumerate(flags) if flag)
+        flags = torch.tensor([bits >> place & 1 for place in range(FLAG_BITS)])
+        self._pending = (flags, collectives.start_maximum(flags, self._control))
         return answer
 
     def started(self) -> None:
         for group in (dist.group.WORLD, self._control, *self._groups.values()):
-            _set_pg_timeout(STEP_TIMEOUT, group)
+            collectives.set_timeout(STEP_TIMEOUT, group)
 
     def barrier(self) -> None:
-        dist.barrier(group=self._control)
+        collectives.barrier(self._control)
 
     def finish(self) -> None:
-        """Take back the last question to the others; every rank does, so nothing stays under way."""
-        if self._asked is not None:
-            self._asked[1].wait()
-            self._asked = None
+        """Wait for the exchange of the last `agree`. Every rank does, so that none is left open."""
+        if self._pending is not None:
+            self._pending[1].wait()
+            self._pending = None
 
     def close(self) -> None:
-        """Let go of the groups, so that destroying them ends their threads: a thread that still holds a tensor while
-        the interpreter ends aborts the process (https://github.com/pytorch/pytorch/issues/190489)."""
-        del self._asked, self._control, self._groups, self.device_mesh
+        """Drop the groups, so that destroying them ends their threads. A thread that holds a tensor while the
+        interpreter exits aborts the process (https://github.com/pytorch/pytorch/issues/190489)."""
+        del self._pending, self._control, self._groups, self.device_mesh
 
 
 @contextmanager
-def mesh(dp: int, shard: int, device: torch.device, ranks: Ranks) -> Iterator[Shards]:
+def mesh(dp: int, shard: int, device: torch.device, ranks: Ranks) -> Generator[Shards, None, None]:
     """The mesh that this process is a rank of; `Solo` for one process. `device` decides between gloo and NCCL.
 
-    Raises `UserError` when the number of ranks is not dp·shard.
+    Raises `UserError` if the number of ranks is not dp·shard.
     """
     if dp * shard != ranks.world:
         raise UserError(

@@ -9,12 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harness.ops import Ops
+from harness.ops.untyped import norm
 from harness.parallel import Shards
 from harness.saes.sae import Params, Sae
 from harness.saes.step import forward
 
 _ROWS_PER_SEED = 1024
-"""Rows are drawn in blocks with a generator each, so that a shard draws only its own and gets the same numbers."""
+"""Each block of rows has its own generator, so that a shard draws only its own rows and gets the same numbers."""
 
 
 def geometric_median(
@@ -27,10 +28,10 @@ def geometric_median(
     x = x.double()
     median = x.mean(dim=0)
     for _ in range(most_iterations):
-        distance = (x - median).norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        distance = norm(x - median, dim=1).clamp_min(torch.finfo(torch.float64).tiny)
         weight = 1 / distance
         moved = (weight @ x) / weight.sum()
-        step = float((moved - median).norm())
+        step = float(norm(moved - median))
         median = moved
         if step <= tolerance * float(distance.mean()):
             break
@@ -51,7 +52,7 @@ def _unit_rows(seed: int, rows: slice, d_model: int) -> Float[Tensor, "rows d"]:
     ]
     start = rows.start - first * _ROWS_PER_SEED
     drawn = torch.cat(blocks)[start : start + rows.stop - rows.start]
-    return drawn / drawn.norm(dim=1, keepdim=True)
+    return drawn / norm(drawn, dim=1, keepdim=True)
 
 
 def initial_params(
@@ -74,7 +75,7 @@ def initial_params(
 def match_norm(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], shards: Shards, ops: Ops) -> None:
     """Scale the encoder so that reconstructions have the norm of the centred inputs (Gao et al. 2024, appendix A.1).
 
-    Without encoder bias the reconstruction is linear in the encoder's scale, so one look at a sample suffices.
+    Without encoder bias the reconstruction is linear in the encoder's scale, so one sample suffices.
     """
     run = forward(sae, params, params, x, shards, ops)
     reconstruction = (run.centred - run.residual).square().sum()

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harness.activations.statistics import layernorm_rows
+from harness.ops.untyped import norm
 
 
 class TokenUnits(NamedTuple):
@@ -46,7 +47,7 @@ class Normalizer:
         if not self.per_token:
             return None
         mean = x.mean(dim=1)
-        return TokenUnits(mean, (x - mean[:, None]).norm(dim=1))
+        return TokenUnits(mean, norm(x - mean[:, None], dim=1))
 
     def undo(self, x: Float[Tensor, "tokens d"], units: TokenUnits | None) -> Float[Tensor, "tokens d"]:
         """Normalised rows to the model's own units; `units` as `units()` gave them for the same tokens."""

@@ -26,23 +26,23 @@ class Routing:
     counts: Int[Tensor, " experts"] | None = None
     """Tokens of this replica's batch that each expert receives."""
 
-    def take_less(self, rows: Float[Tensor, "tokens d"], offset: Float[Tensor, " d"]) -> Float[Tensor, "own d"]:
+    def centred(self, rows: Float[Tensor, "tokens d"], offset: Float[Tensor, " d"]) -> Float[Tensor, "own d"]:
         """The own rows minus `offset`, as a new tensor."""
         return rows - offset if self.order is None else rows[self.order].sub_(offset)
 
 
 def router_probabilities(params: Params, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens experts"]:
     """softmax(W_r(x − b_r)), in the parameters' own precision."""
-    # the product with b_r apart spares a copy of the whole batch
+    # a separate product with b_r saves a copy of the whole batch
     weight = params["W_r"]
     return torch.softmax(x.to(weight.dtype) @ weight.T - weight @ params["b_r"], dim=1)
 
 
 def route(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], shards: Shards) -> Routing:
-    """Send each token to its most probable expert (the lowest one, where equal), without noise or capacity."""
+    """Send each token to its most probable expert (the lowest of equal ones), without noise or capacity."""
     rows = shards.rows(sae.n_latents)
     if not sae.routed:
-        # made on the device: copying it there would wait
+        # made on the device: a copy from the host would wait for it
         whole = torch.arange(2, device=x.device) * x.shape[0]
         return Routing(Groups(whole, (0, rows.stop - rows.start)))
     probabilities = router_probabilities(params, x)

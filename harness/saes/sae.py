@@ -1,4 +1,4 @@
-"""What an SAE is: its resolved numbers, its parameters, and which of them are cut over shards."""
+"""The resolved settings of an SAE, its parameters, and which of them are cut over shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Cut = Literal["latent_rows", "replicated"]
 
 @dataclass(frozen=True)
 class Sae:
-    """A TopK SAE (Gao et al. 2024) is the case of one expert; with more it is a Switch SAE (Mudide et al. 2024)."""
+    """A TopK SAE (Gao et al. 2024) has one expert, a Switch SAE (Mudide et al. 2024) one or more and a router."""
 
     architecture: str
     d_model: int

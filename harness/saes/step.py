@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from harness.ops import Codes, Groups, Ops, Reduce
+from harness.ops.untyped import entr, integers
 from harness.parallel import Axis, Kind, Shards
 from harness.saes.router import Routing, route, router_grads
 from harness.saes.sae import Params, Sae
@@ -36,7 +37,7 @@ class DeadLatents:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a step measured, over the global batch; device tensors in the parameters' precision."""
+    """Measurements of one step over the global batch; device tensors in the parameters' precision."""
 
     loss: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
@@ -55,17 +56,17 @@ class Stats:
 
 
 def find_dead(sae: Sae, dead: Bool[Tensor, " rows"], shards: Shards) -> DeadLatents | None:
-    """The dead among the local latents by group; None if there are none anywhere, or AuxK is off.
+    """The dead local latents by group; None if no shard has any, or if AuxK is off.
 
-    Waits for the device, so it is called every few steps only.
+    Waits for the device, so it is called only every few steps.
     """
     if sae.aux_alpha == 0:
         return None
     per_group = dead.view(-1, sae.latents_per_expert if sae.routed else dead.shape[0]).sum(dim=1)
-    # a TopK selects among the dead latents of all shards, a Switch token among those of its expert
+    # a token of TopK selects among the dead latents of all shards, a token of Switch among those of its expert
     total = shards.sum_(per_group.sum(), "shard", "scalars")
     available = per_group.max() if sae.routed else total
-    *counts, most, everywhere = torch.cat([per_group, available[None], total[None]]).tolist()
+    *counts, most, everywhere = integers(torch.cat([per_group, available[None], total[None]]))
     if not everywhere:
         return None
     offsets = (0, *itertools.accumulate(counts))
@@ -84,7 +85,7 @@ def _active(sae: Sae, codes: Codes, k: int, shards: Shards, kind: Kind) -> Codes
 
 @dataclass(frozen=True)
 class Forward:
-    """What the forward pass leaves for the gradients, for the own tokens."""
+    """Results of the forward pass that the gradients need, for this rank's own tokens."""
 
     routing: Routing
     centred: Float[Tensor, "own d"]
@@ -101,7 +102,7 @@ class Forward:
 
 
 def _reduce(sae: Sae, shards: Shards, kind: Kind) -> Reduce | None:
-    """How partial reconstructions become whole: summed over shards for TopK; Switch's are whole."""
+    """Partial reconstructions of TopK are summed over shards; those of Switch are complete (None)."""
     if sae.routed or shards.shard == 1:
         return None
     return lambda partial: shards.sum_(partial, "shard", kind)
@@ -112,7 +113,7 @@ def forward(
 ) -> Forward:
     """Route, encode, decode: z = ReLU(top_k(W_enc(x − b_dec) + b_enc)), x̂ = scale·W_decᵀz + b_dec."""
     routing = route(sae, params, x, shards)
-    centred = routing.take_less(x, params["b_dec"])
+    centred = routing.centred(x, params["b_dec"])
     low = centred.to(compute["W_enc"].dtype)
     codes = ops.select(low, compute["W_enc"], params.get("b_enc"), sae.k, routing.groups)
     codes = _active(sae, codes, sae.k, shards, "selection")
@@ -156,7 +157,7 @@ def step(
     if dead is not None:
         aux_loss = _aux(sae, params, compute, run, dead, global_tokens, own_tokens, shards, ops, grads)
 
-    # the ranks of a TopK replica hold the same residual: it is counted on one of them
+    # the ranks of a TopK replica hold the same residual, so one of them counts it
     decoder_part = factor * residual.sum(dim=0) if sae.routed or shards.shard_rank == 0 else 0.0
     grads["b_dec"].copy_(decoder_part - grads["b_enc"] @ params["W_enc"])
     sums = torch.stack([run.squared.sum(), residual.new_zeros(())])
@@ -166,7 +167,7 @@ def step(
         assert routing.probabilities is not None and routing.counts is not None
         share = shards.sum_(routing.counts.to(residual.dtype), "dp", "scalars") / global_tokens
         router_grads(sae, params, run.centred, routing, share, scale_grad, global_tokens, grads)
-        sums[1] = torch.special.entr(routing.probabilities).sum()
+        sums[1] = entr(routing.probabilities).sum()
         sums = torch.cat([sums, routing.probabilities.sum(dim=0)])
     for name, cut in sae.layout().items():
         shards.sum_(grads[name], "dp" if cut == "latent_rows" else "all", "gradients")
@@ -210,7 +211,7 @@ def _aux(
     groups = Groups(routing.groups.token_offsets, dead.row_offsets)
     W_enc, W_dec = compute["W_enc"][dead.rows], compute["W_dec"][dead.rows]
     b_enc = params["b_enc"][dead.rows] if sae.enc_bias else None
-    # the order only says which shard keeps what
+    # only the choice among shards needs the order
     codes = ops.select(run.low, W_enc, b_enc, dead.k, groups, ordered=shards.shard > 1)
     codes = _active(sae, codes, dead.k, shards, "auxk")
     error, dz, squared = ops.reconstruct(codes, W_dec, target, routing.scale, groups, _reduce(sae, shards, "auxk"))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Float64, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from harness.config import SaeConfig

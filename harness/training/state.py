@@ -158,7 +158,7 @@ class TrainState:
 
     def _count_flops(self, runtime: Runtime) -> None:
         train, n_dead = self.config.train, 0 if self._dead_latents is None else self._dead_latents.total
-        dense = budget.dense_rows_per_k(runtime.ops.NAME, train.precision)
+        dense = runtime.ops.dense_rows_per_k(train.precision)
         executed = budget.flops_executed_per_token(self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense)
         self.flops_executed += sum(executed.values()) * train.batch_tokens
 

@@ -78,7 +78,7 @@ def test_a_peer_that_dies_is_left_out(capsys: pytest.CaptureFixture[str]) -> Non
     with Process("mortal", [sys.executable, "-c", "input()"], {}) as mortal:
         peers = {"mortal": mortal}
         assert _ask_all(peers, "round") == {} and not peers
-    assert capsys.readouterr().err.startswith("goes on without mortal: mortal ended early")
+    assert capsys.readouterr().err.startswith("continuing without mortal: mortal ended early")
 
 
 def test_gradient_difference_fits_the_loss_factor(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_command_writes_what_the_contract_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (["--shapes", "C9"], "unknown shape 'C9'"),
         (["--dead", "1.5"], "--dead 1.5"),
@@ -121,13 +121,13 @@ def test_command_writes_what_the_contract_names(tmp_path: Path) -> None:
     ],
 )
 def test_command_refuses_a_wrong_request_in_one_line(
-    wrong: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wrong: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(sys, "argv", ["harness.bench", *wrong])
     assert main() == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith(said) and captured.err.count("\n") == 1
+    assert captured.out == "" and captured.err.startswith(message) and captured.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -144,8 +144,8 @@ def test_an_interruption_is_one_line_and_leaves_no_process(number: signal.Signal
         contenders = driver.children()
     assert contenders, "the contender never started"
     process.send_signal(number)
-    printed, said = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert (printed, said) == ("", "interrupted; no file was written\n")
+    assert (printed, errors) == ("", "interrupted; no file was written\n")
     assert not out.exists()
     assert not psutil.wait_procs(contenders, timeout=10)[1]

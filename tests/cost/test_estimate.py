@@ -13,8 +13,9 @@ from harness.activations.source import SAMPLE_ROWS
 from harness.cost import calibrate, speed
 from harness.cost import estimate as module
 from harness.cost.calibrate import Timed, interpolate, probes
-from harness.cost.estimate import estimate
+from harness.cost.estimate import estimate, rank_memory
 from harness.cost.gpus import FLOOR_SHARE, find_gpu, step_seconds
+from harness.ops.reference import DENSE_ROWS_PER_K
 from harness.record.job import job_of
 from harness.record.sweepdir import read_plan
 from harness.sweep.intent import record_intent
@@ -45,10 +46,10 @@ def test_a_step_too_large_for_a_calibration_is_cut_down(tmp_path: Path) -> None:
     size = {"sae__n_latents": 1 << 21, "sae__k": 64, "train__batch_tokens": 131072, "train__tokens": 1e9}
     config = a_config(mesh={"shard": 4}, **size)
     ((small, d_model),) = probes([a_run(tmp_path, config, d_model=768)])
-    flops = budget.flops_executed_per_token(small.sae, d_model, small.train.batch_tokens, 0)
+    flops = budget.flops_executed_per_token(small.sae, d_model, small.train.batch_tokens, 0, DENSE_ROWS_PER_K)
     assert sum(flops.values()) * small.train.batch_tokens <= calibrate.MOST_STEP_FLOPS
     assert small.sae.k == 64 and small.mesh.shard == 1
-    assert budget.memory_bytes(small, d_model)["weights"] < 1e9
+    assert rank_memory(small, d_model)["weights"] < 1e9
 
 
 @pytest.fixture

@@ -57,13 +57,13 @@ def compile_all(d: int, rows: int, k: int, tokens: int, experts: int, dtype: tor
 
 def main() -> None:
     driver.set_active(Absent())  # type: ignore[arg-type]
-    found: dict[str, list[bool]] = {}
+    variants: dict[str, list[bool]] = {}
 
     def launch(kernel: JITFunction, grid: Any) -> Any:
         def compiled(*args: Any, **kwargs: Any) -> None:
             binary = kernel.run(*args, grid=grid, warmup=True, **kwargs)
             assert binary is not None
-            found.setdefault(kernel.fn.__name__, []).append("wgmma" in binary.asm["ptx"])
+            variants.setdefault(kernel.fn.__name__, []).append("wgmma" in binary.asm["ptx"])
 
         return compiled
 
@@ -75,7 +75,7 @@ def main() -> None:
     # numbers equal to 1 become constants of the compiled kernel
     compile_all(1, 500, 1, 1, 1, torch.float32)
     compile_all(33, 40, 1, 300, 4, torch.bfloat16)
-    print(json.dumps({name: {"variants": len(uses), "matrix_units": any(uses)} for name, uses in found.items()}))
+    print(json.dumps({name: {"variants": len(uses), "matrix_units": any(uses)} for name, uses in variants.items()}))
 
 
 if __name__ == "__main__":

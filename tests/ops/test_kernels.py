@@ -12,9 +12,9 @@ from harness.ops import AdamState, Codes, Groups, Hyper, choose_ops, reference
 from tests.ops.sets import FAST, KERNELS, kernel_set
 
 
-def assert_close(found: Tensor, expected: Tensor, size: float = 1.0) -> None:
+def assert_close(actual: Tensor, expected: Tensor, size: float = 1.0) -> None:
     """Equal but for the order of float32 sums of numbers up to `size`."""
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * size)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5 * size)
 
 
 def small_integers(generator: torch.Generator, *shape: int, largest: int = 3) -> Tensor:
@@ -26,9 +26,9 @@ def even_groups(tokens: int, rows: int, count: int) -> Groups:
     return Groups(torch.arange(count + 1) * tokens // count, tuple(rows * g // count for g in range(count + 1)))
 
 
-def assert_same_codes(found: Codes, expected: Codes) -> None:
-    torch.testing.assert_close(found.index, expected.index)
-    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=0)
+def assert_same_codes(actual: Codes, expected: Codes) -> None:
+    torch.testing.assert_close(actual.index, expected.index)
+    torch.testing.assert_close(actual.values, expected.values, rtol=0, atol=0)
 
 
 @st.composite
@@ -57,8 +57,8 @@ def assert_selects_exactly(name: str, dtype: torch.dtype, case: tuple[int, int, 
     bias = small_integers(generator, rows) if biased else None
     layout = even_groups(tokens, rows, groups)
     # integers below 256 are exact in bfloat16 too
-    found = kernel_set(name).select(x.to(dtype), weight.to(dtype), bias, k, layout)
-    assert_same_codes(found, reference.select(x, weight, bias, k, layout))
+    actual = kernel_set(name).select(x.to(dtype), weight.to(dtype), bias, k, layout)
+    assert_same_codes(actual, reference.select(x, weight, bias, k, layout))
 
 
 def positive(codes: Codes, rows: int) -> Tensor:
@@ -78,10 +78,10 @@ def test_selection_without_order_keeps_the_same_positive_latents(
     x, weight = (small_integers(generator, count, d, largest=1) for count in (tokens, rows))
     bias = small_integers(generator, rows) if biased else None
     layout = even_groups(tokens, rows, groups)
-    found = kernel_set(name).select(x.to(dtype), weight.to(dtype), bias, k, layout, ordered=False)
-    assert torch.equal(positive(found, rows), positive(reference.select(x, weight, bias, k, layout), rows))
+    actual = kernel_set(name).select(x.to(dtype), weight.to(dtype), bias, k, layout, ordered=False)
+    assert torch.equal(positive(actual, rows), positive(reference.select(x, weight, bias, k, layout), rows))
     for span, own in layout.spans:
-        inside = (found.index[span] >= own.start) & (found.index[span] < max(own.stop, own.start + 1))
+        inside = (actual.index[span] >= own.start) & (actual.index[span] < max(own.stop, own.start + 1))
         assert inside.all() or own.start == rows
 
 
@@ -128,14 +128,14 @@ def test_cpu_puts_nan_first_so_that_the_loss_shows_it(bad: float) -> None:
     rows = torch.randn(3, 600, generator=torch.Generator().manual_seed(0))
     rows[1, 500] = bad
     rows[2] = bad
-    found = cpu.select_preactivations(rows, 8)
-    assert_same_codes(Codes(found.values[:1], found.index[:1]), reference.select_preactivations(rows[:1], 8))
-    assert found.index[1, 0] == 500
-    assert found.values[1].isnan().tolist() == [True] + 7 * [False]
+    actual = cpu.select_preactivations(rows, 8)
+    assert_same_codes(Codes(actual.values[:1], actual.index[:1]), reference.select_preactivations(rows[:1], 8))
+    assert actual.index[1, 0] == 500
+    assert actual.values[1].isnan().tolist() == [True] + 7 * [False]
     unordered = cpu.select_preactivations(rows, 8, ordered=False)
     assert unordered.values[1].isnan().sum() == 1 and unordered.values[2].isnan().all()
-    assert found.values[2].isnan().all()
-    assert found.index[2].tolist() == list(range(8))
+    assert actual.values[2].isnan().all()
+    assert actual.index[2].tolist() == list(range(8))
 
 
 def random_codes(generator: torch.Generator, tokens: int, k: int, groups: Groups) -> Codes:
@@ -162,39 +162,44 @@ def assert_products_equal(name: str, codes: Codes, d: int, rows: int, groups: Gr
     weight /= weight.norm(dim=1, keepdim=True)
     scale = torch.rand(tokens, generator=generator) if scaled else None
     for reduce in (None, lambda partial: partial.mul_(2)):
-        found = ops.reconstruct(codes, weight, x, scale, groups, reduce)
+        actual = ops.reconstruct(codes, weight, x, scale, groups, reduce)
         expected = reference.reconstruct(codes, weight, x, scale, groups, reduce)
-        for part, should in zip(found, expected, strict=True):
-            assert_close(part, should)
+        for actual_part, expected_part in zip(actual, expected, strict=True):
+            assert_close(actual_part, expected_part)
     residual, dz, _ = expected
-    out, should = ((nan(rows, d), nan(rows, d), nan(rows)) for _ in range(2))
+    out, expected_grads = ((nan(rows, d), nan(rows, d), nan(rows)) for _ in range(2))
     ops.weight_grads(codes, dz, x, residual, groups, out)
-    reference.weight_grads(codes, dz, x, residual, groups, should)
-    largest = max(1.0, *(float(grad.abs().max()) for grad in should if grad.numel()))
-    for grad, grad_should in zip(out, should, strict=True):
-        assert_close(grad, grad_should, largest)
+    reference.weight_grads(codes, dz, x, residual, groups, expected_grads)
+    largest = max(1.0, *(float(grad.abs().max()) for grad in expected_grads if grad.numel()))
+    for grad, expected_grad in zip(out, expected_grads, strict=True):
+        assert_close(grad, expected_grad, largest)
     torch.testing.assert_close(ops.fired(codes, rows), reference.fired(codes, rows))
 
 
 @st.composite
-def layouts(draw) -> tuple[int, int, int, Groups, int]:
+def layouts(draw) -> tuple[list[int], list[int], int, int]:
+    """Tokens of each group, latents of each group, k, seed."""
     count = draw(st.integers(1, 5))
     token_counts = draw(st.lists(st.integers(0, 40), min_size=count, max_size=count))
     row_counts = draw(st.lists(st.integers(0, 120), min_size=count, max_size=count))
     row_counts[0] += 1
     k = draw(st.sampled_from([1, 2, 3, 5, 8, 30]))
-    offsets = [torch.tensor([0, *counts]).cumsum(0) for counts in (token_counts, row_counts)]
-    groups = Groups(offsets[0], tuple(offsets[1].tolist()))
-    return sum(token_counts), sum(row_counts), k, groups, draw(st.integers(0, 2**31))
+    return token_counts, row_counts, k, draw(st.integers(0, 2**31))
+
+
+def assert_random_products_equal(name: str, case: tuple[list[int], list[int], int, int], d: int, scaled: bool) -> None:
+    token_counts, row_counts, k, seed = case
+    token_offsets, row_offsets = (torch.tensor([0, *counts]).cumsum(0) for counts in (token_counts, row_counts))
+    groups = Groups(token_offsets, tuple(row_offsets.tolist()))
+    codes = random_codes(torch.Generator().manual_seed(seed), sum(token_counts), k, groups)
+    assert_products_equal(name, codes, d, sum(row_counts), groups, scaled, seed)
 
 
 @pytest.mark.parametrize("name", FAST)
 @settings(max_examples=50, deadline=None)
 @given(case=layouts(), d=st.integers(1, 40), scaled=st.booleans())
-def test_products_equal_reference(name: str, case: tuple[int, int, int, Groups, int], d: int, scaled: bool) -> None:
-    tokens, rows, k, groups, seed = case
-    codes = random_codes(torch.Generator().manual_seed(seed), tokens, k, groups)
-    assert_products_equal(name, codes, d, rows, groups, scaled, seed)
+def test_products_equal_reference(name: str, case: tuple[list[int], list[int], int, int], d: int, scaled: bool) -> None:
+    assert_random_products_equal(name, case, d, scaled)
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -269,13 +274,13 @@ def test_updates_equal_reference(name: str, shape: tuple[int, ...], low: bool) -
                 tensors = param.clone(), grad.clone(), *state, *([] if copy is None else [copy])
                 kernels.update(tensors[0], tensors[1], AdamState(*tensors[2:4]), hyper, torch.tensor(ok), copy)
                 results.append([tensors[0], *tensors[2:]])
-            for found, expected, before in zip(*results, [param, mean, square, param.bfloat16()], strict=False):
+            for actual, expected, before in zip(*results, [param, mean, square, param.bfloat16()], strict=False):
                 if not ok:
-                    assert torch.equal(found, before)
-                elif found.dtype is torch.bfloat16:
-                    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+                    assert torch.equal(actual, before)
+                elif actual.dtype is torch.bfloat16:
+                    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
                 else:
-                    assert_close(found, expected)
+                    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -80,20 +80,22 @@ def test_bfloat16_copies_give_the_reference_s_step(kernels: str, name: str) -> N
     if sae.enc_bias:
         params["b_enc"] = torch.randint(-2, 3, (sae.n_latents,), generator=generator).float()
     compute = {key: params[key].bfloat16() for key in ("W_enc", "W_dec")}
-    found, expected = (
+    actual, expected = (
         {key: torch.full_like(value, torch.nan) for key, value in params.items()}
         | {"b_enc": torch.full((sae.n_latents,), torch.nan)}
         for _ in range(2)
     )
     dead = find_dead(sae, silent >= 10, Solo())
-    stats = step(sae, params, compute, x, Solo(), kernel_set(kernels), dead, found)
-    should = step(sae, params, compute, x, Solo(), choose_ops("reference"), dead, expected)
-    assert torch.equal(stats.fired, should.fired)
-    torch.testing.assert_close(stats.loss, should.loss)
+    stats = step(sae, params, compute, x, Solo(), kernel_set(kernels), dead, actual)
+    expected_stats = step(sae, params, compute, x, Solo(), choose_ops("reference"), dead, expected)
+    assert torch.equal(stats.fired, expected_stats.fired)
+    torch.testing.assert_close(stats.loss, expected_stats.loss)
     # dense products of the Triton kernels take gradients in bfloat16 too
     tolerance = 1e-4 if kernels == "cpu" else 2e-2
     for key, grad in expected.items():
-        torch.testing.assert_close(found[key], grad, rtol=tolerance, atol=tolerance * max(1.0, float(grad.abs().max())))
+        torch.testing.assert_close(
+            actual[key], grad, rtol=tolerance, atol=tolerance * max(1.0, float(grad.abs().max()))
+        )
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What one rank of the mesh tests does: `python -m tests.parallel.rank OUT`, ranks known by the environment.
+"""One rank of the mesh tests: `python -m tests.parallel.rank OUT`; the environment tells its rank.
 
 One start per world size, many checks inside: starting ranks is what costs time.
 """
@@ -52,10 +52,10 @@ def selection_is_exact(shards: Shards) -> None:
         values = torch.full((tokens, k), -torch.inf)  # as `Ops.select` pads
         values[:, : local.values.shape[1]] = local.values
         kept = shards.keep(values, k, "selection")
-        found = torch.zeros(tokens, n // shards.shard, dtype=torch.bool)
+        selected = torch.zeros(tokens, n // shards.shard, dtype=torch.bool)
         for token in range(tokens):
-            found[token, local.index[token, : int(kept[token])]] = True
-        wrong = not torch.equal(found, chosen(whole, k)[:, rows])
+            selected[token, local.index[token, : int(kept[token])]] = True
+        wrong = not torch.equal(selected, chosen(whole, k)[:, rows])
         assert int(shards.sum_(torch.tensor(int(wrong)), "all", "scalars")) == 0
 
     check()
@@ -112,13 +112,13 @@ def batches_that_no_axis_divides(shards: Shards) -> None:
         config = case_config(name, shards.dp, shards.shard)
         source, ops = source_of(config), choose_ops("reference")
         member = make_state(config, source, runtime(shards, ops))
-        found = []
+        values = []
         for rows in (4096, 499, 107):  # 1500 rows: 1 batch; 4, the last of 3; 15, the last of 2
             evaluation.EVALUATION_BATCH = rows
             result = evaluate(member.sae, member.params, source, member.normalizer, (1500,), runtime(shards, ops))
             assert result is not None
-            found.append(result[0].fvu)
-        assert max(found) - min(found) < 1e-12 * found[0], (name, found)
+            values.append(result[0].fvu)
+        assert max(values) - min(values) < 1e-12 * values[0], (name, values)
 
 
 def an_expert_without_tokens_on_any_rank(shards: Shards) -> None:
@@ -145,9 +145,9 @@ def checkpoint_loads_on_this_mesh(shards: Shards, root: Path) -> None:
     kept = {name: value.clone() for name, value in member.tensors().items()}
     for tensor in member.tensors().values():
         tensor.zero_()
-    found = find_checkpoint(root, "run", shards)
-    assert found is not None and found.step == 5 and found.directory is not None
-    load_tensors(found.directory, member.views(shards), shards)
+    checkpoint = find_checkpoint(root, "run", shards)
+    assert checkpoint is not None and checkpoint.step == 5 and checkpoint.directory is not None
+    load_tensors(checkpoint.directory, member.views(shards), shards)
     for name, value in member.tensors().items():
         assert torch.equal(value, kept[name]), name
 
@@ -175,13 +175,13 @@ def main(out: Path) -> None:
             shards.barrier()
             selection_is_exact(shards)
             for name in CASES:
-                found = trajectory(case_config(name, dp, shard), shards, STEPS)
+                tensors = trajectory(case_config(name, dp, shard), shards, STEPS)
                 if shards.rank == 0:
-                    save_file(found, here / f"{name}.safetensors")
+                    save_file(tensors, here / f"{name}.safetensors")
                 traffic_equals_the_formula(name, shards)
-            found = trajectory(case_config("topk_auxk", dp, shard, "fp32"), shards, 4 * STEPS)
+            tensors = trajectory(case_config("topk_auxk", dp, shard, "fp32"), shards, 4 * STEPS)
             if shards.rank == 0:
-                save_file(found, here / "topk_auxk_fp32.safetensors")
+                save_file(tensors, here / "topk_auxk_fp32.safetensors")
             a_bad_batch_on_one_rank_stops_all(shards)
             weights_that_fail_on_one_rank_stop_all(shards)
             batches_that_no_axis_divides(shards)

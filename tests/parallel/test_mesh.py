@@ -48,8 +48,8 @@ def start_ranks(world: int, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, torch.Tensor]]:
-    found = {name: trajectory(case_config(name), Solo(), STEPS) for name in CASES}
-    return found | {"topk_auxk_fp32": trajectory(case_config("topk_auxk", precision="fp32"), Solo(), 4 * STEPS)}
+    results = {name: trajectory(case_config(name), Solo(), STEPS) for name in CASES}
+    return results | {"topk_auxk_fp32": trajectory(case_config("topk_auxk", precision="fp32"), Solo(), 4 * STEPS)}
 
 
 @pytest.mark.dist
@@ -58,19 +58,19 @@ def test_every_mesh_gives_the_trajectory_of_one_process(world: int, tmp_path: Pa
     start_ranks(world, tmp_path)
     for dp, shard in MESHES[world]:
         for name in CASES:
-            found = load_file(tmp_path / f"dp{dp}-shard{shard}" / f"{name}.safetensors")
-            assert found.keys() == alone[name].keys()
+            results = load_file(tmp_path / f"dp{dp}-shard{shard}" / f"{name}.safetensors")
+            assert results.keys() == alone[name].keys()
             for part, expected in alone[name].items():
                 message = f"{name}, dp={dp}, shard={shard}: {part}"
                 if expected.dtype.is_floating_point:
                     torch.testing.assert_close(
-                        found[part], expected, rtol=1e-9, atol=1e-9, msg=lambda m, t=message: f"{t}\n{m}"
+                        results[part], expected, rtol=1e-9, atol=1e-9, msg=lambda m, t=message: f"{t}\n{m}"
                     )
                 else:
-                    assert torch.equal(found[part], expected), message
-        found = load_file(tmp_path / f"dp{dp}-shard{shard}" / "topk_auxk_fp32.safetensors")
+                    assert torch.equal(results[part], expected), message
+        results = load_file(tmp_path / f"dp{dp}-shard{shard}" / "topk_auxk_fp32.safetensors")
         expected = float(alone["topk_auxk_fp32"]["fvu"][0])
-        assert abs(float(found["fvu"][0]) / expected - 1) < 1e-4
+        assert abs(float(results["fvu"][0]) / expected - 1) < 1e-4
 
 
 def test_auxk_is_really_at_work_in_these_trajectories(alone) -> None:

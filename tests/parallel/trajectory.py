@@ -44,21 +44,21 @@ def trajectory(config: Config, shards: Shards, steps: int) -> dict[str, torch.Te
     source, ops = source_of(config), choose_ops("reference")
     member = make_state(config, source, runtime(shards, ops))
     stream = source.stream(0, config.train.batch_tokens, CPU, shards.dp_rank, shards.dp)
-    lines, found = [], {}
+    lines, tensors = [], {}
     for step in range(steps):
         member.train_step(stream.batch(step), runtime(shards, ops))
         if step == 0:
-            found |= {f"gradient.{name}": whole(member, name, g, shards) for name, g in gradients(member).items()}
+            tensors |= {f"gradient.{name}": whole(member, name, g, shards) for name, g in gradients(member).items()}
         lines.append(member.log_line(shards))
-    found["loss"] = torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
-    found["n_dead"] = torch.tensor([line["n_dead"] for line in lines], dtype=torch.float64)
-    found["grad_norm"] = torch.tensor([line["grad_norm"] for line in lines], dtype=torch.float64)
-    found |= {name: whole(member, name, value, shards) for name, value in member.tensors().items()}
+    tensors["loss"] = torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
+    tensors["n_dead"] = torch.tensor([line["n_dead"] for line in lines], dtype=torch.float64)
+    tensors["grad_norm"] = torch.tensor([line["grad_norm"] for line in lines], dtype=torch.float64)
+    tensors |= {name: whole(member, name, value, shards) for name, value in member.tensors().items()}
     params = member.optimizer.averaged(member.done)
     held = evaluate(member.sae, params, source, member.normalizer, (1500,), runtime(shards, ops))
     assert held is not None
-    found["fvu"] = torch.tensor([held[0].fvu, held[0].fvu_se, held[0].l0], dtype=torch.float64)
-    return {name: value.clone().contiguous() for name, value in found.items()}
+    tensors["fvu"] = torch.tensor([held[0].fvu, held[0].fvu_se, held[0].l0], dtype=torch.float64)
+    return {name: value.clone().contiguous() for name, value in tensors.items()}
 
 
 def gradients(member: TrainState) -> dict[str, torch.Tensor]:

@@ -148,11 +148,11 @@ def compare_matched(base: Config, source: ActivationSource, ops: Ops, seeds: lis
 
 
 def best_lr_factor(name: str, run: Runner, base: Config, factors: list[float], clock: paired.Clock) -> float:
-    found = {}
+    fvu_by_factor = {}
     for factor in factors:
         config = paired.with_lr_factor(paired.with_seed(base, CHOOSING_SEED), factor)
-        found[factor] = clock.line(f"choosing, {name}, c = {factor:g}", run(config))
-    best = min(found, key=lambda factor: found[factor])
+        fvu_by_factor[factor] = clock.line(f"choosing, {name}, c = {factor:g}", run(config))
+    best = min(fvu_by_factor, key=lambda factor: fvu_by_factor[factor])
     if best in (min(factors), max(factors)):
         print(f"note: the best c of {name} lies at the edge of the grid")
     return best

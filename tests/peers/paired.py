@@ -156,8 +156,8 @@ class Clock:
     def line(self, label: str, evaluation: Evaluation) -> float:
         """Returns fvu; infinite if it is not a number, which loses every comparison."""
         seconds, self._at = time.monotonic() - self._at, time.monotonic()
-        found = f"fvu {evaluation.fvu:.5f} ± {evaluation.fvu_se:.5f}  l0 {evaluation.l0:5.2f}"
-        print(f"{label:58s} {found}  {seconds:6.1f} s", flush=True)
+        values = f"fvu {evaluation.fvu:.5f} ± {evaluation.fvu_se:.5f}  l0 {evaluation.l0:5.2f}"
+        print(f"{label:58s} {values}  {seconds:6.1f} s", flush=True)
         return evaluation.fvu if math.isfinite(evaluation.fvu) else math.inf
 
 

@@ -1,4 +1,4 @@
-"""Memory as the kernels want it: contiguous arrays, and buffers that are used again."""
+"""Memory in the form that kernels take: contiguous arrays and reused buffers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ TILE_ELEMENTS = 1 << 22
 """Pre-activations that a thread produces and selects from at a time."""
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-"""glibc's names for the two settings below (malloc.h)."""
+"""Keys of glibc's `mallopt` (malloc.h)."""
+
+_LARGEST_MMAP_THRESHOLD = 1 << 25
+"""The largest value that `mallopt` takes on 64-bit systems."""
+
+_KEPT_BYTES = 1 << 28
+"""Freed memory that the process keeps, at most."""
 
 _local = threading.local()
 
 
 @lru_cache
 def keep_freed_memory() -> None:
-    """Let the process keep what one step frees for the next, up to 256 MB: fresh pages cost a tenth of a small step.
-    Settings of glibc's allocator; others are left as they are."""
+    """Let the process keep the memory that one step frees for the next: fresh pages cost a tenth of a small step. Sets
+    glibc's allocator and leaves other allocators alone."""
     setting = getattr(ctypes.CDLL(None), "mallopt", None)
     if setting is not None:
-        setting(_MMAP_THRESHOLD, 1 << 25)  # the largest it takes
-        setting(_TRIM_THRESHOLD, 1 << 28)
+        setting(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        setting(_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
@@ -41,7 +47,7 @@ def scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory as the kernels want it: contiguous; bfloat16 as its bit patterns."""
+    """The tensor's memory as a contiguous array; bfloat16 as its bit patterns."""
     tensor = tensor.detach().contiguous()
     return tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
 

@@ -9,20 +9,37 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numba
+import numpy as np
+from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def compiled(function: Callable[..., Any]) -> Any:
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float32]
+Shorts = NDArray[np.int16]
+Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
+Keys = NDArray[np.uint64]
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Compile on first call; from Numba's cache on disk where there is a writable place for one.
 
     `reassoc` lets sums be split over vector lanes, in an order fixed at compile time; nothing else is relaxed, so
     NaN, infinities and ties keep their meaning.
     """
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"}, "boundscheck": False}
+    options: dict[str, Any] = {
+        "nogil": True,
+        "error_model": "numpy",
+        "fastmath": {"reassoc", "contract"},
+        "boundscheck": False,
+    }
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError as error:  # no writable cache directory

@@ -10,12 +10,13 @@ from torch import Tensor
 from harness.ops import reference
 from harness.ops.cpu import product_kernels as kernels
 from harness.ops.cpu.arrays import TILE_ELEMENTS, array, floats, scratch
+from harness.ops.cpu.compile import Floats, Ints, Longs
 from harness.ops.cpu.products import TOKENS_AT_LEAST, is_dense, sparse_ranges
 from harness.ops.cpu.team import ITEMS_PER_THREAD, cuts, run
 from harness.ops.interface import Codes, Groups
 
 PIECE_ENTRIES = 4096
-"""A latent that was active on more tokens is summed in pieces of this many, so that threads can share it."""
+"""A latent with more entries is summed in pieces of this many, so that threads can share it."""
 
 
 def weight_grads(
@@ -41,9 +42,9 @@ def weight_grads(
 
 
 def _dense_weight_grads(
-    values: np.ndarray,
-    gradients: np.ndarray,
-    index: np.ndarray,
+    values: Floats,
+    gradients: Floats,
+    index: Longs,
     x: Tensor,
     residual: Tensor,
     tokens: slice,
@@ -63,7 +64,13 @@ def _dense_weight_grads(
         matrix, pieces = dense.numpy(), [(block.start + a, block.start + b) for a, b in cuts(count, TOKENS_AT_LEAST)]
         for source, factor, grad in ((values, residual, W_dec_grad), (gradients, x, W_enc_grad)):
 
-            def fill(item: int, source: np.ndarray = source, matrix=matrix, pieces=pieces, first=begin) -> None:
+            def fill(
+                item: int,
+                source: Floats = source,
+                matrix: Floats = matrix,
+                pieces: list[tuple[int, int]] = pieces,
+                first: int = begin,
+            ) -> None:
                 kernels.densify(*pieces[item], first, source, index, rows.start, matrix)
 
             run(len(pieces), fill)
@@ -72,9 +79,9 @@ def _dense_weight_grads(
 
 
 def _sparse_weight_grads(
-    values: np.ndarray,
-    gradients: np.ndarray,
-    index: np.ndarray,
+    values: Floats,
+    gradients: Floats,
+    index: Longs,
     x: Tensor,
     residual: Tensor,
     ranges: list[tuple[int, int]],
@@ -92,7 +99,7 @@ def _sparse_weight_grads(
             kernels.count_by_latent(begin, end, values, gradients, index, counts[item])
 
     run(len(shares), count)
-    # entries are placed by latent, then by share, then by token: as one thread would
+    # entries are ordered by latent, then by share, then by token, which is the order of a single thread
     ends = counts.T.cumsum().reshape(latents, -1)
     place = np.ascontiguousarray((ends - counts.T).T)
     total = int(ends[-1, -1])
@@ -104,7 +111,7 @@ def _sparse_weight_grads(
             kernels.sort_by_latent(begin, end, values, gradients, index, place[item], token, weight_enc, weight_dec)
 
     run(len(shares), sort)
-    rows = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+    rows = np.concatenate([np.arange(span.start, span.stop, dtype=np.int64) for span in spans])
     last = ends[rows, -1]
     first = last - counts.sum(axis=0)[rows]
     _accumulate(rows, first, np.minimum(last, first + PIECE_ENTRIES), token, weight_enc, weight_dec, x, residual, out)
@@ -126,22 +133,23 @@ def _sparse_weight_grads(
 
 
 def _accumulate(
-    rows: np.ndarray,
-    first: np.ndarray,
-    last: np.ndarray,
-    token: np.ndarray,
-    weight_enc: np.ndarray,
-    weight_dec: np.ndarray,
+    rows: Longs,
+    first: Longs,
+    last: Longs,
+    token: Ints,
+    weight_enc: Floats,
+    weight_dec: Floats,
     x: Tensor,
     residual: Tensor,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Write the sums of the entries first[i] … last[i] to row rows[i], shared among threads by their number."""
+    """Write the sums of the entries first[i] … last[i] to row rows[i]; threads share the rows by number of entries."""
     pieces = np.stack([rows, first, last], axis=1)
     # writing a row costs about as much as one entry
     cost = (last - first + 1).cumsum()
     shares = min(len(rows), ITEMS_PER_THREAD * torch.get_num_threads())
-    bounds = [0, *np.searchsorted(cost, cost[-1] * np.arange(1, shares) // shares).tolist(), len(rows)]
+    targets: Longs = cost[-1] * np.arange(1, shares, dtype=np.int64) // shares
+    bounds = [0, *map(int, np.searchsorted(cost, targets)), len(rows)]
     inputs, residuals = x.numpy(), residual.numpy()
     W_enc_grad, W_dec_grad, b_enc_grad = (grad.numpy() for grad in out)
 

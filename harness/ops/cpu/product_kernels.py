@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numba.extending import register_jitable
 
-from harness.ops.cpu.compile import compiled
+from harness.ops.cpu.compile import Floats, Ints, Longs, compiled
 
 
 @register_jitable
-def _add_rows(total, table, rows, weights, count):
+def _add_rows(total: Floats, table: Floats, rows: Longs | Ints, weights: Floats, count: int) -> None:
     """total += Σ weights[j]·table[rows[j]] over j < count, in order."""
     d = total.shape[0]
     j = 0
@@ -27,7 +27,7 @@ def _add_rows(total, table, rows, weights, count):
 
 
 @register_jitable
-def _dots(vector, table, rows, count, products):
+def _dots(vector: Floats, table: Floats, rows: Longs, count: int, products: Floats) -> None:
     """products[j] = ⟨vector, table[rows[j]]⟩ for j < count."""
     d = vector.shape[0]
     zero = np.float32(0.0)
@@ -52,7 +52,7 @@ def _dots(vector, table, rows, count, products):
 
 
 @compiled
-def decode(begin, end, values, index, W_dec, scale, out):
+def decode(begin: int, end: int, values: Floats, index: Longs, W_dec: Floats, scale: Floats, out: Floats) -> None:
     """out[t] = scale[t]·Σ_j values[t, j]·W_dec[index[t, j]]; `scale` of length 0 is 1."""
     k = values.shape[1]
     rows, weights = np.empty(k, np.int64), np.empty(k, np.float32)
@@ -63,7 +63,7 @@ def decode(begin, end, values, index, W_dec, scale, out):
 
 
 @register_jitable
-def _nonzero(values, index, factor, rows, weights):
+def _nonzero(values: Floats, index: Longs, factor: np.float32, rows: Longs, weights: Floats) -> int:
     """Gather the entries with value ≠ 0; returns how many. Codes are 0 behind the ReLU and where padded."""
     count = 0
     for j in range(values.shape[0]):
@@ -75,7 +75,9 @@ def _nonzero(values, index, factor, rows, weights):
 
 
 @compiled
-def latent_grads(begin, end, values, index, W_dec, residual, dz, squared):
+def latent_grads(
+    begin: int, end: int, values: Floats, index: Longs, W_dec: Floats, residual: Floats, dz: Floats, squared: Floats
+) -> None:
     """dz[t, j] = ⟨residual[t], W_dec[index[t, j]]⟩ where values[t, j] > 0, else 0; squared[t] = ‖residual[t]‖²."""
     k = values.shape[1]
     rows, products = np.empty(k, np.int64), np.empty(k, np.float32)
@@ -84,7 +86,9 @@ def latent_grads(begin, end, values, index, W_dec, residual, dz, squared):
 
 
 @register_jitable
-def _latent_grads(values, index, W_dec, residual, dz, rows, products):
+def _latent_grads(
+    values: Floats, index: Longs, W_dec: Floats, residual: Floats, dz: Floats, rows: Longs, products: Floats
+) -> np.float32:
     count = 0
     for j in range(values.shape[0]):
         if values[j] > 0:
@@ -101,7 +105,18 @@ def _latent_grads(values, index, W_dec, residual, dz, rows, products):
 
 
 @compiled
-def reconstruct(begin, end, values, index, W_dec, x, scale, residual, dz, squared):
+def reconstruct(
+    begin: int,
+    end: int,
+    values: Floats,
+    index: Longs,
+    W_dec: Floats,
+    x: Floats,
+    scale: Floats,
+    residual: Floats,
+    dz: Floats,
+    squared: Floats,
+) -> None:
     """`decode`, residual = x − x̂ and `latent_grads` of each token while its decoder rows are in cache."""
     k = values.shape[1]
     rows, weights, products = np.empty(k, np.int64), np.empty(k, np.float32), np.empty(k, np.float32)
@@ -114,7 +129,7 @@ def reconstruct(begin, end, values, index, W_dec, x, scale, residual, dz, square
 
 
 @compiled
-def densify(begin, end, first_token, values, index, first_row, out):
+def densify(begin: int, end: int, first_token: int, values: Floats, index: Longs, first_row: int, out: Floats) -> None:
     """out[t − first_token, index[t, j] − first_row] += values[t, j], on zeros."""
     for t in range(begin, end):
         row = out[t - first_token]
@@ -125,7 +140,17 @@ def densify(begin, end, first_token, values, index, first_row, out):
 
 
 @compiled
-def gather_products(begin, end, values, index, first_row, products, residual, dz, squared):
+def gather_products(
+    begin: int,
+    end: int,
+    values: Floats,
+    index: Longs,
+    first_row: int,
+    products: Floats,
+    residual: Floats,
+    dz: Floats,
+    squared: Floats,
+) -> None:
     """`latent_grads` from products[t − begin] = residual[t] with every row of the group, from `first_row` on."""
     for t in range(begin, end):
         for j in range(values.shape[1]):
@@ -134,7 +159,7 @@ def gather_products(begin, end, values, index, first_row, products, residual, dz
 
 
 @register_jitable
-def _square(vector):
+def _square(vector: Floats) -> np.float32:
     total = np.float32(0.0)
     for i in range(vector.shape[0]):
         total += vector[i] * vector[i]
@@ -145,7 +170,7 @@ def _square(vector):
 
 
 @compiled
-def count_by_latent(begin, end, values, dz, index, counts):
+def count_by_latent(begin: int, end: int, values: Floats, dz: Floats, index: Longs, counts: Longs) -> None:
     """counts[latent] += its entries among these tokens; entries with value and dz 0 are left out."""
     for t in range(begin, end):
         for j in range(values.shape[1]):
@@ -154,7 +179,17 @@ def count_by_latent(begin, end, values, dz, index, counts):
 
 
 @compiled
-def sort_by_latent(begin, end, values, dz, index, place, token, weight_enc, weight_dec):
+def sort_by_latent(
+    begin: int,
+    end: int,
+    values: Floats,
+    dz: Floats,
+    index: Longs,
+    place: Longs,
+    token: Ints,
+    weight_enc: Floats,
+    weight_dec: Floats,
+) -> None:
     """The second half of a counting sort: move each entry to place[latent], which then advances."""
     for t in range(begin, end):
         for j in range(values.shape[1]):
@@ -168,7 +203,19 @@ def sort_by_latent(begin, end, values, dz, index, place, token, weight_enc, weig
 
 
 @compiled
-def accumulate(begin, end, pieces, token, weight_enc, weight_dec, x, residual, W_enc, W_dec, b_enc):
+def accumulate(
+    begin: int,
+    end: int,
+    pieces: Longs,
+    token: Ints,
+    weight_enc: Floats,
+    weight_dec: Floats,
+    x: Floats,
+    residual: Floats,
+    W_enc: Floats,
+    W_dec: Floats,
+    b_enc: Floats,
+) -> None:
     """For each piece (row to write, first entry, end): the row's sums of weight_enc·x, weight_dec·residual and
     weight_enc over these entries."""
     for piece in range(begin, end):
@@ -184,7 +231,7 @@ def accumulate(begin, end, pieces, token, weight_enc, weight_dec, x, residual, W
 
 
 @compiled
-def count_active(values, index, counts):
+def count_active(values: Floats, index: Longs, counts: Longs) -> None:
     """counts[latent] += number of tokens with value > 0."""
     for t in range(values.shape[0]):
         for j in range(values.shape[1]):

@@ -7,17 +7,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harness.budget import DENSE_ROWS_PER_K
 from harness.ops import reference
 from harness.ops.cpu import product_kernels as kernels
 from harness.ops.cpu.arrays import TILE_ELEMENTS, array, blocks, floats, scratch
+from harness.ops.cpu.compile import Floats, Longs
 from harness.ops.cpu.team import cuts, run
 from harness.ops.interface import Codes, Groups, Reduce
 
+DENSE_ROWS_PER_K = 7
+"""A group of at most this many latents per active one is cheaper as dense products: at this width two gathers (decode,
+dz) and two accumulations (weight gradients) cost as much as four products. Measured (docs/lab-log.md)."""
+
 TOKENS_AT_LEAST = 32
-"""Smallest range of tokens worth handing to a thread."""
+"""Fewer tokens are not worth a work item of their own."""
 
 _NO_SCALE = np.empty(0, np.float32)
+
+
+def dense_rows_per_k(precision: str) -> int:
+    return DENSE_ROWS_PER_K
 
 
 def is_dense(rows: slice, k: int) -> bool:
@@ -35,13 +43,13 @@ def _dense_blocks(groups: Groups, k: int) -> list[tuple[slice, slice]]:
 
 
 def sparse_ranges(groups: Groups, k: int) -> list[tuple[int, int]]:
-    """Ranges of the tokens whose products are sparse, which includes tokens without latents."""
-    found = []
+    """Ranges of the tokens whose products are sparse; tokens of groups without latents are among them."""
+    ranges: list[tuple[int, int]] = []
     for tokens, rows in groups.spans:
         if not is_dense(rows, k):
             pieces = cuts(tokens.stop - tokens.start, TOKENS_AT_LEAST)
-            found += [(tokens.start + begin, tokens.start + end) for begin, end in pieces]
-    return found
+            ranges += [(tokens.start + begin, tokens.start + end) for begin, end in pieces]
+    return ranges
 
 
 def reconstruct(
@@ -115,7 +123,7 @@ def reconstruct(
     return residual, dz, squared
 
 
-def _densified(values: np.ndarray, index: np.ndarray, tokens: slice, rows: slice) -> Float[Tensor, "tokens rows"]:
+def _densified(values: Floats, index: Longs, tokens: slice, rows: slice) -> Float[Tensor, "tokens rows"]:
     """The codes of these tokens as a matrix over the group's rows, in this thread's scratch memory."""
     count, width = tokens.stop - tokens.start, rows.stop - rows.start
     dense = scratch("dense", count * width, torch.float32).view(count, width)

@@ -17,8 +17,8 @@ from harness.ops.interface import Codes, Groups
 
 
 def _lanes(width: int, k: int) -> int:
-    """How many interleaved maxima selection keeps per row. More make finding the threshold dearer, fewer make more
-    values reach it that are read again; the balance is near √(width·k)."""
+    """Number of interleaved maxima that selection keeps per row. With more, finding the threshold costs more; with
+    fewer, more values reach the threshold and are read again. The balance is near √(width·k)."""
     lanes = 16 * math.ceil(max(4 * k, math.sqrt(width * k)) / 16)
     return lanes if 2 * lanes <= width else width
 

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
 
-from harness.ops.cpu.compile import compiled
+from harness.ops.cpu.compile import Floats, Ints, Keys, Longs, Shorts, compiled
 
 SHORT = 128
-"""Keys that are sorted by counting."""
+"""Up to this many keys are sorted by counting."""
+
+BISECTIONS = 24
+"""Steps of the search for a threshold, at most; the significand of float32 has 24 bits."""
 
 
-def _widen(value):
+def _widen(value: Any) -> Any:
     """A float32 from a stored number: itself, or the bfloat16 with these 16 bits."""
     raise NotImplementedError("only compiled code calls it, where Numba puts `_widen_compiled` in its place")
 
 
 @overload(_widen, inline="always")
-def _widen_compiled(value):
-    if isinstance(value, types.Integer):
-        return lambda value: np.int32(np.int32(value) << np.int32(16)).view(np.float32)
-    return lambda value: value
+def _widen_compiled(value: Any) -> Callable[[Any], Any]:
+    def from_bits(value: Any) -> Any:
+        return np.int32(np.int32(value) << np.int32(16)).view(np.float32)
+
+    def same(value: Any) -> Any:
+        return value
+
+    return from_bits if isinstance(value, types.Integer) else same
 
 
 # A key orders candidates by value, then by lower index: value bits, monotone as unsigned integers, above ~index.
 
 
 @register_jitable
-def _key(value, index):
+def _key(value: Any, index: int) -> np.uint64:
     if value != value:
         high = np.uint64(0xFFFFFFFF)  # NaN comes first, as in torch.topk, so that it reaches the loss
     else:
@@ -38,7 +48,7 @@ def _key(value, index):
 
 
 @register_jitable
-def _partition_largest(keys, count, k):
+def _partition_largest(keys: Keys, count: int, k: int) -> None:
     """Reorder keys[:count], all different, so that the k largest come first (quickselect)."""
     low, high = 0, count - 1
     while low < high:
@@ -63,9 +73,9 @@ def _partition_largest(keys, count, k):
 
 
 @register_jitable
-def _sort_descending(keys, count, scratch):
-    """Sort keys[:count], all different. A few: a key's place is the number of larger keys, counted in vector lanes.
-    Many: radix sort by bytes, in which bytes that are all equal cost one pass less."""
+def _sort_descending(keys: Keys, count: int, scratch: Keys) -> None:
+    """Sort keys[:count], all different. With few keys, a key's place is the number of larger keys, counted in vector
+    lanes. With many, radix sort by bytes; a byte that is equal in all keys costs no pass."""
     if count <= SHORT:
         for i in range(count):
             key, place = keys[i], 0
@@ -93,7 +103,7 @@ def _sort_descending(keys, count, scratch):
 
 
 @register_jitable
-def _lane_maxima(row, bias, lanes, maxima):
+def _lane_maxima(row: Floats | Shorts, bias: Floats, lanes: int, maxima: Floats) -> np.float32:
     """maxima[i] = max over s of row[i + s·lanes] + bias[i + s·lanes]. Returns 0, or NaN when a value is not finite."""
     width = row.shape[0]
     wrong = np.float32(0.0)
@@ -120,14 +130,14 @@ def _lane_maxima(row, bias, lanes, maxima):
 
 
 @register_jitable
-def _threshold(maxima, lanes, k):
+def _threshold(maxima: Floats, lanes: int, k: int) -> np.float32:
     """A number that at least k of maxima[:lanes] reach, and not many more: bisection on the value."""
     low, high = maxima[0], maxima[0]
     for i in range(lanes):
         low = maxima[i] if maxima[i] < low else low
         high = maxima[i] if maxima[i] > high else high
     slack = np.float32(k + max(2, k >> 2))
-    for _ in range(24):
+    for _ in range(BISECTIONS):
         middle = np.float32(0.5) * low + np.float32(0.5) * high
         if not (middle > low and middle < high):
             break
@@ -144,7 +154,7 @@ def _threshold(maxima, lanes, k):
 
 
 @compiled
-def topk(tile, bias, k, lanes, first_row, values, index):
+def topk(tile: Floats | Shorts, bias: Floats, k: int, lanes: int, first_row: int, values: Floats, index: Longs) -> None:
     """Exact top-k of each row of tile + bias: (rows, width) → values, index (rows, k) by value descending, then index
     ascending; `first_row` is added to the indices. k ≤ lanes ≤ width < 2³², or lanes = width.
 
@@ -153,7 +163,7 @@ def topk(tile, bias, k, lanes, first_row, values, index):
     """
     rows, width = tile.shape
     maxima, reached = np.empty(lanes, np.float32), np.empty(lanes + 1, np.int32)
-    # one place more than needed: candidates are written first and counted afterwards, which spares a branch
+    # one place more than needed: a candidate is written first and counted afterwards, which saves a branch
     keys, scratch, candidates = np.empty(width, np.uint64), np.empty(width, np.uint64), np.empty(width + 1, np.int32)
     for t in range(rows):
         row = tile[t]
@@ -186,7 +196,7 @@ def topk(tile, bias, k, lanes, first_row, values, index):
 
 
 @register_jitable
-def _ordered_bits(row, bias, bits):
+def _ordered_bits(row: Floats | Shorts, bias: Floats, bits: Ints) -> None:
     """bits[i]: the bits of row[i] + bias[i], which order as the numbers do; 0 unless positive; most for NaN."""
     for i in range(row.shape[0]):
         value = np.float32(_widen(row[i]) + bias[i])
@@ -196,7 +206,7 @@ def _ordered_bits(row, bias, bits):
 
 
 @register_jitable
-def _reaching(bits, threshold):
+def _reaching(bits: Ints, threshold: np.int32) -> np.int64:
     """How many of `bits` reach the threshold; fewer than 2²⁴."""
     count = np.float32(0.0)
     for i in range(bits.shape[0]):
@@ -205,14 +215,14 @@ def _reaching(bits, threshold):
 
 
 @compiled
-def positive_topk(tile, bias, k, first_row, values, index):
+def positive_topk(tile: Floats | Shorts, bias: Floats, k: int, first_row: int, values: Floats, index: Longs) -> None:
     """The positive ones among the k largest of each row of tile + bias (rows, width), by ascending index, equal values
     at the k-th place to the lowest; the rest of values, index (rows, k) is 0 at `first_row`. NaN counts as largest.
 
     Bisection on the numbers' bits ends at the k-th largest exactly.
     """
     rows, width = tile.shape
-    # one place more than needed: written first and counted afterwards, which spares a branch
+    # one place more than needed: an index is written first and counted afterwards, which saves a branch
     bits, chosen = np.empty(width, np.int32), np.empty(width + 1, np.int32)
     for t in range(rows):
         row = tile[t]

@@ -1,8 +1,8 @@
 """Runs compiled kernels on the threads that torch computes with.
 
-A second pool of threads beside torch's would fight with it for the cores: OpenMP workers spin for milliseconds after
-each torch operation. So the work is handed to torch's own OpenMP team, through `GOMP_parallel`, which GNU, LLVM and
-Intel runtimes export. Where torch has no such runtime (macOS), ordinary threads do the same work. Numba's own
+A second pool of threads would compete with torch's for the cores, since OpenMP workers spin for milliseconds after each
+torch operation. So torch's own OpenMP team does the work, through `GOMP_parallel`, which the GNU, LLVM and Intel
+runtimes export. Where torch has no such runtime (macOS), ordinary threads do the same work. Numba's own
 threading layers are not used: `omp` loads a second OpenMP runtime, `workqueue` must not be entered from two threads.
 """
 
@@ -21,12 +21,12 @@ import torch
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 ITEMS_PER_THREAD = 8
-"""Pieces a kernel's work is cut into per thread, so that the threads end at about the same time."""
+"""Pieces of a kernel's work per thread: enough for the threads to finish at about the same time."""
 
 
 @lru_cache
 def _openmp() -> Any | None:
-    """The entry point of the OpenMP runtime that torch is linked with."""
+    """The entry point of torch's OpenMP runtime, or None if it has none."""
     for library in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / library
         if path.exists():
@@ -57,7 +57,7 @@ def run(items: int, work: Callable[[int], object]) -> None:
         try:
             while not errors and (item := next(claimed)) < items:
                 work(item)
-        except BaseException as error:  # must not vanish in the C frame below; raised again by the caller
+        except BaseException as error:  # must not cross the C frame below; the caller raises it again
             errors.append(error)
 
     start = _openmp()
@@ -71,7 +71,7 @@ def run(items: int, work: Callable[[int], object]) -> None:
 
 
 def cuts(total: int, smallest: int = 1) -> list[tuple[int, int]]:
-    """[0, total) in ranges of at least `smallest` (but the last), enough for the team to share evenly."""
+    """[0, total) as ranges of at least `smallest` (the last may be shorter), enough for the team to share evenly."""
     wanted = max(1, ITEMS_PER_THREAD * torch.get_num_threads())
     size = max(smallest, -(-total // wanted))
     return [(begin, min(begin + size, total)) for begin in range(0, total, size)]

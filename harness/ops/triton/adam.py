@@ -1,18 +1,14 @@
 """One optimiser update on a GPU in one pass over each row: projection, Adam, unit norm, low-precision copy."""
 
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false
-# (the language of the kernels has types of its own)
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from harness.ops import reference
 from harness.ops.interface import AdamState, Hyper
+from harness.ops.triton.adam_kernels import adam_kernel, project_kernel
 from harness.ops.triton.sizes import INTERPRETED, power_of_2, tiles
 
 VECTOR_ROW = 1 << 10
@@ -20,56 +16,6 @@ VECTOR_ROW = 1 << 10
 
 ROW_ELEMENTS = (1 << 16) if INTERPRETED else (1 << 10)
 """Numbers that a program updates, if a row is not longer."""
-
-
-@triton.jit
-def adam_kernel(
-    param, grad, mean, square, copy, ok, scale, rates, step_size, inverse_correction, mean_weight, square_weight, eps,
-    rows, d, numel,
-    SCALED: tl.constexpr, RATED: tl.constexpr, PROJECT: tl.constexpr, UNIT: tl.constexpr, COPY: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Writes nothing where `ok` is false."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    at = row.to(tl.int64)[:, None] * d + column[None, :]
-    inside = (row < rows)[:, None] & (column < d)[None, :] & (at < numel)
-    p = tl.load(param + at, mask=inside, other=0.0)
-    g = tl.load(grad + at, mask=inside, other=0.0)
-    if PROJECT:
-        g -= tl.sum(g * p, axis=1)[:, None] * p
-    if SCALED:
-        g *= tl.load(scale)
-    if RATED:
-        step_size, inverse_correction = tl.load(rates), tl.load(rates + 1)
-    m = tl.load(mean + at, mask=inside, other=0.0)
-    v = tl.load(square + at, mask=inside, other=0.0)
-    m += mean_weight * (g - m)
-    v += square_weight * (g * g - v)
-    p -= step_size * (m / (tl.sqrt_rn(v * inverse_correction) + eps))
-    if UNIT:
-        squares = tl.sum(p * p, axis=1)
-        p = p / tl.sqrt_rn(tl.where(row < rows, squares, 1.0))[:, None]
-    allowed = inside & (tl.load(ok) != 0)
-    tl.store(param + at, p, mask=allowed)
-    tl.store(mean + at, m, mask=allowed)
-    tl.store(square + at, v, mask=allowed)
-    if COPY:
-        # to bfloat16, nearest even, on the bits: the interpreter's own conversion truncates
-        bits = p.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        tl.store(copy + at, tl.where(p == p, rounded, 0x7FC0).to(tl.int16), mask=allowed)
-
-
-@triton.jit
-def project_kernel(param, grad, rows, d, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    at = row.to(tl.int64)[:, None] * d + column[None, :]
-    inside = (row < rows)[:, None] & (column < d)[None, :]
-    p = tl.load(param + at, mask=inside, other=0.0)
-    g = tl.load(grad + at, mask=inside, other=0.0)
-    tl.store(grad + at, g - tl.sum(g * p, axis=1)[:, None] * p, mask=inside)
 
 
 def _blocks(d: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""What the kernels make together: selection, reconstruction and weight gradients of all groups, on a GPU.
+"""Selection, reconstruction and weight gradients of all groups on a GPU, put together from the kernels.
 
-No step waits for the device: sizes of groups are read there. Groups with few latents per active one are products over
-their whole width (`grouped`), the others gathers (`decode`, `gradients`); the encoder of a single group is cuBLAS's.
+The host does not wait for the device: the kernels read the sizes of groups. Groups with few latents per active one are
+products over their whole width (`grouped`), others are gathers (`decode`, `gradients`). cuBLAS encodes a single group.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.budget import DENSE_ROWS_PER_K_GPU
 from harness.ops import reference
 from harness.ops.interface import Codes, Groups, Reduce
 from harness.ops.triton import gradients
@@ -21,9 +20,14 @@ from harness.ops.triton.decode import decode
 from harness.ops.triton.grouped import add_gradients, latent_products, on_device, reconstructions
 from harness.ops.triton.selection import fits, select_rows
 
+DENSE_ROWS_PER_K = {"bf16": 120, "fp32": 20}
+"""A group of at most this many latents per active one is cheaper as dense products, by precision. Worked out, not
+measured: three gathers of k rows at 4.3 TB/s against four products at 790 (bf16) or 60 (fp32, no tensor cores) TFLOP/s
+on an H200."""
+
 TILE_BYTES = 1 << 29
-"""Pre-activations held at a time. Every tile reads the encoder again, so it is as large as memory well allows: at
-d = 768 tiles that fit the L2 cache would read as many bytes of weights as they save of pre-activations."""
+"""Pre-activations held at a time. Every tile reads the encoder again, so tiles are large: at d = 768, tiles that fit
+the L2 cache would read as many bytes of weights as they save of pre-activations."""
 
 
 def _widest(groups: Groups) -> int:
@@ -59,7 +63,7 @@ def select(
     b_enc: Float[Tensor, " rows"] | None,
     k: int,
     groups: Groups,
-    ordered: bool = True,  # always is
+    ordered: bool = True,  # always ordered
 ) -> Codes:
     (tokens, _), rows, widest = x.shape, W_enc.shape[0], _widest(groups)
     if x.dtype is torch.float64 or rows == 0 or not fits(widest, k):
@@ -80,9 +84,12 @@ def select(
     return Codes(values, index)
 
 
+def dense_rows_per_k(precision: str) -> int:
+    return reference.dense_rows_per_k(precision) if precision == "fp64" else DENSE_ROWS_PER_K[precision]
+
+
 def _is_dense(groups: Groups, k: int, dtype: torch.dtype) -> bool:
-    precision = "fp32" if dtype is torch.float32 else "bf16"
-    return _widest(groups) <= DENSE_ROWS_PER_K_GPU[precision] * k
+    return _widest(groups) <= dense_rows_per_k("fp32" if dtype is torch.float32 else "bf16") * k
 
 
 def _dense(

@@ -1,4 +1,4 @@
-"""How work is cut into powers of two and tiles, on the host; and whether kernels are interpreted."""
+"""Powers of two and tiles, on the host; and whether kernels are interpreted."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ INTERPRETED: bool = knobs.runtime.interpret
 
 
 def power_of_2(number: float) -> int:
-    """The power of two at or above."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (max(1, math.ceil(number)) - 1).bit_length()
 
 
 def tiles(total: int, size: int) -> int:
-    """How many of this size it takes."""
+    """How many tiles of this size cover `total`."""
     return -(-total // size)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from harness.errors import UserError
 
@@ -16,7 +16,8 @@ RETRY_S = 2.0
 ABSENT = "it is not on this machine; run this on a login node of the cluster, or use cluster=local"
 
 
-class Element(NamedTuple):
+@dataclass(frozen=True)
+class Element:
     """An element of an array that is queued or running."""
 
     id: str

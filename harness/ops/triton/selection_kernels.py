@@ -1,0 +1,129 @@
+"""The k largest numbers of each row. See `selection` for how it works."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _order(bits: tl.tensor, VALUE_BITS: tl.constexpr) -> tl.tensor:
+    """Integers in the order of the numbers whose bit patterns these are; −0 equals 0, NaN is largest."""
+    largest: tl.constexpr = (1 << (VALUE_BITS - 1)) - 1
+    infinity: tl.constexpr = 0x7F800000 if VALUE_BITS == 32 else 0x7F80
+    magnitude = bits & largest
+    signed = tl.where(bits < 0, -magnitude, magnitude)
+    return tl.where(magnitude > infinity, largest, signed)
+
+
+@triton.jit
+def _key(order: tl.tensor, index: tl.tensor, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr) -> tl.tensor:
+    """One non-negative int64, larger for larger values, then for lower indices."""
+    shifted = order.to(tl.int64) + (1 << (VALUE_BITS - 1))
+    return (shifted << INDEX_BITS) | ((1 << INDEX_BITS) - 1 - index)
+
+
+@triton.jit
+def _cut(keys: tl.tensor, wanted: tl.tensor) -> tl.tensor:
+    """For each row the threshold that exactly `wanted` of its keys reach: bisection. Keys are distinct, negative ones
+    do not count; a row has at least `wanted` of them."""
+    above = tl.max(keys, axis=1) + 1
+    cut = above * 0
+    count = tl.sum((keys >= 0).to(tl.int32), axis=1)
+    while tl.max((count > wanted).to(tl.int32), axis=0) > 0:
+        middle = cut + (above - cut) // 2
+        reached = tl.sum((keys >= middle[:, None]).to(tl.int32), axis=1)
+        searching = count > wanted
+        enough = reached >= wanted
+        cut = tl.where(searching & enough, middle, cut)
+        count = tl.where(searching & enough, reached, count)
+        above = tl.where(searching & (reached < wanted), middle, above)
+    return cut
+
+
+@triton.jit
+def lanes_kernel(
+    z: tl.tensor, widths: tl.tensor, chosen: tl.tensor, winners: tl.tensor, tokens: tl.tensor, stride: tl.tensor,
+    k: tl.tensor,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr, WHOLE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Each row's k lanes with the largest maxima, into `chosen`; with one element per lane (`WHOLE`) the maxima are
+    the selection itself and their keys go to `winners`."""
+    empty: tl.constexpr = -(1 << 31)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    width = tl.load(widths + row, mask=row < tokens, other=0)
+    lane = tl.arange(0, LANES)
+    begin = row.to(tl.int64) * stride
+    best = tl.full([ROWS, LANES], empty, tl.int32)
+    where_best = tl.zeros([ROWS, LANES], tl.int32)
+    for chunk in range(0, tl.cdiv(tl.max(width, axis=0), LANES)):
+        column = chunk * LANES + lane
+        inside = column[None, :] < width[:, None]
+        bits = tl.load(z + begin[:, None] + column[None, :], mask=inside, other=0).to(tl.int32)
+        order = tl.where(inside, _order(bits, VALUE_BITS), empty)
+        better = order > best
+        best = tl.where(better, order, best)
+        where_best = tl.where(better, chunk, where_best)
+    key = tl.where(best > empty, _key(best, where_best * LANES + lane[None, :], VALUE_BITS, INDEX_BITS), -1)
+    picked = (key >= _cut(key, tl.minimum(width, k))[:, None]) & (key >= 0)
+    place = row.to(tl.int64)[:, None] * k + tl.cumsum(picked.to(tl.int32), axis=1) - 1
+    if WHOLE:
+        tl.store(winners + place, key, mask=picked)
+    else:
+        tl.store(chosen + place, tl.broadcast_to(lane[None, :], [ROWS, LANES]), mask=picked)
+
+
+@triton.jit
+def candidates_kernel(
+    z: tl.tensor, widths: tl.tensor, chosen: tl.tensor, winners: tl.tensor, tokens: tl.tensor, stride: tl.tensor,
+    k: tl.tensor,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr,
+    SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
+) -> None:  # fmt: skip
+    """The keys of each row's k largest elements, which lie in its chosen lanes."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    width = tl.load(widths + row, mask=row < tokens, other=0)
+    wanted = tl.minimum(width, k)
+    candidate = tl.arange(0, SLOTS * CHUNKS)
+    slot = candidate // CHUNKS
+    filled = slot[None, :] < wanted[:, None]
+    begin = row.to(tl.int64)
+    lane = tl.load(chosen + begin[:, None] * k + slot[None, :], mask=filled, other=0)
+    column = (candidate % CHUNKS)[None, :] * LANES + lane
+    inside = filled & (column < width[:, None])
+    bits = tl.load(z + begin[:, None] * stride + column, mask=inside, other=0).to(tl.int32)
+    key = tl.where(inside, _key(_order(bits, VALUE_BITS), column, VALUE_BITS, INDEX_BITS), -1)
+    picked = (key >= _cut(key, wanted)[:, None]) & (key >= 0)
+    place = begin[:, None] * k + tl.cumsum(picked.to(tl.int32), axis=1) - 1
+    tl.store(winners + place, key, mask=picked)
+
+
+@triton.jit
+def order_kernel(
+    z: tl.tensor, widths: tl.tensor, firsts: tl.tensor, winners: tl.tensor, values: tl.tensor, index: tl.tensor,
+    tokens: tl.tensor, stride: tl.tensor, k: tl.tensor,
+    ROWS: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr, SLOTS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Values and indices of the winners, largest first; −inf at the group's first latent where it has fewer than k."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    alive = row < tokens
+    width = tl.load(widths + row, mask=alive, other=0)
+    first = tl.load(firsts + row, mask=alive, other=0)
+    slot = tl.arange(0, SLOTS)
+    begin = row.to(tl.int64) * k
+    wanted = tl.minimum(width, k)
+    filled = slot[None, :] < wanted[:, None]
+    key = tl.load(winners + begin[:, None] + slot[None, :], mask=filled, other=-1)
+    # the place of a key is the number of larger ones; empty slots keep theirs
+    place = tl.where(filled, 0, tl.broadcast_to(slot[None, :], [ROWS, SLOTS]))
+    for other in range(0, tl.max(wanted, axis=0)):
+        rival = tl.load(winners + begin + other, mask=other < wanted, other=-1)
+        place += (filled & (rival[:, None] > key)).to(tl.int32)
+    column = tl.where(filled, (1 << INDEX_BITS) - 1 - (key & ((1 << INDEX_BITS) - 1)), 0)
+    bits = tl.load(z + row.to(tl.int64)[:, None] * stride + column, mask=filled, other=0).to(tl.int32)
+    if VALUE_BITS == 16:
+        bits = bits << 16
+    inside = alive[:, None] & (slot[None, :] < k)
+    at = begin[:, None] + place
+    tl.store(values + at, tl.where(filled, bits.to(tl.float32, bitcast=True), float("-inf")), mask=inside)
+    tl.store(index + at, column + first.to(tl.int64)[:, None], mask=inside)

@@ -1,0 +1,23 @@
+"""Functions of torch whose own annotations leave types open, with their types."""
+
+# The annotations of torch are incomplete here, so each call below is unknown to the type checker.
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def norm(x: Float[Tensor, ...], dim: int | None = None, keepdim: bool = False) -> Float[Tensor, ...]:
+    """Euclidean norm over `dim`, or of all numbers together."""
+    return x.norm(dim=dim, keepdim=keepdim)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def entr(p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """−p·ln p, 0 where p is 0."""
+    return torch.special.entr(p)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def integers(tensor: Int[Tensor, " count"]) -> list[int]:
+    """The numbers on the host. Waits for the device."""
+    return tensor.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

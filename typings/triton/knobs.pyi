@@ -1,0 +1,4 @@
+class runtime_knobs:
+    interpret: bool
+
+runtime: runtime_knobs
