@@ -68,8 +68,8 @@ slurm-up: $(READY) ## start a Slurm of two nodes on this machine, print the line
 slurm-down: $(READY) ## end it and everything it runs (SLURM_DIR)
 	@$(PY) -m dev.slurm.cluster down "$(SLURM_DIR)"
 
-bench-analysis: $(READY) ## how long the fits take, beside what is asked
-	@$(PY) -m tests.analysis.bench
+bench-analysis: $(READY) ## how long the fits take
+	@$(PY) -m dev.bench_analysis
 
 bench-peers: ## make .venv-peers with the other trainers, for bench
 	$(PYTHON) -m venv .venv-peers

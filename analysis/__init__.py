@@ -3,17 +3,32 @@
     from analysis import load, fit
     result = fit(load("runs/quick"), "sae_nk")
 
-No module of it imports torch; matplotlib and jinja2 are imported when a picture or a report is asked for.
+The analysis imports no torch. It imports matplotlib and jinja2 only to draw a picture or to write a report.
 """
 
-from analysis.compare import compare
-from analysis.fit import fit
-from analysis.frontier import frontier
-from analysis.isoflop import isoflop
-from analysis.laws import LAWS
-from analysis.load import load
-from analysis.notes import Note
-from analysis.result import FitResult, Status
-from analysis.table import RunTable
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["LAWS", "FitResult", "Note", "RunTable", "Status", "compare", "fit", "frontier", "isoflop", "load"]
+from analysis.fits.compare import compare
+from analysis.fits.fit import fit
+from analysis.fits.result import FitResult
+from analysis.fits.status import Status
+from analysis.laws.catalogue import LAWS
+from analysis.notes import Note
+from analysis.questions.frontier import frontier
+from analysis.questions.isoflop import isoflop
+from analysis.runs.load import load
+from analysis.runs.table import RunTable
+
+if TYPE_CHECKING:
+    from analysis.report import plot
+
+__all__ = ["LAWS", "FitResult", "Note", "RunTable", "Status", "compare", "fit", "frontier", "isoflop", "load", "plot"]
+
+
+def __getattr__(name: str) -> Any:
+    """`analysis.plot`, which needs matplotlib, is imported when it is first used."""
+    if name == "plot":
+        from analysis.report import plot
+
+        return plot
+    raise AttributeError(f"module 'analysis' has no attribute {name!r}")

@@ -13,18 +13,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from analysis.convergence import REGIMES, convergence_table
-from analysis.fit import fit
-from analysis.laws import LAWS
-from analysis.load import load
-from analysis.result import FitResult
-from analysis.table import ROLES, RunTable
-from analysis.words import left_out, refuse
+from analysis.cli_forecast import run_ask, run_compare, run_plan, run_predict
+from analysis.fits.fit import fit
+from analysis.fits.result import FitResult
+from analysis.laws.catalogue import LAWS, OLD_NAMES
+from analysis.questions.convergence import TOKENS, convergence_table
+from analysis.report.words import left_out, refuse
+from analysis.runs.load import load
+from analysis.runs.regime import REGIMES
+from analysis.runs.table import ROLES, RunTable
 from harness.errors import UserError
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong requests as one line, exit code 2."""
+    """Reports a wrong request in one line and exits with code 2."""
 
     def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"analysis: {problem}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        sys.stdout = None  # the reader of a pipe has gone; nothing is left to say
+        sys.stdout = None  # the reader of the pipe has gone
         return 0
     except OSError as problem:
         print(f"analysis: {problem.filename or ''}: {problem.strerror or problem}", file=sys.stderr)
@@ -49,51 +51,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m analysis", description="Scaling laws from records of runs.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    one = commands.add_parser("fit", help="fit a law to runs", description="Fit a law to runs and print or store it.")
-    _add_sources(one)
-    _add_fit_options(one)
-    one.add_argument("--out", type=Path, help="write the fit as JSON")
-    one.set_defaults(handler=_fit)
-    two = commands.add_parser("report", help="write report.html beside the runs of a sweep")
-    two.add_argument("sweep", type=Path, help="sweep directory, e.g. runs/quick")
-    two.add_argument("--law", choices=sorted(LAWS), help="default: the study's, or what the grid allows")
-    two.set_defaults(handler=_report)
+    fitting = commands.add_parser(
+        "fit", help="fit a law to runs", description="Fit a law to runs and print or store it."
+    )
+    _add_sources(fitting)
+    _add_fit_options(fitting)
+    fitting.add_argument("--out", type=Path, help="write the fit as JSON")
+    fitting.set_defaults(handler=_fit)
+    report = commands.add_parser("report", help="write report.html into the directory of a sweep")
+    report.add_argument("sweep", type=Path, help="sweep directory, e.g. runs/quick")
+    report.add_argument("--law", help="default: that of the study, or what the grid allows")
+    report.set_defaults(handler=_report)
     _add_forecasts(commands)
     return parser
 
 
 def _add_forecasts(commands: Any) -> None:
-    three = commands.add_parser("compare", help="several laws on the same runs, by AICc and hold-out")
-    _add_sources(three)
-    _add_fit_options(three)
-    three.add_argument(
+    comparison = commands.add_parser("compare", help="compare several laws on the same runs, by AICc and hold-out")
+    _add_sources(comparison)
+    _add_fit_options(comparison)
+    comparison.add_argument(
         "--laws", default="sae_nk,sae_nk_constant_floor,sae_nk_no_interaction,sae_nk_no_floor", help="comma-separated"
     )
-    three.set_defaults(handler=_compare)
-    four = commands.add_parser("predict", help="the law at new points, with a band")
-    _add_sources(four)
-    _add_fit_options(four)
-    four.add_argument("--at", action="append", required=True, metavar="'n=2**16 k=64'", help="repeat for more points")
-    four.add_argument("--kind", default="mean", choices=["mean", "new_run"])
-    four.set_defaults(handler=_predict)
-    five = commands.add_parser("plan", help="which further cells narrow a forecast most per FLOP")
-    _add_sources(five)
-    _add_fit_options(five)
-    five.add_argument("--target", required=True, metavar="'n=2**20 k=64'")
-    five.add_argument("--budget", type=float, required=True, help="FLOPs to spend")
-    five.add_argument("--cap", type=float, help="most FLOPs of one run (default: half of the budget)")
-    five.add_argument("--name", default="planned", help="name of the study that is written")
-    five.add_argument(
-        "--overrides", default="", help="settings of the sweep to repeat, e.g. 'activations=minilm train=quick'"
+    comparison.set_defaults(handler=_compare)
+    prediction = commands.add_parser("predict", help="evaluate the law at new points, with a band")
+    _add_sources(prediction)
+    _add_fit_options(prediction)
+    prediction.add_argument(
+        "--at", action="append", required=True, metavar="'n=2**16 k=64'", help="repeat for more points"
     )
-    five.add_argument("--out", type=Path, help="write the study file (YAML) there instead of printing it")
-    five.set_defaults(handler=_plan)
-    six = commands.add_parser("ask", help="the smallest n predicted to reach a loss")
-    _add_sources(six)
-    _add_fit_options(six)
-    six.add_argument("--fvu", type=float, required=True, help="the loss to reach")
-    six.add_argument("--at-k", type=float, help="active latents; --k NUMBER means the same")
-    six.set_defaults(handler=_ask)
+    prediction.add_argument("--kind", default="mean", choices=["mean", "new_run"])
+    prediction.set_defaults(handler=_predict)
+    plan = commands.add_parser("plan", help="choose the further cells that narrow a forecast most per FLOP")
+    _add_sources(plan)
+    _add_fit_options(plan)
+    plan.add_argument("--target", required=True, metavar="'n=2**20 k=64'")
+    plan.add_argument("--budget", type=float, required=True, help="FLOPs to spend")
+    plan.add_argument("--cap", type=float, help="most FLOPs of one run (default: half of the budget)")
+    plan.add_argument("--name", default="planned", help="name of the study file")
+    plan.add_argument(
+        "--overrides", default="", help="settings to repeat from the sweep, e.g. 'activations=minilm train=quick'"
+    )
+    plan.add_argument("--out", type=Path, help="write the study file (YAML) to this path instead of printing it")
+    plan.set_defaults(handler=_plan)
+    question = commands.add_parser("ask", help="find the smallest n that is predicted to reach a loss")
+    _add_sources(question)
+    _add_fit_options(question)
+    question.add_argument("--fvu", type=float, required=True, help="the loss to reach")
+    question.add_argument("--at-k", type=float, help="active latents; --k NUMBER means the same")
+    question.set_defaults(handler=_ask)
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +109,8 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         help="sweep directory, .csv/.tsv/.parquet table, or wandb:entity/project/group; several are stacked",
     )
     for role in ROLES:
-        parser.add_argument(f"--{role}", metavar="COLUMN", help=f"column that holds {role}")
+        derived = f"; {TOKENS} is derived from the runs" if role == "loss" else ""
+        parser.add_argument(f"--{role}", metavar="COLUMN", help=f"column that holds {role}{derived}")
     parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="only these runs")
     parser.add_argument(
         "--drop-largest-loss", type=int, default=0, metavar="N", help="leave out the N runs with the largest loss"
@@ -118,16 +125,19 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ci", default="profile", choices=["profile", "wald", "bootstrap"])
     parser.add_argument("--level", type=float, default=0.95, help="confidence level")
     parser.add_argument(
-        "--regime", default="auto", choices=REGIMES, help="runs at convergence or at fixed tokens; never both unasked"
+        "--regime", default="auto", choices=REGIMES, help="runs at convergence or at fixed tokens; `all` mixes them"
     )
     parser.add_argument("--starts", type=int, default=64)
     parser.add_argument("--random-seed", type=int, default=0, help="seed of the random starts and resamples")
 
 
 def table_from(args: argparse.Namespace) -> RunTable:
-    """The runs that a command line asks for."""
+    """The runs that a command line names. `--loss tokens_to_convergence` makes tokens to convergence the loss."""
+    if args.law in OLD_NAMES and args.loss is None:
+        args.loss = TOKENS  # under its old name the law was for this quantity
+    derived = args.loss == TOKENS
     roles = {role: column for role in ROLES if (column := getattr(args, role)) is not None}
-    table = load(args.source, roles)
+    table = load(args.source, {role: column for role, column in roles.items() if role != "loss" or not derived})
     for condition in args.where:
         column, mark, value = condition.partition("=")
         if not mark:
@@ -141,13 +151,11 @@ def table_from(args: argparse.Namespace) -> RunTable:
             raise UserError(f"--drop-largest-loss {args.drop_largest_loss} would leave none of {len(loss)} runs")
         rank = (-loss).argsort(kind="stable").argsort()
         table = table.keep(rank >= args.drop_largest_loss, f"one of the {args.drop_largest_loss} largest losses")
-    return table
+    return convergence_table(table) if derived else table
 
 
 def fit_from(args: argparse.Namespace, table: RunTable) -> FitResult:
-    """The fit that a command line asks for."""
-    if args.law not in LAWS:
-        raise UserError(f"law {args.law!r} is not known; choose one of: {', '.join(LAWS)}")
+    """The fit that a command line describes."""
     return fit(
         table,
         args.law,
@@ -164,8 +172,6 @@ def fit_from(args: argparse.Namespace, table: RunTable) -> FitResult:
 
 def _fit(args: argparse.Namespace) -> int:
     table = table_from(args)
-    if args.law == "tokens_to_convergence" and args.loss is None:
-        table = convergence_table(table)
     result = fit_from(args, table)
     if args.out is not None:
         result.to_json(args.out)
@@ -179,22 +185,16 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from analysis.cli_forecast import run_compare
-
     return run_compare(args, table_from(args))
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from analysis.cli_forecast import run_predict
-
     table = table_from(args)
     result = fit_from(args, table)
     return refuse(result, table) or run_predict(args, result)
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from analysis.cli_forecast import run_plan
-
     if not 0 < args.budget < float("inf"):
         raise UserError(f"--budget {args.budget} must be a positive number of FLOPs")
     table = table_from(args)
@@ -203,10 +203,8 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _ask(args: argparse.Namespace) -> int:
-    from analysis.cli_forecast import run_ask
-
     if args.k is not None and args.at_k is None:
-        with suppress(ValueError):  # a name: the column that holds k, as in the other commands
+        with suppress(ValueError):  # not a number: the name of a column, as in the other commands
             args.k, args.at_k = None, float(args.k)
     table = table_from(args)
     result = fit_from(args, table)
@@ -214,7 +212,7 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from analysis.report import summary_table, write_report
+    from analysis.report.page import summary_table, write_report  # only the report needs matplotlib and jinja2
 
     path = write_report(args.sweep, law=args.law)
     print(summary_table(args.sweep))

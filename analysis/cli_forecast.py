@@ -1,4 +1,4 @@
-"""Commands that use a fitted law: `compare`, `predict`, `plan`, `ask`."""
+"""The commands that use a fitted law: `compare`, `predict`, `plan`, `ask`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.compare import compare
-from analysis.fit import fit
-from analysis.laws import LAWS
-from analysis.plan import cost_of, need, plan
-from analysis.result import FitResult
-from analysis.table import RunTable
-from analysis.words import interval, number, refuse
+from analysis.fits.compare import compare
+from analysis.fits.fit import fit
+from analysis.fits.result import FitResult
+from analysis.format import interval, number
+from analysis.laws.catalogue import get
+from analysis.questions.plan import cost_of, need, plan
+from analysis.report.words import refuse
+from analysis.runs.study import read_study
+from analysis.runs.table import RunTable
 from harness.errors import UserError
 from harness.files import write_text_atomic
 
 
 def parse_point(text: str) -> dict[str, float]:
-    """ "n=2**20 k=64" (or with commas) as numbers; powers of two may be written 2**20 or 2^20."""
+    """ "n=2**20 k=64" (or with commas) as numbers; a power is written 2**20 or 2^20. Raises `UserError` otherwise."""
     point = {}
     for part in re.split(r"[\s,]+", text.strip()):
         name, equals, value = part.partition("=")
@@ -36,11 +38,9 @@ def parse_point(text: str) -> dict[str, float]:
 
 
 def run_compare(args: argparse.Namespace, table: RunTable) -> int:
-    names = args.laws.split(",")
-    for name in names:
-        if name not in LAWS:
-            raise UserError(f"law {name!r} is not known; choose from: {', '.join(LAWS)}")
-    fits = [fit(table, name, ci="wald", weights=args.weights, starts=args.starts) for name in names]
+    """Print the laws of `--laws` side by side; 1 if none can be fitted."""
+    laws = [get(name) for name in args.laws.split(",")]
+    fits = [fit(table, law, ci="wald", weights=args.weights, starts=args.starts) for law in laws]
     refused = [refuse(result, table) for result in fits]
     if all(refused):
         return 1
@@ -50,6 +50,7 @@ def run_compare(args: argparse.Namespace, table: RunTable) -> int:
 
 
 def run_predict(args: argparse.Namespace, result: FitResult) -> int:
+    """Print the law at the points of `--at`; 1 if it has no finite value there."""
     points = [parse_point(text) for text in args.at]
     missing = [name for name in result.law.inputs if any(name not in point for point in points)]
     if missing:
@@ -66,8 +67,7 @@ def run_predict(args: argparse.Namespace, result: FitResult) -> int:
 
 
 def run_plan(args: argparse.Namespace, table: RunTable, result: FitResult) -> int:
-    from analysis.findings import read_study
-
+    """Print further cells for the forecast at `--target`, and the commands or the study file that run them."""
     target = parse_point(args.target)
     if set(target) != {"n", "k"}:
         raise UserError(f"--target {args.target!r} must name n and k, e.g. 'n=2**20 k=64'")
@@ -76,31 +76,32 @@ def run_plan(args: argparse.Namespace, table: RunTable, result: FitResult) -> in
     largest = max(target["n"], sizes.max())
     n = 2.0 ** np.arange(np.floor(np.log2(sizes.min())), np.floor(np.log2(largest)) + 1)
     k = np.unique(np.r_[table.values("k"), target["k"]])
-    found = plan(result, target, args.budget, cost, list(n), list(k), args.cap)
-    for name, (value, low, high) in (("now", found.before), ("after the planned runs", found.after)):
+    further = plan(result, target, args.budget, cost, list(n), list(k), args.cap)
+    for name, (value, low, high) in (("now", further.before), ("after the planned runs", further.after)):
         print(f"forecast at {args.target} {name}: {number(value)} {interval(low, high)}")
-    print(found.cells.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    print(f"in all {number(found.flops)} FLOPs")
+    print(further.cells.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(f"in all {number(further.flops)} FLOPs")
     seeds = table.values("seed") if table.has("seed") else np.array([0.0])
     first_seed = int(np.nanmax(seeds)) + 1
-    text = found.study(args.name, first_seed, args.overrides.split())
+    text = further.study(args.name, first_seed, args.overrides.split())
     sweep = Path(args.source[0])
     if args.out is not None:
         write_text_atomic(Path(args.out), text)
         print(f"written: {args.out}")
     elif len(args.source) == 1 and sweep.is_dir():
-        asked = read_study(sweep)
-        print("\n".join(found.commands(sweep, asked.source, asked.overrides, first_seed)))
+        study = read_study(sweep)
+        print("\n".join(further.commands(sweep, study.source, study.overrides, first_seed)))
     else:
         print(text, end="")
     return 0
 
 
 def run_ask(args: argparse.Namespace, table: RunTable, result: FitResult) -> int:
+    """Print the smallest n that is predicted to reach the loss of `--fvu`."""
     try:
         cost = cost_of(table)
     except UserError:
-        cost = None  # a table without costs can still be asked for n
+        cost = None  # n does not need a cost
     answer = need(result, args.fvu, args.at_k, cost)
     if answer.n is None:
         if answer.floor >= args.fvu:

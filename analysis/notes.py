@@ -1,4 +1,4 @@
-"""What can be wrong with data, a design or a fit: typed notes instead of silence or bare exceptions."""
+"""What can be wrong with data, a design or a fit: typed notes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ REMEDIES = {
     "single_seed": "repeat at least three cells with a second seed, so that noise can be separated from misfit",
     "degenerate_design": "widen the grid, or fit a nested form with fewer parameters",
     # data
-    "nonfinite_loss": "look at the runs named as left out; they did not enter the fit",
+    "nonfinite_loss": "look at the runs that were left out; they did not enter the fit",
     "nonpositive_loss": "a loss of zero or less has no logarithm; check its column and its units",
-    "duplicate_run": "the first of each was kept; check how the table was put together",
+    "duplicate_run": "only the first was kept; check how the table was put together",
     "unconverged_run": "train longer (train.until=convergence), or read the law as one at fixed tokens",
-    "mixed_dead_latents": "dead latents bend the law: lower the learning rate or strengthen AuxK where they are many",
+    "mixed_dead_latents": "dead latents bend the law: lower the learning rate or strengthen AuxK where many die",
     "mixed_population": "fit one population at a time (--where COLUMN=VALUE)",
     # fit
     "floor_not_identified": "add larger n: the span covered does not separate the floor from the power law",
     "parameter_at_bound": "the data push this parameter to the edge of its range; fit the nested form without it",
-    "start_equals_solution": "the optimiser did not move: the estimate is a guess, not a fit; raise the evaluations",
-    "optimum_not_reproduced": "raise the number of starts; the best of them was reached by too few",
+    "start_equals_solution": "the optimiser did not move: the estimate is a guess, not a fit; allow more evaluations",
+    "optimum_not_reproduced": "raise the number of starts: too few reached the best optimum",
     # quality
     "structured_residuals": "the residuals have a pattern: the form is wrong, or the runs are not comparable",
     "lack_of_fit": "residuals exceed the noise between seeds: try another form or look for a second variable",
@@ -35,12 +35,12 @@ REMEDIES = {
     "isoflop_nonconvex": "repeat the noisy cells of that budget",
     "frontier_owned_by_end": "train the smaller runs longer, or the larger ones to more tokens",
 }
-"""What to do about each code; the codes are the whole vocabulary."""
+"""Every code, and what to do about it."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """One finding: `code` is for programs, `message` says what was found, `remedy` what to do about it."""
+    """One finding: `code` is for programs, `message` says what is wrong, `remedy` what to do about it."""
 
     code: str
     severity: str
@@ -54,6 +54,7 @@ class Note:
             object.__setattr__(self, "remedy", REMEDIES[self.code])
 
     def as_dict(self) -> dict[str, str]:
+        """code, severity, message, remedy."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -66,10 +67,15 @@ def note(code: str, severity: str, message: str) -> Note:
 
 
 def has(notes: Iterable[Note], code: str) -> bool:
-    """Whether a note of that code is among `notes`."""
+    """Whether a note with that code is among `notes`."""
     return any(entry.code == code for entry in notes)
 
 
-def worst(notes: Iterable[Note]) -> str:
-    """The highest severity among `notes`; "info" when there are none."""
-    return max((entry.severity for entry in notes), key=SEVERITIES.index, default="info")
+def any_error(notes: Iterable[Note]) -> bool:
+    """Whether a note of severity error is among `notes`."""
+    return any(entry.severity == "error" for entry in notes)
+
+
+def by_severity(notes: Iterable[Note]) -> list[Note]:
+    """The notes with the most severe first, each once; otherwise in their order."""
+    return sorted(dict.fromkeys(notes), key=lambda entry: -SEVERITIES.index(entry.severity))

@@ -198,6 +198,11 @@ def bytes_sent_per_step(config: Config, d_model: int) -> dict[str, float]:
 
 
 def learning_rate(config: Config) -> float:
-    """Peak learning rate: given, or c·2e-4/√(n/2¹⁴) with n the total number of latents."""
+    """Peak learning rate: `train.lr` if it is set, else by `learning_rate_rule`."""
     train = config.train
-    return train.lr or train.lr_factor * 2e-4 / math.sqrt(config.sae.n_latents / 2**14)
+    return train.lr or learning_rate_rule(config.sae.n_latents, train.lr_factor)
+
+
+def learning_rate_rule(n_latents: float, factor: float) -> float:
+    """c·2e-4/√(n/2¹⁴) with n = `n_latents` in all and c = `factor`."""
+    return factor * 2e-4 / math.sqrt(n_latents / 2**14)

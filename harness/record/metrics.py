@@ -64,10 +64,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
     """All lines of a record; empty when there is none. A torn last line (from a kill) is left out.
 
-    Raises `ValueError` naming the line when a line before the last is not JSON.
+    Raises `ValueError` naming the line when a line before the last is not JSON; `skip_damaged` leaves such lines out.
     """
     if not path.exists():
         return []
@@ -77,8 +77,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             content.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
+            if skip_damaged or number == len(lines):
+                continue
             raise ValueError(f"{path}, line {number} is damaged ({error}); the record cannot be read") from error
     return content
 

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from analysis.report import write_report
+from analysis.report.page import write_report
 from tests.analysis.generate import write_sweep
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
@@ -57,9 +57,9 @@ def test_report_in_a_browser(page, width, tmp_path):
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}", "--hide-scrollbars"]
     command += ["--window-size=1400,1000", "--virtual-time-budget=4000", "--dump-dom", frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    found = re.search(r'data-seen="([^"]*)"', done.stdout)
-    assert found, done.stderr[-600:]
-    seen = json.loads(base64.b64decode(found.group(1)))
+    match = re.search(r'data-seen="([^"]*)"', done.stdout)
+    assert match, done.stderr[-600:]
+    seen = json.loads(base64.b64decode(match.group(1)))
     assert seen["width"] == width and seen["page"] <= width
     assert seen["images"] >= 8 and not seen["broken"]
     assert not seen["outside"] and not seen["overlaps"] and not seen["fetched"]

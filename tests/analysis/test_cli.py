@@ -68,13 +68,13 @@ def test_no_fit_possible_is_exit_1_with_the_reason(csv, tmp_path, capsys):
     assert content["status"] == "failed" and content["params"] == {} and content["notes"]
 
 
-def test_all_that_was_left_out_is_told_when_no_fit_is_possible(tmp_path, capsys):
+def test_a_fit_that_is_not_possible_lists_what_was_left_out(tmp_path, capsys):
     path = tmp_path / "t.csv"
     rows = [f'"{n:,}",{k},0.{n}' for n in (512, 768, 1024, 2048, 4096) for k in (8, 16)]
     path.write_text("\n".join(["n,k,loss", *rows]) + "\n")
     assert main(["fit", str(path)]) == 1
-    told = capsys.readouterr().err
-    assert "left out: 6 run(s)" in told and "2 × n is '1,024', not a positive number" in told
+    errors = capsys.readouterr().err
+    assert "left out: 6 run(s)" in errors and "2 × n is '1,024', not a positive number" in errors
     assert main(["compare", str(path), "--laws", "sae_nk,sae_nk_no_floor"]) == 1
     assert "no fit of sae_nk_no_floor" in capsys.readouterr().err
 
@@ -113,7 +113,7 @@ def test_report_prints_table_and_path(sweep, capsys):
 
 
 def test_importing_needs_no_torch():
-    code = "import sys, analysis, analysis.report; sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
+    code = "import sys, analysis, analysis.report.page; sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
 
 

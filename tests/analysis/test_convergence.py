@@ -8,8 +8,9 @@ import pytest
 
 from analysis import RunTable, fit, load
 from analysis.cli import main
-from analysis.convergence import convergence_table, first_convergence, one_regime, tokens_to_convergence
 from analysis.notes import has
+from analysis.questions.convergence import convergence_table, first_convergence, tokens_to_convergence
+from analysis.runs.regime import one_regime
 from harness.errors import UserError
 from tests.analysis.generate import grid_frame, write_run
 
@@ -34,7 +35,7 @@ def test_converged_and_fixed_runs_are_fitted_apart():
     assert fixed.value(at)[0] / at_convergence.value(at)[0] == pytest.approx(1.3, rel=0.01)
 
 
-def test_all_is_a_choice_that_is_told():
+def test_all_mixes_the_regimes_with_a_note():
     result = fit(RunTable(_mixed(), dict(ROLES)), ci="wald", regime="all")
     assert result.points == len(_mixed())
     assert {"unconverged_run", "mixed_population"} <= {entry.code for entry in result.notes}
@@ -54,7 +55,7 @@ def test_one_kind_of_run_is_left_as_it_is():
         assert one_regime(table) is table
     plain = RunTable(_mixed().drop(columns="converged"), {k: v for k, v in ROLES.items() if k != "converged"})
     assert one_regime(plain) is plain
-    with pytest.raises(UserError, match="no run is there for regime='converged'"):
+    with pytest.raises(UserError, match="has no run for regime='converged'"):
         one_regime(plain, "converged")
 
 
@@ -71,7 +72,7 @@ def test_a_law_in_compute_takes_all_runs():
     assert fit(table, "power_floor", ci="wald").points == len(frame)
 
 
-def test_different_tokens_are_told():
+def test_different_tokens_give_a_note():
     frame = _mixed().query("not converged").assign(tokens=lambda f: 1e5 * (1 + f["n_latents"] % 3))
     notes = fit(RunTable(frame, dict(ROLES)), ci="wald").notes
     assert any("no law at fixed tokens" in entry.message for entry in notes)
@@ -104,19 +105,19 @@ def converging(tmp_path_factory):
 
 
 def test_tokens_to_convergence_from_a_sweep(converging):
-    found = tokens_to_convergence(load(converging))
-    ((k, law),) = found.laws
+    convergence = tokens_to_convergence(load(converging))
+    ((k, law),) = convergence.laws
     low, high = law.intervals["p"]
     assert low is not None and high is not None
     print(f"tokens to convergence: p = {law.values['p']:.3f} [{low:.3f}, {high:.3f}], true 0.6")
     assert k == 16 and low < 0.6 < high and high - low < 0.1
-    assert len(found.table.excluded) == 2 and has(found.notes, "unconverged_run")
-    assert "longer than it was trained" in found.table.excluded["reason"][0]
+    assert len(convergence.table.excluded) == 2 and has(convergence.notes, "unconverged_run")
+    assert "longer than it was trained" in convergence.table.excluded["reason"][0]
 
 
 def test_tokens_to_another_epsilon_come_from_the_curves(converging):
-    found = tokens_to_convergence(load(converging), epsilon=0.4)
-    ((_, law),) = found.laws
+    convergence = tokens_to_convergence(load(converging), epsilon=0.4)
+    ((_, law),) = convergence.laws
     # 1 − L(D)/L(D/2) of 0.1 + 0.05/u at u = D/D0 is 0.05/u over 0.1 + 0.1/u: 0.4 at u = 0.25
     truth = 0.25 * 3e4
     assert law.points == 12 and law.values["p"] == pytest.approx(0.6, abs=1e-3)
@@ -134,8 +135,11 @@ def test_first_convergence_reads_a_curve():
 
 
 def test_the_command_fits_tokens_of_a_sweep(converging, capsys):
-    assert main(["fit", str(converging), "--law", "tokens_to_convergence"]) == 0
-    out = capsys.readouterr().out
-    assert "D0·n^p" in out and "2 × not converged" in out
+    """The derived loss is named, or follows from the old name of the law."""
+    printed = []
+    for options in (["--law", "monomial", "--loss", "tokens_to_convergence"], ["--law", "tokens_to_convergence"]):
+        assert main(["fit", str(converging), *options]) == 0
+        printed.append(capsys.readouterr().out)
+    assert "monomial: y = D0·n^p" in printed[0] and "2 × not converged" in printed[0] and printed[0] == printed[1]
     assert main(["fit", str(converging), "--law", "power_floor", "--x", "n_latents", "--regime", "fixed"]) == 1
     assert "too_few_levels" in capsys.readouterr().err

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 
 from analysis import RunTable, fit
-from analysis.intervals import condition, covariance, critical_f, profile_f
-from analysis.laws import get
-from analysis.problem import pose, starting_points
-from analysis.solve import minimise, solve
-from analysis.weights import seed_noise
+from analysis.fits.intervals import condition, covariance
+from analysis.fits.problem import pose, starting_points
+from analysis.fits.solve import minimise, solve
+from analysis.fits.weights import seed_noise
+from analysis.laws.catalogue import get
+from tests.analysis.designs import DESIGNS, FLOOR, clean, covered, nk_grid
 from tests.analysis.generate import GPT4, grid_frame
 
 NIST = json.loads((Path(__file__).parent / "data" / "nist.json").read_text())
@@ -65,9 +66,9 @@ class Certified:
             return self.model(theta, self.x)[1]
 
 
-def _digits(found, certified):
+def _digits(estimate, certified):
     with np.errstate(divide="ignore"):
-        return float(np.min(-np.log10(np.maximum(np.abs(found / certified - 1), 1e-16))))
+        return float(np.min(-np.log10(np.maximum(np.abs(estimate / certified - 1), 1e-16))))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -90,44 +91,6 @@ def test_nist_certified_values(name):
         assert best.objective == pytest.approx(data["rss"], rel=1e-6)
 
 
-def covered(law, inputs, truth, y, weights=None, level=0.95):
-    """Per parameter, whether the profile interval holds the truth: F at the true value below its quantile.
-
-    The optimum is searched from the truth and two starts of the grid; `fit` uses more, and finds the same (below).
-    """
-    problem = pose(law, inputs, y, weights)
-    matrix, offset = problem.raw_map()
-    target = np.array([np.log(truth[p]) if p in law.exp_params else truth[p] for p in law.params])
-    at_truth = np.asarray(np.linalg.solve(matrix, target - offset), dtype=np.float64)
-    best = minimise(problem, [at_truth, *starting_points(problem, 2, 0)])
-    limit = critical_f(problem.points - problem.size, level)
-    start = best.theta
-    hits = []
-    for row, value, shift in zip(matrix, target, offset, strict=True):
-        f, _ = profile_f(problem, best.theta, best.objective, row, value - shift, start)
-        hits.append(f <= limit)
-    return hits
-
-
-def _nk(n, k):
-    rows = pd.MultiIndex.from_product([n, k]).to_frame(index=False).to_numpy(dtype=float)
-    return {"n": rows[:, 0], "k": rows[:, 1]}
-
-
-FLOOR = {"E": 0.12, "A": 3.0, "a": 0.4}
-DESIGNS = {
-    "45 cells, 1 %": ("sae_nk", _nk(2.0 ** np.arange(11, 20), 2.0 ** np.arange(5, 10)), GPT4, 0.01),
-    "12 cells, 0.5 %": ("sae_nk", _nk(2.0 ** np.array([11, 13, 16, 19]), 2.0 ** np.array([5, 7, 9])), GPT4, 0.005),
-    "35 cells with experts, 0.5 %": (
-        "bilinear_experts",
-        {"n": np.repeat(2.0 ** np.arange(9, 16), 5), "experts": np.tile(2.0 ** np.arange(5), 7)},
-        {"E": 0.05, "a": -0.3, "b": 0.25, "c": -0.02, "d": 1.2},
-        0.005,
-    ),
-    "9 sizes, 0.5 %": ("power_floor", {"x": np.geomspace(256, 65536, 9)}, FLOOR, 0.005),
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DESIGNS)
 def test_profile_coverage(name):
@@ -139,13 +102,6 @@ def test_profile_coverage(name):
     rates = dict(zip(law.params, np.mean(hits, axis=0), strict=True))
     print(f"coverage, {name}: " + ", ".join(f"{p} {100 * rate:.1f} %" for p, rate in rates.items()))
     assert all(0.92 <= rate <= 0.98 for rate in rates.values())
-
-
-def clean(law_name, inputs, truth):
-    """Losses of a law at raw coefficients as they are reported."""
-    law = get(law_name)
-    raw = np.array([np.log(truth[p]) if p in law.exp_params else truth[p] for p in law.params])
-    return np.exp(law.log_value(raw, law.features({name: np.log(values) for name, values in inputs.items()})))
 
 
 def test_short_cut_of_the_coverage_tests_is_the_interval_of_fit():
@@ -298,7 +254,7 @@ def test_wald_intervals_cover_less_than_profiles():
 
 def test_small_grid_identifies_gamma_and_eta_as_badly_as_it_must():
     """5 widths × 3 k at 1 % noise: standard errors from the expected information, and the condition number."""
-    inputs = _nk(2.0 ** np.arange(8, 13), 2.0 ** np.array([3, 4, 5]))
+    inputs = nk_grid(2.0 ** np.arange(8, 13), 2.0 ** np.array([3, 4, 5]))
     y = clean("sae_nk", inputs, GPT4)
     problem = pose(get("sae_nk"), inputs, y)
     best = minimise(problem, starting_points(problem, 8, 0))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.laws import LAWS, get
+from analysis.laws.catalogue import LAWS, get
 
 
 def _draw(law, seed=0, points=23):
@@ -46,6 +46,10 @@ def test_contract_names():
 
 def test_chinchilla_parameters_are_in_the_contract_order():
     assert get("chinchilla").params == ("E", "A", "B", "alpha", "beta")
+
+
+def test_old_names_are_accepted():
+    assert get("tokens_to_convergence") is LAWS["monomial"] and "tokens_to_convergence" not in LAWS
 
 
 def test_unknown_law_names_the_known_ones():

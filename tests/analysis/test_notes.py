@@ -5,9 +5,11 @@ import pandas as pd
 import pytest
 
 from analysis import RunTable, fit, load
-from analysis.frontier import frontier_law
-from analysis.isoflop import isoflop
+from analysis.fits.design import check_table
+from analysis.laws.catalogue import get
 from analysis.notes import REMEDIES, has
+from analysis.questions.frontier import frontier_law
+from analysis.questions.isoflop import isoflop
 from tests.analysis.generate import grid_frame, sae_nk, write_run
 from tests.analysis.test_comparisons import BUDGETS, _chinchilla_profiles, _curves
 
@@ -83,7 +85,7 @@ def _curved_runs(tmp_path, flat):
             text = (run / "metrics.jsonl").read_text().splitlines()
             (run / "metrics.jsonl").write_text("\n".join(line for line in text if '"tokens": 400000' in line) + "\n")
     table = load(tmp_path)
-    return table.but(roles={**table.roles, "x": "n_latents"}).check("power_floor")
+    return check_table(table.but(roles={**table.roles, "x": "n_latents"}), get("power_floor"))
 
 
 TOKENS = np.geomspace(1e6, 1e8, 45)
@@ -146,8 +148,8 @@ def test_every_code_has_a_case():
 def test_provoked(code):
     notes = CASES[code][0]()
     assert has(notes, code), [str(entry) for entry in notes]
-    found = next(entry for entry in notes if entry.code == code)
-    assert found.message and found.remedy and "\n" not in str(found)
+    provoked = next(entry for entry in notes if entry.code == code)
+    assert provoked.message and provoked.remedy and "\n" not in str(provoked)
 
 
 @pytest.mark.parametrize("code", CASES)

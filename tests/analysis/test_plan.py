@@ -10,7 +10,7 @@ import yaml
 
 from analysis import RunTable, fit
 from analysis.cli import main
-from analysis.plan import Plan, cost_of, need, plan
+from analysis.questions.plan import Plan, cost_of, need, plan
 from harness.errors import UserError
 from tests.analysis.generate import GPT4, grid_frame, sae_nk, write_sweep
 
@@ -72,9 +72,9 @@ def test_planned_runs_beat_an_even_grid():
     ratios = []
     for seed in range(50):
         rng, truth, pilot = _draw(seed)
-        found = plan(_fit(pilot), TARGET, BUDGET, _cost, list(N), list(K), CAP)
-        assert found.flops <= BUDGET * (1 + 1e-12) and found.cells["n"].max() <= N.max()
-        planned = [(row["n"], row["k"]) for _, row in found.cells.iterrows() for _ in range(int(row["seeds"]))]
+        further = plan(_fit(pilot), TARGET, BUDGET, _cost, list(N), list(K), CAP)
+        assert further.flops <= BUDGET * (1 + 1e-12) and further.cells["n"].max() <= N.max()
+        planned = [(row["n"], row["k"]) for _, row in further.cells.iterrows() for _ in range(int(row["seeds"]))]
         widths = [_width(pd.concat([pilot, _runs(cells, rng, truth)])) for cells in (_even(BUDGET), planned)]
         # A planned design without a band counts as no gain at all.
         ratios.append(widths[0] / widths[1] if np.isfinite(widths[1]) else 0.0)
@@ -85,12 +85,12 @@ def test_planned_runs_beat_an_even_grid():
 
 def test_plan_narrows_and_stays_in_budget():
     _, _, pilot = _draw(3)
-    found = plan(_fit(pilot), TARGET, BUDGET, _cost, list(N), list(K), CAP)
-    assert np.log(found.after[2] / found.after[1]) < np.log(found.before[2] / found.before[1])
-    assert found.flops <= BUDGET and (found.cells["flops"] / found.cells["seeds"] <= CAP).all()
-    study = yaml.safe_load(found.study("next", 1, ["activations=minilm"]))
-    assert study["law"] == "sae_nk" and len(study["grids"]) == len(found.cells)
-    assert isinstance(found, Plan)
+    further = plan(_fit(pilot), TARGET, BUDGET, _cost, list(N), list(K), CAP)
+    assert np.log(further.after[2] / further.after[1]) < np.log(further.before[2] / further.before[1])
+    assert further.flops <= BUDGET and (further.cells["flops"] / further.cells["seeds"] <= CAP).all()
+    study = yaml.safe_load(further.study("next", 1, ["activations=minilm"]))
+    assert study["law"] == "sae_nk" and len(study["grids"]) == len(further.cells)
+    assert isinstance(further, Plan)
 
 
 def degenerate_runs():
@@ -116,9 +116,9 @@ def test_a_plan_survives_an_estimate_without_a_floor():
     _, _, pilot = _draw(22)
     result = _fit(pilot)
     assert result.values["zeta"] < -100
-    found = plan(result, TARGET, BUDGET, _cost, list(N), list(K), CAP)
-    assert found.cells["n"].max() == N.max()
-    assert np.log(found.after[2] / found.after[1]) < 0.2 * np.log(found.before[2] / found.before[1])
+    further = plan(result, TARGET, BUDGET, _cost, list(N), list(K), CAP)
+    assert further.cells["n"].max() == N.max()
+    assert np.log(further.after[2] / further.after[1]) < 0.2 * np.log(further.before[2] / further.before[1])
 
 
 def test_plan_refuses_what_cannot_be_planned():

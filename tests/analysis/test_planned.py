@@ -1,12 +1,12 @@
-"""What was planned beside what it took, in the report."""
+"""The report compares what was planned with what it took."""
 
 import json
 
 import pytest
 
-from analysis.load import read_sweep
-from analysis.planned import planned_rows
-from analysis.report import write_report
+from analysis.report.page import write_report
+from analysis.report.planned import planned_rows
+from analysis.runs.load import read_sweep
 from harness.errors import UserError
 from tests.analysis.generate import write_run
 
@@ -33,7 +33,7 @@ def test_time_and_memory_by_width_and_over_all(tmp_path):
         ("topk", 512, 1),
         ("all", None, 3),
     ]
-    assert rows[0]["planned_s"] == 20 and rows[0]["took_s"] == 30, "of a pack its share"
+    assert rows[0]["planned_s"] == 20 and rows[0]["took_s"] == 30, "a pack shares its time"
     assert rows[0]["time_ratio"] == 1.5 and rows[0]["time_range"] == (1.0, 2.0)
     assert rows[2]["time_range"] == (0.5, 2.0) and rows[2]["memory_ratio"] == pytest.approx(1.5)
     page = write_report(sweep).read_text(encoding="utf-8")
@@ -51,5 +51,5 @@ def test_a_run_without_a_plan_is_not_compared(tmp_path):
 def test_a_damaged_plan_is_named(tmp_path):
     sweep = _sweep(tmp_path / "s", (10.0, 10.0, 60.0))
     (sweep / "plan.json").write_text("{}")
-    with pytest.raises(UserError, match=r"plan\.json cannot be read"):
+    with pytest.raises(UserError, match=r"plan\.json is damaged"):
         planned_rows(read_sweep(sweep), sweep)

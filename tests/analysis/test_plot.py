@@ -9,8 +9,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 
 from analysis import FitResult, RunTable, fit, load, plot
-from analysis.isoflop import isoflop
-from analysis.plot.style import k_style
+from analysis.questions.isoflop import isoflop
+from analysis.report.plot.style import k_style
 from harness.errors import UserError
 from tests.analysis.generate import grid_frame, write_sweep
 from tests.analysis.test_comparisons import _curve_runs
@@ -116,19 +116,19 @@ def test_a_profile_needs_the_runs(law, tmp_path):
 
 
 def test_isoflop_stars_are_hollow_where_not_bracketed(tmp_path):
-    found = isoflop(_curve_runs(tmp_path, 2 ** np.arange(8, 14), 2**16), 6)
-    assert 0 < found.minima["bracketed"].sum() < len(found.minima)
-    ax: Any = plot.isoflop_profiles(_axes(), found)
+    profiles = isoflop(_curve_runs(tmp_path, 2 ** np.arange(8, 14), 2**16), 6)
+    assert 0 < profiles.minima["bracketed"].sum() < len(profiles.minima)
+    ax: Any = plot.isoflop_profiles(_axes(), profiles)
     stars = [line for line in ax.lines if line.get_marker() == "*"]
     faces = [line.get_markerfacecolor() == "white" for line in stars]
-    assert faces == [not flag for flag in found.minima["bracketed"]]
-    below = plot.isoflop_minima(_axes(), found)
+    assert faces == [not flag for flag in profiles.minima["bracketed"]]
+    below = plot.isoflop_minima(_axes(), profiles)
     assert {"best n", "at the edge of the sizes"} <= set(_names(below))
 
 
 def test_frontier_lies_over_grey_curves(tmp_path):
-    from analysis.frontier import frontier
-    from analysis.load import evaluations
+    from analysis.questions.frontier import frontier
+    from analysis.runs.curves import evaluations
 
     table = load(write_sweep(tmp_path / "quick"))
     curves = evaluations(table)

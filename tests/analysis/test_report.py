@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.report import summary_table, write_report
+from analysis.report.page import summary_table, write_report
 from harness.errors import UserError
 from tests.analysis.generate import MINILM_LIKE, sae_nk, write_run, write_sweep
 from tests.analysis.test_plan import degenerate_runs
@@ -165,7 +165,7 @@ def test_forecasts_without_a_band_are_told(tmp_path):
 
 
 def test_report_of_converged_runs(tmp_path):
-    """The law is that of the converged runs; the others are told, and tokens to convergence are a section."""
+    """The law is that of the converged runs; the others are listed, and tokens to convergence have a section."""
     sweep = tmp_path / "standard"
     for n in (256, 512, 1024, 2048, 4096):
         for k in (8, 16):

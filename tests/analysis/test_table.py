@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from analysis import RunTable, frontier, load
-from analysis.load import evaluations
 from analysis.notes import has
+from analysis.runs.curves import evaluations
 from harness.errors import UserError
 from tests.analysis.generate import write_run, write_sweep
 
@@ -20,7 +20,7 @@ def sweep(tmp_path_factory):
 
 def test_sweep_directory(sweep):
     table = load(sweep)
-    assert len(table) == 30 and table.units["flops"] == "FLOP"
+    assert len(table) == 30
     reasons = dict(zip(table.excluded["run_id"], table.excluded["reason"], strict=True))
     assert len(reasons) == 3
     assert reasons["topk-n4096-k32-s7-generated"] == "status diverged at step 200"
@@ -79,7 +79,6 @@ def test_frames_csv_parquet_agree(tmp_path):
     for source in (frame, tmp_path / "t.csv", tmp_path / "t.parquet"):
         table = load(source, roles)
         np.testing.assert_array_equal(table.values("x"), [1, 2, 4, 8])
-        assert table.label("x") == "size"
 
 
 def test_stacking_two_sources(tmp_path):
@@ -110,14 +109,14 @@ def test_wandb_problems_are_one_line(monkeypatch):
         def runs(self, path, filters):
             raise ConnectionError("name resolution failed")
 
-    monkeypatch.setattr("analysis.load_wandb._api", Unreachable)
+    monkeypatch.setattr("analysis.runs.load_wandb._api", Unreachable)
     with pytest.raises(UserError, match="cannot be read: name resolution failed"):
         load("wandb:me/project/group")
 
     def without_a_key():
         raise ValueError("api_key not configured (no-tty)\nrun wandb login")
 
-    monkeypatch.setattr("analysis.load_wandb._api", without_a_key)
+    monkeypatch.setattr("analysis.runs.load_wandb._api", without_a_key)
     with pytest.raises(UserError, match="cannot be read: api_key not configured"):
         load("wandb:me/project/group")
     with pytest.raises(UserError, match="is not wandb:entity"):

@@ -15,7 +15,7 @@ RECORDED = Path(__file__).parent / "data" / "wandb_group.json"
 READ = """
 import json, sys
 from analysis import load
-from analysis.load import evaluations
+from analysis.runs.curves import evaluations
 table = load(sys.argv[1])
 curves = evaluations(table)
 lines = {run: len(read()) for run, read in table.histories.items()}
@@ -51,19 +51,19 @@ def test_a_group_is_read_by_the_real_client(recorded, tmp_path):
     with serving(store) as address:
         done = _client(address, tmp_path, "-c", READ, "wandb:me/sae-scaling/wb")
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.split("ANSWER", 1)[1])
+    answer = json.loads(done.stdout.split("ANSWER", 1)[1])
     whole = {run["bucket"]["displayName"]: run for run in recorded.values() if run["exit"] == 0}
-    assert sorted(found["n"]) == [64, 128, 256] and set(found["runs"]) == set(whole)
-    assert found["excluded"] == [{"run": "topk-n512", "reason": "status unfinished"}]
-    for run, fvu, n, lr in zip(found["runs"], found["fvu"], found["n"], found["lr"], strict=True):
+    assert sorted(answer["n"]) == [64, 128, 256] and set(answer["runs"]) == set(whole)
+    assert answer["excluded"] == [{"run": "topk-n512", "reason": "status unfinished"}]
+    for run, fvu, n, lr in zip(answer["runs"], answer["fvu"], answer["n"], answer["lr"], strict=True):
         assert fvu == whole[run]["summary"]["fvu"]
         assert lr == pytest.approx(4 * 2e-4 / (n / 2**14) ** 0.5)  # the rule, not the decayed rate in the summary
         assert whole[run]["summary"]["lr"] != pytest.approx(lr)
-        assert found["lines"][run] == len(whole[run]["history"])  # complete, not sampled
+        assert answer["lines"][run] == len(whole[run]["history"])  # complete, not sampled
         evaluated = [line for line in whole[run]["history"] if "fvu" in line]
-        assert found["points"][run] == len(evaluated) and not found["constant"]
-    assert {"Runs", "RunParquetHistory", "HistoryPage"} <= set(store.asked)
-    assert store.asked.count("Runs") == 2, "runs come in pages"
+        assert answer["points"][run] == len(evaluated) and not answer["constant"]
+    assert {"Runs", "RunParquetHistory", "HistoryPage"} <= set(store.operations)
+    assert store.operations.count("Runs") == 2, "runs come in pages"
 
 
 def test_the_command_fits_a_group(recorded, tmp_path):

@@ -39,7 +39,7 @@ class Store:
 
     def __init__(self, runs: dict[str, dict[str, Any]] | None = None) -> None:
         self.runs = runs or {}
-        self.asked: list[str] = []
+        self.operations: list[str] = []
         """Names of the operations, in order."""
 
     def upsert(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -93,9 +93,9 @@ class Store:
 
 def answer(store: Store, query: str, variables: dict[str, Any], page: int = 2) -> dict[str, Any]:
     """The `data` of a GraphQL answer. Runs come in pages of at most `page`, so that paging is used."""
-    found = re.search(r"\b(?:query|mutation)\s+(\w+)", query)
-    operation = found.group(1) if found else "?"
-    store.asked.append(operation)
+    match = re.search(r"\b(?:query|mutation)\s+(\w+)", query)
+    operation = match.group(1) if match else "?"
+    store.operations.append(operation)
     wanted = set(re.findall(r"\b\w+\b", query))
     if operation == "Runs":
         filters = json.loads(variables["filters"])
@@ -163,13 +163,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self._body()
-        said: dict[str, Any] = {}
+        reply: dict[str, Any] = {}
         if self.path == "/graphql":
-            asked = json.loads(body)
-            said = {"data": answer(self.store, asked["query"], asked.get("variables") or {})}
+            request = json.loads(body)
+            reply = {"data": answer(self.store, request["query"], request.get("variables") or {})}
         elif self.path.endswith("/file_stream"):
             self.store.stream(self.path.split("/")[-2], json.loads(body))
-        self._send(said)
+        self._send(reply)
 
     def do_GET(self) -> None:
         self._send({})
@@ -215,7 +215,7 @@ def main() -> int:
         import wandb
 
         wandb.teardown()
-    print("operations:", sorted(set(store.asked)), file=sys.stderr)
+    print("operations:", sorted(set(store.operations)), file=sys.stderr)
     for run in store.runs.values():
         config = json.loads(run["bucket"]["config"])
         run["bucket"]["config"] = json.dumps({key: config[key] for key in CONFIG})

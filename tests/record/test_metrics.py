@@ -61,7 +61,7 @@ def test_cutting_back_to_a_checkpoint(tmp_path: Path) -> None:
     assert read(tmp_path / "missing") == []
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_a_damaged_line_in_the_middle_is_named_or_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 3)
     lines = path.read_text().splitlines()
@@ -69,6 +69,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match="line 2 is damaged"):
         read(path)
+    assert [line["step"] for line in read(path, skip_damaged=True)] == [1, 3]
 
 
 def test_the_newest_values_without_reading_everything(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""Checks of a table before a law is fitted to it: is a fit possible, and what will limit it?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis.laws.law import Law
+from analysis.notes import Note, by_severity, note
+from analysis.runs.curves import last_doubling
+from analysis.runs.table import POPULATION, RunTable
+
+DEAD_RANGE = 0.05
+"""Range of the shares of dead latents above which they differ between runs."""
+DEAD_MOST = 0.10
+"""Share of dead latents above which a run has too many."""
+SAME_TOKENS = 1.05
+"""Ratio of the most to the fewest tokens up to which runs count as equally long."""
+CONVERGED_GAIN = 0.01
+"""Relative gain over the last doubling of tokens above which a run without a `converged` flag is not converged."""
+
+
+def check_table(table: RunTable, law: Law) -> list[Note]:
+    """Notes on the data and the design for one law, most severe first; an error means that no fit is possible."""
+    return by_severity([*table.notes, *_counts(table, law), *_data(table), *_population(table, law)])
+
+
+def _counts(table: RunTable, law: Law) -> list[Note]:
+    notes = []
+    points, size = len(table), len(law.params)
+    for role in law.inputs:
+        levels = table.frame[table.roles[role]].nunique() if table.has(role) else 0
+        needed = law.min_levels.get(role, 2)
+        if levels < needed:
+            text = f"{law.name} needs at least {needed} values of {table.roles.get(role, role)}, found {levels}"
+            notes.append(note("too_few_levels", "error", text))
+    if points <= size:
+        text = f"{points} usable run(s) for the {size} parameters of {law.name}; at least {size + 1} are needed"
+        notes.append(note("too_few_points", "error", text))
+    elif points < size + 3:
+        text = f"{points} runs for {size} parameters leave {points - size} degree(s) of freedom: intervals are wide"
+        notes.append(note("too_few_points", "warning", text))
+    columns = [table.roles[role] for role in law.inputs if table.has(role)]
+    if points and columns and not table.frame.duplicated(columns).any():
+        text = "no cell was repeated with another seed: the noise is judged from the fit"
+        notes.append(note("single_seed", "info", text))
+    return notes
+
+
+def _data(table: RunTable) -> list[Note]:
+    frame, notes = table.frame, []
+    if not len(frame):
+        return notes
+    if table.has("converged") and frame[table.roles["converged"]].notna().any():
+        converged = frame[table.roles["converged"]].fillna(False).astype(bool)
+        if not converged.all():
+            severity = "warning" if converged.any() else "info"
+            text = f"{int((~converged).sum())} of {len(frame)} runs are not converged"
+            notes.append(note("unconverged_run", severity, text))
+    elif table.histories:
+        steep = [run for run, gain in last_doubling(table).items() if gain > CONVERGED_GAIN]
+        if steep:
+            text = f"{len(steep)} run(s) still gained more than 1 % over their last doubling of tokens, e.g. {steep[0]}"
+            notes.append(note("unconverged_run", "warning" if len(steep) < len(frame) else "info", text))
+    if table.has("dead"):
+        dead = np.array(frame[table.roles["dead"]], dtype=float)
+        dead = dead[np.isfinite(dead)]
+        if len(dead) and (np.ptp(dead) > DEAD_RANGE or dead.max() > DEAD_MOST):
+            text = f"dead latents range from {100 * dead.min():.1f} % to {100 * dead.max():.1f} %"
+            notes.append(note("mixed_dead_latents", "warning", text))
+    if table.has("n") and table.has("flops") and len(frame) > 3:
+        log_n, log_c = np.log(table.values("n")), np.log(table.values("flops"))
+        design = np.stack([np.ones_like(log_n), log_n], axis=1)
+        residual = log_c - design @ np.linalg.lstsq(design, log_c, rcond=None)[0]
+        if np.ptp(log_n) > 0 and np.std(residual) < 0.02 * np.std(log_c):
+            notes.append(note("confounded_n_flops", "info", "FLOPs follow from n alone in these runs"))
+    return notes
+
+
+def _population(table: RunTable, law: Law) -> list[Note]:
+    """Notes on differences that the runs of one law should not have: settings, k, tokens."""
+    frame = table.frame
+    fitted = {table.roles[role] for role in law.inputs if table.has(role)}
+    names = [name for name in POPULATION if name in frame and name not in fitted]
+    if "experts" in law.inputs:
+        names = [name for name in names if name != "sae"]  # one expert is TopK
+    along_tokens = bool(fitted & table.spent)
+    if table.has("k") and table.roles["k"] not in fitted and not along_tokens:
+        names.append(table.roles["k"])
+    different = [name for name in names if frame[name].astype(str).nunique() > 1]
+    notes = []
+    if different:
+        shown = "; ".join(f"{name}: {', '.join(sorted(frame[name].astype(str).unique())[:4])}" for name in different)
+        notes.append(note("mixed_population", "warning", f"the runs differ in more than their size ({shown})"))
+    if table.has("d") and not along_tokens and not _all_converged(table) and len(frame):
+        tokens = table.values("d")
+        if tokens.max() > SAME_TOKENS * tokens.min():
+            text = f"{table.roles['d']} range from {tokens.min():.4g} to {tokens.max():.4g}: no law at fixed tokens"
+            notes.append(note("mixed_population", "warning", text))
+    return notes
+
+
+def _all_converged(table: RunTable) -> bool:
+    return table.has("converged") and bool(table.column("converged").eq(True).all())

@@ -1,0 +1,220 @@
+"""`fit`: fits a law to a table of runs, by least squares on ln(loss) from many starts.
+
+docs/analysis.md describes the method and its evidence. In short: the logs are centred; starts come from variable
+projection and from a random generator; intervals are profile-F; repeated cells give weights; every doubt is a note.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from analysis.fits.bootstrap import cluster_bootstrap, percentile_intervals
+from analysis.fits.checks import check_fit
+from analysis.fits.design import check_table
+from analysis.fits.intervals import covariance, profile, wald
+from analysis.fits.nested import compare_nested
+from analysis.fits.problem import Problem, pose, starting_points
+from analysis.fits.result import FitResult, failed
+from analysis.fits.solve import MANY, SAMPLE, Optimum, minimise, minimise_many
+from analysis.fits.status import Status, status_of
+from analysis.fits.weights import SeedNoise, seed_noise
+from analysis.laws.catalogue import get
+from analysis.laws.law import Array, Law
+from analysis.notes import any_error, by_severity
+from analysis.runs.regime import REGIMES, one_regime
+from analysis.runs.table import RunTable
+from harness.errors import UserError
+
+SIGNIFICANT_SLOPE = 0.1
+"""`weights="auto"` weights only if the noise depends on scale with this p-value. With few repeats the slope of the
+noise is itself noise, and weighting by it would do harm."""
+
+
+def fit(
+    table: RunTable,
+    law: str | Law = "sae_nk",
+    *,
+    robust: str | None = None,
+    delta: float = 1e-3,
+    weights: str = "auto",
+    ci: str = "profile",
+    level: float = 0.95,
+    starts: int = 64,
+    seed: int = 0,
+    regime: str = "auto",
+    evaluations: int = 2000,
+    resamples: int = 1000,
+) -> FitResult:
+    """Fit a law to the usable runs of a table.
+
+    Args:
+        law: A name of `analysis.laws.catalogue.LAWS`, or a `Law`.
+        robust: None, or `huber` with `delta` in units of ln(loss).
+        weights: `auto` weights by the variance between seeds if repeats at three or more scales show that it depends
+            on scale; `seeds` drops that condition; `none`.
+        ci: `profile` (F), `wald`, or `bootstrap` (resampling whole runs). With `huber`, `profile` means `bootstrap`.
+        level: Confidence level of every interval.
+        starts: Starts of the optimiser; `seed` fixes the random ones.
+        regime: Runs at convergence and runs at fixed tokens follow different laws in n: `converged`, `fixed`, `all`, or
+            `auto` (the converged runs if they suffice). A law in tokens or FLOPs takes all runs.
+        evaluations: Most evaluations of the residuals per start.
+        resamples: Bootstrap resamples.
+
+    Returns a `FitResult`. If no fit is possible, its status is `failed` and its notes say why. Raises `UserError` for a
+    wrong request: an unknown option, a role without a column, a regime without runs.
+    """
+    chosen = get(law) if isinstance(law, str) else law
+    _check_request(robust, delta, weights, ci, level, starts, regime)
+    table = first_population(table, chosen)
+    if not follows_tokens(chosen, table):
+        table = one_regime(table, regime, lambda part: not any_error(check_table(part, chosen)))
+    for role in (*chosen.inputs, "loss"):
+        table.column(role)
+    notes = check_table(table, chosen)
+    if any_error(notes):
+        return failed(chosen, notes, len(table), table.left_out())
+    inputs = {role: table.values(role) for role in chosen.inputs}
+    y = table.values("loss")
+    noise = seed_noise(inputs, y, chosen.scale_input)
+    weight, weighting = _weights(noise, inputs[chosen.scale_input], weights)
+    problem = pose(chosen, inputs, y, weight)
+    runs = [str(run) for run in table.column("run").to_numpy()[problem.order]]
+    huber = delta if robust == "huber" else None
+    if problem.points > MANY:
+        sample = problem.take(np.linspace(0, problem.points - 1, SAMPLE).astype(int))
+        optimum = minimise_many(problem, starting_points(sample, starts, seed), seed, huber, evaluations)
+        ci = "wald" if ci == "profile" else ci  # with so many points a profile is a parabola
+    else:
+        optimum = minimise(problem, starting_points(problem, starts, seed), huber, evaluations)
+    if not np.isfinite(optimum.objective):
+        raise UserError(f"{chosen.name} cannot be evaluated on these data; look at their units")
+    method = "bootstrap" if huber is not None and ci == "profile" else ci
+    result = _assemble(chosen, problem, optimum, method, level, runs, huber, resamples, seed)
+    result.notes = by_severity([*notes, *check_fit(problem, optimum, result.intervals, noise, runs)])
+    result.status = status_of(result.notes, result.intervals.values())
+    result.robust = f"huber, delta={delta:g}" if huber is not None else None
+    result.columns = {role: table.roles[role] for role in (*chosen.inputs, "loss")}
+    result.domain = {role: (float(values.min()), float(values.max())) for role, values in inputs.items()}
+    result.weighting = weighting
+    result.inputs, result.y, result.weights = inputs, y, weight
+    result.excluded = table.left_out()
+    result.data_hash = _hash(problem)
+    if chosen.nested and huber is None and problem.points <= MANY:
+        result.nested = compare_nested(chosen, problem, inputs, y, weight, optimum)
+    return result
+
+
+def follows_tokens(law: Law, table: RunTable) -> bool:
+    """Whether the law is one in tokens or FLOPs, to which runs of any length belong."""
+    return "d" in law.inputs or ("x" in law.inputs and table.roles.get("x") in table.spent)
+
+
+def _check_request(
+    robust: str | None, delta: float, weights: str, ci: str, level: float, starts: int, regime: str
+) -> None:
+    for name, value, allowed in (
+        ("robust", robust, (None, "huber")),
+        ("weights", weights, ("auto", "seeds", "none")),
+        ("ci", ci, ("profile", "wald", "bootstrap")),
+        ("regime", regime, REGIMES),
+    ):
+        if value not in allowed:
+            raise UserError(f"{name}={value!r} is not known; choose one of: {', '.join(map(str, allowed))}")
+    if not 0 < delta < np.inf:
+        raise UserError(f"delta={delta:g} of the Huber loss must be positive and finite")
+    if not 0.5 <= level < 1:
+        raise UserError(f"level={level} must lie between 0.5 and 1")
+    if starts < 1:
+        raise UserError(f"starts={starts} must be at least 1")
+
+
+def first_population(table: RunTable, law: Law) -> RunTable:
+    """The runs of one architecture: of TopK if the table has any, else of the one with most runs.
+
+    A law in the number of experts takes all of them.
+    """
+    if "sae" not in table.frame or "experts" in law.inputs:
+        return table
+    counts = table.frame["sae"].astype(str).value_counts()
+    if len(counts) > 1:
+        chosen = "topk" if "topk" in counts.index else str(counts.index[0])
+        table = table.where(f"another architecture than {chosen}; choose it with --where sae=…", sae=chosen)
+    return table
+
+
+def _weights(noise: SeedNoise | None, x: Array, how: str) -> tuple[Array | None, dict[str, float]]:
+    if how == "none" or noise is None or noise.scales < 3 or noise.pure_error <= 0:
+        return None, {}
+    if how == "auto" and noise.p_constant > SIGNIFICANT_SLOPE:
+        return None, {}
+    weight = noise.weights(np.log(x))
+    return weight, {"slope": noise.slope, "centre": noise.centre, "mean": float(weight.mean())}
+
+
+def _assemble(
+    law: Law,
+    problem: Problem,
+    optimum: Optimum,
+    ci: str,
+    level: float,
+    runs: list[str],
+    huber: float | None,
+    resamples: int,
+    seed: int,
+) -> FitResult:
+    theta = optimum.theta
+    residual = problem.residual(theta)
+    rss, dof = float(np.sum(residual**2)), problem.points - problem.size
+    variance = rss / dof if dof > 0 else float("nan")
+    theta_cov = covariance(problem, theta, variance)
+    matrix, offset = problem.raw_map()
+    if ci == "bootstrap":
+        draws = cluster_bootstrap(problem, theta, np.array(runs), resamples, seed, huber)
+        theta_cov = np.cov(draws.T).reshape(problem.size, problem.size)
+        ends = percentile_intervals(draws @ matrix.T, level)
+    else:
+        ends = []
+        for row in matrix:
+            with np.errstate(invalid="ignore"):
+                se = float(np.sqrt(row @ theta_cov @ row))
+            if dof < 1:
+                ends.append((None, None))
+            elif ci == "wald":
+                ends.append(wald(float(row @ theta), se, dof, level))
+            else:
+                ends.append(profile(problem, theta, rss, row, se, level))
+    intervals = {}
+    for name, shift, (low, high) in zip(law.params, offset, ends, strict=True):
+        intervals[name] = tuple(
+            None if end is None else float(np.exp(end + shift)) if name in law.exp_params else float(end + shift)
+            for end in (low, high)
+        )
+    return FitResult(
+        law=law,
+        theta=theta,
+        means=problem.means,
+        y_mean=problem.y_mean,
+        theta_cov=theta_cov,
+        intervals=intervals,
+        rss=rss,
+        dof=dof,
+        points=problem.points,
+        notes=[],
+        status=Status.OK,
+        level=level,
+        ci=ci,
+        reached=optimum.reached,
+        starts=optimum.starts,
+        problem=problem,
+        runs=runs,
+    )
+
+
+def _hash(problem: Problem) -> str:
+    """sha256 of the law's name and of the numbers that were fitted, in canonical order."""
+    digest = hashlib.sha256(problem.law.name.encode())
+    for part in (problem.phi, problem.y, problem.root_weight):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""Noise between seeds: its size, whether it depends on scale, and the weights that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize_scalar
+from scipy.special import chdtrc
+
+from analysis.laws.law import Array
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """Variance of ln y between repeats of a cell, σ²(x) = exp(level + slope·(ln x − centre))."""
+
+    level: float
+    slope: float
+    centre: float
+    """Mean ln x of the repeated cells."""
+    dof: int
+    scales: int
+    """Distinct values of x with repeats."""
+    p_constant: float
+    """Likelihood-ratio p-value of slope = 0."""
+    pure_error: float
+    """Σ of squares within cells."""
+    cells: int
+    """Distinct cells among all points."""
+
+    def weights(self, log_x: Array) -> Array:
+        """Inverse variances (points,), up to a common factor."""
+        return np.exp(-self.slope * (log_x - self.centre))
+
+    @property
+    def sd(self) -> float:
+        """Pooled standard deviation of ln y between seeds."""
+        return float(np.sqrt(self.pure_error / self.dof))
+
+
+def cell_numbers(columns: Iterable[Array]) -> np.ndarray:
+    """The number of each point's cell (points,), from 0. Points with equal values in all columns share a cell."""
+    cell = np.zeros(1, dtype=np.int64)
+    for values in columns:
+        codes, levels = pd.factorize(values)
+        cell, _ = pd.factorize(cell * len(levels) + codes)
+    return cell
+
+
+def seed_noise(inputs: Mapping[str, Array], y: Array, scale: str) -> SeedNoise | None:
+    """Estimate the noise from cells (equal inputs) that were run more than once; None if there are none.
+
+    ln σ² is linear in ln of the input named `scale`. The fit maximises the likelihood of the variances within cells,
+    which follow χ² distributions.
+    """
+    log_y = np.log(y)
+    cell = cell_numbers(np.asarray(values, dtype=float) for values in inputs.values())
+    count = np.bincount(cell)
+    mean = np.bincount(cell, log_y) / count
+    square = np.bincount(cell, (log_y - mean[cell]) ** 2)
+    repeated = count > 1
+    if not repeated.any():
+        return None
+    log_x_cell = np.bincount(cell, np.log(inputs[scale])) / count
+    dof, ss, log_x = count[repeated] - 1.0, square[repeated], log_x_cell[repeated]
+    centre = float(np.average(log_x, weights=dof))
+    u = log_x - centre
+    scales = len(np.unique(np.round(log_x, 9)))
+    total = float(ss.sum())
+
+    def twice_negative_log_likelihood(slope: float) -> float:
+        level = np.log(np.sum(ss * np.exp(-slope * u)) / dof.sum())
+        return float(dof.sum() * level + np.sum(dof * slope * u) + dof.sum())
+
+    slope, p = 0.0, 1.0
+    if scales >= 2 and total > 0:
+        end: Any = minimize_scalar(twice_negative_log_likelihood, bounds=(-6.0, 6.0), method="bounded")
+        slope = float(end.x)
+        p = float(chdtrc(1, max(twice_negative_log_likelihood(0.0) - end.fun, 0.0)))
+    level = float(np.log(max(np.sum(ss * np.exp(-slope * u)) / dof.sum(), 1e-300)))
+    return SeedNoise(level, slope, centre, int(dof.sum()), scales, p, total, len(count))

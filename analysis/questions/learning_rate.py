@@ -1,0 +1,89 @@
+"""The best learning rate at each n, from a sweep over learning rates, and its slope in n."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.fits.fit import fit
+from analysis.fits.result import FitResult
+from analysis.fits.status import Status
+from analysis.notes import Note, note
+from analysis.runs.table import RunTable
+from harness.errors import UserError
+
+
+@dataclass
+class BestRates:
+    """Per (n, k): the learning rate with the lowest loss, interpolated if it is bracketed; and lr ∝ n^p."""
+
+    rates: pd.DataFrame
+    """n, k, lr, loss, bracketed, grid_lr (the best rate that was run)."""
+    law: FitResult | None
+    """lr = D0·n^p over the bracketed rates (law `monomial`); None with fewer than three sizes."""
+    notes: list[Note]
+
+
+def best_rates(table: RunTable) -> BestRates:
+    """The best rate of every n and k: the vertex of a parabola in ln(lr) through the best rate and its neighbours.
+
+    A best rate at the edge of the rates that were tried is not bracketed and does not enter the slope (note
+    `isoflop_edge`). Raises `UserError` if the table has no learning rates.
+    """
+    if "lr" not in table.roles or not np.any(np.isfinite(table.values("lr"))):
+        raise UserError(f"{table.name}: no learning rates are recorded; name their column with --lr")
+    frame = pd.DataFrame({role: table.values(role) for role in ("n", "k", "lr", "loss")})
+    frame = frame[np.isfinite(frame["lr"]) & (frame["lr"] > 0)]
+    means = frame.groupby(["n", "k", "lr"], as_index=False)[["loss"]].mean()
+    rows = []
+    for (n, k), part in means.groupby(["n", "k"]):
+        part = part.sort_values("lr")
+        x, y = np.log(part["lr"].to_numpy()), np.log(part["loss"].to_numpy())
+        i = int(np.argmin(y))
+        row = {"n": n, "k": k, "grid_lr": float(np.exp(x[i])), "lr": float(np.exp(x[i])), "loss": float(np.exp(y[i]))}
+        row["bracketed"] = bool(0 < i < len(x) - 1)
+        if row["bracketed"]:
+            c, b, a = np.polynomial.polynomial.polyfit(x[i - 1 : i + 2] - x[i], y[i - 1 : i + 2], 2)
+            row["lr"], row["loss"] = float(np.exp(x[i] - b / (2 * a))), float(np.exp(c - b * b / (4 * a)))
+        rows.append(row)
+    rates = pd.DataFrame(rows, columns=["n", "k", "lr", "loss", "bracketed", "grid_lr"])
+    good = rates[rates["bracketed"].astype(bool)]
+    notes = []
+    if len(good) < len(rates):
+        text = (
+            f"{len(rates) - len(good)} of {len(rates)} cells have their best learning rate at the edge of those tried"
+        )
+        notes.append(Note("isoflop_edge", "warning", text, "add learning rates beyond the edge"))
+    return BestRates(rates, _law(good), notes)
+
+
+def at_best_rate(table: RunTable) -> RunTable:
+    """The runs at the best learning rate of their n and k; the others are listed as left out.
+
+    A table in which every cell has one learning rate is returned unchanged.
+    """
+    if "lr" not in table.roles or not len(table):
+        return table
+    frame = pd.DataFrame({role: table.values(role) for role in ("n", "k", "lr", "loss")})
+    kinds = [table.frame[name].astype(str) for name in ("sae", "n_experts") if name in table.frame]
+    cell = frame[["n", "k"]].astype(str).agg(" ".join, axis=1)
+    for kind in kinds:
+        cell = cell + " " + kind.to_numpy()
+    if frame.groupby(cell)["lr"].nunique().max() <= 1:
+        return table
+    mean = frame.groupby([cell, "lr"])["loss"].transform("mean")
+    best = mean <= mean.groupby(cell).transform("min") * (1 + 1e-12)
+    out = table.keep(best.to_numpy(), "not the best learning rate of its n and k")
+    text = f"{int((~best).sum())} runs have a worse learning rate than another of the same n and k and were left out"
+    out.notes.append(note("mixed_population", "info", text))
+    return out
+
+
+def _law(rates: pd.DataFrame) -> FitResult | None:
+    if rates["n"].nunique() < 3:
+        return None
+    points = RunTable(rates[["n", "lr"]].copy(), {"n": "n", "loss": "lr"}, name="best learning rates")
+    result = fit(points, "monomial", weights="none")
+    return None if result.status is Status.FAILED else result

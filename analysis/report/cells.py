@@ -1,0 +1,84 @@
+"""The table of cells, one row per run, for the report and for the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from analysis.runs.table import RunTable
+
+
+def cell_rows(table: RunTable) -> list[dict[str, Any]]:
+    """One row per usable run, sorted by architecture, k, n, seed; missing values are None."""
+    frame = table.frame
+    keys = [name for name in ("sae", "n_experts", "k", "n_latents", "seed") if name in frame]
+    if "sae" in frame:
+        frame = frame.assign(_order=frame["sae"] != "topk")
+        keys = ["_order", *keys]
+    rows = []
+    for _, row in frame.sort_values(keys, kind="stable").iterrows():
+        rows.append(
+            {
+                "sae": row.get("sae", ""),
+                "n": row.get("n_latents"),
+                "k": row.get("k"),
+                "experts": _plain(row.get("n_experts")),
+                "seed": _plain(row.get("seed")),
+                "tokens": _plain(row.get("tokens")),
+                "fvu": _plain(row.get("fvu")),
+                "se": _plain(row.get("fvu_se")),
+                "l0": _plain(row.get("l0")),
+                "dead": _plain(row.get("dead_frac")),
+                "flops": _plain(row.get("flops")),
+                "wall_s": _plain(row.get("wall_s")),
+                "speed": _plain(row.get("tokens_per_s")),
+                "converged": None if pd.isna(row.get("converged")) else bool(row.get("converged")),
+                "run": str(row[table.roles["run"]]),
+            }
+        )
+    return rows
+
+
+def cell_text(table: RunTable, limit: int = 40) -> str:
+    """The table as aligned text: at most `limit` rows, the number of further rows, and what was left out."""
+    head = ("sae", "n", "k", "E", "seed", "tokens", "fvu", "±se", "l0", "dead %", "time")
+    lines: list[tuple[str, ...]] = [head]
+    rows = cell_rows(table)
+    for row in rows[:limit]:
+        lines.append(
+            (
+                str(row["sae"]),
+                _cell(row["n"], ",.0f"),
+                _cell(row["k"], "g"),
+                _cell(row["experts"], "g"),
+                _cell(row["seed"], "g"),
+                _cell(row["tokens"], ",.0f"),
+                _cell(row["fvu"], ".4f"),
+                _cell(row["se"], ".4f"),
+                _cell(row["l0"], ".1f"),
+                _cell(None if row["dead"] is None else 100 * row["dead"], ".1f"),
+                _cell(row["wall_s"], ".0f", " s"),
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    if len(rows) > limit:
+        text.append(f"… and {len(rows) - limit} more runs (all in the report)")
+    for reason, count in table.excluded["reason"].value_counts().items():
+        text.append(f"left out: {count} × {reason}")
+    return "\n".join(text)
+
+
+def _plain(value: Any) -> float | None:
+    """A finite float or None."""
+    try:
+        plain = float(value)
+    except (TypeError, ValueError):
+        return None
+    return plain if math.isfinite(plain) else None
+
+
+def _cell(value: float | None, form: str, unit: str = "") -> str:
+    return "–" if value is None else f"{value:{form}}{unit}"

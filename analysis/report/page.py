@@ -1,0 +1,238 @@
+"""`report.html` of a sweep: the law in words, pictures, tables, excluded runs, provenance. It is self-contained."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.fits.result import FitResult
+from analysis.format import interval, number
+from analysis.report.cells import cell_rows, cell_text
+from analysis.report.findings import Comparison, Findings, gather, read_runs
+from analysis.report.pictures import all_pictures
+from analysis.report.planned import planned_rows
+from analysis.report.words import (
+    comparison_sentences,
+    converged_words,
+    convergence_sentences,
+    forecast_sentences,
+    law_sentences,
+    multiplier_sentences,
+    rate_sentences,
+)
+from analysis.runs.table import RunTable
+from harness.files import write_text_atomic
+from harness.record import names
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+def write_report(sweep_dir: str | Path, law: str | None = None) -> Path:
+    """Write `report.html` into a sweep directory and return its path.
+
+    A sweep with too little to fit still gets a report, which says what is missing. Raises `UserError` if the directory
+    holds no run.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    directory = Path(sweep_dir)
+    findings = gather(directory, law)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["num"] = number
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**_context(findings, directory))
+    path = directory / "report.html"
+    write_text_atomic(path, page)
+    return path
+
+
+def summary_table(sweep: str | Path | RunTable, limit: int = 40) -> str:
+    """The cells of a sweep as a short text table, for the terminal."""
+    table = sweep if isinstance(sweep, RunTable) else read_runs(Path(sweep))
+    return cell_text(table, limit)
+
+
+def _context(findings: Findings, directory: Path) -> dict[str, Any]:
+    table, study = findings.table, findings.study
+    words = converged_words(findings.main)
+    title = study.title
+    if words and "converged" not in title.lower():
+        title = f"{title} — {words}"
+    return {
+        "title": title,
+        "study": study,
+        "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "lead": _lead(findings),
+        "pictures": all_pictures(findings),
+        "laws": [_law_rows(k, result) for k, result in findings.fits],
+        "failures": _failure_rows(findings),
+        "versus": findings.versus,
+        "forecasts": [_forecast_row(row) for row in findings.forecasts],
+        "comparisons": [_comparison_row(entry) for entry in findings.comparisons],
+        "convergence": _convergence_rows(findings),
+        "rates": findings.rates.rates.to_dict("records") if findings.rates is not None else [],
+        "cells": cell_rows(table),
+        "planned": planned_rows(table, directory),
+        "anchors": _anchors(table),
+        "excluded": _excluded_rows(findings),
+        "notes": [entry.as_dict() for entry in sorted(findings.notes, key=lambda e: e.severity == "info")],
+        "provenance": _provenance(table, directory),
+    }
+
+
+def _lead(findings: Findings) -> list[str]:
+    """The text at the top."""
+    table, main = findings.table, findings.main
+    lines = []
+    if not len(table):
+        return [
+            f"No run of this sweep can be used: all {len(table.excluded)} were left out (listed below). "
+            "Nothing was fitted."
+        ]
+    n, k, tokens = main.values("n"), main.values("k"), table.values("d")
+    loss = main.values("loss")
+    lines.append(
+        f"{len(table)} run{'s' if len(table) > 1 else ''}: n {_range(n)}, k {_range(k)}, {_range(tokens)} tokens each. "
+        f"Held-out fvu {_range(loss)}; the mean predictor has 1."
+    )
+    for level, result in findings.fits:
+        at = f"k = {level:g}: " if level is not None else ""
+        lines.extend(at + sentence for sentence in law_sentences(result, list(k)))
+    lines.extend(forecast_sentences(findings.forecasts))
+    if not findings.fits:
+        lines.append("No law can be fitted to these runs; the section “What could not be fitted” says why.")
+    lines.extend(comparison_sentences(findings.versus))
+    lines.extend(multiplier_sentences(findings.comparisons))
+    if findings.convergence is not None:
+        lines.extend(convergence_sentences(findings.convergence))
+    if findings.rates is not None:
+        lines.extend(rate_sentences(findings.rates))
+    if "topk" not in set(table.frame.get("sae", [])):
+        lines.append("There is no TopK run, so architectures cannot be compared.")
+    return lines
+
+
+def _range(values: Any) -> str:
+    """ "256 to 4,096", or one number if all values are equal."""
+    low, high = (number(float(end)) for end in (np.min(values), np.max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _law_rows(k: float | None, result: FitResult) -> dict[str, Any]:
+    rows = [
+        {"name": name, "value": number(result.values[name], 4), "interval": interval(*result.intervals[name], digits=4)}
+        for name in result.law.params
+    ]
+    return {
+        "name": result.law.name,
+        "formula": result.law.formula,
+        "k": k,
+        "status": result.status.value,
+        "rows": rows,
+        "level": f"{100 * result.level:g} %",
+        "ci": result.ci,
+        "reached": f"{100 * result.reached:.0f} % of {result.starts}",
+        "weighted": bool(result.weighting),
+        "nested": [row for row in result.nested if k is None or "aicc" in row],
+    }
+
+
+def _comparison_row(entry: Comparison) -> dict[str, str]:
+    result = entry.multiplier
+    unit = "FLOPs" if entry.x == "flops" else "latents"
+    crossing = f"{number(result.crossing)} {unit} {interval(result.crossing_lo, result.crossing_hi)}"
+    return {
+        "k": number(entry.k),
+        "experts": number(entry.experts),
+        "of": unit,
+        "value": "–" if result.value is None else number(result.value),
+        "interval": interval(result.lo, result.hi),
+        "at": "every loss" if result.at_loss is None else f"fvu {number(result.at_loss)}",
+        "p": number(result.p_shared, 2),
+        "exponents": f"{number(result.exponents[0])} / {number(result.exponents[1])}",
+        "floor": number(result.floor) + ("" if result.floor_identified else " (may be zero)"),
+        "crossing": "none in the data" if result.crossing is None else crossing,
+    }
+
+
+def _forecast_row(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "k": number(row["k"]),
+        "n": number(row["n"]),
+        "value": number(row["value"]),
+        "mean": interval(*row["mean"]),
+        "new": interval(*row["new"]),
+        "extrapolation": f"{row['extrapolation']:.2f}",
+    }
+
+
+def _convergence_rows(findings: Findings) -> list[dict[str, str]]:
+    laws = findings.convergence.laws if findings.convergence is not None else []
+    return [
+        {
+            "k": "–" if k is None else number(k),
+            "runs": str(law.points),
+            "p": f"{number(law.values['p'])} {interval(*law.intervals['p'])}",
+            "d0": f"{number(law.values['D0'])} {interval(*law.intervals['D0'])}",
+        }
+        for k, law in laws
+    ]
+
+
+def _failure_rows(findings: Findings) -> list[dict[str, str]]:
+    rows = []
+    for result in findings.failures:
+        for entry in result.notes:
+            if entry.severity == "error":
+                rows.append({"law": result.law.name, "why": entry.message, "remedy": entry.remedy})
+    return [dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)]
+
+
+def _anchors(table: RunTable) -> list[dict[str, Any]]:
+    """fvu of PCA with k components, as the runs recorded it, and the best fvu at that k."""
+    pca: dict[float, float] = {}
+    for entry in table.frame.get("pca_fvu", pd.Series(dtype=object)):
+        if isinstance(entry, dict):
+            pca |= {float(k): float(value) for k, value in entry.items() if value is not None}
+    best = table.frame.groupby(table.roles["k"])[table.roles["loss"]].min() if len(table) else {}
+    return [{"k": k, "pca": pca[k], "best": best.get(k)} for k in sorted(pca)]
+
+
+def _excluded_rows(findings: Findings) -> list[dict[str, str]]:
+    """Unusable runs, then usable runs that did not enter the law."""
+    table, main = findings.table, findings.main
+    run = table.roles["run"]
+    unusable = set(table.excluded[run].astype(str)) if len(table.excluded) else set()
+    rows = [{"run": str(row[run]), "reason": str(row["reason"])} for _, row in table.excluded.iterrows()]
+    for _, row in main.excluded.iterrows():
+        if str(row[run]) not in unusable and not str(row["reason"]).startswith("another architecture"):
+            rows.append({"run": str(row[run]), "reason": f"{row['reason']} (shown in the comparisons and cells)"})
+    return rows
+
+
+def _provenance(table: RunTable, directory: Path) -> list[tuple[str, str]]:
+    """The entries of the runs' `provenance.json` as (name, value); the first values if runs differ."""
+    seen: dict[str, list[str]] = {}
+    for run in table.directories.values():
+        path = run / names.PROVENANCE
+        if not path.exists():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        for key, value in content.items() if isinstance(content, dict) else ():
+            text = "; ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+            values = seen.setdefault(key, [])
+            if text not in values:
+                values.append(text)
+    return [("sweep", directory.resolve().name), *((key, _shortened(values)) for key, values in sorted(seen.items()))]
+
+
+def _shortened(values: list[str]) -> str:
+    """At most three values, and their number if there are more."""
+    return " | ".join(values[:3]) + (f" | … ({len(values)} different)" if len(values) > 3 else "")

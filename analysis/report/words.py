@@ -1,0 +1,177 @@
+"""Sentences about results, with numbers and intervals."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from analysis.fits.result import FitResult
+from analysis.fits.status import Status
+from analysis.format import interval, number
+from analysis.notes import has
+from analysis.questions.convergence import Convergence
+from analysis.questions.learning_rate import BestRates
+from analysis.report.findings import Comparison
+from analysis.runs.table import RunTable
+
+Slope = tuple[float, float | None, float | None]
+
+
+def doubling(slope: Slope) -> str:
+    """By how much a doubling lowers a quantity with that log-log slope: "13.1 % [12.4, 13.9]"."""
+    value, low, high = (None if end is None else 100 * (1 - 2**end) for end in slope)
+    ends = "" if low is None or high is None else f" [{high:.1f}, {low:.1f}]"
+    return f"{value:.1f} %{ends}"
+
+
+def law_sentences(result: FitResult, ks: Sequence[float]) -> list[str]:
+    """The law in words: the gain of a doubling of n at each k, the floor, the residuals."""
+    if result.status is Status.FAILED:
+        return []
+    part = "reducible loss" if result.law.floor is not None else "loss"
+    sentences = []
+    if "k" in result.law.inputs:
+        steps = [f"{doubling(result.slope('n', at={'k': k}))} at k = {k:g}" for k in _few(ks)]
+        sentences.append(f"Doubling n lowers the {part} by {_and(steps)}.")
+    elif result.law.inputs == ("x",):
+        sentences.append(f"Doubling {_short(result)} lowers the {part} by {doubling(result.slope('x'))}.")
+    if result.law.floor is not None:
+        sentences.append(_floor_sentence(result, ks))
+    if result.dof > 0:
+        spread = 100 * math.sqrt(result.variance)
+        sentences.append(f"Runs scatter by {spread:.2g} % around the law ({result.points} runs, {result.dof} dof).")
+    if result.status is Status.UNRELIABLE:
+        sentences.append("This fit is not reliable; see the notes before using its numbers.")
+    return sentences
+
+
+def _short(result: FitResult) -> str:
+    column = result.columns.get("x", "x")
+    return {"n_latents": "n", "flops": "the FLOPs"}.get(column, column)
+
+
+def _floor_sentence(result: FitResult, ks: Sequence[float]) -> str:
+    if has(result.notes, "floor_not_identified"):
+        return "A floor is not identified: these sizes do not show whether the fall ends."
+    if "k" in result.law.inputs:
+        few = _few(ks)
+        inputs = {"k": np.array(few), "n": np.full(len(few), result.domain["n"][0])}
+        floors = result.floor({name: inputs[name] for name in result.law.inputs})
+        return (
+            f"It falls towards a floor of {_and([f'{v:.3g} at k = {k:g}' for k, v in zip(few, floors, strict=True)])}."
+        )
+    low, high = result.intervals["E"]
+    return f"It falls towards a floor of {result.values['E']:.3g} {interval(low, high)}."
+
+
+def comparison_sentences(rows: Sequence[dict]) -> list[str]:
+    """TopK against Switch at equal n and at equal FLOPs: mean ratios of loss over the cells that allow them."""
+    sentences = []
+    for key, text in (("ratio_n", "the same n and k"), ("ratio_flops", "the same training FLOPs and k")):
+        ratios = np.array([row[key] for row in rows if row.get(key) is not None])
+        if len(ratios):
+            change = 100 * (math.exp(np.mean(np.log(ratios))) - 1)
+            word = "higher" if change >= 0 else "lower"
+            spread = ""
+            if len(ratios) > 1:
+                ends = f"{100 * (ratios.min() - 1):+.1f} to {100 * (ratios.max() - 1):+.1f}".replace("-", "−")
+                spread = f" (from {ends} %)"
+            cells = f"{len(ratios)} cell{'s' if len(ratios) > 1 else ''}"
+            sentences.append(f"At {text}, Switch has {abs(change):.1f} % {word} fvu than TopK over {cells}{spread}.")
+    return sentences
+
+
+def multiplier_sentences(comparisons: Sequence[Comparison]) -> list[str]:
+    """How much compute Switch saves, for each k and number of experts."""
+    sentences = []
+    for entry in comparisons:
+        result = entry.multiplier
+        if result.value is None or entry.x != "flops":
+            continue
+        who = f"k = {entry.k:g}: Switch with {entry.experts:g} experts needs"
+        where = "for every loss" if result.at_loss is None else f"for fvu {number(result.at_loss)}"
+        why = "exponents agree" if result.at_loss is None else f"exponents differ, p = {number(result.p_shared, 2)}"
+        times, ends, word = number(result.value), interval(result.lo, result.hi), "fewer"
+        if result.value < 1:
+            times, word = number(1 / result.value), "more"
+            ends = interval(_inverse(result.hi), _inverse(result.lo))
+        sentences.append(f"{who} {times} times {word} training FLOPs than TopK {where} {ends} ({why}).")
+    return sentences
+
+
+def convergence_sentences(convergence: Convergence) -> list[str]:
+    """How the tokens to convergence grow with n."""
+    return [
+        f"{'' if k is None else f'k = {k:g}: '}tokens to convergence go as n^{number(law.values['p'])} "
+        f"{interval(*law.intervals['p'])} ({law.points} converged runs)."
+        for k, law in convergence.laws
+    ]
+
+
+def forecast_sentences(rows: Sequence[dict]) -> list[str]:
+    """The loss that a new run is expected to reach at the first size beyond the data, for each k."""
+    if not rows:
+        return []
+    first = min(row["n"] for row in rows)
+    forecasts = [
+        f"{number(row['value'])} {interval(*row['new'])} at k = {row['k']:g}"
+        for row in rows
+        if row["n"] == first and all(map(math.isfinite, row["new"]))
+    ]
+    if not forecasts:
+        return []
+    return [f"Forecast for a new run at n = {number(first)}, twice the largest: fvu {_and(forecasts)}."]
+
+
+def rate_sentences(best: BestRates) -> list[str]:
+    """How the best learning rate falls with n."""
+    if best.law is None:
+        return ["Too few cells bracket their best learning rate to give its slope in n."]
+    low, high = best.law.intervals["p"]
+    return [f"The best learning rate goes as n^{number(best.law.values['p'])} {interval(low, high)}."]
+
+
+def _inverse(value: float | None) -> float | None:
+    return None if value is None else 1 / value
+
+
+def converged_words(table: RunTable) -> str:
+    """ "converged", "not converged" or "partly converged", from the records of the runs; "" if unknown."""
+    if not table.has("converged") or not len(table):
+        return ""
+    flags = table.column("converged")
+    if flags.isna().all():
+        return ""
+    flags = flags.fillna(False).astype(bool)
+    return "converged" if flags.all() else "partly converged" if flags.any() else "not converged"
+
+
+def _few(ks: Sequence[float]) -> list[float]:
+    """At most three values: the smallest, a middle one, the largest."""
+    ordered = sorted(set(ks))
+    return ordered if len(ordered) <= 3 else [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def refuse(result: FitResult, table: RunTable) -> int:
+    """1 if a fit was not possible, and the reasons go to stderr; else 0."""
+    if result.status is not Status.FAILED:
+        return 0
+    print(f"no fit of {result.law.name} to {table.name}:", file=sys.stderr)
+    for line in [*map(str, result.notes), *left_out(table)]:
+        print(f"  {line}", file=sys.stderr)
+    return 1
+
+
+def left_out(table: RunTable) -> list[str]:
+    """Lines with the number of excluded runs and the reasons; none if all runs are used."""
+    if not len(table.excluded):
+        return []
+    counts = table.excluded["reason"].value_counts().items()
+    return [f"left out: {len(table.excluded)} run(s)", *(f"  {count} × {reason}" for reason, count in counts)]

@@ -1,0 +1,56 @@
+"""Curves of runs: held-out loss against tokens and FLOPs, from `metrics.jsonl`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.runs.table import RunTable
+
+
+def evaluations(table: RunTable) -> pd.DataFrame:
+    """Held-out points of all usable runs: tokens, flops, loss, run, constant_lr (whether the run's rate is constant).
+
+    A run without `metrics.jsonl` contributes only its final point.
+    """
+    loss = table.roles["loss"]
+    parts: list[pd.DataFrame] = []
+    for _, row in table.frame.iterrows():
+        run = str(row[table.roles["run"]])
+        final = {key: row.get(key) for key in ("tokens", "flops")} | {"loss": row[loss]}
+        lines = table.history(run)
+        if loss in lines and {"tokens", "flops"} <= set(lines):
+            part = lines[lines[loss].notna()][["tokens", "flops", loss]].rename(columns={loss: "loss"})
+            part = part[part["tokens"] < row.get("tokens", np.inf)]
+            part = pd.concat([part, pd.DataFrame([final])], ignore_index=True)
+        else:
+            part = pd.DataFrame([final])
+        parts.append(part.assign(run=run, constant_lr=not decays(row)))
+    if not parts:
+        empty = pd.DataFrame(columns=["tokens", "flops", "loss", "run", "constant_lr"])
+        return empty.astype({"tokens": float, "flops": float, "loss": float, "constant_lr": bool})
+    return pd.concat(parts, ignore_index=True).astype({"tokens": float, "flops": float, "loss": float})
+
+
+def decays(row: pd.Series) -> bool:
+    """Whether the learning rate of a run (a row of a table) decays."""
+    return setting(row, "train.decay_fraction") > 0
+
+
+def setting(row: pd.Series, key: str) -> float:
+    """A number of a run's configuration (a row of a table); 0 if it is not recorded."""
+    value: Any = row.get(key)
+    return float(value or 0.0)
+
+
+def last_doubling(table: RunTable) -> dict[str, float]:
+    """run → relative gain in loss over the last doubling of tokens; runs without a long enough curve are absent."""
+    gains = {}
+    for run, part in evaluations(table).groupby("run"):
+        part = part.sort_values("tokens")
+        tokens, log_loss = np.log(part["tokens"].to_numpy()), np.log(part["loss"].to_numpy())
+        if len(tokens) > 1 and tokens[0] <= tokens[-1] - np.log(2):
+            gains[str(run)] = float(np.interp(tokens[-1] - np.log(2), tokens, log_loss) - log_loss[-1])
+    return gains
