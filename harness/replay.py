@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.mirror import copies
+from harness.mirror import copies, messages
 from harness.record import names
 from harness.record.result import read_result
 from harness.record.rundir import read_config
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"error: {error}")
             return 2
         except Exception as error:  # which ones, the tracker's package decides
-            text = copies.first_line(error)
+            text = messages.first_line(error)
             say(f"error: the tracker did not take {run_dir}: {text}; try again later")
             return 1
         print(f"{run_dir.name}: sent" + (f" ({note})" if note else ""))

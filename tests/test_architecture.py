@@ -24,7 +24,10 @@ ROOMS = (
 )
 """Each room may import itself and the rooms before it, nothing else of `harness`."""
 
-WINGS = ("analysis.notes", "analysis.laws", "analysis.runs", "analysis.fits", "analysis.questions", "analysis.report")
+WINGS = (
+    *("analysis.notes", "analysis.format"),
+    *("analysis.laws", "analysis.runs", "analysis.fits", "analysis.questions", "analysis.report"),
+)
 """The same for the analysis; its other files are commands or the package itself."""
 
 ANALYSIS_MAY_IMPORT = (
@@ -32,7 +35,7 @@ ANALYSIS_MAY_IMPORT = (
     *("harness.record.names", "harness.record.sweepdir", "harness.record.metrics"),
 )
 
-WANDB = ("harness/mirror/", "analysis/runs/wandb.py")
+WANDB = ("harness/mirror/", "analysis/runs/load_wandb.py")
 DISTRIBUTED = ("harness/parallel/", "harness/record/checkpoint.py")
 SLURM = ("harness/process/slurm_task.py", "harness/places/slurm/")
 

@@ -205,7 +205,9 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     reset_peak()
     about, threads = machine(), first.train.threads or cores()
     processor = (
-        about["gpus"][0] if planned_on_gpu(first) else f"{about['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+        about["gpus"][0]
+        if about["gpus"] and planned_on_gpu(first)
+        else f"{about['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
     )
     others = f" (busy with other work: load {load:.1f})" if load > 0.5 * (os.cpu_count() or 1) else ""
     timed = sum(map(len, calibration.steps.values()))

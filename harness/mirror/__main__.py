@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from harness.mirror import copies
+from harness.mirror import copies, messages
 from harness.mirror.follow import kill_tree
 from harness.record import names
 from harness.record.result import read_result
@@ -40,8 +40,8 @@ class Follower(threading.Thread):
             title = copies.TITLES[config.tracker.name]
             self._copy(copies.open_copy(self._run_dir, config, live=True))
         except Exception as error:  # which ones, the tracker's package decides
-            text = f"{title} failed for {self._run_dir.name}, its own record is complete: {copies.first_line(error)}"
-            copies.say_once(f"{title} failed", f"warning: {text}")
+            text = f"{title} failed for {self._run_dir.name}, its own record is complete: {messages.first_line(error)}"
+            messages.say_once(f"{title} failed", f"warning: {text}")
 
     def _copy(self, copy: copies.Copy) -> None:
         tail = copies.Tail(self._run_dir / names.METRICS)

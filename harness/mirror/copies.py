@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import secrets
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,15 +12,11 @@ from typing import Any, Protocol
 
 from harness.config import Config, TrackerConfig
 from harness.errors import UserError
-from harness.files import write_json_atomic
-from harness.record import names
-from harness.terminal import say
 
 TITLES = {"wandb": "W&B", "tensorboard": "TensorBoard", "trackio": "trackio"}
 """Tracker -> its name in messages. The tracker is also the name of its package."""
 
 _importing = threading.Lock()
-_said: set[str] = set()
 
 
 class Copy(Protocol):
@@ -69,20 +64,6 @@ def open_copy(run_dir: Path, config: Config, *, live: bool) -> Copy:
                 os.environ.setdefault("HF_HUB_OFFLINE", "1")
             from harness.mirror.to_trackio import TrackioRun as make
     return make(run_dir, config)
-
-
-def copy_id(run_dir: Path, tracker: str) -> str:
-    """The id under which a tracker knows this directory, from `tracker.json`; made at the first call.
-
-    It is more than the run's name: the same run may be trained twice (in another sweep, or after it was deleted), and
-    W&B never accepts the id of a deleted run again.
-    """
-    path, key = run_dir / names.TRACKER, f"{tracker}_id"
-    ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if key not in ids:
-        ids[key] = f"{run_dir.name}-{secrets.token_hex(3)}"
-        write_json_atomic(path, ids)
-    return ids[key]
 
 
 class Tail:
@@ -139,14 +120,3 @@ def finish(copy: Copy, result: Mapping[str, Any]) -> None:
     """Close a copy with the scalars of `result.json`; the exit code says whether the run is done."""
     scalars = {name: value for name, value in result.items() if isinstance(value, str | int | float | bool)}
     copy.finish(scalars, 0 if result.get("status") == "done" else 1)
-
-
-def say_once(kind: str, line: str) -> None:
-    """Print a line to stderr, once per kind: a sweep of a thousand runs has one network."""
-    if kind not in _said:
-        _said.add(kind)
-        say(line)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -10,7 +10,7 @@ from typing import Any
 import trackio  # pyright: ignore[reportMissingImports] - an extra
 
 from harness.config import Config, to_container
-from harness.mirror.copies import copy_id
+from harness.mirror.ids import copy_id
 
 
 class TrackioRun:

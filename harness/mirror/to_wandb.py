@@ -13,8 +13,10 @@ from typing import Any
 from urllib.parse import urlparse
 
 import wandb
+
 from harness.config import Config, to_container
-from harness.mirror.copies import copy_id, first_line, say_once
+from harness.mirror.ids import copy_id
+from harness.mirror.messages import first_line, say_once
 
 INIT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 4.0

@@ -12,7 +12,7 @@ import pytest
 
 from harness import replay
 from harness.mirror import follow as mirror
-from harness.mirror.copies import copy_id
+from harness.mirror.ids import copy_id
 from tests.mirror.conftest import LINES, PATIENCE_S, RESULT, MakeRun, cut_to, train
 
 Points = dict[str, list[tuple[int, float]]]

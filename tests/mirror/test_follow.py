@@ -17,7 +17,7 @@ import pytest
 from harness import replay
 from harness.files import write_json_atomic
 from harness.mirror import follow as mirror
-from harness.mirror.copies import copy_id
+from harness.mirror.ids import copy_id
 from harness.record import metrics
 from harness.record.result import read_result
 from harness.record.rundir import read_config

@@ -1,0 +1,24 @@
+"""Under which id a tracker knows a run directory."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+
+from harness.files import write_json_atomic
+from harness.record import names
+
+
+def copy_id(run_dir: Path, tracker: str) -> str:
+    """The id under which a tracker knows this directory, from `tracker.json`; made at the first call.
+
+    It is more than the run's name: the same run may be trained twice (in another sweep, or after it was deleted), and
+    W&B never accepts the id of a deleted run again.
+    """
+    path, key = run_dir / names.TRACKER, f"{tracker}_id"
+    ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if key not in ids:
+        ids[key] = f"{run_dir.name}-{secrets.token_hex(3)}"
+        write_json_atomic(path, ids)
+    return ids[key]
