@@ -1,6 +1,8 @@
 """Invariant 4: same science, same name."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,9 @@ from harness.config import (
     science,
     to_container,
 )
+
+RECORDED = Path(__file__).parents[1] / "analysis" / "data" / "recorded_quick"
+"""A sweep of version 0.1.0."""
 
 
 def config(**changes: object) -> Config:
@@ -94,3 +99,10 @@ def test_every_field_has_chosen_a_side() -> None:
 
 def test_a_frozen_configuration_reads_back_equal() -> None:
     assert from_container(to_container(config())) == config()
+
+
+def test_runs_of_an_earlier_version_keep_their_names() -> None:
+    results = [json.loads(path.read_text()) for path in RECORDED.glob("*/result.json")]
+    assert len(results) == 30
+    for result in results:
+        assert run_id(from_container(result["config"]), result["store_id"]) == result["run_id"]
