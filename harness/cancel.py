@@ -33,16 +33,16 @@ def cancel(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:
     if arrays(sweep_dir):
         yield from _cancel_elements(sweep_dir, run_ids)
     wanted = sorted(run_ids) or [path.parent.name for path in sorted(sweep_dir.glob(f"*/{names.CLAIM}"))]
-    asked: set[int] = set()
+    stopping: set[int] = set()
     for run_id in wanted:
         owner = holder(claim_path(sweep_dir / run_id))
-        if owner is None or owner.job or owner.pid in asked:
+        if owner is None or owner.job or owner.pid in stopping:
             continue
         if owner.host != socket.gethostname():
             yield f"{run_id} is being trained by {owner}: cancel it there"
             continue
         os.kill(owner.pid, signal.SIGTERM)
-        asked.add(owner.pid)
+        stopping.add(owner.pid)
         yield f"{owner} was asked to save and stop"
 
 

@@ -23,7 +23,7 @@ from harness.cost.calibrate import (
 from harness.cost.gpus import find_gpu, step_seconds
 from harness.process.device import planned_on_gpu
 from harness.record.job import Job
-from harness.record.result import FINAL
+from harness.record.result import unfinished
 from harness.record.run import Run
 from harness.training.schedule import evaluation_steps
 
@@ -107,7 +107,7 @@ class Estimates:
 
 def estimate(runs: Sequence[Run]) -> Estimates:
     """Estimates of all runs. Takes a few seconds for a calibration unless every run has ended or names its GPU type."""
-    calibration = calibrate([run for run in runs if run.status not in FINAL])
+    calibration = calibrate(unfinished(runs))
     return Estimates(calibration, {run.run_dir: _estimate(run, calibration) for run in runs})
 
 

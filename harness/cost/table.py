@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.cost.estimate import Estimate, Estimates
 from harness.cost.limits import Disk, disk, longer_than_the_limit, would_not_fit
 from harness.record.job import Job
-from harness.record.result import FINAL
+from harness.record.result import unfinished
 from harness.record.run import Run
 from harness.terminal import duration, si, table
 
@@ -75,7 +75,7 @@ def _shares(flops: dict[str, float]) -> str:
 
 
 def _summary(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> list[str]:
-    to_do = [run for run in runs if run.status not in FINAL]
+    to_do = unfinished(runs)
     if not to_do:
         return ["nothing to do"]
     flops = sum(sum(estimates.of(run).flops.values()) for run in to_do)

@@ -94,13 +94,13 @@ def _cpu_name() -> str:
 
 @functools.cache
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def collect(*, store_id: str, ops: str, mesh: dict[str, int]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ from harness.record.rundir import attempts
 
 FINAL = ("done", "diverged")
 """Statuses that are results. `failed` is not: a later launch tries again."""
+
+
+def unfinished(runs: Sequence[Run]) -> list[Run]:
+    """The runs that had no result when they were planned; a failed one counts, it is tried again."""
+    return [run for run in runs if run.status not in FINAL]
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:

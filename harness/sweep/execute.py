@@ -13,12 +13,12 @@ from harness.cost.table import plan_text
 from harness.errors import FAILED, INTERRUPTED
 from harness.places import joined
 from harness.process.slurm_task import SlurmTask
-from harness.record.result import FINAL
+from harness.record.result import FINAL, unfinished
 from harness.record.run import Run
 from harness.record.state import state_of
 from harness.sweep.intent import record_intent
 from harness.sweep.request import Request, plan_runs, requested_cells
-from harness.sweep.runs import sweep_dirs_of, unfinished
+from harness.sweep.runs import sweep_dirs_of
 from harness.terminal import say
 
 

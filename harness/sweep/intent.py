@@ -11,9 +11,10 @@ from typing import Any
 from harness.cost.estimate import Estimates
 from harness.errors import UserError
 from harness.record.provenance import command_line, now
+from harness.record.result import unfinished
 from harness.record.run import Run
 from harness.record.sweepdir import read_plan, read_study, write_plan, write_study
-from harness.sweep.runs import sweep_dirs_of, unfinished
+from harness.sweep.runs import sweep_dirs_of
 
 
 def record_intent(about: Mapping[str, Any], runs: Sequence[Run], estimates: Estimates) -> None:

@@ -18,7 +18,7 @@ from harness.record.sweepdir import read_plan, read_study, require_sweep
 
 Row = dict[str, Any]
 
-KNOWN = ("progress", "tokens", "fvu", "fvu_se", "dead_frac", "tokens_per_s", "wall_s", "error")
+FACTS = ("progress", "tokens", "fvu", "fvu_se", "dead_frac", "tokens_per_s", "wall_s", "error")
 
 
 def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row]:
@@ -58,23 +58,23 @@ def begun_runs(sweep_dir: Path) -> dict[str, bool]:
 
 def _row(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) -> Row:
     state = state_of(run_dir) if begun else RunState(run_dir.name, "pending", None)
-    known = state.result if state.result is not None else _live(run_dir, state, planned.get("tokens"))
+    facts = state.result if state.result is not None else _live(run_dir, state, planned.get("tokens"))
     number = attempts(run_dir) if begun else 0
-    together = known.get("trained_together") or packed
-    took_s = known.get("wall_s")
+    together = facts.get("trained_together") or packed
+    took_s = facts.get("wall_s")
     row = {
         "run_id": run_dir.name,
         "status": state.status,
-        **{key: known.get(key) for key in KNOWN},
+        **{key: facts.get(key) for key in FACTS},
         "attempts": number,
         "restarts": max(0, number - 1),
         "host": state.host,
-        "ends": _expected_end(known) if state.status == "running" else None,
+        "ends": _expected_end(facts) if state.status == "running" else None,
         "together": together,
         "planned_s": planned.get("train_s"),
         "took_s": None if took_s is None else took_s / together,
         "planned_memory_bytes": planned.get("memory_bytes"),
-        "peak_memory_bytes": known.get("peak_memory_bytes"),
+        "peak_memory_bytes": facts.get("peak_memory_bytes"),
         "notes": read_notes(run_dir) if number else [],
         "log": None,
     }
@@ -83,12 +83,12 @@ def _row(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) ->
     elif number:
         log = _newest_log(run_dir, number)
         row["log"] = None if log is None else str(log)
-        row["error"] = _what_happened(state, known, log)
+        row["error"] = _what_happened(state, facts, log)
     return row
 
 
 def _live(run_dir: Path, state: RunState, tokens: float | None) -> dict[str, Any]:
-    """What the metrics of an unfinished run say; `tokens` it will have trained on in the end, where the plan knows."""
+    """What the metrics of an unfinished run say; `tokens` it will have trained on in the end, if the plan knows."""
     if state.status == "pending":
         return {}
     newest = newest_metrics(run_dir)
@@ -125,12 +125,12 @@ def _newest_log(run_dir: Path, number: int) -> Path | None:
     return shared if shared.is_file() else own
 
 
-def _what_happened(state: RunState, known: Mapping[str, Any], log: Path | None) -> str | None:
+def _what_happened(state: RunState, facts: Mapping[str, Any], log: Path | None) -> str | None:
     """Why it failed, diverged or stopped, in a line."""
     if state.status == "diverged":
-        return f"diverged at step {known.get('diverged_at_step')}"
+        return f"diverged at step {facts.get('diverged_at_step')}"
     if state.status == "failed":
-        error, line = str(known.get("error")), "" if log is None else last_line(log)
+        error, line = str(facts.get("error")), "" if log is None else last_line(log)
         return error if not line or line in error or error in line else f"{error} | {line}"
     if state.ended is None:
         return None if state.status == "running" else "ended without a record (killed, or its machine was lost)"

@@ -11,7 +11,6 @@ from harness.config import ActivationsConfig, Config, run_id
 from harness.errors import UserError
 from harness.grid.cells import Cell
 from harness.process.device import trains_on_gpu
-from harness.record.result import FINAL
 from harness.record.run import Run, Store
 from harness.record.rundir import run_directory
 from harness.record.state import state_of
@@ -73,11 +72,6 @@ def make_runs(cells: Sequence[Cell], stores: dict[str, Store]) -> list[Run]:
             status = "pending" if store.id == UNRESOLVED else state_of(run_dir).status
             runs[run_dir] = Run(config, run_dir, store, status)
     return sorted(runs.values(), key=lambda run: (run.flops or 0.0, run.run_id))
-
-
-def unfinished(runs: Sequence[Run]) -> list[Run]:
-    """The runs that have no result yet; a failed one counts, it is tried again."""
-    return [run for run in runs if run.status not in FINAL]
 
 
 def sweep_dirs_of(runs: Sequence[Run]) -> tuple[Path, ...]:

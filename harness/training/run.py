@@ -79,11 +79,11 @@ def train_job(
 
 def _kernels(job: Job, checkpoint: Checkpoint | None, device: torch.device) -> Ops:
     """The kernels that are asked for; with `auto` those of the checkpoint, so that the run ends with the same bits."""
-    asked = job.config.ops
+    requested = job.config.ops
     if checkpoint is None:
-        return choose_ops(asked, device)
+        return choose_ops(requested, device)
     pinned = checkpoint.extra[job.runs[0].run_id]["ops"]
-    if asked in ("auto", pinned):
+    if requested in ("auto", pinned):
         try:
             return choose_ops(pinned, device)
         except ValueError as problem:
@@ -91,8 +91,8 @@ def _kernels(job: Job, checkpoint: Checkpoint | None, device: torch.device) -> O
                 f"the checkpoint was made with ops={pinned}, which does not run here ({problem}); go on where it does, "
                 f"or with ops=reference (equal to rounding, not to the bit)"
             ) from None
-    log.warning("goes on with ops=%s, begun with ops=%s: equal to rounding, not to the bit", asked, pinned)
-    return choose_ops(asked, device)
+    log.warning("goes on with ops=%s, begun with ops=%s: equal to rounding, not to the bit", requested, pinned)
+    return choose_ops(requested, device)
 
 
 @contextmanager

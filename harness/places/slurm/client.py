@@ -55,12 +55,12 @@ def elements(names: Sequence[str]) -> list[Element]:
     """The elements of these arrays that are queued or running."""
     if not names:
         return []
-    found = []
+    queued = []
     for line in call("squeue", "--noheader", "--array", "--me", "--format=%i|%j|%K|%T").splitlines():
         identity, name, index, state = line.strip().split("|")
         if name in names:
-            found.append(Element(identity, name, int(index) if index.isdigit() else 0, state))
-    return found
+            queued.append(Element(identity, name, int(index) if index.isdigit() else 0, state))
+    return queued
 
 
 def submit(script: str, *flags: str) -> str:
@@ -71,8 +71,8 @@ def submit(script: str, *flags: str) -> str:
 
 def max_array_size() -> int:
     """Elements that one array may have here."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
-    return int(found[1]) if found else 1001
+    size = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
+    return int(size[1]) if size else 1001
 
 
 def state(job_id: str) -> tuple[str, float | None]:
@@ -93,8 +93,8 @@ def insist(*command: str, attempts: int = 60) -> str:
         try:
             return call(*command)
         except SlurmError as error:
-            told = str(error)
-            silent = "Unable to contact" in told or "no answer" in told or "Unexpected message" in told
+            message = str(error)
+            silent = "Unable to contact" in message or "no answer" in message or "Unexpected message" in message
             if not silent or attempt == attempts - 1:
                 raise
             time.sleep(RETRY_S)
