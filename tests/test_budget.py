@@ -11,7 +11,7 @@ from harness.config import SaeConfig
 from harness.ops import reference
 from harness.parallel import Solo
 from harness.saes import find_dead, initial_params, resolve_sae, step
-from tests.training.members import small_config
+from tests.training.members import runtime, small_config
 
 D = 32
 DENSE = reference.DENSE_ROWS_PER_K
@@ -30,7 +30,7 @@ def step_flops(config: SaeConfig, tokens: int, n_dead: int) -> int:
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(0))
     dead = find_dead(sae, torch.arange(config.n_latents) < n_dead, Solo())
     with FlopCounterMode(display=False) as counter:
-        step(sae, params, params, x, Solo(), reference, dead, grads)
+        step(sae, params, params, x, runtime(Solo(), reference), dead, grads)
     return counter.get_total_flops()
 
 

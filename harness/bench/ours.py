@@ -21,8 +21,7 @@ from harness.config import SaeConfig, TrainConfig
 from harness.ops import Ops, choose_ops
 from harness.parallel import Solo
 from harness.process import memory
-from harness.process.runtime import Runtime
-from harness.process.signals import StopFlag
+from harness.process.runtime import alone
 from harness.saes import DeadLatents, Sae, find_dead, step
 from harness.training.optimizer import Optimizer
 from harness.training.state import COMPUTE
@@ -102,15 +101,15 @@ class Contender:
     def gradients(self, ops: Ops, dead: DeadLatents | None = None) -> Tensor:
         """Loss of the batch; leaves the gradients in the optimiser."""
         optimizer = self.optimizer
-        return step(self.sae, self.params, optimizer.compute, self.x, Solo(), ops, dead, optimizer.grads).loss
+        runtime = alone(self.device, ops)
+        return step(self.sae, self.params, optimizer.compute, self.x, runtime, dead, optimizer.grads).loss
 
     def take_step(self, ops: Ops, dead: DeadLatents | None = None) -> tuple[Any, Any]:
         """One whole training step; returns the marks around its optimiser part."""
         loss = self.gradients(ops, dead)
         self.taken += 1
         begin = self.mark()
-        runtime = Runtime(self.device, Solo(), ops, StopFlag())
-        self.optimizer.apply(LR, self.taken, loss.isfinite(), runtime)
+        self.optimizer.apply(LR, self.taken, loss.isfinite(), alone(self.device, ops))
         return begin, self.mark()
 
     def round(self) -> dict[str, float]:

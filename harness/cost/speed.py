@@ -17,10 +17,8 @@ from harness.activations.stream import Stream
 from harness.activations.synthetic import Synthetic
 from harness.config import Config
 from harness.ops import choose_ops
-from harness.parallel import Solo
 from harness.process.device import pick_device
-from harness.process.runtime import Runtime
-from harness.process.signals import StopFlag
+from harness.process.runtime import alone
 from harness.training.evaluate import evaluate
 from harness.training.state import make_state
 
@@ -77,7 +75,7 @@ def measure_speed(config: Config, d_model: int, seconds: float, dead_share: floa
     Raises `ValueError` where the kernels do not run on the device, `RuntimeError` where its memory does not suffice.
     """
     device = pick_device(config.train.device)
-    runtime = Runtime(device, Solo(), choose_ops(config.ops, device), StopFlag())
+    runtime = alone(device, choose_ops(config.ops, device))
     threads = torch.get_num_threads()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -114,7 +112,7 @@ def measure_start(config: Config, d_model: int, sample_rows: int) -> float:
     device = pick_device(config.train.device)
     source: ActivationSource = _RandomRows(sample_rows, d_model, sample_rows)
     begin = time.perf_counter()
-    make_state(config, source, Runtime(device, Solo(), choose_ops(config.ops, device), StopFlag()))
+    make_state(config, source, alone(device, choose_ops(config.ops, device)))
     return time.perf_counter() - begin
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from harness.ops import Ops
-from harness.parallel import Shards
+from harness.parallel import Shards, Solo
 from harness.process.signals import StopFlag
 
 
@@ -19,3 +19,8 @@ class Runtime(NamedTuple):
     """The kernels."""
     stop: StopFlag
     """Set when somebody asks the process to save and stop."""
+
+
+def alone(device: torch.device, ops: Ops) -> Runtime:
+    """One process that nobody asks to stop."""
+    return Runtime(device, Solo(), ops, StopFlag())

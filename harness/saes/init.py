@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harness.ops import Ops
 from harness.ops.untyped import norm
 from harness.parallel import Shards
+from harness.process.runtime import Runtime
 from harness.saes.sae import Params, Sae
 from harness.saes.step import forward
 
@@ -72,15 +72,15 @@ def initial_params(
     return {name: params[name] for name in sae.layout()}
 
 
-def match_norm(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], shards: Shards, ops: Ops) -> None:
+def match_norm(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
     """Scale the encoder so that reconstructions have the norm of the centred inputs (Gao et al. 2024, appendix A.1).
 
     Without encoder bias the reconstruction is linear in the encoder's scale, so one sample suffices.
     """
-    run = forward(sae, params, params, x, shards, ops)
+    run = forward(sae, params, params, x, runtime)
     reconstruction = (run.centred - run.residual).square().sum()
     inputs = run.centred.square().sum()
     both = torch.stack([inputs, reconstruction])
     if sae.routed:
-        shards.sum_(both, "shard", "scalars")
+        runtime.shards.sum_(both, "shard", "scalars")
     params["W_enc"] *= (both[0] / both[1]).sqrt()

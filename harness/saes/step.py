@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from harness.ops import Codes, Groups, Ops, Reduce
+from harness.ops import Codes, Groups, Reduce
 from harness.ops.untyped import entr, integers
 from harness.parallel import Axis, Kind, Shards
+from harness.process.runtime import Runtime
 from harness.saes.router import Routing, route, router_grads
 from harness.saes.sae import Params, Sae
 
@@ -108,10 +109,9 @@ def _reduce(sae: Sae, shards: Shards, kind: Kind) -> Reduce | None:
     return lambda partial: shards.sum_(partial, "shard", kind)
 
 
-def forward(
-    sae: Sae, params: Params, compute: Params, x: Float[Tensor, "tokens d"], shards: Shards, ops: Ops
-) -> Forward:
+def forward(sae: Sae, params: Params, compute: Params, x: Float[Tensor, "tokens d"], runtime: Runtime) -> Forward:
     """Route, encode, decode: z = ReLU(top_k(W_enc(x − b_dec) + b_enc)), x̂ = scale·W_decᵀz + b_dec."""
+    shards, ops = runtime.shards, runtime.ops
     routing = route(sae, params, x, shards)
     centred = routing.centred(x, params["b_dec"])
     low = centred.to(compute["W_enc"].dtype)
@@ -133,8 +133,7 @@ def step(
     params: Params,
     compute: Params,
     x: Float[Tensor, "tokens d"],
-    shards: Shards,
-    ops: Ops,
+    runtime: Runtime,
     dead: DeadLatents | None,
     grads: Params,
 ) -> Stats:
@@ -144,9 +143,10 @@ def step(
     same tensors), `x` this replica's normalised tokens. `grads` has an entry for each parameter and always one for
     b_enc, since b_dec's gradient is made from it. No host synchronisation with one expert.
     """
+    shards, ops = runtime.shards, runtime.ops
     own_tokens: Axis = "all" if sae.routed else "dp"
     global_tokens = x.shape[0] * shards.dp
-    run = forward(sae, params, compute, x, shards, ops)
+    run = forward(sae, params, compute, x, runtime)
     routing, codes, residual = run.routing, run.codes, run.residual
     factor = -2.0 / (sae.variance * global_tokens)
 
@@ -155,7 +155,7 @@ def step(
     ops.weight_grads(weighted, _scaled(run.dz, factor, routing.scale), run.low, residual, routing.groups, out)
     aux_loss = residual.new_zeros(())
     if dead is not None:
-        aux_loss = _aux(sae, params, compute, run, dead, global_tokens, own_tokens, shards, ops, grads)
+        aux_loss = _aux(sae, params, compute, run, dead, global_tokens, own_tokens, runtime, grads)
 
     # the ranks of a TopK replica hold the same residual, so one of them counts it
     decoder_part = factor * residual.sum(dim=0) if sae.routed or shards.shard_rank == 0 else 0.0
@@ -197,8 +197,7 @@ def _aux(
     dead: DeadLatents,
     global_tokens: int,
     own_tokens: Axis,
-    shards: Shards,
-    ops: Ops,
+    runtime: Runtime,
     grads: Params,
 ) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2024, appendix A.2): reconstruct the residual e from the k_aux largest dead latents.
@@ -207,6 +206,7 @@ def _aux(
     operations as the main path, on the gathered dead rows; for Switch within the routed expert, ê scaled by p
     without gradient. Adds α times its gradient to W_enc, W_dec and b_enc.
     """
+    shards, ops = runtime.shards, runtime.ops
     routing, target = run.routing, run.residual
     groups = Groups(routing.groups.token_offsets, dead.row_offsets)
     W_enc, W_dec = compute["W_enc"][dead.rows], compute["W_dec"][dead.rows]

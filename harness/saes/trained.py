@@ -25,7 +25,7 @@ from torch import Tensor
 from harness.config import SaeConfig
 from harness.errors import UserError
 from harness.ops import Codes, Groups, Ops, choose_ops
-from harness.parallel import Solo
+from harness.process.runtime import alone
 from harness.record import names
 from harness.saes.normalize import Normalizer, TokenUnits
 from harness.saes.sae import Params, Sae
@@ -138,7 +138,8 @@ class TrainedSae:
     def encode(self, x: Float[Tensor, "tokens d"]) -> TokenCodes:
         """Active latents of raw rows."""
         x = x.to(self.device, self.dtype)
-        run = forward(self.sae, self.params, self.params, self.normalizer(x, self.dtype), Solo(), self.ops)
+        runtime = alone(self.device, self.ops)
+        run = forward(self.sae, self.params, self.params, self.normalizer(x, self.dtype), runtime)
         values, index, gate = run.codes.values, run.codes.index, run.routing.scale
         if run.routing.order is not None:  # sorted by expert: back to the order of x
             place = run.routing.order.argsort()

@@ -90,7 +90,7 @@ def _fill(
     """This rank's part of `_COLUMNS`; the sum over all ranks is complete."""
     x = normalizer(raw, params["W_dec"].dtype)
     shards = runtime.shards
-    run = forward(sae, params, params, x, shards, runtime.ops)
+    run = forward(sae, params, params, x, runtime)
     own = slice(None) if run.routing.order is None else run.routing.order
     unit = normalizer.squared_unit(raw).to(x.dtype)
     columns[4, own] = (run.codes.values > 0).sum(dim=1).to(x.dtype)

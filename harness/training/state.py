@@ -119,8 +119,7 @@ class TrainState:
         sae = self.sae
         x = self.normalizer(raw, self.params["W_dec"].dtype)
         optimizer = self.optimizer
-        shards, ops = runtime.shards, runtime.ops
-        stats = step(sae, self.params, optimizer.compute, x, shards, ops, self._dead_latents, optimizer.grads)
+        stats = step(sae, self.params, optimizer.compute, x, runtime, self._dead_latents, optimizer.grads)
         well = stats.loss.isfinite() & (self.bad_step < 0)
         lr = lr_at(self.config, self.done, self.last)
         well, norm = optimizer.apply(lr, self.done + 1, well, runtime)
@@ -273,7 +272,7 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
     sample = normalizer(source.sample(), torch.float64)
     params = initial_params(sae, geometric_median(sample), train.seed, shards, device, dtype)
     if config.sae.match_init_norm:
-        match_norm(sae, params, sample[:INIT_ROWS].to(device, dtype), shards, runtime.ops)
+        match_norm(sae, params, sample[:INIT_ROWS].to(device, dtype), runtime)
     rows = params["W_enc"].shape[0]
     return TrainState(
         config=config,

@@ -62,7 +62,9 @@ def test_step_gives_the_same_bits_twice(kernels: str, name: str) -> None:
     for _ in range(2):
         grads = {key: torch.full_like(value, torch.nan) for key, value in params.items()}
         grads.setdefault("b_enc", torch.full((sae.n_latents,), torch.nan))
-        stats = step(sae, params, params, x, Solo(), kernel_set(kernels), find_dead(sae, silent >= 10, Solo()), grads)
+        stats = step(
+            sae, params, params, x, runtime(Solo(), kernel_set(kernels)), find_dead(sae, silent >= 10, Solo()), grads
+        )
         runs.append([stats.loss, stats.fired, *grads.values()])
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
 
@@ -86,8 +88,8 @@ def test_bfloat16_copies_give_the_reference_s_step(kernels: str, name: str) -> N
         for _ in range(2)
     )
     dead = find_dead(sae, silent >= 10, Solo())
-    stats = step(sae, params, compute, x, Solo(), kernel_set(kernels), dead, actual)
-    expected_stats = step(sae, params, compute, x, Solo(), choose_ops("reference"), dead, expected)
+    stats = step(sae, params, compute, x, runtime(Solo(), kernel_set(kernels)), dead, actual)
+    expected_stats = step(sae, params, compute, x, runtime(Solo(), choose_ops("reference")), dead, expected)
     assert torch.equal(stats.fired, expected_stats.fired)
     torch.testing.assert_close(stats.loss, expected_stats.loss)
     # dense products of the Triton kernels take gradients in bfloat16 too
@@ -120,10 +122,12 @@ def test_bfloat16_trains_to_the_same_fvu(kernels: str) -> None:
         ops = kernel_set(kernels)
         optimizer = Optimizer(sae, params, TrainConfig(tokens=1e6), dtype)
         for number in range(500):
-            stats = step(sae, params, optimizer.compute, batch(number), Solo(), ops, None, optimizer.grads)
+            stats = step(sae, params, optimizer.compute, batch(number), runtime(Solo(), ops), None, optimizer.grads)
             optimizer.apply(1e-3, number + 1, stats.loss.isfinite(), runtime(Solo(), ops))
         held_out = batch(10_000, 8192)
         variance = (held_out - held_out.mean(dim=0)).square().sum()
-        fvu[dtype] = float(forward(sae, params, optimizer.compute, held_out, Solo(), ops).squared.sum() / variance)
+        fvu[dtype] = float(
+            forward(sae, params, optimizer.compute, held_out, runtime(Solo(), ops)).squared.sum() / variance
+        )
     assert fvu[torch.float32] < 0.45
     assert fvu[torch.bfloat16] == pytest.approx(fvu[torch.float32], rel=0.005)

@@ -51,7 +51,7 @@ def test_a_step_with_dead_latents_agrees_in_float32() -> None:
     member, trainer, source = one_pair(sae__n_latents=256, sae__aux_alpha=1.0)
     first = next(iter(paired.normalised_batches(member, source)))
     # theirs leaves out dead latents that fire in the very batch; these do not
-    run = forward(member.sae, member.params, member.params, first, Solo(), choose_ops("reference"))
+    run = forward(member.sae, member.params, member.params, first, runtime(Solo(), choose_ops("reference")))
     used = run.codes.index[run.codes.values > 0]
     dead = torch.ones(256, dtype=torch.bool).index_fill_(0, used, False)
     assert dead.any()

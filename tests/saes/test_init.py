@@ -13,6 +13,7 @@ from harness.ops import reference
 from harness.parallel import Solo
 from harness.saes import Sae, geometric_median, initial_params, make_normalizer, match_norm
 from harness.saes.step import forward
+from tests.training.members import runtime
 
 CPU = torch.device("cpu")
 
@@ -60,8 +61,8 @@ def test_match_norm_gives_reconstructions_the_norm_of_the_inputs() -> None:
     sae = make_sae(512)
     params = initial_params(sae, torch.zeros(8), 0, Solo(), CPU, torch.float64)
     x = 3 * torch.randn(200, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    match_norm(sae, params, x, Solo(), reference)
-    run = forward(sae, params, params, x, Solo(), reference)
+    match_norm(sae, params, x, runtime(Solo(), reference))
+    run = forward(sae, params, params, x, runtime(Solo(), reference))
     reconstruction = run.centred - run.residual
     assert float(reconstruction.square().sum() / run.centred.square().sum()) == pytest.approx(1)
 

@@ -11,6 +11,7 @@ from harness.parallel import Solo
 from harness.saes import Sae, find_dead, step
 from tests.ops.sets import kernel_set
 from tests.saes.dense import dense_loss
+from tests.training.members import runtime
 
 
 def random_params(sae: Sae, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -32,7 +33,7 @@ def assert_step_equals_dense(sae: Sae, params, x, silent, ops_name="reference", 
     dead = find_dead(sae, silent >= 10, Solo())
     grads = {name: torch.full_like(value, torch.nan) for name, value in params.items()}
     grads.setdefault("b_enc", torch.full((sae.n_latents,), torch.nan, dtype=x.dtype))
-    stats = step(sae, params, params, x, Solo(), ops, dead, grads)
+    stats = step(sae, params, params, x, runtime(Solo(), ops), dead, grads)
 
     leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
     expected = dense_loss(

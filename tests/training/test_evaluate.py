@@ -29,7 +29,7 @@ def test_fvu_is_the_ratio_of_sums_over_every_row(architecture: str) -> None:
 
     rows = torch.cat([rows for rows, _ in source.heldout(700)]).double() / member.normalizer.scale
     mean = source.statistics(False).mean / member.normalizer.scale
-    run = forward(member.sae, member.params, member.params, rows, Solo(), ops)
+    run = forward(member.sae, member.params, member.params, rows, runtime(Solo(), ops))
     error = run.residual.square().sum()
     assert found[1].fvu == pytest.approx(float(error / (rows - mean).square().sum()), rel=1e-12)
     assert found[1].mse == pytest.approx(float(error) / 1500 * member.normalizer.scale**2, rel=1e-6)
@@ -56,7 +56,7 @@ def test_standard_error_is_that_of_a_bootstrap_over_documents() -> None:
     )
     assert found is not None
     rows = next(iter(Clustered().heldout(0)))[0].double() / member.normalizer.scale
-    run = forward(member.sae, member.params, member.params, rows, Solo(), ops)
+    run = forward(member.sae, member.params, member.params, rows, runtime(Solo(), ops))
     mean = source.statistics(False).mean / member.normalizer.scale
     error = run.squared.view(150, 10).sum(1).numpy()
     base = (rows - mean).square().sum(1).view(150, 10).sum(1).numpy()
