@@ -6,10 +6,14 @@ Kernels are left out: they are compiled, not called.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,13 +22,21 @@ CHECKED = ("harness/ops", "harness/parallel", "harness/saes")
 
 
 def checked_modules() -> list[str]:
-    """Names of the modules in `CHECKED`; a package's own name would include its kernels."""
+    """Names of the modules in `CHECKED` that state shapes. A package's own name would include its kernels."""
     paths = [path for package in CHECKED for path in sorted((ROOT / package).rglob("*.py"))]
     called = [path for path in paths if path.stem != "__init__" and not path.stem.endswith("_kernels")]
-    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in called]
+    stating = [path for path in called if "from jaxtyping import" in path.read_text(encoding="utf-8")]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in stating]
 
 
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
-"""Checks one function or class. An int passes for a float, as it does for a static type checker."""
+def check(function: F) -> F:
+    """The function with its types checked at every call. An int passes for a float, as it does for a static checker.
+
+    Functions inside functions stay as they are: they would be decorated at every call of the outer one.
+    """
+    if "<locals>" in function.__qualname__:
+        return function
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+
 
 install_import_hook(checked_modules(), "tests.check")

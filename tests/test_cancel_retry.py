@@ -24,7 +24,7 @@ def test_a_diverged_cell_is_tried_with_a_change(
     assert retry.main([str(sweep_dir)]) == 2
     assert "no run of" in capsys.readouterr().err
     assert retry.main([str(sweep_dir), diverged]) == 2
-    assert "give what is to be different" in capsys.readouterr().err
+    assert "change a setting" in capsys.readouterr().err
     assert retry.main([str(sweep_dir), "train.lr=1e-3"]) == 0
     results = {path.parent.name: json.loads(path.read_text())["status"] for path in sweep_dir.glob("*/result.json")}
     assert sorted(results.values()) == ["diverged", "done"]

@@ -108,7 +108,7 @@ def _ask_all(peers: dict[str, Process], command: str, folder: Path | None = None
         try:
             answers[label] = process.ask(command, *([] if folder is None else [folder / f"{label}.safetensors"]))
         except UserError as error:
-            say(f"goes on without {label}: {error}")
+            say(f"continuing without {label}: {error}")
             del peers[label]
     return answers
 

@@ -169,7 +169,7 @@ def test_a_missing_package_is_refused_at_launch(
         check(TrackerConfig(name=name))
     assert str(refused.value).startswith(line)
     check(TrackerConfig(name="none"))
-    monkeypatch.setattr("harness.launch.check", check)
+    monkeypatch.setattr("harness.sweep.request.check_tracker", check)
     assert launch(f"tracker={name}") == WRONG_REQUEST
     assert line in capsys.readouterr().err
     assert not list(tmp_path.glob("t/*"))
