@@ -75,16 +75,35 @@ def max_array_size() -> int:
     return int(size[1]) if size else 1001
 
 
-def state(job_id: str) -> tuple[str, float | None]:
-    """State of a job, and when Slurm will end it in seconds since 1970; None when Slurm does not say."""
+@dataclass(frozen=True)
+class JobState:
+    state: str
+    """As Slurm says it: RUNNING, COMPLETING, CANCELLED …"""
+    ends: float | None
+    """When Slurm will end the job, in seconds since 1970; None when Slurm does not say."""
+    preempted: bool
+    """Whether a preemption has begun."""
+    restarts: int
+    """How often Slurm has requeued the job, a requeue that is under way included."""
+
+
+def state(job_id: str) -> JobState:
+    """What Slurm knows of a job."""
     text = call("scontrol", "show", "job", "--oneliner", job_id)
     job_state = re.search(r"\bJobState=(\w+)", text)
     end = re.search(r"\bEndTime=(\S+)", text)
+    preemption = re.search(r"\bPreemptTime=(\S+)", text)
+    restarts = re.search(r"\bRestarts=(\d+)", text)
     try:
         ends = time.mktime(time.strptime(end[1], "%Y-%m-%dT%H:%M:%S")) if end else None
     except ValueError:
         ends = None  # "Unknown": a partition without limits
-    return (job_state[1] if job_state else "UNKNOWN"), ends
+    return JobState(
+        state=job_state[1] if job_state else "UNKNOWN",
+        ends=ends,
+        preempted=preemption is not None and preemption[1] not in ("None", "Unknown"),
+        restarts=int(restarts[1]) if restarts else 0,
+    )
 
 
 def insist(*command: str, attempts: int = 60) -> str:

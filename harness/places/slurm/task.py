@@ -63,7 +63,7 @@ def begin(directory: Path, index: int) -> str:
     settings = {"JOB": str(home) if todo else "", "STORE": str(store), BEGUN: str(attempts(home))}
     task = _task()
     settings |= _meeting_point(config, task)
-    _, ends = client.state(task.job_id)
+    ends = client.state(task.job_id).ends
     if ends is not None:
         settings[END_TIME] = str(ends)
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items())
@@ -108,9 +108,7 @@ def end(directory: Path, index: int, exit_code: int) -> int:
         write_ended(newest, outcome="saved", reason=reason, step=step, requeued=state == "PENDING")
         return 0
     if ended is not None and ended["outcome"] == "saved":
-        # the limit read at the start: for a job that is being preempted Slurm reports the end of its grace
-        near_the_end = time.time() > float(os.environ.get(END_TIME, "inf")) - NEAR_THE_END_S
-        reason = "time limit" if near_the_end or ended["reason"] == "time limit" else "preempted"
+        reason = "time limit" if _near_the_end() or ended["reason"] == "time limit" else "preempted"
         write_ended(newest, outcome="saved", reason=reason, step=step, requeued=True)
         _again(directory, index)
         return 0
@@ -130,11 +128,23 @@ def end(directory: Path, index: int, exit_code: int) -> int:
     return 1
 
 
+def _near_the_end() -> bool:
+    """Whether the time limit is close. It was read at the start: while a job is being preempted, Slurm reports the end
+    of its grace time instead."""
+    return time.time() > float(os.environ.get(END_TIME, "inf")) - NEAR_THE_END_S
+
+
 def _own_state() -> str:
+    """The state of this job. While its last processes end, Slurm says COMPLETING: without a preemption, a requeue or a
+    time limit that means CANCELLED."""
+    task = _task()
     try:
-        return client.state(_task().job_id)[0]
+        job = client.state(task.job_id)
     except client.SlurmError:
         return "UNKNOWN"  # the controller does not answer; requeueing waits for it
+    if job.state != "COMPLETING" or job.preempted or _near_the_end():
+        return job.state
+    return "PENDING" if job.restarts > int(task.restarts) else "CANCELLED"
 
 
 def _newest_attempts(home: Path, unfinished: Sequence[Path]) -> list[Path]:
