@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -33,6 +34,16 @@ class Groups:
 
     token_offsets: Int[Tensor, " groups_plus_1"]
     row_offsets: tuple[int, ...]
+
+    @cached_property
+    def row_starts(self) -> Int[Tensor, " groups_plus_1"]:
+        """`row_offsets` on the device, int32. Never waits for a GPU, and a CUDA graph that reads them owns them."""
+        offsets, device = self.row_offsets, self.token_offsets.device
+        step = offsets[1] - offsets[0]
+        if step and offsets == tuple(range(0, step * len(offsets), step)):
+            return torch.arange(0, step * len(offsets), step, dtype=torch.int32, device=device)
+        numbers = torch.tensor(offsets, dtype=torch.int32, pin_memory=device.type == "cuda")
+        return numbers.to(device, non_blocking=True)
 
     @cached_property
     def spans(self) -> list[tuple[slice, slice]]:

@@ -1,12 +1,11 @@
-"""Dense products of every group at once on a GPU: one launch for all, which reads their sizes on the device.
+"""Dense products of every group on a GPU: one launch for all, which reads their sizes on the device; of a single group
+cuBLAS's product.
 
 They serve the encoder of a Switch SAE, and groups with so few latents per active one that products over their whole
 width are cheaper than gathers. Operands are float32 or bfloat16, sums float32, results of the dtype of the output.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from jaxtyping import Float, Int
@@ -19,22 +18,31 @@ TILE = 64 if INTERPRETED else 128
 """Rows and columns of the output that a program computes."""
 
 STEP = 256 if INTERPRETED else 64
-"""Products that it adds up at a time."""
+"""Products of bfloat16 that it adds up at a time; half as many of float32."""
+
+PRECISION = "ieee" if INTERPRETED else "tf32x3"
+"""Of float32 products. Three products of the matrix units are as exact as float32 and faster than its own units."""
 
 
-@functools.lru_cache(maxsize=64)
-def on_device(numbers: tuple[int, ...], device: torch.device) -> Int[Tensor, " count"]:
-    """Host numbers as an int32 tensor. Kept, since copying them waits for the device."""
-    return torch.tensor(numbers, dtype=torch.int32, device=device)
-
-
-def _constants(dtype: torch.dtype, groups: int | None = None) -> dict[str, int | bool]:
+def _constants(dtype: torch.dtype, groups: int | None = None) -> dict[str, int | bool | str]:
     # the interpreter computes products of bfloat16 wrongly
     upcast = INTERPRETED and dtype is torch.bfloat16
-    constants: dict[str, int | bool] = {"UPCAST": upcast, "TILE": TILE, "STEP": STEP, "num_warps": 8}
+    step = STEP if dtype is torch.bfloat16 else STEP // 2
+    constants: dict[str, int | bool | str] = {"UPCAST": upcast, "TILE": TILE, "STEP": step, "num_warps": 8}
+    constants["PRECISION"] = "ieee" if dtype is torch.bfloat16 else PRECISION
     if groups is not None:
         constants["GROUPS"] = power_of_2(groups)
     return constants
+
+
+def _product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], out: Float[Tensor, "m n"]) -> None:
+    """out = a·b, summed in float32; `out` has the dtype of the operands or float32."""
+    if out.dtype is a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, torch.float32, out=out)
+    else:
+        out.copy_(a.float() @ b.float())
 
 
 def _token_tiles(tokens: int, groups: int) -> int:
@@ -47,16 +55,21 @@ def latent_products(
     weight: Float[Tensor, "rows d"],
     bias: Float[Tensor, " rows"] | None,
     token_offsets: Int[Tensor, " groups_plus_1"],
-    row_offsets: tuple[int, ...],
+    row_starts: Int[Tensor, " groups_plus_1"],
     out: Float[Tensor, "tokens widest"],
 ) -> None:
     """out[t, c] = x_t · weight[first latent of t's group + c] (+ bias), for c below the group's width; the rest of
     `out` is left as it is."""
-    groups, (tokens, d) = len(row_offsets) - 1, x.shape
+    groups, (tokens, d) = len(row_starts) - 1, x.shape
+    if groups == 1 and bias is not None and out.dtype is x.dtype:
+        torch.addmm(bias, x, weight.T, out=out)
+        return
+    if groups == 1 and bias is None:
+        _product(x, weight.T, out)
+        return
     grid = (_token_tiles(tokens, groups), tiles(out.shape[1], TILE))
-    offsets = on_device(row_offsets, x.device)
     latent_products_kernel[grid](
-        x, weight, x if bias is None else bias, out, token_offsets, offsets, groups, d, out.stride(0),
+        x, weight, x if bias is None else bias, out, token_offsets, row_starts, groups, d, out.stride(0),
         BIASED=bias is not None, **_constants(x.dtype, groups),
     )  # fmt: skip
 
@@ -65,15 +78,17 @@ def reconstructions(
     z: Float[Tensor, "tokens widest"],
     weight: Float[Tensor, "rows d"],
     token_offsets: Int[Tensor, " groups_plus_1"],
-    row_offsets: tuple[int, ...],
+    row_starts: Int[Tensor, " groups_plus_1"],
     out: Float[Tensor, "tokens d"],
 ) -> None:
     """out_t = Σ_c z[t, c]·weight[first latent of t's group + c], float32; every token belongs to a group."""
-    groups, (tokens, d) = len(row_offsets) - 1, out.shape
+    groups, (tokens, d) = len(row_starts) - 1, out.shape
+    if groups == 1:
+        _product(z, weight, out)
+        return
     grid = (_token_tiles(tokens, groups), tiles(d, TILE))
-    offsets = on_device(row_offsets, z.device)
     reconstruction_kernel[grid](
-        z, weight, out, token_offsets, offsets, groups, d, z.stride(0), **_constants(z.dtype, groups)
+        z, weight, out, token_offsets, row_starts, groups, d, z.stride(0), **_constants(z.dtype, groups)
     )
 
 
@@ -81,11 +96,22 @@ def add_gradients(
     z: Float[Tensor, "tokens widest"],
     y: Float[Tensor, "tokens d"],
     token_offsets: Int[Tensor, " groups_plus_1"],
-    row_offsets: tuple[int, ...],
+    row_starts: Int[Tensor, " groups_plus_1"],
     out: Float[Tensor, "rows d"],
+    sums: Float[Tensor, " rows"] | None = None,
 ) -> None:
-    """out[first latent of t's group + c] += Σ_t z[t, c]·y_t, float32, always in the same order."""
-    groups, d = len(row_offsets) - 1, y.shape[1]
+    """out[first latent of t's group + c] += Σ_t z[t, c]·y_t and sums[…] += Σ_t z[t, c], float32, always in the same
+    order."""
+    groups, d = len(row_starts) - 1, y.shape[1]
+    if groups == 1:
+        added = torch.empty_like(out)
+        _product(z.T, y, added)
+        out += added
+        if sums is not None:
+            sums += z.sum(dim=0, dtype=torch.float32)
+        return
     grid = (tiles(z.shape[1], TILE), tiles(d, TILE), groups)
-    offsets = on_device(row_offsets, z.device)
-    gradient_kernel[grid](z, y, out, token_offsets, offsets, d, z.stride(0), **_constants(z.dtype))
+    gradient_kernel[grid](
+        z, y, out, out if sums is None else sums, token_offsets, row_starts, d, z.stride(0),
+        SUMMED=sums is not None, **_constants(z.dtype),
+    )  # fmt: skip

@@ -33,7 +33,7 @@ def _tokens_of(
 def latent_products_kernel(
     x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, token_offsets: tl.tensor, row_offsets: tl.tensor,
     groups: tl.tensor, d: tl.tensor, stride: tl.tensor,
-    BIASED: tl.constexpr, UPCAST: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    BIASED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
     """out[t, c] = x_t · weight_c + bias_c for the latents c of the group of t."""
     group, first, end = _tokens_of(tl.program_id(0), token_offsets, groups, TILE, GROUPS)
@@ -53,7 +53,7 @@ def latent_products_kernel(
                 right = _load(
                     weight + latent_at[None, :] + part[:, None], has_column[None, :] & (part < d)[:, None], UPCAST
                 )
-                sums = tl.dot(left, right, sums, input_precision="ieee")
+                sums = tl.dot(left, right, sums, input_precision=PRECISION)
             if BIASED:
                 sums += tl.load(bias + row + column, mask=has_column, other=0.0).to(tl.float32)[None, :]
             at = out + token.to(tl.int64)[:, None] * stride + column[None, :]
@@ -64,7 +64,7 @@ def latent_products_kernel(
 def reconstruction_kernel(
     z: tl.tensor, weight: tl.tensor, out: tl.tensor, token_offsets: tl.tensor, row_offsets: tl.tensor,
     groups: tl.tensor, d: tl.tensor, stride: tl.tensor,
-    UPCAST: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
     """out_t = Σ_c z[t, c]·weight_c over the latents c of the group of t."""
     group, first, end = _tokens_of(tl.program_id(0), token_offsets, groups, TILE, GROUPS)
@@ -82,18 +82,19 @@ def reconstruction_kernel(
             left = _load(at, has_token[:, None] & has_latent[None, :], UPCAST)
             at = weight + (row + latent).to(tl.int64)[:, None] * d + column[None, :]
             right = _load(at, has_latent[:, None] & has_column[None, :], UPCAST)
-            sums = tl.dot(left, right, sums, input_precision="ieee")
+            sums = tl.dot(left, right, sums, input_precision=PRECISION)
         at = out + token.to(tl.int64)[:, None] * d + column[None, :]
         tl.store(at, sums, mask=has_token[:, None] & has_column[None, :])
 
 
 @triton.jit
 def gradient_kernel(
-    z: tl.tensor, y: tl.tensor, out: tl.tensor, token_offsets: tl.tensor, row_offsets: tl.tensor, d: tl.tensor,
-    stride: tl.tensor,
-    UPCAST: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    z: tl.tensor, y: tl.tensor, out: tl.tensor, total: tl.tensor, token_offsets: tl.tensor, row_offsets: tl.tensor,
+    d: tl.tensor, stride: tl.tensor,
+    SUMMED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out_c += Σ_t z[t, c]·y_t over the tokens t of the group of latent c, in a fixed order."""
+    """out_c += Σ_t z[t, c]·y_t over the tokens t of the group of latent c, in a fixed order; with
+    `SUMMED` also total_c += Σ_t z[t, c]."""
     group = tl.program_id(2)
     first, end = tl.load(token_offsets + group), tl.load(token_offsets + group + 1)
     row = tl.load(row_offsets + group)
@@ -103,6 +104,7 @@ def gradient_kernel(
         column = tl.program_id(1) * TILE + tl.arange(0, TILE)
         has_latent, has_column = latent < width, column < d
         sums = tl.zeros([TILE, TILE], tl.float32)
+        own = tl.zeros([TILE], tl.float32)
         for begin in range(first, end, STEP):
             token = begin + tl.arange(0, STEP)
             has_token = token < end
@@ -110,7 +112,13 @@ def gradient_kernel(
             left = _load(at, has_latent[:, None] & has_token[None, :], UPCAST)
             at = y + token.to(tl.int64)[:, None] * d + column[None, :]
             right = _load(at, has_token[:, None] & has_column[None, :], UPCAST)
-            sums = tl.dot(left, right, sums, input_precision="ieee")
+            sums = tl.dot(left, right, sums, input_precision=PRECISION)
+            if SUMMED:
+                own += tl.sum(left.to(tl.float32), axis=1)
         at = out + (row + latent).to(tl.int64)[:, None] * d + column[None, :]
         mask = has_latent[:, None] & has_column[None, :]
         tl.store(at, tl.load(at, mask=mask, other=0.0) + sums, mask=mask)
+        if SUMMED:
+            if tl.program_id(1) == 0:
+                at = total + row + latent
+                tl.store(at, tl.load(at, mask=has_latent, other=0.0) + own, mask=has_latent)

@@ -1,7 +1,7 @@
 """Selection, reconstruction and weight gradients of all groups on a GPU, put together from the kernels.
 
 The host does not wait for the device: the kernels read the sizes of groups. Groups with few latents per active one are
-products over their whole width (`grouped`), others are gathers (`decode`, `gradients`). cuBLAS encodes a single group.
+products over their whole width (`grouped`), others are gathers (`decode`, `gradients`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from harness.ops import reference
 from harness.ops.interface import Codes, Groups, Reduce
 from harness.ops.triton import gradients
 from harness.ops.triton.decode import decode
-from harness.ops.triton.grouped import add_gradients, latent_products, on_device, reconstructions
+from harness.ops.triton.grouped import add_gradients, latent_products, reconstructions
 from harness.ops.triton.selection import fits, select_rows
 
 DENSE_ROWS_PER_K = {"bf16": 120, "fp32": 20}
@@ -41,7 +41,7 @@ def _of_tokens(groups: Groups, tokens: int, device: torch.device) -> tuple[Int[T
     if len(rows) == 2:
         firsts = torch.zeros(tokens, dtype=torch.int32, device=device)
         return firsts, torch.full_like(firsts, rows[1])
-    starts = on_device(rows, device)
+    starts = groups.row_starts
     ends = groups.token_offsets[1:].contiguous()
     group = torch.searchsorted(ends, torch.arange(tokens, device=device), right=True).clamp_(max=len(rows) - 2)
     firsts = starts[group]
@@ -63,7 +63,7 @@ def select(
     b_enc: Float[Tensor, " rows"] | None,
     k: int,
     groups: Groups,
-    ordered: bool = True,  # always ordered
+    ordered: bool = True,
 ) -> Codes:
     (tokens, _), rows, widest = x.shape, W_enc.shape[0], _widest(groups)
     if x.dtype is torch.float64 or rows == 0 or not fits(widest, k):
@@ -74,13 +74,8 @@ def select(
     firsts, widths = _of_tokens(groups, tokens, x.device)
     for block, offsets in _blocks(groups, tokens, widest * x.element_size()):
         z = torch.empty((block.stop - block.start, widest), dtype=x.dtype, device=x.device)
-        if len(groups.row_offsets) > 2:
-            latent_products(x[block], W_enc, bias, offsets, groups.row_offsets, z)
-        elif bias is None:
-            torch.mm(x[block], W_enc.T, out=z)
-        else:
-            torch.addmm(bias, x[block], W_enc.T, out=z)
-        select_rows(z, k, firsts[block], widths[block], (values[block], index[block]))
+        latent_products(x[block], W_enc, bias, offsets, groups.row_starts, z)
+        select_rows(z, k, firsts[block], widths[block], (values[block], index[block]), ordered)
     return Codes(values, index)
 
 
@@ -128,7 +123,7 @@ def reconstruct(
     blocks = list(_blocks(groups, tokens, widest * 4))
     for block, offsets in blocks:
         active = _dense(values[block], columns[block], widest, W_dec.dtype)
-        reconstructions(active, W_dec, offsets, groups.row_offsets, residual[block])
+        reconstructions(active, W_dec, offsets, groups.row_starts, residual[block])
     if scale is not None:
         residual *= scale[:, None]
     if reduce is not None:
@@ -136,7 +131,7 @@ def reconstruct(
     torch.sub(x, residual, out=residual)
     for block, offsets in blocks:
         products = torch.empty((block.stop - block.start, widest), device=device)
-        latent_products(residual[block].to(W_dec.dtype), W_dec, None, offsets, groups.row_offsets, products)
+        latent_products(residual[block].to(W_dec.dtype), W_dec, None, offsets, groups.row_starts, products)
         dz[block] = torch.where(values[block] > 0, products.gather(1, columns[block]), 0.0)
     return residual, dz, residual.square().sum(dim=1)
 
@@ -164,10 +159,8 @@ def weight_grads(
     widest, columns = _widest(groups), index - _of_tokens(groups, tokens, x.device)[0][:, None]
     W_enc_grad, W_dec_grad, b_enc_grad = out
     for block, offsets in _blocks(groups, tokens, widest * 4):
-        ones = torch.ones((block.stop - block.start, 1), dtype=x.dtype, device=x.device)
-        own = offsets, groups.row_offsets
+        own = offsets, groups.row_starts
         active = _dense(values[block], columns[block], widest, x.dtype)
         add_gradients(active, residual[block].to(x.dtype), *own, W_dec_grad)
         active = _dense(dz[block], columns[block], widest, x.dtype)
-        add_gradients(active, x[block], *own, W_enc_grad)
-        add_gradients(active, ones, *own, b_enc_grad[:, None])
+        add_gradients(active, x[block], *own, W_enc_grad, b_enc_grad)

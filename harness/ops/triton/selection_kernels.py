@@ -42,18 +42,26 @@ def _cut(keys: tl.tensor, wanted: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _in_segment(widths: tl.tensor, row: tl.tensor, tokens: tl.tensor, begin: tl.tensor, size: tl.tensor) -> tl.tensor:
+    """How many of each row's numbers lie in the segment of `size` columns at `begin`."""
+    width = tl.load(widths + row, mask=row < tokens, other=0)
+    return tl.minimum(tl.maximum(width - begin, 0), size)
+
+
+@triton.jit
 def lanes_kernel(
     z: tl.tensor, widths: tl.tensor, chosen: tl.tensor, winners: tl.tensor, tokens: tl.tensor, stride: tl.tensor,
-    k: tl.tensor,
+    k: tl.tensor, size: tl.tensor,
     ROWS: tl.constexpr, LANES: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr, WHOLE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Each row's k lanes with the largest maxima, into `chosen`; with one element per lane (`WHOLE`) the maxima are
-    the selection itself and their keys go to `winners`."""
+    """The k lanes with the largest maxima of each row's segment, into `chosen`; with one element per lane (`WHOLE`)
+    the maxima are the selection itself and their keys go to `winners`."""
     empty: tl.constexpr = -(1 << 31)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    width = tl.load(widths + row, mask=row < tokens, other=0)
+    first = tl.program_id(1) * size
+    width = _in_segment(widths, row, tokens, first, size)
     lane = tl.arange(0, LANES)
-    begin = row.to(tl.int64) * stride
+    begin = row.to(tl.int64) * stride + first
     best = tl.full([ROWS, LANES], empty, tl.int32)
     where_best = tl.zeros([ROWS, LANES], tl.int32)
     for chunk in range(0, tl.cdiv(tl.max(width, axis=0), LANES)):
@@ -64,9 +72,11 @@ def lanes_kernel(
         better = order > best
         best = tl.where(better, order, best)
         where_best = tl.where(better, chunk, where_best)
-    key = tl.where(best > empty, _key(best, where_best * LANES + lane[None, :], VALUE_BITS, INDEX_BITS), -1)
+    column = first + where_best * LANES + lane[None, :]
+    key = tl.where(best > empty, _key(best, column, VALUE_BITS, INDEX_BITS), -1)
     picked = (key >= _cut(key, tl.minimum(width, k))[:, None]) & (key >= 0)
-    place = row.to(tl.int64)[:, None] * k + tl.cumsum(picked.to(tl.int32), axis=1) - 1
+    place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1))[:, None] * k
+    place += tl.cumsum(picked.to(tl.int32), axis=1) - 1
     if WHOLE:
         tl.store(winners + place, key, mask=picked)
     else:
@@ -76,26 +86,48 @@ def lanes_kernel(
 @triton.jit
 def candidates_kernel(
     z: tl.tensor, widths: tl.tensor, chosen: tl.tensor, winners: tl.tensor, tokens: tl.tensor, stride: tl.tensor,
-    k: tl.tensor,
+    k: tl.tensor, size: tl.tensor,
     ROWS: tl.constexpr, LANES: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr,
     SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The keys of each row's k largest elements, which lie in its chosen lanes."""
+    """The keys of the k largest elements of each row's segment, which lie in its chosen lanes."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    width = tl.load(widths + row, mask=row < tokens, other=0)
+    first = tl.program_id(1) * size
+    width = _in_segment(widths, row, tokens, first, size)
     wanted = tl.minimum(width, k)
     candidate = tl.arange(0, SLOTS * CHUNKS)
     slot = candidate // CHUNKS
     filled = slot[None, :] < wanted[:, None]
-    begin = row.to(tl.int64)
-    lane = tl.load(chosen + begin[:, None] * k + slot[None, :], mask=filled, other=0)
+    begin = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1))[:, None] * k
+    lane = tl.load(chosen + begin + slot[None, :], mask=filled, other=0)
     column = (candidate % CHUNKS)[None, :] * LANES + lane
     inside = filled & (column < width[:, None])
-    bits = tl.load(z + begin[:, None] * stride + column, mask=inside, other=0).to(tl.int32)
-    key = tl.where(inside, _key(_order(bits, VALUE_BITS), column, VALUE_BITS, INDEX_BITS), -1)
+    bits = tl.load(z + row.to(tl.int64)[:, None] * stride + first + column, mask=inside, other=0).to(tl.int32)
+    key = tl.where(inside, _key(_order(bits, VALUE_BITS), first + column, VALUE_BITS, INDEX_BITS), -1)
     picked = (key >= _cut(key, wanted)[:, None]) & (key >= 0)
-    place = begin[:, None] * k + tl.cumsum(picked.to(tl.int32), axis=1) - 1
-    tl.store(winners + place, key, mask=picked)
+    tl.store(winners + begin + tl.cumsum(picked.to(tl.int32), axis=1) - 1, key, mask=picked)
+
+
+@triton.jit
+def merge_kernel(
+    winners: tl.tensor, merged: tl.tensor, widths: tl.tensor, tokens: tl.tensor, k: tl.tensor, segments: tl.tensor,
+    size: tl.tensor,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr,
+) -> None:  # fmt: skip
+    """The k largest keys among those that won in `MOST` neighbouring segments of `size` columns."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    candidate = tl.arange(0, SLOTS * MOST)
+    segment = tl.program_id(1) * MOST + candidate // SLOTS
+    slot = candidate % SLOTS
+    width = tl.load(widths + row, mask=row < tokens, other=0)[:, None]
+    filled = tl.minimum(width - segment[None, :] * size, k) > slot[None, :]
+    filled &= (segment < segments)[None, :] & (slot < size)[None, :]
+    at = (row.to(tl.int64)[:, None] * segments + segment[None, :]) * k + slot[None, :]
+    key = tl.load(winners + at, mask=filled, other=-1)
+    wanted = tl.minimum(_in_segment(widths, row, tokens, tl.program_id(1) * MOST * size, MOST * size), k)
+    picked = (key >= _cut(key, wanted)[:, None]) & (key >= 0)
+    place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1))[:, None] * k
+    tl.store(merged + place + tl.cumsum(picked.to(tl.int32), axis=1) - 1, key, mask=picked)
 
 
 @triton.jit
@@ -103,8 +135,10 @@ def order_kernel(
     z: tl.tensor, widths: tl.tensor, firsts: tl.tensor, winners: tl.tensor, values: tl.tensor, index: tl.tensor,
     tokens: tl.tensor, stride: tl.tensor, k: tl.tensor,
     ROWS: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr, SLOTS: tl.constexpr,
+    ORDERED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Values and indices of the winners, largest first; −inf at the group's first latent where it has fewer than k."""
+    """Values and indices of the winners, if `ORDERED` largest first; −inf at the group's first latent where it has
+    fewer than k."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     alive = row < tokens
     width = tl.load(widths + row, mask=alive, other=0)
@@ -114,11 +148,13 @@ def order_kernel(
     wanted = tl.minimum(width, k)
     filled = slot[None, :] < wanted[:, None]
     key = tl.load(winners + begin[:, None] + slot[None, :], mask=filled, other=-1)
-    # the place of a key is the number of larger ones; empty slots keep theirs
-    place = tl.where(filled, 0, tl.broadcast_to(slot[None, :], [ROWS, SLOTS]))
-    for other in range(0, tl.max(wanted, axis=0)):
-        rival = tl.load(winners + begin + other, mask=other < wanted, other=-1)
-        place += (filled & (rival[:, None] > key)).to(tl.int32)
+    place = tl.broadcast_to(slot[None, :], [ROWS, SLOTS])
+    if ORDERED:
+        # the place of a key is the number of larger ones; empty slots keep theirs
+        place = tl.where(filled, 0, place)
+        for other in range(0, tl.max(wanted, axis=0)):
+            rival = tl.load(winners + begin + other, mask=other < wanted, other=-1)
+            place += (filled & (rival[:, None] > key)).to(tl.int32)
     column = tl.where(filled, (1 << INDEX_BITS) - 1 - (key & ((1 << INDEX_BITS) - 1)), 0)
     bits = tl.load(z + row.to(tl.int64)[:, None] * stride + column, mask=filled, other=0).to(tl.int32)
     if VALUE_BITS == 16:
