@@ -145,8 +145,7 @@ class Stream:
         prefetcher = _Prefetcher(self._host_batch, start_step)
         self._prefetchers.append(prefetcher)
         try:
-            while (rows := prefetcher.next()) is not None:
-                yield self._to_device(rows)
+            yield from copied_ahead(prefetcher.each(), self._device) if self._pinned else prefetcher.each()
         finally:
             prefetcher.close()
 
@@ -176,6 +175,26 @@ class Stream:
         return rows.to(self._device, non_blocking=True) if self._pinned else rows
 
 
+def copied_ahead(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The batches on the GPU `device`; each is copied from pinned memory while the one before is in use."""
+    copying = torch.cuda.Stream(device)
+
+    def copy() -> tuple[Tensor, torch.cuda.Event] | None:
+        rows = next(batches, None)
+        if rows is None:
+            return None
+        with torch.cuda.stream(copying):
+            return rows.to(device, non_blocking=True), copying.record_event()
+
+    ahead = copy()
+    while ahead is not None:
+        (rows, copied), ahead = ahead, copy()
+        using = torch.cuda.current_stream(device)
+        using.wait_event(copied)
+        rows.record_stream(using)  # its memory is reused only after what `using` has queued by then
+        yield rows
+
+
 class _Prefetcher:
     """A thread that keeps a few batches ready. `next` raises an error that happened in it."""
 
@@ -196,6 +215,11 @@ class _Prefetcher:
                 raise item
             return item
         return None
+
+    def each(self) -> Iterator[Tensor]:
+        """All batches until `close`."""
+        while (rows := self.next()) is not None:
+            yield rows
 
     def close(self) -> None:
         self._end.set()

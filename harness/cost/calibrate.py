@@ -15,8 +15,8 @@ import psutil
 
 from harness import budget
 from harness.config import Config, MeshConfig
-from harness.cost.gpus import find_gpu, known_gpus
 from harness.process.device import planned_on_gpu
+from harness.process.gpus import find_gpu, known_gpus
 from harness.record.provenance import machine, now
 from harness.record.run import Run
 

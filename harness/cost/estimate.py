@@ -1,5 +1,5 @@
 """The expected cost of a run: time, FLOPs, memory, disk. Times come from steps timed on this machine or, if
-`cluster.gpu_type` names a GPU, from its data sheet (`harness.cost.gpus`)."""
+`cluster.gpu_type` names a GPU, from its data sheet (`harness.process.gpus`)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from harness.cost.calibrate import (
     sample_rows,
     step_flops,
 )
-from harness.cost.gpus import find_gpu, step_seconds
+from harness.cost.step_time import step_seconds
 from harness.process.device import planned_on_gpu
+from harness.process.gpus import find_gpu
 from harness.record.job import Job
 from harness.record.result import unfinished
 from harness.record.run import Run

@@ -11,8 +11,8 @@ from pathlib import Path
 from harness.budget import HARVEST_COPIES
 from harness.config import ActivationsConfig, Config, MeshConfig
 from harness.cost.estimate import NUMBER_BYTES, Estimates, rank_memory
-from harness.cost.gpus import find_gpu
 from harness.process.device import planned_on_gpu
+from harness.process.gpus import find_gpu
 from harness.record.job import Job
 from harness.record.run import Run
 from harness.terminal import duration, listed, si

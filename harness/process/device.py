@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from harness.config import Config
@@ -24,6 +25,9 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cuda":
         return torch.device(name)
+    # a workspace of fixed size: cuBLAS then gives the same bits in every stream, in and out of a CUDA graph
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     index = torch.cuda.current_device() if local_rank is None else local_rank % torch.cuda.device_count()
     return torch.device(name, index)
 

@@ -40,6 +40,7 @@ class StepGraph:
             return
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
+            # the default mode forbids other threads to allocate, and the stream's thread pins memory all the time
+            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._compute(self._batch)
         self._graph.replay()

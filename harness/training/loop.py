@@ -6,12 +6,17 @@ later is the same run as one that never stopped.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
+from harness.process.garbage import collected_by_request
 from harness.process.runtime import Runtime
 from harness.training.checkpoints import Checkpoints
 from harness.training.finish import finish
 from harness.training.member import Member
+
+COLLECT_EVERY_STEPS = 1000
+"""All ranks collect garbage at the same steps."""
 
 
 def train(members: Sequence[Member], checkpoints: Checkpoints, runtime: Runtime, started: str) -> None:
@@ -23,7 +28,7 @@ def train(members: Sequence[Member], checkpoints: Checkpoints, runtime: Runtime,
     active = list(members)
     first, begin = active[0], active[0].state.done
     assert all(member.state.done == begin for member in active), "members on one stream stand at one step"
-    with first.open_stream(runtime) as stream:
+    with first.open_stream(runtime) as stream, collected_by_request():
         for batch in stream.batches(begin):
             for member in active:
                 member.between_steps(runtime)
@@ -35,5 +40,7 @@ def train(members: Sequence[Member], checkpoints: Checkpoints, runtime: Runtime,
             checkpoints.stop_or_save(active)
             for member in active:
                 member.state.train_step(batch, runtime)
+            if active[0].state.done % COLLECT_EVERY_STEPS == 0:
+                gc.collect()
             if active[0].state.done == begin + 1:
                 runtime.shards.started()

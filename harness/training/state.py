@@ -14,6 +14,7 @@ from harness import budget
 from harness.activations.source import ActivationSource
 from harness.config import Config
 from harness.parallel import Shards
+from harness.process.gpus import peak_flops
 from harness.process.runtime import Runtime
 from harness.saes import (
     DeadLatents,
@@ -63,6 +64,8 @@ class TrainState:
     """Completed steps when the loss first was not finite; −1 while it is finite. int64."""
     number: Tensor
     """`done`, on the device, int64."""
+    peak_flops: float | None = None
+    """FLOP/s that one rank's GPU reaches at most; None if unknown."""
     done: int = 0
     summed_steps: int = 0
     wall_s: float = 0.0
@@ -71,8 +74,8 @@ class TrainState:
     eval_s: float = 0.0
     """The part of `wall_s` that went into evaluations."""
     flops_executed: float = 0.0
-    _mark: tuple[int, float] = (0, 0.0)
-    """(completed steps, seconds of pure training) at the last log line or start, for tokens/s."""
+    _mark: tuple[int, float, float] = (0, 0.0, 0.0)
+    """(completed steps, seconds of pure training, executed FLOPs) at the last log line or start, for rates."""
     _dead_latents: DeadLatents | None = None
     _graph: StepGraph | None = None
     _sent: dict[str, float] = field(default_factory=dict)
@@ -188,14 +191,17 @@ class TrainState:
         means = dict(zip(_SUMS, (self.sums[: len(_SUMS)] / self.summed_steps).tolist(), strict=True))
         share = self.sums[len(_SUMS) :] / self.summed_steps
         line = self.position()
-        (marked_steps, marked_s), self._mark = self._mark, (self.done, self.trained_s())
-        rate = (self._mark[0] - marked_steps) * self.config.train.batch_tokens / max(self._mark[1] - marked_s, 1e-9)
+        before, self._mark = self._mark, (self.done, self.trained_s(), self.flops_executed)
+        steps, seconds, flops = (now - then for now, then in zip(self._mark, before, strict=True))
+        seconds = max(seconds, 1e-9)
         line |= means
         line |= {
             "dead_frac": self.dead_frac(shards),
             "lr": lr_at(self.config, self.done - 1, self.last),
-            "tokens_per_s": rate,
+            "tokens_per_s": steps * self.config.train.batch_tokens / seconds,
         }
+        if self.peak_flops is not None:
+            line["mfu"] = flops / seconds / (self.peak_flops * shards.size)
         if self.sae.routed:
             line |= {
                 "expert_load_max": float(share.max()) * self.sae.n_experts,
@@ -207,8 +213,7 @@ class TrainState:
             del line["balance"], line["router_entropy"]
         if not self.config.train.clip_norm:
             del line["grad_norm"]
-        steps = max(1, self._mark[0] - marked_steps)
-        line |= {f"bytes_sent_{kind}": sent / steps for kind, sent in self._sent.items()}
+        line |= {f"bytes_sent_{kind}": sent / max(1, steps) for kind, sent in self._sent.items()}
         self._sent = {}
         self.sums.zero_()
         self.summed_steps = 0
@@ -255,7 +260,7 @@ class TrainState:
         self.done, self.summed_steps = scalars["done"], scalars["summed_steps"]
         self.wall_s, self.eval_s = scalars["wall_s"], scalars["eval_s"]
         self.flops_executed = scalars["flops_executed"]
-        self._mark = (self.done, self.wall_s - self.eval_s)
+        self._mark = (self.done, self.wall_s - self.eval_s, self.flops_executed)
         self.optimizer.refresh_copies()
         self._dead_latents = find_dead(self.sae, self.dead, shards)
 
@@ -287,4 +292,5 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
         bad_step=torch.tensor(-1, device=device),
         number=torch.tensor(0, device=device),
         clock=time.monotonic(),
+        peak_flops=peak_flops(torch.cuda.get_device_name(device), train.precision) if device.type == "cuda" else None,
     )

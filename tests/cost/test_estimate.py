@@ -14,8 +14,9 @@ from harness.cost import calibrate, speed
 from harness.cost import estimate as module
 from harness.cost.calibrate import Timed, interpolate, probes
 from harness.cost.estimate import estimate, rank_memory
-from harness.cost.gpus import FLOOR_SHARE, find_gpu, step_seconds
+from harness.cost.step_time import FLOOR_SHARE, step_seconds
 from harness.ops.reference import DENSE_ROWS_PER_K
+from harness.process.gpus import find_gpu
 from harness.record.job import job_of
 from harness.record.sweepdir import read_plan
 from harness.sweep.intent import record_intent

@@ -106,6 +106,25 @@ def test_a_graph_of_the_step_gives_the_same_bits(changes: dict[str, Any]) -> Non
         assert torch.equal(one, ends[1][name]), name
 
 
+@pytest.mark.gpu
+def test_a_graph_is_captured_beside_a_thread_that_pins_memory() -> None:
+    """Two members of unlike shapes, as in a pack, on a stream that is being read."""
+    ends = []
+    for graph in (False, True):
+        changes = {"train__cuda_graph": graph, "sae__aux_alpha": 0.0}
+        members = [make(SWITCH | changes, "triton", "cuda")[0], make(changes, "triton", "cuda")[0]]
+        on = members[0].silent.device
+        here = runtime(Solo(), choose_ops("triton", on), on)
+        with source_of(members[0].config).stream(0, 64, on, 0, 1) as stream:
+            for _, batch in zip(range(40), stream.batches(0), strict=False):
+                for member in members:
+                    member.train_step(batch, here)
+        ends.append([member.tensors() for member in members])
+    for eager, captured in zip(*ends, strict=True):
+        for name, one in eager.items():
+            assert torch.equal(one, captured[name]), name
+
+
 def test_without_a_gpu_the_step_is_no_graph() -> None:
     plain, batch = make({}, "cpu")
     asked, _ = make({"train__cuda_graph": True}, "cpu")

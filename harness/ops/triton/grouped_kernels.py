@@ -33,7 +33,8 @@ def _tokens_of(
 def latent_products_kernel(
     x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, token_offsets: tl.tensor, row_offsets: tl.tensor,
     groups: tl.tensor, d: tl.tensor, stride: tl.tensor,
-    BIASED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    BIASED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
     """out[t, c] = x_t · weight_c + bias_c for the latents c of the group of t."""
     group, first, end = _tokens_of(tl.program_id(0), token_offsets, groups, TILE, GROUPS)
@@ -118,7 +119,6 @@ def gradient_kernel(
         at = out + (row + latent).to(tl.int64)[:, None] * d + column[None, :]
         mask = has_latent[:, None] & has_column[None, :]
         tl.store(at, tl.load(at, mask=mask, other=0.0) + sums, mask=mask)
-        if SUMMED:
-            if tl.program_id(1) == 0:
-                at = total + row + latent
-                tl.store(at, tl.load(at, mask=has_latent, other=0.0) + own, mask=has_latent)
+        if SUMMED and tl.program_id(1) == 0:
+            at = total + row + latent
+            tl.store(at, tl.load(at, mask=has_latent, other=0.0) + own, mask=has_latent)

@@ -69,7 +69,6 @@ def select_rows(
     if tokens == 0:
         return
     (lanes, chunks, segments), slots = layout(width, k), power_of_2(k)
-    values, index = out
     value_bits = 8 * z.element_size()
     bits = z.view(torch.int32 if value_bits == 32 else torch.int16)
     chosen = torch.empty((tokens, segments, k), dtype=torch.int32, device=z.device)
@@ -95,7 +94,9 @@ def select_rows(
         sources = winners, into, widths, tokens, k, segments, lanes * chunks
         launch(merge_kernel, slots * most, merged, *sources, SLOTS=slots, MOST=most)
         winners, segments, chunks = into, merged, chunks * at_once
-    launch(order_kernel, slots, 1, bits, widths, firsts, winners, *out, *sizes, **bit_counts, SLOTS=slots, ORDERED=ordered)
+    launch(
+        order_kernel, slots, 1, bits, widths, firsts, winners, *out, *sizes, **bit_counts, SLOTS=slots, ORDERED=ordered
+    )
 
 
 def fits(width: int, k: int) -> bool:

@@ -1,16 +1,9 @@
-"""The expected time of a training step on a named GPU, from data sheets: for plans made on another machine.
-
-These are estimates. The peak figures are multiplied by the shares that an H200 reached in plain products and copies.
-That gives a floor; the step is expected to reach a fixed share of it.
-"""
+"""Peak figures of GPUs, from their data sheets."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-from harness import budget
-from harness.config import Config
 
 
 @dataclass(frozen=True)
@@ -44,16 +37,6 @@ _GPUS = (
     Gpu("h200", 989e12, 67e12, 141e9, 4.8e12, 450e9),
 )
 
-PRODUCTS_REACH, COPIES_REACH = 0.80, 0.90
-"""Shares of the peaks: an H200 does 790 TFLOP/s on long bf16 products and copies at 4.3 TB/s."""
-
-FLOOR_SHARE = 0.25
-"""Assumed floor time over step time. Not measured: other trainers in plain torch, which our GPU kernels resemble, need
-4 to 5 ms where the floor is 1.1 ms (n = 32,768, d = 768, batch 8,192)."""
-
-LAUNCHES_S = 1e-3
-"""The shortest step, in seconds: about a hundred kernels are launched one after the other."""
-
 
 def find_gpu(name: str) -> Gpu | None:
     """The GPU of a site's own name such as `nvidia_a100-sxm4-80gb`; None if unknown or a slice (`a100_3g.20gb`)."""
@@ -75,15 +58,9 @@ def known_gpus() -> str:
     return ", ".join(gpu.name for gpu in _GPUS)
 
 
-def step_seconds(gpu: Gpu, config: Config, d_model: int) -> float | None:
-    """Expected seconds of one step on one rank; None for float64, for which there are no figures."""
-    if config.train.precision == "fp64":
+def peak_flops(name: str, precision: str) -> float | None:
+    """Peak of products in `fp32` or `bf16` on the GPU that calls itself `name`, FLOP/s; None if unknown."""
+    gpu = find_gpu(name)
+    if gpu is None or precision == "fp64":
         return None
-    low = config.train.precision == "bf16"
-    rate = PRODUCTS_REACH * (gpu.bf16_flops if low else gpu.fp32_flops)
-    sae, mesh = config.sae, config.mesh
-    tokens = config.train.batch_tokens / mesh.dp
-    product = 2.0 * tokens * d_model * sae.n_latents / sae.n_experts / mesh.shard / rate
-    traffic = budget.floor_bytes(sae, d_model, tokens, 2 if low else 4, mesh.shard) / (COPIES_REACH * gpu.bytes_per_s)
-    sent = sum(budget.bytes_sent_per_step(config, d_model).values()) / gpu.link_bytes_per_s
-    return max((product + traffic) / FLOOR_SHARE + sent, LAUNCHES_S)
+    return gpu.bf16_flops if precision == "bf16" else gpu.fp32_flops
