@@ -23,25 +23,28 @@ WARM_UP = 2
 """Rounds that are not counted; the first compiles our kernels."""
 
 
-def write_data(shape: Shape, path: Path) -> None:
+CPU = torch.device("cpu")
+
+
+def random_data(shape: Shape, device: torch.device = CPU) -> dict[str, torch.Tensor]:
     """Initial weights (encoder = decoder, unit rows) and a batch whose spectrum falls off like a model's."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator)
+        return torch.randn(*size, generator=generator, device=device)
 
     weight = draw(shape.n, shape.d)
     weight /= weight.norm(dim=1, keepdim=True)
     tensors = {
         "W_enc": weight,
         "W_dec": weight.clone(),
-        "b_enc": torch.zeros(shape.n),
-        "b_dec": torch.zeros(shape.d),
-        "x": draw(shape.batch, shape.d) * torch.arange(1, shape.d + 1) ** -0.25,
+        "b_enc": torch.zeros(shape.n, device=device),
+        "b_dec": torch.zeros(shape.d, device=device),
+        "x": draw(shape.batch, shape.d) * torch.arange(1, shape.d + 1, device=device) ** -0.25,
     }
     if shape.experts > 1:
-        tensors |= {"W_r": draw(shape.experts, shape.d) / shape.d**0.5, "b_r": torch.zeros(shape.d)}
-    save_file(tensors, path)
+        tensors |= {"W_r": draw(shape.experts, shape.d) / shape.d**0.5, "b_r": torch.zeros(shape.d, device=device)}
+    return tensors
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -73,7 +76,7 @@ def measure(shape: Shape, peers: dict[str, list[str]], settings: dict[str, Any],
     """One entry of `results`. `peers`: name → command of its worker; they have no Switch, so those shapes have none."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         data = Path(folder) / "data.safetensors"
-        write_data(shape, data)
+        save_file(random_data(shape), data)
         task = settings | {"data": str(data), "d": shape.d, "n": shape.n, "k": shape.k, "experts": shape.experts}
         ours = stack.enter_context(Process("ours", [sys.executable, "-m", "harness.bench.ours"], task))
         others = {}
@@ -98,7 +101,7 @@ def measure(shape: Shape, peers: dict[str, list[str]], settings: dict[str, Any],
                         samples.setdefault(prefix + key, []).append(value)
         peaks = _ask_all(others, "peak")
         own_peak = ours.ask("peak")
-    return _entry(shape, settings, samples, own_peak, peaks, differences)
+    return entry(shape, settings, samples, own_peak, peaks, differences)
 
 
 def _ask_all(peers: dict[str, Process], command: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -113,7 +116,7 @@ def _ask_all(peers: dict[str, Process], command: str, folder: Path | None = None
     return answers
 
 
-def _entry(
+def entry(
     shape: Shape,
     settings: dict[str, Any],
     samples: dict[str, list[float]],
@@ -121,6 +124,8 @@ def _entry(
     peaks: dict[str, dict[str, Any]],
     differences: dict[str, float],
 ) -> dict[str, Any]:
+    """One entry of `results` (docs/performance.md). `samples`: answers of `Contender.round` by name, a peer's after
+    `<peer>.`; `peaks` and `differences` by peer."""
     middle = {key: statistics.median(values) for key, values in samples.items()}
     floor = floor_ms(shape, middle["gemm_ms_shape"], middle["bytes_per_s"], 2 if settings["precision"] == "bf16" else 4)
     # ratios within a round, so that a change of the machine's speed between rounds cancels

@@ -60,8 +60,8 @@ class Timed:
 class Contender:
     """One SAE in training on one batch."""
 
-    def __init__(self, task: dict[str, Any]) -> None:
-        tensors = load_file(task["data"])
+    def __init__(self, task: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """`tensors`: initial weights and the batch `x` (`measure.random_data`)."""
         self.device = torch.device(task["device"])
         tensors = {name: value.to(self.device) for name, value in tensors.items()}
         self.x = tensors.pop("x")
@@ -194,7 +194,7 @@ def main() -> None:
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     before = psutil.Process().memory_info().rss
-    contender = Contender(task)
+    contender = Contender(task, load_file(task["data"]))
     for line in sys.stdin:
         command = line.split()
         answer: dict[str, Any] = {}

@@ -34,6 +34,8 @@ _NAMED = [
     Shape("S4", 768, 4096, 32, 8192),
     *(Shape(f"S5-{n}-{k}", 768, n, k, 8192) for n in (4096, 8192, 16384, 32768) for k in (16, 32, 64)),
     Shape("S6", 1024, 1 << 20, 128, 8192),
+    # one of eight GPUs of an SAE with 1,032,192 latents
+    Shape("S7", 2688, 129024, 32, 4096),
 ]
 SHAPES = {shape.name: shape for shape in _NAMED}
 FAMILIES = ("S3", "S5")

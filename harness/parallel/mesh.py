@@ -145,9 +145,12 @@ class Mesh:
 
 
 @contextmanager
-def mesh(dp: int, shard: int, device: torch.device, ranks: Ranks) -> Generator[Shards, None, None]:
+def mesh(
+    dp: int, shard: int, device: torch.device, ranks: Ranks, *, even_alone: bool = False
+) -> Generator[Shards, None, None]:
     """The mesh that this process is a rank of; `Solo` for one process. `device` decides between gloo and NCCL.
 
+    `even_alone` makes a mesh of one rank, to check that the backend works.
     Raises `UserError` if the number of ranks is not dp·shard.
     """
     if dp * shard != ranks.world:
@@ -155,7 +158,7 @@ def mesh(dp: int, shard: int, device: torch.device, ranks: Ranks) -> Generator[S
             f"mesh.dp={dp} × mesh.shard={shard} needs {dp * shard} ranks, and {ranks.world} were started; "
             f"change the mesh or the number of tasks"
         )
-    if ranks.world == 1:
+    if ranks.world == 1 and not even_alone:
         yield Solo()
         return
     if device.type == "cuda":
