@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from harness.bench.command import add_comparisons, installed_peers, main, text
 from harness.bench.contender import Process
 from harness.bench.measure import _ask_all, floor_ms, gradient_difference
+from harness.bench.peer_worker import Peer, sparsify
 from harness.bench.shapes import SHAPES, Shape, parse_shapes
 from harness.errors import UserError
 
@@ -70,8 +71,24 @@ def test_a_result_as_text() -> None:
 
 def test_only_installed_peers_take_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = Path(sys.executable)
-    assert installed_peers(here, ["openai"]) == {} and "no openai" in capsys.readouterr().err
+    assert installed_peers(here, ["openai"]) == {}
+    assert "no openai: it is not installed (environment of" in capsys.readouterr().err
     assert installed_peers(tmp_path / "python", ["sparsify"]) == {} and "make bench-peers" in capsys.readouterr().err
+
+
+def test_a_peer_that_cannot_be_imported_says_why() -> None:
+    whole, broken = Peer(sparsify), Peer(sparsify, "torch", "no.such.module")
+    assert whole.missing() is None and whole.version() == "checkout"
+    assert broken.missing() == "it cannot be imported: ModuleNotFoundError: No module named 'no'"
+    assert Peer(sparsify, "no-such-package").missing() == "it is not installed"
+
+
+def test_a_worker_that_fails_leaves_its_peers_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("harness.bench.command.REFERENCE_WORKER", "tests.peers.absent")
+    assert installed_peers(tmp_path / "python", ["bionemo_like"]) == {}
+    assert "no bionemo_like: its worker failed:" in capsys.readouterr().err
 
 
 def test_a_peer_that_dies_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
