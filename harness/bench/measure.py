@@ -72,7 +72,7 @@ def gradient_difference(ours: Path, theirs: Path) -> float:
 
 
 def measure(shape: Shape, peers: dict[str, list[str]], settings: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """One entry of `results`. `peers`: name → command of its worker; only `SWITCH_PEERS` take part in a Switch shape."""
+    """One entry of `results`. `peers`: name → command of its worker; a Switch shape has only `SWITCH_PEERS`."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         data = Path(folder) / "data.safetensors"
         write_data(shape, data)

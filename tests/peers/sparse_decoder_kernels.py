@@ -1,6 +1,6 @@
 """Triton kernels of `sparse_decoder`. All sums are float32; `index` is int64; all inputs are contiguous."""
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportArgumentType=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import torch
