@@ -132,8 +132,8 @@ def saelens(data: dict[str, torch.Tensor], k: int, steel: bool) -> tuple[Step, S
 def openai(data: dict[str, torch.Tensor], k: int, steel: bool) -> tuple[Step, Step, Callable[[], dict]]:
     """Gao et al.'s Triton kernels: decoder gradient projected, rows renormalised; without AuxK, average and scaler.
 
-    Their single-process top-k asks for the size of a group of ranks, which does not exist here, so it gets None for the
-    group. Their Adam is fused by default. Written from their source and not run yet: it needs a GPU.
+    Their single-process top-k asks for the size of a group of ranks, which does not exist here, so it gets no capacity
+    factor. As in their loop, only the forward pass is autocast, and Adam is fused.
     """
     if importlib.util.find_spec("wandb") is None:
         # their module imports it for a logger, which is not used here
@@ -150,15 +150,19 @@ def openai(data: dict[str, torch.Tensor], k: int, steel: bool) -> tuple[Step, St
         sae.decoder.weight.copy_(data["W_dec"].T)
         sae.pre_bias.copy_(data["b_dec"])
     optimizer = adam(sae.parameters(), True)
+    exact = functools.partial(torch.autocast, data["x"].device.type, enabled=False)
 
     def gradients() -> None:
         optimizer.zero_grad()
         reconstruction, _ = sae(data["x"])
-        torch.nn.functional.mse_loss(reconstruction, data["x"]).backward()
+        loss = torch.nn.functional.mse_loss(reconstruction, data["x"])
+        with exact():
+            loss.backward()
 
     def whole() -> None:
         gradients()
-        train.unit_norm_decoder_grad_adjustment_(sae)
+        with exact():
+            train.unit_norm_decoder_grad_adjustment_(sae)
         optimizer.step()
         train.unit_norm_decoder_(sae)
 

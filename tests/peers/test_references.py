@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from harness.bench.measure import measure, write_data
 from harness.bench.ours import Contender
 from harness.bench.peer_worker import Build
 from harness.bench.shapes import Shape
-from tests.peers import bionemo_like, flashsae_like
+from tests.ops.sets import kernel_set
+from tests.peers import bionemo_like, flashsae_like, sparse_decoder
 
 TOPK, SWITCH = Shape("topk", 24, 96, 5, 64), Shape("switch", 24, 96, 5, 64, 4)
 SETTINGS: dict[str, Any] = {
@@ -66,3 +68,23 @@ def test_the_bench_runs_them_from_a_checkout() -> None:
         assert set(result["peers"]) == names | {f"{name}_steel" for name in names}
         for peer in result["peers"].values():
             assert peer["gradient_difference"] < 1e-5 and peer["step_ms"] > 0 and peer["version"] == "checkout"
+
+
+@pytest.mark.parametrize(("tokens", "k", "rows", "d"), [(9, 4, 40, 20), (3, 1, 8, 1), (2, 2, 5, 1030)])
+def test_the_decoder_kernels_are_the_plain_sums(tokens: int, k: int, rows: int, d: int) -> None:
+    """In the interpreter, or compiled on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        kernel_set("triton")  # skips where no kernel can run
+    kernels = importlib.import_module("tests.peers.sparse_decoder_kernels")
+    random = torch.Generator().manual_seed(0)
+    values, gradient = torch.randn(tokens, k, generator=random).relu(), torch.randn(tokens, d, generator=random)
+    index = torch.randint(rows, (tokens, k), generator=random)
+    weight = torch.randn(rows, d, generator=random)
+    for name, given in {
+        "decode": (values, index, weight),
+        "token_gradients": (gradient, index, weight),
+        "weight_gradient": (values, index, gradient, rows),
+    }.items():
+        moved = [part.to(device) if isinstance(part, torch.Tensor) else part for part in given]
+        torch.testing.assert_close(getattr(kernels, name)(*moved).cpu(), getattr(sparse_decoder, name)(*given))
