@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from harness.ops import choose_ops
 from harness.process.device import pick_device
 from harness.terminal import say, table
 
-PEERS = ("sparsify", "dictionary_learning", "saelens", "openai")
-GPU_PEERS = ("openai",)
-"""Peers without CPU code."""
+REFERENCES = ("bionemo_like", "flashsae_like")
+"""Peers that were written from a description, in `tests/peers`: they run in our own environment."""
+PEERS = ("sparsify", "dictionary_learning", "saelens", "openai", *REFERENCES)
+GPU_PEERS = ("openai", *REFERENCES)
+"""Peers that are compared only on a GPU."""
 WORKER = Path(__file__).with_name("peer_worker.py")
+REFERENCE_WORKER = "tests.peers.worker"
 
 
 def _processor() -> str:
@@ -45,19 +50,34 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
     }
 
 
+def _able(names: list[str], command: list[str], where: str) -> dict[str, list[str]]:
+    """Name -> `command` for the peers that can take part; says of each other one why it cannot."""
+    if not names:
+        return {}
+    answer = subprocess.run([*command, "missing", *names], capture_output=True, text=True)
+    if answer.returncode:
+        problem = (answer.stderr.strip().splitlines() or ["no message"])[-1]
+        reasons: dict[str, str | None] = dict.fromkeys(names, f"its worker failed: {problem}")
+    else:
+        reasons = json.loads(answer.stdout)
+    for name, reason in reasons.items():
+        if reason is not None:
+            say(f"no {name}: {reason} ({where})")
+    return {name: command for name, reason in reasons.items() if reason is None}
+
+
 def installed_peers(python: Path, wanted: list[str]) -> dict[str, list[str]]:
-    """Name -> command of its worker, for the wanted peers that are installed in the environment of `python`."""
-    if not wanted:
-        return {}
-    if not python.exists():
-        say(f"no peers: {python} does not exist (make bench-peers)")
-        return {}
-    answer = subprocess.run([str(python), str(WORKER), "installed"], capture_output=True, text=True, check=True)
-    installed = answer.stdout.split()
-    for name in wanted:
-        if name not in installed:
-            say(f"no {name}: it is not installed in the environment of {python} (make bench-peers)")
-    return {name: [str(python), str(WORKER)] for name in wanted if name in installed}
+    """Name -> command of its worker, for the wanted peers that can take part.
+
+    Packages are looked for in the environment of `python`, references in a checkout that is the current directory.
+    """
+    references = [name for name in wanted if name in REFERENCES]
+    packages = [name for name in wanted if name not in REFERENCES]
+    peers = _able(references, [sys.executable, "-m", REFERENCE_WORKER], "needs a checkout as the current directory")
+    if packages and not python.exists():
+        say(f"no {', '.join(packages)}: {python} does not exist (make bench-peers)")
+        return peers
+    return peers | _able(packages, [str(python), str(WORKER)], f"environment of {python}; make bench-peers")
 
 
 def add_comparisons(results: list[dict[str, Any]]) -> None:

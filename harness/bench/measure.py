@@ -21,6 +21,8 @@ from harness.terminal import say
 
 WARM_UP = 2
 """Rounds that are not counted; the first compiles our kernels."""
+SWITCH_PEERS = ("bionemo_like",)
+"""Peers that have a Switch SAE."""
 
 
 CPU = torch.device("cpu")
@@ -73,14 +75,16 @@ def gradient_difference(ours: Path, theirs: Path) -> float:
 
 
 def measure(shape: Shape, peers: dict[str, list[str]], settings: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """One entry of `results`. `peers`: name → command of its worker; they have no Switch, so those shapes have none."""
+    """One entry of `results`. `peers`: name → command of its worker; a Switch shape has only `SWITCH_PEERS`."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         data = Path(folder) / "data.safetensors"
         save_file(random_data(shape), data)
         task = settings | {"data": str(data), "d": shape.d, "n": shape.n, "k": shape.k, "experts": shape.experts}
         ours = stack.enter_context(Process("ours", [sys.executable, "-m", "harness.bench.ours"], task))
         others = {}
-        for name, command in peers.items() if shape.experts == 1 else ():
+        for name, command in peers.items():
+            if shape.experts > 1 and name not in SWITCH_PEERS:
+                continue
             for steel in (False, True):
                 label = f"{name}_steel" if steel else name
                 peer_task = task | {"peer": name, "steel": steel}

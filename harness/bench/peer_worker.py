@@ -1,5 +1,7 @@
 """One step of somebody else's SAE, as a contender. Runs in the peers' own environment and imports nothing of ours.
 
+`tests.peers.worker` runs the same loop with peers that exist only in a checkout.
+
 Each peer is built through its public classes from our initial weights, and one step is what its own trainer does per
 batch, logging and data aside. `steel` sets what takes only a flag: fused Adam and an unsorted top-k.
 """
@@ -8,15 +10,17 @@ batch, logging and data aside. `steel` sets what takes only a flag: fused Adam a
 # (the peers live in another environment)
 from __future__ import annotations
 
-import contextlib
 import functools
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -24,13 +28,16 @@ from safetensors.torch import load_file, save_file
 
 Step = Callable[[], None]
 """Runs forward and backward only, or a whole step."""
+Build = Callable[[dict[str, torch.Tensor], int, bool], tuple[Step, Step, Callable[[], dict[str, Any]]]]
+"""Initial weights and batch, k, steel -> gradients alone, a whole step, and the gradients of the weights by our names.
+"""
 
 LR = 1e-4
 GPU_REPEATS = 5
 SHORT_MS = 250.0
 
 
-def _adam(parameters: Any, steel: bool) -> torch.optim.Adam:
+def adam(parameters: Any, steel: bool) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=LR, eps=6.25e-10, fused=True if steel else None)
 
 
@@ -46,7 +53,7 @@ def sparsify(data: dict[str, torch.Tensor], k: int, steel: bool) -> tuple[Step, 
         sae.encoder.bias.zero_()
         sae.W_dec.copy_(data["W_dec"])
         sae.b_dec.copy_(data["b_dec"])
-    optimizer = _adam(sae.parameters(), steel)
+    optimizer = adam(sae.parameters(), steel)
 
     def gradients() -> None:
         optimizer.zero_grad()
@@ -77,7 +84,7 @@ def dictionary_learning(data: dict[str, torch.Tensor], k: int, steel: bool) -> t
         ae.decoder.weight.copy_(data["W_dec"].T)
         ae.b_dec.copy_(data["b_dec"])
     if steel:
-        trainer.optimizer = _adam(ae.parameters(), steel)
+        trainer.optimizer = adam(ae.parameters(), steel)
 
     def gradients() -> None:
         trainer.optimizer.zero_grad()
@@ -104,7 +111,7 @@ def saelens(data: dict[str, torch.Tensor], k: int, steel: bool) -> tuple[Step, S
         sae.b_enc.zero_()
         sae.W_dec.copy_(data["W_dec"])
         sae.b_dec.copy_(data["b_dec"])
-    optimizer = _adam(sae.parameters(), steel)
+    optimizer = adam(sae.parameters(), steel)
     dead = torch.zeros(n, dtype=torch.bool, device=data["x"].device)
 
     def gradients() -> None:
@@ -125,9 +132,12 @@ def saelens(data: dict[str, torch.Tensor], k: int, steel: bool) -> tuple[Step, S
 def openai(data: dict[str, torch.Tensor], k: int, steel: bool) -> tuple[Step, Step, Callable[[], dict]]:
     """Gao et al.'s Triton kernels: decoder gradient projected, rows renormalised; without AuxK, average and scaler.
 
-    Their single-process top-k asks for the size of a group of ranks, which does not exist here, so it gets None for the
-    group. Their Adam is fused by default. Written from their source and not run yet: it needs a GPU.
+    Their single-process top-k asks for the size of a group of ranks, which does not exist here, so it gets no capacity
+    factor. As in their loop, only the forward pass is autocast, and Adam is fused.
     """
+    if importlib.util.find_spec("wandb") is None:
+        # their module imports it for a logger, which is not used here
+        sys.modules["wandb"] = types.ModuleType("wandb")
     from sparse_autoencoder import train
 
     n, d = data["W_enc"].shape
@@ -139,27 +149,57 @@ def openai(data: dict[str, torch.Tensor], k: int, steel: bool) -> tuple[Step, St
         sae.latent_bias.zero_()
         sae.decoder.weight.copy_(data["W_dec"].T)
         sae.pre_bias.copy_(data["b_dec"])
-    optimizer = _adam(sae.parameters(), True)
+    optimizer = adam(sae.parameters(), True)
+    exact = functools.partial(torch.autocast, data["x"].device.type, enabled=False)
 
     def gradients() -> None:
         optimizer.zero_grad()
         reconstruction, _ = sae(data["x"])
-        torch.nn.functional.mse_loss(reconstruction, data["x"]).backward()
+        loss = torch.nn.functional.mse_loss(reconstruction, data["x"])
+        with exact():
+            loss.backward()
 
     def whole() -> None:
         gradients()
-        train.unit_norm_decoder_grad_adjustment_(sae)
+        with exact():
+            train.unit_norm_decoder_grad_adjustment_(sae)
         optimizer.step()
         train.unit_norm_decoder_(sae)
 
     return gradients, whole, lambda: {"W_enc": sae.encoder.weight.grad, "W_dec": sae.decoder.weight.grad.T}
 
 
+class Peer(NamedTuple):
+    """A contender that this worker can be."""
+
+    build: Build
+    distribution: str | None = None
+    """Name on the package index; None for code of this checkout."""
+    module: str | None = None
+    """What `build` imports."""
+
+    def version(self) -> str:
+        return importlib.metadata.version(self.distribution) if self.distribution else "checkout"
+
+    def missing(self) -> str | None:
+        """Why the peer cannot take part; None if it can."""
+        try:
+            self.version()
+        except importlib.metadata.PackageNotFoundError:
+            return "it is not installed"
+        try:
+            if self.module:
+                importlib.import_module(self.module)
+        except Exception as error:  # a peer's import may fail in any way, and the others go on
+            return f"it cannot be imported: {type(error).__name__}: {error}"
+        return None
+
+
 PEERS = {
-    "openai": ("sparse_autoencoder", openai),
-    "sparsify": ("eai-sparsify", sparsify),
-    "dictionary_learning": ("dictionary-learning", dictionary_learning),
-    "saelens": ("sae-lens", saelens),
+    "openai": Peer(openai, "sparse_autoencoder", "sparse_autoencoder.kernels"),
+    "sparsify": Peer(sparsify, "eai-sparsify", "sparsify.sparse_coder"),
+    "dictionary_learning": Peer(dictionary_learning, "dictionary-learning", "dictionary_learning.trainers.top_k"),
+    "saelens": Peer(saelens, "sae-lens", "sae_lens.saes.topk_sae"),
 }
 
 
@@ -175,34 +215,25 @@ def _gpu_ms(whole: Step, autocast: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / GPU_REPEATS
 
 
-def installed() -> list[str]:
-    """The peers whose packages are in this environment."""
-    names = []
-    for name, (package, _) in PEERS.items():
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.version(package)
-            names.append(name)
-    return names
-
-
-def main() -> None:
-    if sys.argv[1:] == ["installed"]:
-        print(*installed())
+def main(peers: Mapping[str, Peer] = PEERS) -> None:
+    """`missing NAME...` prints one JSON object, name -> why it cannot take part, or null. Otherwise: be a contender."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what a peer prints is not an answer
+    if sys.argv[1:2] == ["missing"]:
+        out.write(json.dumps({name: peers[name].missing() for name in sys.argv[2:]}) + "\n")
         return
     task = json.loads(sys.stdin.readline())
-    out, sys.stdout = sys.stdout, sys.stderr  # what a peer prints is not an answer
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     clock = {"wall": time.perf_counter, "process": time.process_time}[task["clock"]]
     device = torch.device(task["device"])
     before = psutil.Process().memory_info().rss
     data = {name: value.to(device) for name, value in load_file(task["data"]).items()}
-    package, build = PEERS[task["peer"]]
+    peer = peers[task["peer"]]
     if task["steel"]:
         torch.topk = functools.partial(torch.topk, sorted=False)
         plain = torch.Tensor.topk
         torch.Tensor.topk = lambda self, *args, **kw: plain(self, *args, **{"sorted": False, **kw})
-    gradients, whole, weight_grads = build(data, task["k"], task["steel"])
+    gradients, whole, weight_grads = peer.build(data, task["k"], task["steel"])
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=task["precision"] == "bf16")
     last_ms = SHORT_MS
     for line in sys.stdin:
@@ -229,7 +260,7 @@ def main() -> None:
             else:
                 peak = (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 peak -= before
-            answer = {"peak_mem_bytes": peak, "version": importlib.metadata.version(package)}
+            answer = {"peak_mem_bytes": peak, "version": peer.version()}
         out.write(json.dumps(answer) + "\n")
         out.flush()
 

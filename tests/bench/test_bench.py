@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 
 from harness.bench.command import add_comparisons, installed_peers, main, text
 from harness.bench.contender import Process
+from harness.bench.flashinfer_topk import VARIABLE, flashinfer_top_k
 from harness.bench.measure import _ask_all, floor_ms, gradient_difference
+from harness.bench.peer_worker import Peer, sparsify
 from harness.bench.shapes import SHAPES, Shape, parse_shapes
 from harness.errors import UserError
 
@@ -70,8 +72,24 @@ def test_a_result_as_text() -> None:
 
 def test_only_installed_peers_take_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = Path(sys.executable)
-    assert installed_peers(here, ["openai"]) == {} and "no openai" in capsys.readouterr().err
+    assert installed_peers(here, ["openai"]) == {}
+    assert "no openai: it is not installed (environment of" in capsys.readouterr().err
     assert installed_peers(tmp_path / "python", ["sparsify"]) == {} and "make bench-peers" in capsys.readouterr().err
+
+
+def test_a_peer_that_cannot_be_imported_says_why() -> None:
+    whole, broken = Peer(sparsify), Peer(sparsify, "torch", "no.such.module")
+    assert whole.missing() is None and whole.version() == "checkout"
+    assert broken.missing() == "it cannot be imported: ModuleNotFoundError: No module named 'no'"
+    assert Peer(sparsify, "no-such-package").missing() == "it is not installed"
+
+
+def test_a_worker_that_fails_leaves_its_peers_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("harness.bench.command.REFERENCE_WORKER", "tests.peers.absent")
+    assert installed_peers(tmp_path / "python", ["bionemo_like"]) == {}
+    assert "no bionemo_like: its worker failed:" in capsys.readouterr().err
 
 
 def test_a_peer_that_dies_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,3 +167,27 @@ def test_an_interruption_is_one_line_and_leaves_no_process(number: signal.Signal
     assert (printed, errors) == ("", "interrupted; no file was written\n")
     assert not out.exists()
     assert not psutil.wait_procs(contenders, timeout=10)[1]
+
+
+def test_flashinfer_is_had_or_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    answer = flashinfer_top_k()
+    assert isinstance(answer, str) and answer.startswith("flashinfer cannot be imported") and VARIABLE in answer
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "absent.so"))
+    answer = flashinfer_top_k()
+    assert isinstance(answer, str) and "absent.so cannot be loaded" in answer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flashinfer_gives_ties_to_the_smaller_index(dtype: torch.dtype) -> None:
+    top_k = flashinfer_top_k()
+    if isinstance(top_k, str):
+        pytest.skip(top_k)
+    rows = torch.randn(256, 16384, generator=torch.Generator().manual_seed(0)).relu().to("cuda", dtype)
+    rows[0] = 1.0
+    values, index = top_k(rows, 32)
+    expected = rows.sort(dim=1, descending=True, stable=True).indices[:, :32]
+    assert index.sort(dim=1).values.equal(expected.sort(dim=1).values)
+    assert values.equal(rows.gather(1, index))
