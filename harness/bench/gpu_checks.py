@@ -21,16 +21,16 @@ import torch
 import triton
 from torch import Tensor
 
-from harness import budget
 from harness.activations.open import open_source
 from harness.activations.synthetic import Synthetic
 from harness.bench.command import installed_peers
-from harness.bench.flashinfer_topk import flashinfer_top_k
+from harness.bench.flashinfer_topk import TopK, flashinfer_top_k
 from harness.bench.measure import entry, measure, random_data
 from harness.bench.ours import Contender
 from harness.bench.shapes import SHAPES, Shape
 from harness.config import Config, from_container
-from harness.ops import AdamState, Codes, Groups, Hyper, Ops, choose_ops, reference
+from harness.cost.estimate import rank_memory
+from harness.ops import Codes, Groups, Ops, choose_ops, reference
 from harness.parallel import Shards, Solo
 from harness.parallel.mesh import Ranks, mesh
 from harness.process.runtime import Runtime
@@ -160,7 +160,10 @@ def product_distance(setting: Setting, d: int, n: int, k: int, experts: int, dty
     """Largest relative distance (Frobenius) of residual, dz and gradients to the reference in float64."""
     tokens, ops = 256, setting.ops
     generator = torch.Generator(setting.device).manual_seed(0)
-    draw = lambda *size: torch.randn(*size, generator=generator, device=setting.device)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=setting.device)
+
     offsets = torch.arange(experts + 1, device=setting.device) * tokens // experts
     groups = Groups(offsets, tuple(n * g // experts for g in range(experts + 1)))
     x, weight = draw(tokens, d).to(dtype), (draw(n, d) / d**0.5).to(dtype)
@@ -172,7 +175,9 @@ def product_distance(setting: Setting, d: int, n: int, k: int, experts: int, dty
         W, y = (weight.double(), x.double()) if exact else (weight, x)
         own = Codes(codes.values.to(width), codes.index)
         residual, dz, _ = kernels.reconstruct(own, W, y, None, groups)
-        grads = tuple(torch.full(size, torch.nan, device=setting.device, dtype=width) for size in ((n, d), (n, d), (n,)))
+        grads = tuple(
+            torch.full(size, torch.nan, device=setting.device, dtype=width) for size in ((n, d), (n, d), (n,))
+        )
         kernels.weight_grads(own, dz, y, residual, groups, grads)
         results.append([residual, dz, *grads])
     return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
@@ -239,14 +244,20 @@ def selection(setting: Setting) -> None:
         rows = torch.randn(tokens, width, device=setting.device, dtype=torch.bfloat16)
         for kind in ("gaussian", "relu"):
             rows = rows if kind == "gaussian" else rows.relu_()
-            ours = setting.milliseconds(lambda: setting.ops.select_preactivations(rows, k))
-            figures = {"ms": ours, "bytes_per_s": 1e3 * rows.numel() * rows.element_size() / ours}
-            figures["torch_topk_ms"] = setting.milliseconds(lambda: torch.topk(rows, k, dim=1, sorted=False), 3)
-            figures["over_torch_topk"] = figures["torch_topk_ms"] / ours
-            if not isinstance(flashinfer, str):
-                theirs = setting.milliseconds(lambda: flashinfer(rows, k), 3)
-                figures |= {"flashinfer_ms": theirs, "over_flashinfer": theirs / ours}
-            setting.record(f"selection.{name}.{kind}", figures)
+            setting.record(f"selection.{name}.{kind}", selection_figures(setting, rows, k, flashinfer))
+
+
+def selection_figures(setting: Setting, rows: Tensor, k: int, flashinfer: TopK | str) -> dict[str, float]:
+    """Times of our selection and of others, and how much faster ours is."""
+    ours = setting.milliseconds(lambda: setting.ops.select_preactivations(rows, k))
+    figures = {"ms": ours, "bytes_per_s": 1e3 * rows.numel() * rows.element_size() / ours}
+    others: dict[str, Callable[[], object]] = {"torch_topk": lambda: torch.topk(rows, k, dim=1, sorted=False)}
+    if not isinstance(flashinfer, str):
+        others["flashinfer"] = lambda: flashinfer(rows, k)
+    for name, work in others.items():
+        figures[f"{name}_ms"] = setting.milliseconds(work, 3)
+        figures[f"over_{name}"] = figures[f"{name}_ms"] / ours
+    return figures
 
 
 def small_config(setting: Setting, **changes: Any) -> Config:
@@ -270,7 +281,9 @@ def small_config(setting: Setting, **changes: Any) -> Config:
     return from_container(container)
 
 
-def prepared(setting: Setting, config: Config, source: Synthetic, shards: Shards | None = None) -> tuple[TrainState, Runtime]:
+def prepared(
+    setting: Setting, config: Config, source: Synthetic, shards: Shards | None = None
+) -> tuple[TrainState, Runtime]:
     runtime = Runtime(setting.device, shards or Solo(), setting.ops, StopFlag())
     return make_state(config, source, runtime), runtime
 
@@ -319,9 +332,7 @@ def same_bits(one: TrainState, other: TrainState) -> bool:
 
 def memory(config: Config, state: TrainState) -> dict[str, float]:
     """Planned and measured peak of the device, bytes."""
-    from harness.cost.estimate import tile_numbers
-
-    planned = sum(budget.memory_bytes(config, state.sae.d_model, tile_numbers(config)).values())
+    planned = sum(rank_memory(config, state.sae.d_model).values())
     peak = torch.cuda.max_memory_allocated()
     return {"planned_bytes": planned, "measured_bytes": peak, "planned_over_measured": planned / peak}
 
@@ -357,22 +368,37 @@ def peers(setting: Setting) -> None:
 
 
 def sweep(setting: Setting) -> None:
-    """Two runs from the command line, killed on the way, then resumed to their end."""
-    command = [sys.executable, "-m", "harness.launch", "sae=topk,switch", "activations=synthetic", "tracker=none"]
-    tokens = 20_000 if setting.dry else 8_000_000
-    command += ["sae.n_latents=512", "sae.k=8", "sae.n_experts=4", f"train.tokens={tokens}", "train.eval_rows=1024"]
-    command += ["sweep=gpu-check", f"out={setting.out}", "activations.heldout_tokens=4000", "checkpoint.every_minutes=0.05"]
-    command += [f"train.device={setting.device.type}"]
-    log = (setting.out / "sweep.txt").open("w")
-    with log:
+    """Two runs from the command line, killed with SIGKILL in the middle of the first, then resumed to their end."""
+    settings = {
+        "sae": "topk,switch",
+        "sae.n_latents": 256 if setting.dry else 4096,
+        "sae.k": 8,
+        "activations": "synthetic",
+        "activations.heldout_tokens": 4000,
+        "train.tokens": 40_000 if setting.dry else 2_000_000,
+        "train.device": setting.device.type,
+        "train.log_every_steps": 2,
+        "train.checkpoint_every_steps": 4,
+        "tracker": "none",
+        "sweep": "gpu-check",
+        "out": setting.out,
+    }
+    command = [sys.executable, "-m", "harness.launch", *(f"{name}={value}" for name, value in settings.items())]
+    with (setting.out / "sweep.txt").open("w") as log:
         first = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            first.wait(5 if setting.dry else 25)
+        while first.poll() is None and not lines_logged(setting.out / "gpu-check") > 3:
+            time.sleep(0.05)
         killed = first.poll() is None
         if killed:
             os.killpg(first.pid, signal.SIGKILL)
             first.wait()
         begin = time.monotonic()
         second = subprocess.run(command, stdout=log, stderr=log)
-    result = {"killed_on_the_way": killed, "exit_code": second.returncode, "resumed_s": time.monotonic() - begin}
+    done = [path.parent.name for path in setting.out.glob("gpu-check/*/result.json")]
+    seconds = time.monotonic() - begin
+    result = {"killed_on_the_way": killed, "exit_code": second.returncode, "resumed_s": seconds, "results": len(done)}
     setting.record("sweep", result)
+
+
+def lines_logged(sweep: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in sweep.glob("*/metrics.jsonl"))

@@ -152,10 +152,15 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
 
 
 def rank_memory(config: Config, d_model: int) -> dict[str, int]:
-    """`budget.memory_bytes` with the tiles of the CPU kernels, of two threads."""
+    """`budget.memory_bytes` with what the kernels hold: on a GPU, else on a CPU in two threads."""
+    if planned_on_gpu(config):
+        from harness.ops import sizes
+
+        return budget.memory_bytes(config, d_model, sizes.TILE_BYTES, sizes.bytes_per_token(config.sae.k, d_model))
     from harness.ops.cpu.arrays import TILE_ELEMENTS
 
-    return budget.memory_bytes(config, d_model, 2 * TILE_ELEMENTS)
+    word = 8 if config.train.precision == "fp64" else 4
+    return budget.memory_bytes(config, d_model, 2 * TILE_ELEMENTS * word, 0)
 
 
 def _mapped_bytes(activations: ActivationsConfig, d_model: int, tokens: float) -> float:

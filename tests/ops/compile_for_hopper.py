@@ -1,19 +1,24 @@
 """Compiles every Triton kernel for an H200 (compute capability 9.0) on a machine without a GPU; nothing is launched.
 
-`python -m tests.ops.compile_for_hopper` prints one JSON object: kernel → how many variants, and which use the matrix
-units. Not in the interpreter: TRITON_INTERPRET must not be 1.
+`python -m tests.ops.compile_for_hopper` prints one JSON object: kernel → number of variants, whether one uses the matrix
+units, and the most registers, bytes of stack (spills) and bytes of shared memory of a variant. Not in the interpreter: TRITON_INTERPRET must not be 1.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import tempfile
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from harness.bench.gpu_checks import EXTREMES
 from harness.ops import AdamState, Codes, Hyper
 from tests.ops.test_kernels import even_groups
 
@@ -55,27 +60,52 @@ def compile_all(d: int, rows: int, k: int, tokens: int, experts: int, dtype: tor
     ops.project(param, param)
 
 
+def resources(binary: Any) -> tuple[int, int]:
+    """(registers of a thread, bytes of stack of a thread): a kernel that spills has a stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", text)[0]) for name in ("REG", "STACK"))
+    return registers, stack
+
+
 def main() -> None:
     driver.set_active(Absent())  # type: ignore[arg-type]
-    variants: dict[str, list[bool]] = {}
+    kernels: dict[str, dict[str, Any]] = {}
 
     def launch(kernel: JITFunction, grid: Any) -> Any:
         def compiled(*args: Any, **kwargs: Any) -> None:
             binary = kernel.run(*args, grid=grid, warmup=True, **kwargs)
             assert binary is not None
-            variants.setdefault(kernel.fn.__name__, []).append("wgmma" in binary.asm["ptx"])
+            registers, stack = resources(binary)
+            seen = kernels.setdefault(
+                kernel.fn.__name__, {"variants": 0, "matrix_units": False, "registers": 0, "stack": 0, "shared": 0}
+            )
+            seen["variants"] += 1
+            seen["matrix_units"] |= "wgmma" in binary.asm["ptx"]
+            for name, value in (("registers", registers), ("stack", stack), ("shared", binary.metadata.shared)):
+                seen[name] = max(seen[name], value)
 
         return compiled
 
     JITFunction.__getitem__ = launch  # type: ignore[method-assign]
+    from harness.ops.triton.selection import select_preactivations
+
+    for width, k, tokens in EXTREMES:
+        for dtype in (torch.bfloat16, torch.float32):
+            select_preactivations(torch.zeros(min(tokens, 2), width, dtype=dtype), k)
     for dtype in (torch.bfloat16, torch.float32):
         compile_all(768, 8192, 32, 24, 1, dtype)
     compile_all(768, 2048, 32, 24, 4, torch.bfloat16)
-    compile_all(4096, 4096, 16, 16, 1, torch.bfloat16)
+    compile_all(4096, 8192, 64, 16, 1, torch.bfloat16)
+    compile_all(2688, 8192, 32, 16, 1, torch.bfloat16)
     # numbers equal to 1 become constants of the compiled kernel
     compile_all(1, 500, 1, 1, 1, torch.float32)
     compile_all(33, 40, 1, 300, 4, torch.bfloat16)
-    print(json.dumps({name: {"variants": len(uses), "matrix_units": any(uses)} for name, uses in variants.items()}))
+    compile_all(33, 40, 1, 300, 4, torch.float32)
+    print(json.dumps(kernels))
 
 
 if __name__ == "__main__":

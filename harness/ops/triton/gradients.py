@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from harness.ops.sizes import PIECE
 from harness.ops.triton.gradient_kernels import combine_kernel, segments_kernel
 from harness.ops.triton.sizes import INTERPRETED, power_of_2
-
-PIECE = 256
-"""Entries of a latent that one program sums."""
 
 TILE_ELEMENTS = (1 << 14) if INTERPRETED else (1 << 12)
 """Numbers of token rows that a program holds at a time, of each matrix."""

@@ -119,6 +119,7 @@ def gradient_kernel(
         at = out + (row + latent).to(tl.int64)[:, None] * d + column[None, :]
         mask = has_latent[:, None] & has_column[None, :]
         tl.store(at, tl.load(at, mask=mask, other=0.0) + sums, mask=mask)
-        if SUMMED and tl.program_id(1) == 0:
-            at = total + row + latent
-            tl.store(at, tl.load(at, mask=has_latent, other=0.0) + own, mask=has_latent)
+        if SUMMED:
+            place = total + row + latent
+            once = has_latent & (tl.program_id(1) == 0)
+            tl.store(place, tl.load(place, mask=once, other=0.0) + own, mask=once)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.ops import reference
 from harness.ops.interface import Codes, Groups, Reduce
+from harness.ops.sizes import TILE_BYTES
 from harness.ops.triton import gradients
 from harness.ops.triton.decode import decode
 from harness.ops.triton.grouped import add_gradients, latent_products, reconstructions
@@ -24,10 +25,6 @@ DENSE_ROWS_PER_K = {"bf16": 120, "fp32": 20}
 """A group of at most this many latents per active one is cheaper as dense products, by precision. Worked out, not
 measured: three gathers of k rows at 4.3 TB/s against four products at 790 (bf16) or 60 (fp32, no tensor cores) TFLOP/s
 on an H200."""
-
-TILE_BYTES = 1 << 29
-"""Pre-activations held at a time. Every tile reads the encoder again, so tiles are large: at d = 768, tiles that fit
-the L2 cache would read as many bytes of weights as they save of pre-activations."""
 
 
 def _widest(groups: Groups) -> int:
