@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,18 @@ def gradient_difference(ours: Path, theirs: Path) -> float:
     return worst
 
 
-def measure(shape: Shape, peers: dict[str, list[str]], settings: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """One entry of `results`. `peers`: name → command of its worker; a Switch shape has only `SWITCH_PEERS`."""
+def measure(
+    shape: Shape,
+    peers: dict[str, list[str]],
+    settings: dict[str, Any],
+    rounds: int,
+    variants: Sequence[bool] = (False, True),
+) -> dict[str, Any]:
+    """One entry of `results`. `peers`: name → command of its worker; a Switch shape has only `SWITCH_PEERS`.
+
+    Each peer runs as published, with its `steel` settings, or both: `variants`. All contenders hold their memory at the
+    same time, so a large shape on one GPU takes few peers at once.
+    """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         data = Path(folder) / "data.safetensors"
         save_file(random_data(shape), data)
@@ -85,7 +96,7 @@ def measure(shape: Shape, peers: dict[str, list[str]], settings: dict[str, Any],
         for name, command in peers.items():
             if shape.experts > 1 and name not in SWITCH_PEERS:
                 continue
-            for steel in (False, True):
+            for steel in variants:
                 label = f"{name}_steel" if steel else name
                 peer_task = task | {"peer": name, "steel": steel}
                 others[label] = stack.enter_context(Process(label, command, peer_task))

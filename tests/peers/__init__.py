@@ -17,4 +17,6 @@ simple-websocket wsproto`. The trainer is imported as installed, and nothing in 
 Both commands take their settings from `train=quick` and from overrides (`train.batch_tokens=512`), harvest the default
 activations when they are missing (`--activations DIR` takes a finished store), print every run, then a table in
 Markdown, and exit with 1 when a comparison fails. Figures: docs/lab-log.md.
+
+`bionemo_like` and `flashsae_like` are contenders of `python -m harness.bench` on a GPU, run by `tests.peers.worker`.
 """

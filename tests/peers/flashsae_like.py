@@ -24,9 +24,9 @@ def _rows_of_latents(index: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _product(offsets: Tensor, tokens: Tensor, values: Tensor, dense: Tensor) -> Tensor:
-    """CSR [rows, tokens] · [tokens, d] in float32."""
+    """CSR [rows, tokens] · [tokens, d] in float32, under autocast too."""
     size = (offsets.shape[0] - 1, dense.shape[0])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.autocast(dense.device.type, enabled=False):
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
         sparse = torch.sparse_csr_tensor(offsets, tokens, values.to(dense.dtype), size, check_invariants=False)
         return torch.sparse.mm(sparse, dense)
