@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for an H200 (compute capability 9.0) on a machine without a GPU; nothing is launched.
 
-`python -m tests.ops.compile_for_hopper` prints one JSON object: kernel → number of variants, whether one uses the matrix
-units, and the most registers, bytes of stack (spills) and bytes of shared memory of a variant. Not in the interpreter: TRITON_INTERPRET must not be 1.
+`python -m tests.ops.compile_for_hopper` prints one JSON object: kernel → number of variants, whether one uses the
+matrix units, and the most registers, bytes of stack (spills) and bytes of shared memory of a variant.
+Not in the interpreter: TRITON_INTERPRET must not be 1.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ from torch import Tensor
 from harness.ops import AdamState, Codes, Groups, Hyper, choose_ops, reference
 from tests.ops.sets import FAST, KERNELS, kernel_set
 
+EXAMPLES = 8 if torch.cuda.is_available() else 60
+"""A GPU compiles a kernel for every new layout, which takes a second."""
+
 
 def assert_close(actual: Tensor, expected: Tensor, size: float = 1.0) -> None:
     """Equal but for the order of float32 sums of numbers up to `size`."""
@@ -42,7 +45,7 @@ def selections(draw) -> tuple[int, int, int, int, int, bool, int]:
 
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(case=selections())
 def test_selection_is_exact_to_the_last_tie(
     name: str, dtype: torch.dtype, case: tuple[int, int, int, int, int, bool, int]
@@ -68,7 +71,7 @@ def positive(codes: Codes, rows: int) -> Tensor:
 
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(case=selections())
 def test_selection_without_order_keeps_the_same_positive_latents(
     name: str, dtype: torch.dtype, case: tuple[int, int, int, int, int, bool, int]
@@ -196,7 +199,7 @@ def assert_random_products_equal(name: str, case: tuple[list[int], list[int], in
 
 
 @pytest.mark.parametrize("name", FAST)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(case=layouts(), d=st.integers(1, 40), scaled=st.booleans())
 def test_products_equal_reference(name: str, case: tuple[list[int], list[int], int, int], d: int, scaled: bool) -> None:
     assert_random_products_equal(name, case, d, scaled)

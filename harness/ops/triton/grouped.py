@@ -15,21 +15,29 @@ from harness.ops.triton.grouped_kernels import gradient_kernel, latent_products_
 from harness.ops.triton.sizes import INTERPRETED, power_of_2, tiles
 
 TILE = 64 if INTERPRETED else 128
-"""Rows and columns of the output that a program computes."""
+"""Rows and columns of the output that a program computes from bfloat16; half as many from float32."""
 
 STEP = 256 if INTERPRETED else 64
-"""Products of bfloat16 that it adds up at a time; half as many of float32."""
+"""Products that it adds up at a time; of float32 half as many."""
 
 PRECISION = "ieee" if INTERPRETED else "tf32x3"
 """Of float32 products. Three products of the matrix units are as exact as float32 and faster than its own units."""
 
 
+def _tile(dtype: torch.dtype) -> int:
+    return TILE if dtype is torch.bfloat16 else TILE // 2
+
+
 def _constants(dtype: torch.dtype, groups: int | None = None) -> dict[str, int | bool | str]:
-    # the interpreter computes products of bfloat16 wrongly
-    upcast = INTERPRETED and dtype is torch.bfloat16
-    step = STEP if dtype is torch.bfloat16 else STEP // 2
-    constants: dict[str, int | bool | str] = {"UPCAST": upcast, "TILE": TILE, "STEP": step, "num_warps": 8}
-    constants["PRECISION"] = "ieee" if dtype is torch.bfloat16 else PRECISION
+    low = dtype is torch.bfloat16
+    constants: dict[str, int | bool | str] = {
+        # the interpreter computes products of bfloat16 wrongly
+        "UPCAST": INTERPRETED and low,
+        "TILE": _tile(dtype),
+        "STEP": STEP if low else STEP // 2,
+        "PRECISION": "ieee" if low else PRECISION,
+        "num_warps": 8 if low else 4,
+    }
     if groups is not None:
         constants["GROUPS"] = power_of_2(groups)
     return constants
@@ -45,9 +53,9 @@ def _product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], out: Float[Tensor
         out.copy_(a.float() @ b.float())
 
 
-def _token_tiles(tokens: int, groups: int) -> int:
+def _token_tiles(tokens: int, groups: int, tile: int) -> int:
     """At least as many tiles as any division of the tokens into groups needs."""
-    return tiles(tokens, TILE) + groups
+    return tiles(tokens, tile) + groups
 
 
 def latent_products(
@@ -67,7 +75,8 @@ def latent_products(
     if groups == 1 and bias is None:
         _product(x, weight.T, out)
         return
-    grid = (_token_tiles(tokens, groups), tiles(out.shape[1], TILE))
+    tile = _tile(x.dtype)
+    grid = (_token_tiles(tokens, groups, tile), tiles(out.shape[1], tile))
     latent_products_kernel[grid](
         x, weight, x if bias is None else bias, out, token_offsets, row_starts, groups, d, out.stride(0),
         BIASED=bias is not None, **_constants(x.dtype, groups),
@@ -86,7 +95,8 @@ def reconstructions(
     if groups == 1:
         _product(z, weight, out)
         return
-    grid = (_token_tiles(tokens, groups), tiles(d, TILE))
+    tile = _tile(z.dtype)
+    grid = (_token_tiles(tokens, groups, tile), tiles(d, tile))
     reconstruction_kernel[grid](
         z, weight, out, token_offsets, row_starts, groups, d, z.stride(0), **_constants(z.dtype, groups)
     )
@@ -110,7 +120,8 @@ def add_gradients(
         if sums is not None:
             sums += z.sum(dim=0, dtype=torch.float32)
         return
-    grid = (tiles(z.shape[1], TILE), tiles(d, TILE), groups)
+    tile = _tile(z.dtype)
+    grid = (tiles(z.shape[1], tile), tiles(d, tile), groups)
     gradient_kernel[grid](
         z, y, out, out if sums is None else sums, token_offsets, row_starts, d, z.stride(0),
         SUMMED=sums is not None, **_constants(z.dtype),
