@@ -46,9 +46,9 @@ class Goal:
 
 
 GOALS = (
-    Goal("share of floor S1, %", "shapes S1 pct_of_floor", 60),
-    Goal("share of floor S1-131072, %", "shapes S1-131072 pct_of_floor", 65),
-    Goal("share of floor S2, %", "shapes S2 pct_of_floor", 75),
+    Goal("share of floor S1, %", "shapes S1 graph_pct_of_floor", 60),
+    Goal("share of floor S1-131072, %", "shapes S1-131072 graph_pct_of_floor", 65),
+    Goal("share of floor S2, %", "shapes S2 graph_pct_of_floor", 75),
     Goal("selection S1, share of copy bandwidth, %", "selection S1 gaussian pct_of_copy", 70),
     Goal("selection S2, share of copy bandwidth, %", "selection S2 gaussian pct_of_copy", 70),
     Goal("selection S1, Gaussian rows / FlashInfer", "selection S1 gaussian over_flashinfer", 1.5),

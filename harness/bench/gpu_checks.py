@@ -187,7 +187,7 @@ def run_tests(setting: Setting) -> dict[str, Any] | str:
     """The tests marked `gpu`, in processes of their own, side by side where pytest-xdist is installed."""
     if not Path("tests/ops").is_dir():
         return "not run: this is no checkout with tests"
-    workers = ["-n", "12"] if importlib.util.find_spec("xdist") else []
+    workers = ["-n", "12", "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *workers]
     done = subprocess.run([*command, "tests/ops", "tests/training/test_syncs.py"], capture_output=True, text=True)
     (setting.out / "tests.txt").write_text(done.stdout + done.stderr)
@@ -222,7 +222,7 @@ def shapes(setting: Setting) -> None:
     for name in ("S1", "S3-E8", "S3-E32", "S2", "S1-131072", "S3-131072-E32"):
         result = measured(setting, setting.shape(name))
         setting.record(f"shapes.{name}", result)
-        steps[name] = result["step_ms"]
+        steps[name] = result.get("graph_ms", result["step_ms"])
     for topk, switch in (("S1", "S3-E8"), ("S1", "S3-E32"), ("S1-131072", "S3-131072-E32")):
         setting.record(f"shapes.topk_over_switch.{switch}", steps[topk] / steps[switch])
 
@@ -297,31 +297,34 @@ def loop(setting: Setting) -> None:
     with source.stream(0, batch_tokens, setting.device) as stream:
         batches = [batch for _, batch in zip(range(4), stream.batches(0), strict=False)]
 
-        def train(config: Config, shards: Shards | None = None) -> tuple[TrainState, float]:
-            """A state after `steps` steps, and milliseconds of a step."""
+        def train(config: Config, shards: Shards | None = None) -> tuple[TrainState, float, int]:
+            """A state after `steps` steps, milliseconds of a step, and the peak of the device's memory in bytes."""
             free(setting)
             state, runtime = prepared(setting, config, source, shards)
             for number in range(steps):
                 state.train_step(batches[number % len(batches)], runtime)
+            peak = 0 if setting.dry else torch.cuda.max_memory_allocated()
             tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
             ms = setting.milliseconds(lambda: state.train_step(batches[0], runtime), 30)
             for name, tensor in state.tensors().items():
                 tensor.copy_(tensors[name])
-            return state, ms
+            return state, ms, peak
 
-        eager, eager_ms = train(config)
+        eager, eager_ms, peak = train(config)
         if not setting.dry:
-            setting.record("loop.memory", memory(config, eager))
-            setting.record("loop.waits_per_step", waits(eager, batches[0], prepared(setting, config, source)[1]))
+            setting.record("loop.memory", memory(config, eager, peak))
+            other, runtime = prepared(setting, config, source)
+            setting.record("loop.waits_per_step", waits(other, batches[0], runtime))
+            del other
         setting.record("loop.eager_ms", eager_ms)
-        graph, graph_ms = train(small_config(setting, cuda_graph=True))
+        graph, graph_ms, _ = train(small_config(setting, cuda_graph=True))
         setting.record("loop.graph_ms", graph_ms)
         setting.record("loop.graph_equals_eager", same_bits(eager, graph))
         del graph
         if not setting.dry:
             ranks = Ranks(0, 1, 0, ("127.0.0.1", 29_517))
             with mesh(1, 1, setting.device, ranks, even_alone=True) as shards:
-                nccl, nccl_ms = train(config, shards)
+                nccl, nccl_ms, _ = train(config, shards)
                 setting.record("loop.nccl_ms", nccl_ms)
                 setting.record("loop.nccl_equals_one_process", same_bits(eager, nccl))
 
@@ -330,10 +333,9 @@ def same_bits(one: TrainState, other: TrainState) -> bool:
     return all(torch.equal(tensor, other.tensors()[name]) for name, tensor in one.tensors().items())
 
 
-def memory(config: Config, state: TrainState) -> dict[str, float]:
+def memory(config: Config, state: TrainState, peak: int) -> dict[str, float]:
     """Planned and measured peak of the device, bytes."""
     planned = sum(rank_memory(config, state.sae.d_model).values())
-    peak = torch.cuda.max_memory_allocated()
     return {"planned_bytes": planned, "measured_bytes": peak, "planned_over_measured": planned / peak}
 
 
@@ -375,7 +377,7 @@ def sweep(setting: Setting) -> None:
         "sae.k": 8,
         "activations": "synthetic",
         "activations.heldout_tokens": 4000,
-        "train.tokens": 40_000 if setting.dry else 2_000_000,
+        "train.tokens": 40_000 if setting.dry else 500_000,
         "train.device": setting.device.type,
         "train.log_every_steps": 2,
         "train.checkpoint_every_steps": 4,

@@ -158,10 +158,13 @@ def entry(
     names = ("step_ms", "gemm_ms_shape", "select_ms", "decode_ms", "backward_ms", "optimizer_ms", "other_ms")
     names = (*names, "auxk_extra_ms")
     with_dead = [1 + extra / own for extra, own in zip(samples["auxk_extra_ms"], samples["step_ms"], strict=True)]
-    on_gpu = {}
+    on_gpu: dict[str, float] = {}
+    if "graph_ms" in middle:
+        on_gpu["graph_ms"] = middle["graph_ms"]
+        on_gpu["graph_pct_of_floor"] = 100 * floor / middle["graph_ms"]
     if "selection_ms" in middle:
         selection, topk = middle["selection_ms"], middle["torch_topk_ms"]
-        on_gpu = {
+        on_gpu |= {
             "selection_ms": selection,
             "torch_topk_ms": topk,
             "selection_over_topk": topk / selection,

@@ -23,6 +23,7 @@ from harness.parallel import Solo
 from harness.process import memory
 from harness.process.runtime import alone
 from harness.saes import DeadLatents, Sae, find_dead, step
+from harness.training.graph import StepGraph
 from harness.training.optimizer import Optimizer
 from harness.training.state import COMPUTE
 
@@ -32,7 +33,8 @@ SHORT_MS = 250.0
 """Shorter work is done twice, and the second time counts; so it is for the peers (`peer_worker`)."""
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 COPY_BYTES = 1 << 28
-"""Bytes read and written by the copy that measures bandwidth: far more than any cache."""
+"""Bytes read and written by the copy that measures bandwidth on a CPU, an eighth of those on a GPU: far more than any
+cache."""
 
 GPU_REPEATS = 5
 """Work is queued this many times between two events on a GPU, and the mean counts: training queues steps too."""
@@ -81,7 +83,9 @@ class Contender:
         self._last: dict[str, float] = {}
         self._seconds = CLOCKS[task["clock"]]
         self._product = self._encoder_product(compute, experts)
-        self._copy = torch.empty(2, COPY_BYTES // 8, device=self.device)
+        self._graphed = self.graphed()
+        self._copied_bytes = COPY_BYTES * (8 if self.device.type == "cuda" else 1)
+        self._copy = torch.empty(2, self._copied_bytes // 8, device=self.device)
 
     def mark(self) -> Any:
         """A point in time: milliseconds of the chosen clock, on a GPU an event in the queue."""
@@ -112,6 +116,25 @@ class Contender:
         self.optimizer.apply(LR, self.taken, loss.isfinite(), alone(self.device, ops))
         return begin, self.mark()
 
+    def graphed(self) -> Callable[[], None] | None:
+        """The step as a CUDA graph, as training replays it while no latent is dead; None without a GPU."""
+        if self.device.type != "cuda" or self.ops.NAME != "triton":
+            return None
+        runtime = alone(self.device, self.ops)
+        self.optimizer.rates = torch.empty(2, device=self.device)
+
+        def compute(_: Tensor) -> None:
+            self.optimizer.apply(LR, 1, self.gradients(self.ops).isfinite(), runtime)
+
+        graph = StepGraph(compute, self.x)
+
+        def replay() -> None:
+            self.taken += 1
+            self.optimizer.set_rates(LR, self.taken)
+            graph(self.x)
+
+        return replay
+
     def round(self) -> dict[str, float]:
         """Milliseconds of the bare product, of one step, of its parts (in a second step), and of what AuxK adds when
         latents are dead; bandwidth in bytes/s."""
@@ -121,11 +144,10 @@ class Contender:
         timed = Timed(self.ops, self.mark)
         optimizer = self.take_step(timed)  # pyright: ignore[reportArgumentType]  (forwards every operation)
         parts_end = self.mark()
-        self._copy[1].copy_(self._copy[0])
-        copied = self.mark()
         spent: dict[str, float] = {}
         for name, begin, ended in timed.marks:
             spent[name] = spent.get(name, 0.0) + self.between(begin, ended)
+        copy_ms = self._steady("copy", lambda: self._copy[1].copy_(self._copy[0]))
         with_dead_ms = step_ms
         if self.dead is not None:
             with_dead_ms = self._steady("dead", lambda: self.take_step(self.ops, self.dead))
@@ -141,7 +163,8 @@ class Contender:
             **parts,
             "other_ms": self.between(end, parts_end) - sum(parts.values()),
             "auxk_extra_ms": with_dead_ms - step_ms,
-            "bytes_per_s": 1e3 * COPY_BYTES / self.between(parts_end, copied),
+            "bytes_per_s": 1e3 * self._copied_bytes / copy_ms,
+            **({} if self._graphed is None else {"graph_ms": self._steady("graph", self._graphed)}),
             **self._selection(),
         }
 
@@ -176,6 +199,9 @@ class Contender:
         out = self._preactivations = torch.empty(experts, rows, width, dtype=dtype, device=self.device)
 
         def product() -> None:
+            if x.is_cuda:  # one launch, as the floor of all experts
+                torch.bmm(grouped, weights.transpose(1, 2), out=out)
+                return
             for expert in range(experts):
                 torch.mm(grouped[expert], weights[expert].T, out=out[expert])
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from harness.ops.triton.decode_kernels import decode_kernel
 from harness.ops.triton.sizes import INTERPRETED, power_of_2
 
-TILE_ELEMENTS = (1 << 16) if INTERPRETED else (1 << 12)
-"""Numbers of decoder rows that a program holds at a time."""
+TILE_ELEMENTS = (1 << 16) if INTERPRETED else (1 << 13)
+"""Numbers of decoder rows that a program holds at a time; at least four rows."""
 
 
 def decode(
@@ -29,9 +29,9 @@ def decode(
     if tokens == 0:
         return
     block_d = power_of_2(d)
-    block_k = max(1, min(power_of_2(k), TILE_ELEMENTS // block_d))
+    block_k = min(power_of_2(k), max(4, TILE_ELEMENTS // block_d))
     decode_kernel[(tokens,)](
         values, index, weight, x, x if scale is None else scale, *out, k, d,
         DECODE=forward, GRADS=backward, SCALED=scale is not None, BLOCK_K=block_k, BLOCK_D=block_d,
-        num_warps=8 if block_d > TILE_ELEMENTS else 4,
+        num_warps=8 if block_d > 4096 else 4,
     )  # fmt: skip

@@ -36,7 +36,7 @@ def segments_kernel(
             at = (entry // k)[:, None] * d + column[None, :]
             # entries that were not active, or only pad, weigh nothing and need no reading; a NaN is not 0
             rows_x = tl.load(x + at, mask=(enc != 0)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            rows_r = tl.load(residual + at, mask=(dec != 0)[:, None] & inside[None, :], other=0.0)
+            rows_r = tl.load(residual + at, mask=(dec != 0)[:, None] & inside[None, :], other=0.0).to(tl.float32)
             sum_enc += tl.sum(rows_x * enc[:, None], axis=0)
             sum_dec += tl.sum(rows_r * dec[:, None], axis=0)
             sum_bias += enc

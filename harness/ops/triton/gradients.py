@@ -14,7 +14,7 @@ from harness.ops.sizes import PIECE
 from harness.ops.triton.gradient_kernels import combine_kernel, segments_kernel
 from harness.ops.triton.sizes import INTERPRETED, power_of_2
 
-TILE_ELEMENTS = (1 << 14) if INTERPRETED else (1 << 12)
+TILE_ELEMENTS = (1 << 14) if INTERPRETED else (1 << 11)
 """Numbers of token rows that a program holds at a time, of each matrix."""
 
 
@@ -38,7 +38,7 @@ def weight_grads(
     residual: Float[Tensor, "tokens d"],
     out: tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"], Float[Tensor, " rows"]],
 ) -> None:
-    """See `interface.Ops.weight_grads`. All contiguous; x of any floating dtype, the others float32."""
+    """See `interface.Ops.weight_grads`. All contiguous; x and residual of any floating dtype, the others float32."""
     (tokens, k), (rows, d) = index.shape, out[0].shape
     if rows == 0:
         return
@@ -49,7 +49,7 @@ def weight_grads(
     block_d = power_of_2(d)
     block_e = max(1, min(64 if INTERPRETED else 16, TILE_ELEMENTS // block_d))
     shared = order, begins, ends, owners, extra_ends, dz, values, x, residual
-    sizes, warps = (rows, d, k), 8 if block_d > TILE_ELEMENTS else 4
+    sizes, warps = (rows, d, k), 8 if block_d > 4096 else 4
     constants = {"PIECE": PIECE, "BLOCK_E": block_e, "BLOCK_D": block_d, "num_warps": warps}
     segments_kernel[(rows,)](*shared, *out, *sizes, EXTRA=False, **constants)
     if not most_extras:

@@ -149,7 +149,8 @@ def weight_grads(
     values, index, dz = codes.values.float().contiguous(), codes.index.contiguous(), dz.contiguous()
     x, residual = x.contiguous(), residual.contiguous()
     if not _is_dense(groups, k, x.dtype):
-        gradients.weight_grads(index, values, dz, x, residual, out)
+        # in the precision of the products, as in the dense case: half the bytes to gather
+        gradients.weight_grads(index, values, dz, x, residual.to(x.dtype), out)
         return
     for grad in out:
         grad.zero_()

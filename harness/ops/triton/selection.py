@@ -1,16 +1,17 @@
 """Exact top-k of each row on a GPU: one read of the pre-activations, no sort of a row.
 
-A row is cut into segments, and each segment is seen as `lanes` interleaved columns. One pass keeps each lane's largest
-element; the k largest elements of a segment lie in the k lanes with the largest maxima. A second kernel reads these k
-lanes only and picks their k largest elements, a third merges the segments (most rows have one), and a fourth puts the
-k winners in order. Values and indices are compared as one integer key (value, then lower index), so no two keys are
-equal and ties need no special case. Everything compares bit patterns, so that bfloat16, denormals, −0 and NaN (taken
-as largest, so that the loss shows it) are exact on every machine.
+A row is cut into segments. A segment is seen as `lanes`, each of which has blocks of neighbouring columns, far apart.
+One pass keeps each lane's largest element; the k largest elements of a segment lie in the k lanes with the largest
+maxima. A second kernel reads these k lanes only and picks their k largest elements, a third merges the segments (most
+rows have one), and a fourth puts the k winners in order. Short rows are picked from at once. Everything compares bit
+patterns, then indices, so that ties, denormals, −0 and NaN (taken as largest, so that the loss shows it) are exact on
+every machine.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,36 +20,53 @@ from torch import Tensor
 
 from harness.ops import reference
 from harness.ops.interface import Codes
-from harness.ops.triton.selection_kernels import candidates_kernel, lanes_kernel, merge_kernel, order_kernel
+from harness.ops.triton.selection_kernels import (
+    candidates_kernel,
+    lanes_kernel,
+    merge_kernel,
+    order_kernel,
+    whole_kernel,
+)
 from harness.ops.triton.sizes import INTERPRETED, power_of_2, tiles
 
 MOST_KEYS = 1 << 13
-"""Keys that one program may hold: 8192 keys of 64 bits take 32 registers of each of 512 threads."""
+"""Elements that one program picks from: order and index of 8192 take 32 registers of each of 512 threads."""
 PROGRAM_KEYS = (1 << 14) if INTERPRETED else 512
-"""Keys that a program holds, if rows are short."""
+"""Elements that a program picks from, if rows are short."""
 KEYS_PER_WARP, MOST_WARPS = 256, 16
+MOST_NUMBERS, BLOCK = 1 << 14, 8
+"""Numbers that one program loads at a time, and those of one lane, which are neighbours: 16 bytes of bfloat16, what a
+thread loads at once."""
+SHORT, WHOLE_PER_K = 256, 8
+"""A row of at most so many numbers, or so many per active latent, is picked from at once."""
 
 
 class Layout(NamedTuple):
-    """How a row is cut. All are powers of two except `chunks` and `segments`."""
+    """How a row is cut. `lanes` and `block` are powers of two."""
 
     lanes: int
+    block: int
     chunks: int
-    """Elements of a lane within its segment, at most."""
+    """Blocks of a lane within its segment, at most."""
     segments: int
 
     @property
     def segment_width(self) -> int:
-        return self.lanes * self.chunks
+        return self.lanes * self.block * self.chunks
 
 
 def layout(width: int, k: int) -> Layout:
-    """How to cut a row of `width` numbers. With more lanes, their threshold costs more; with fewer, there are more
-    candidates. At 4·k lanes two of the k largest rarely share one, and √(width·k) balances the two tiles."""
-    lanes = min(power_of_2(max(16, 4 * k, math.sqrt(width * k))), power_of_2(max(16, width)), MOST_KEYS)
-    most_chunks = MOST_KEYS // power_of_2(k)
-    segments = tiles(tiles(width, lanes), most_chunks)
-    return Layout(lanes, tiles(tiles(width, segments), lanes), segments)
+    """How to cut a row of `width` numbers. With more lanes, picking k of them costs more; with fewer, there are more
+    candidates. At 4·k lanes two of the k largest rarely share one, and √(width·k) balances the two."""
+    slots, whole = power_of_2(k), power_of_2(max(16, width))
+    if whole <= min(MOST_KEYS, max(SHORT, WHOLE_PER_K * slots)):
+        return Layout(whole, 1, 1, 1)
+    lanes = min(power_of_2(max(16, 4 * k, math.sqrt(width * k))), MOST_KEYS)
+    block = min(BLOCK, MOST_NUMBERS // lanes)
+    lanes = min(lanes, whole // block)
+    chunks = tiles(width, lanes * block)
+    segments = tiles(chunks, MOST_KEYS // (slots * block))
+    return Layout(lanes, block, tiles(chunks, segments), segments)
 
 
 def _warps(tile: int) -> int:
@@ -68,35 +86,49 @@ def select_rows(
     tokens, width = z.shape
     if tokens == 0:
         return
-    (lanes, chunks, segments), slots = layout(width, k), power_of_2(k)
+    cut, slots = layout(width, k), power_of_2(k)
     value_bits = 8 * z.element_size()
     bits = z.view(torch.int32 if value_bits == 32 else torch.int16)
-    chosen = torch.empty((tokens, segments, k), dtype=torch.int32, device=z.device)
-    winners = torch.empty((tokens, segments, k), dtype=torch.int64, device=z.device)
-    bit_counts = {"VALUE_BITS": value_bits, "INDEX_BITS": max(1, (power_of_2(width) - 1).bit_length())}
+    winners = torch.empty((tokens, cut.segments, k), dtype=torch.int64, device=z.device)
+    index_bits = {"INDEX_BITS": max(1, (power_of_2(width) - 1).bit_length())}
+    number = {"VALUE_BITS": value_bits, **index_bits}
+    sizes = tokens, z.stride(0), k
 
     def launch(kernel: Any, tile: int, pieces: int, *arguments: object, **constants: int | bool) -> None:
-        """`tile`: keys of one program for one row; a program takes several rows if they are short."""
+        """`tile`: elements of one program for one row; a program takes several rows if they are short."""
         rows = max(1, PROGRAM_KEYS // tile)
         kernel[tiles(tokens, rows), pieces](*arguments, ROWS=rows, **constants, num_warps=_warps(rows * tile))
 
-    sizes, cut = (tokens, z.stride(0), k), {"LANES": lanes, **bit_counts}
-    shared = bits, widths, chosen, winners, *sizes, lanes * chunks
-    launch(lanes_kernel, lanes, segments, *shared, **cut, WHOLE=chunks == 1)
-    if chunks > 1:
-        tile = slots * power_of_2(chunks)
-        launch(candidates_kernel, tile, segments, *shared, **cut, SLOTS=slots, CHUNKS=power_of_2(chunks))
+    if cut.block == cut.chunks == cut.segments == 1:
+        launch(whole_kernel, cut.lanes, 1, bits, widths, winners, *sizes, LANES=cut.lanes, **number)
+    else:
+        chosen = torch.empty((tokens, cut.segments, k), dtype=torch.int32, device=z.device)
+        shared = bits, widths, chosen, winners, *sizes, cut.segment_width
+        shape = {"LANES": cut.lanes, "BLOCK": cut.block, **number}
+        launch(
+            lanes_kernel, cut.lanes * max(1, cut.block // 4), cut.segments, *shared, **shape, INTERPRETED=INTERPRETED
+        )
+        chunks = power_of_2(cut.chunks)
+        tile = slots * chunks * cut.block
+        launch(candidates_kernel, tile, cut.segments, *shared, **shape, SLOTS=slots, CHUNKS=chunks)
+    winners = _merged(winners, cut, launch, widths, index_bits)
+    launch(order_kernel, slots, 1, bits, widths, firsts, winners, *out, *sizes, **number, SLOTS=slots, ORDERED=ordered)
+
+
+def _merged(
+    winners: Tensor, cut: Layout, launch: Callable[..., None], widths: Tensor, index_bits: dict[str, int]
+) -> Tensor:
+    """The winners of each row, from those of its segments."""
+    tokens, segments, k = winners.shape
+    slots, size = power_of_2(k), cut.segment_width
     at_once = MOST_KEYS // slots
     while segments > 1:
-        merged = tiles(segments, at_once)
-        into = torch.empty((tokens, merged, k), dtype=torch.int64, device=z.device)
-        most = power_of_2(min(segments, at_once))
-        sources = winners, into, widths, tokens, k, segments, lanes * chunks
-        launch(merge_kernel, slots * most, merged, *sources, SLOTS=slots, MOST=most)
-        winners, segments, chunks = into, merged, chunks * at_once
-    launch(
-        order_kernel, slots, 1, bits, widths, firsts, winners, *out, *sizes, **bit_counts, SLOTS=slots, ORDERED=ordered
-    )
+        left, most = tiles(segments, at_once), power_of_2(min(segments, at_once))
+        merged = torch.empty((tokens, left, k), dtype=torch.int64, device=winners.device)
+        sources = winners, merged, widths, tokens, k, segments, size
+        launch(merge_kernel, slots * most, left, *sources, SLOTS=slots, MOST=most, **index_bits)
+        winners, segments, size = merged, left, size * at_once
+    return winners
 
 
 def fits(width: int, k: int) -> bool:

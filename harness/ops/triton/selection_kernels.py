@@ -7,38 +7,66 @@ import triton.language as tl
 
 
 @triton.jit
-def _order(bits: tl.tensor, VALUE_BITS: tl.constexpr) -> tl.tensor:
-    """Integers in the order of the numbers whose bit patterns these are; −0 equals 0, NaN is largest."""
-    largest: tl.constexpr = (1 << (VALUE_BITS - 1)) - 1
-    infinity: tl.constexpr = 0x7F800000 if VALUE_BITS == 32 else 0x7F80
-    magnitude = bits & largest
+def _order(bits: tl.tensor) -> tl.tensor:
+    """Integers in the order of the float32 numbers whose bit patterns these are; −0 equals 0, NaN is largest."""
+    magnitude = bits & 0x7FFFFFFF
     signed = tl.where(bits < 0, -magnitude, magnitude)
-    return tl.where(magnitude > infinity, largest, signed)
+    return tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, signed)
 
 
 @triton.jit
-def _key(order: tl.tensor, index: tl.tensor, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr) -> tl.tensor:
+def _bits(numbers: tl.tensor, VALUE_BITS: tl.constexpr) -> tl.tensor:
+    """Bit patterns of float32 numbers from those of float32 or bfloat16 numbers."""
+    bits = numbers.to(tl.int32)
+    return bits << 16 if VALUE_BITS == 16 else bits
+
+
+@triton.jit
+def _larger(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _key(order: tl.tensor, index: tl.tensor, INDEX_BITS: tl.constexpr) -> tl.tensor:
     """One non-negative int64, larger for larger values, then for lower indices."""
-    shifted = order.to(tl.int64) + (1 << (VALUE_BITS - 1))
+    shifted = order.to(tl.int64) + (1 << 31)
     return (shifted << INDEX_BITS) | ((1 << INDEX_BITS) - 1 - index)
 
 
 @triton.jit
-def _cut(keys: tl.tensor, wanted: tl.tensor) -> tl.tensor:
-    """For each row the threshold that exactly `wanted` of its keys reach: bisection. Keys are distinct, negative ones
-    do not count; a row has at least `wanted` of them."""
-    above = tl.max(keys, axis=1) + 1
-    cut = above * 0
-    count = tl.sum((keys >= 0).to(tl.int32), axis=1)
+def _pick(
+    order: tl.tensor, index: tl.tensor, wanted: tl.tensor, SHIFT: tl.constexpr, INDEX_BITS: tl.constexpr
+) -> tl.tensor:
+    """Marks the `wanted` largest elements of each row, among equal ones those of lowest index; all if there are fewer.
+
+    The lowest int32 is no element. Two bisections: for the smallest order that is picked, whose lowest `SHIFT` bits are
+    zero, and for the largest index among those of that order.
+    """
+    none: tl.constexpr = -(1 << (31 - SHIFT))
+    order = order >> SHIFT
+    low, high = tl.min(order, axis=1) * 0 + (none + 1), tl.max(order, axis=1) + 1
+    count = tl.sum((order > none).to(tl.int32), axis=1)
+    searching = (count > wanted) & (low + 1 < high)
+    while tl.max(searching.to(tl.int32), axis=0) > 0:
+        middle = (low & high) + ((low ^ high) >> 1)
+        reached = tl.sum((order >= middle[:, None]).to(tl.int32), axis=1)
+        enough = reached >= wanted
+        low = tl.where(searching & enough, middle, low)
+        count = tl.where(searching & enough, reached, count)
+        high = tl.where(searching & (reached < wanted), middle, high)
+        searching = (count > wanted) & (low + 1 < high)
+    equal = order == low[:, None]
+    above = tl.sum((order > low[:, None]).to(tl.int32), axis=1)
+    first, end = low * 0, low * 0 + ((1 << INDEX_BITS) - 1)
     while tl.max((count > wanted).to(tl.int32), axis=0) > 0:
-        middle = cut + (above - cut) // 2
-        reached = tl.sum((keys >= middle[:, None]).to(tl.int32), axis=1)
+        middle = first + (end - first) // 2
+        reached = above + tl.sum((equal & (index <= middle[:, None])).to(tl.int32), axis=1)
         searching = count > wanted
         enough = reached >= wanted
-        cut = tl.where(searching & enough, middle, cut)
+        end = tl.where(searching & enough, middle, end)
         count = tl.where(searching & enough, reached, count)
-        above = tl.where(searching & (reached < wanted), middle, above)
-    return cut
+        first = tl.where(searching & (reached < wanted), middle + 1, first)
+    return (order > none) & ((order > low[:, None]) | (equal & (index <= end[:, None])))
 
 
 @triton.jit
@@ -49,70 +77,111 @@ def _in_segment(widths: tl.tensor, row: tl.tensor, tokens: tl.tensor, begin: tl.
 
 
 @triton.jit
+def _maxima(bits: tl.tensor, VALUE_BITS: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """Order of the largest number of each block, over the last axis."""
+    numbers = _bits(bits, VALUE_BITS).to(tl.float32, bitcast=True)
+    # the interpreter's maximum returns NaN where there is one; it calls a function for every number
+    largest = tl.max(numbers, axis=2) if INTERPRETED else tl.reduce(numbers, 2, _larger)
+    return _order(largest.to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def lanes_kernel(
     z: tl.tensor, widths: tl.tensor, chosen: tl.tensor, winners: tl.tensor, tokens: tl.tensor, stride: tl.tensor,
     k: tl.tensor, size: tl.tensor,
-    ROWS: tl.constexpr, LANES: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The k lanes with the largest maxima of each row's segment, into `chosen`; with one element per lane (`WHOLE`)
-    the maxima are the selection itself and their keys go to `winners`."""
-    empty: tl.constexpr = -(1 << 31)
+    """The k lanes with the largest maxima of each row's segment, into `chosen`."""
+    none: tl.constexpr = -(1 << 31)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * size
     width = _in_segment(widths, row, tokens, first, size)
     lane = tl.arange(0, LANES)
-    begin = row.to(tl.int64) * stride + first
-    best = tl.full([ROWS, LANES], empty, tl.int32)
-    where_best = tl.zeros([ROWS, LANES], tl.int32)
-    for chunk in range(0, tl.cdiv(tl.max(width, axis=0), LANES)):
-        column = chunk * LANES + lane
-        inside = column[None, :] < width[:, None]
-        bits = tl.load(z + begin[:, None] + column[None, :], mask=inside, other=0).to(tl.int32)
-        order = tl.where(inside, _order(bits, VALUE_BITS), empty)
+    at = lane[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    begin = z + (row.to(tl.int64) * stride + first)[:, None, None]
+    best = tl.full([ROWS, LANES], none, tl.int32)
+    best_chunk = tl.zeros([ROWS, LANES], tl.int32)
+    whole = tl.min(width, axis=0) // (LANES * BLOCK)
+    for chunk in range(0, whole):
+        order = _maxima(tl.load(begin + (chunk * LANES * BLOCK + at)[None, :, :]), VALUE_BITS, INTERPRETED)
         better = order > best
         best = tl.where(better, order, best)
-        where_best = tl.where(better, chunk, where_best)
-    column = first + where_best * LANES + lane[None, :]
-    key = tl.where(best > empty, _key(best, column, VALUE_BITS, INDEX_BITS), -1)
-    picked = (key >= _cut(key, tl.minimum(width, k))[:, None]) & (key >= 0)
+        best_chunk = tl.where(better, chunk, best_chunk)
+    for chunk in range(whole, tl.cdiv(tl.max(width, axis=0), LANES * BLOCK)):
+        column = (chunk * LANES * BLOCK + at)[None, :, :]
+        # −inf in the format of the numbers
+        infinity: tl.constexpr = -(1 << 23) if VALUE_BITS == 32 else -(1 << 7)
+        order = _maxima(
+            tl.load(begin + column, mask=column < width[:, None, None], other=infinity), VALUE_BITS, INTERPRETED
+        )
+        started = (chunk * LANES + lane)[None, :] * BLOCK < width[:, None]
+        better = started & (order > best)
+        best = tl.where(better, order, best)
+        best_chunk = tl.where(better, chunk, best_chunk)
+    picked = _pick(best, best_chunk * LANES + lane[None, :], tl.minimum(width, k), 32 - VALUE_BITS, INDEX_BITS)
     place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1))[:, None] * k
     place += tl.cumsum(picked.to(tl.int32), axis=1) - 1
-    if WHOLE:
-        tl.store(winners + place, key, mask=picked)
-    else:
-        tl.store(chosen + place, tl.broadcast_to(lane[None, :], [ROWS, LANES]), mask=picked)
+    tl.store(chosen + place, tl.broadcast_to(lane[None, :], [ROWS, LANES]), mask=picked)
+
+
+@triton.jit
+def _store_winners(
+    winners: tl.tensor, row: tl.tensor, k: tl.tensor, picked: tl.tensor, order: tl.tensor, index: tl.tensor,
+    INDEX_BITS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Keys of the picked elements, side by side, into the place of the row and of this program's segment."""
+    place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1))[:, None] * k
+    place += tl.cumsum(picked.to(tl.int32), axis=1) - 1
+    tl.store(winners + place, _key(order, index, INDEX_BITS), mask=picked)
+
+
+@triton.jit
+def whole_kernel(
+    z: tl.tensor, widths: tl.tensor, winners: tl.tensor, tokens: tl.tensor, stride: tl.tensor, k: tl.tensor,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr,
+) -> None:  # fmt: skip
+    """The keys of the k largest elements of rows of at most `LANES` elements."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    width = tl.load(widths + row, mask=row < tokens, other=0)
+    column = tl.arange(0, LANES)[None, :]
+    inside = column < width[:, None]
+    bits = tl.load(z + row.to(tl.int64)[:, None] * stride + column, mask=inside, other=0)
+    order = tl.where(inside, _order(_bits(bits, VALUE_BITS)), -(1 << 31))
+    index = tl.broadcast_to(column, [ROWS, LANES])
+    picked = _pick(order, index, tl.minimum(width, k), 32 - VALUE_BITS, INDEX_BITS)
+    _store_winners(winners, row, k, picked, order, index, INDEX_BITS)
 
 
 @triton.jit
 def candidates_kernel(
     z: tl.tensor, widths: tl.tensor, chosen: tl.tensor, winners: tl.tensor, tokens: tl.tensor, stride: tl.tensor,
     k: tl.tensor, size: tl.tensor,
-    ROWS: tl.constexpr, LANES: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr,
     SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
 ) -> None:  # fmt: skip
     """The keys of the k largest elements of each row's segment, which lie in its chosen lanes."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * size
     width = _in_segment(widths, row, tokens, first, size)
-    wanted = tl.minimum(width, k)
-    candidate = tl.arange(0, SLOTS * CHUNKS)
-    slot = candidate // CHUNKS
-    filled = slot[None, :] < wanted[:, None]
+    candidate = tl.arange(0, SLOTS * CHUNKS * BLOCK)
+    slot, chunk, inner = candidate // (CHUNKS * BLOCK), candidate // BLOCK % CHUNKS, candidate % BLOCK
+    filled = slot[None, :] < tl.minimum(tl.minimum(tl.cdiv(width, BLOCK), LANES), k)[:, None]
     begin = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1))[:, None] * k
     lane = tl.load(chosen + begin + slot[None, :], mask=filled, other=0)
-    column = (candidate % CHUNKS)[None, :] * LANES + lane
+    column = (chunk[None, :] * LANES + lane) * BLOCK + inner[None, :]
     inside = filled & (column < width[:, None])
-    bits = tl.load(z + row.to(tl.int64)[:, None] * stride + first + column, mask=inside, other=0).to(tl.int32)
-    key = tl.where(inside, _key(_order(bits, VALUE_BITS), first + column, VALUE_BITS, INDEX_BITS), -1)
-    picked = (key >= _cut(key, wanted)[:, None]) & (key >= 0)
-    tl.store(winners + begin + tl.cumsum(picked.to(tl.int32), axis=1) - 1, key, mask=picked)
+    bits = tl.load(z + row.to(tl.int64)[:, None] * stride + first + column, mask=inside, other=0)
+    order = tl.where(inside, _order(_bits(bits, VALUE_BITS)), -(1 << 31))
+    picked = _pick(order, first + column, tl.minimum(width, k), 32 - VALUE_BITS, INDEX_BITS)
+    _store_winners(winners, row, k, picked, order, first + column, INDEX_BITS)
 
 
 @triton.jit
 def merge_kernel(
     winners: tl.tensor, merged: tl.tensor, widths: tl.tensor, tokens: tl.tensor, k: tl.tensor, segments: tl.tensor,
     size: tl.tensor,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr,
+    ROWS: tl.constexpr, INDEX_BITS: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr,
 ) -> None:  # fmt: skip
     """The k largest keys among those that won in `MOST` neighbouring segments of `size` columns."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -125,9 +194,10 @@ def merge_kernel(
     at = (row.to(tl.int64)[:, None] * segments + segment[None, :]) * k + slot[None, :]
     key = tl.load(winners + at, mask=filled, other=-1)
     wanted = tl.minimum(_in_segment(widths, row, tokens, tl.program_id(1) * MOST * size, MOST * size), k)
-    picked = (key >= _cut(key, wanted)[:, None]) & (key >= 0)
-    place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1))[:, None] * k
-    tl.store(merged + place + tl.cumsum(picked.to(tl.int32), axis=1) - 1, key, mask=picked)
+    order = tl.where(filled, (key >> INDEX_BITS) - (1 << 31), -(1 << 31)).to(tl.int32)
+    index = ((1 << INDEX_BITS) - 1 - (key & ((1 << INDEX_BITS) - 1))).to(tl.int32)
+    picked = _pick(order, index, wanted, 0, INDEX_BITS)
+    _store_winners(merged, row, k, picked, order, index, INDEX_BITS)
 
 
 @triton.jit
@@ -156,9 +226,7 @@ def order_kernel(
             rival = tl.load(winners + begin + other, mask=other < wanted, other=-1)
             place += (filled & (rival[:, None] > key)).to(tl.int32)
     column = tl.where(filled, (1 << INDEX_BITS) - 1 - (key & ((1 << INDEX_BITS) - 1)), 0)
-    bits = tl.load(z + row.to(tl.int64)[:, None] * stride + column, mask=filled, other=0).to(tl.int32)
-    if VALUE_BITS == 16:
-        bits = bits << 16
+    bits = _bits(tl.load(z + row.to(tl.int64)[:, None] * stride + column, mask=filled, other=0), VALUE_BITS)
     inside = alive[:, None] & (slot[None, :] < k)
     at = begin[:, None] + place
     tl.store(values + at, tl.where(filled, bits.to(tl.float32, bitcast=True), float("-inf")), mask=inside)
