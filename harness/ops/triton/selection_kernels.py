@@ -8,10 +8,11 @@ import triton.language as tl
 
 @triton.jit
 def _order(bits: tl.tensor) -> tl.tensor:
-    """Integers in the order of the float32 numbers whose bit patterns these are; −0 equals 0, NaN is largest."""
+    """Integers in the order of the float32 numbers whose bit patterns these are; −0 equals 0, NaN is largest. Neither
+    the lowest nor the largest int32 is one."""
     magnitude = bits & 0x7FFFFFFF
     signed = tl.where(bits < 0, -magnitude, magnitude)
-    return tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, signed)
+    return tl.where(magnitude > 0x7F800000, 0x7FFFFFFE, signed)
 
 
 @triton.jit
@@ -79,9 +80,10 @@ def _in_segment(widths: tl.tensor, row: tl.tensor, tokens: tl.tensor, begin: tl.
 @triton.jit
 def _maxima(bits: tl.tensor, VALUE_BITS: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
     """Order of the largest number of each block, over the last axis."""
-    numbers = _bits(bits, VALUE_BITS).to(tl.float32, bitcast=True)
-    # the interpreter's maximum returns NaN where there is one; it calls a function for every number
-    largest = tl.max(numbers, axis=2) if INTERPRETED else tl.reduce(numbers, 2, _larger)
+    bits = _bits(bits, VALUE_BITS)
+    if INTERPRETED:  # which calls Python for every number that a function of ours reduces
+        return tl.max(_order(bits), axis=2)
+    largest = tl.reduce(bits.to(tl.float32, bitcast=True), 2, _larger)
     return _order(largest.to(tl.int32, bitcast=True))
 
 
