@@ -18,6 +18,7 @@ from harness.ops.interface import Codes, Groups, Reduce
 from harness.ops.sizes import TILE_BYTES
 from harness.ops.triton import gradients
 from harness.ops.triton.decode import decode
+from harness.ops.triton.dense import aligned_rows, spread, subtract
 from harness.ops.triton.grouped import latent_products, padded, reconstructions, weight_gradients
 from harness.ops.triton.selection import fits, select_rows
 
@@ -54,11 +55,6 @@ def _blocks(groups: Groups, tokens: int, row_bytes: int) -> Iterator[tuple[slice
         yield slice(begin, end), groups.token_offsets.clamp(begin, end) - begin
 
 
-def _aligned_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "rows width"]:
-    """An empty matrix with aligned rows."""
-    return torch.empty((rows, padded(width)), dtype=dtype, device=device)[:, :width]
-
-
 def select(
     x: Float[Tensor, "tokens d"],
     W_enc: Float[Tensor, "rows d"],
@@ -75,7 +71,7 @@ def select(
     index = torch.empty((tokens, k), dtype=torch.int64, device=x.device)
     firsts, widths = _of_tokens(groups, tokens, x.device)
     for block, offsets in _blocks(groups, tokens, padded(widest) * x.element_size()):
-        z = _aligned_rows(block.stop - block.start, widest, x.dtype, x.device)
+        z = aligned_rows(block.stop - block.start, widest, x.dtype, x.device)
         latent_products(x[block], W_enc, bias, offsets, groups.row_starts, z)
         select_rows(z, k, firsts[block], widths[block], (values[block], index[block]), ordered)
     return Codes(values, index)
@@ -87,15 +83,6 @@ def dense_rows_per_k(precision: str) -> int:
 
 def _is_dense(groups: Groups, k: int, dtype: torch.dtype) -> bool:
     return _widest(groups) <= dense_rows_per_k("fp32" if dtype is torch.float32 else "bf16") * k
-
-
-def _dense(
-    values: Float[Tensor, "tokens k"], columns: Int[Tensor, "tokens k"], widest: int, dtype: torch.dtype
-) -> Float[Tensor, "tokens widest"]:
-    """The codes as a matrix with aligned rows, 0 between their ends and the next row too."""
-    matrix = torch.zeros((values.shape[0], padded(widest)), dtype=dtype, device=values.device)[:, :widest]
-    # padding points at the group's first row with value 0, so it must add, not overwrite; the order does not matter
-    return matrix.scatter_add_(1, columns, values.to(dtype))
 
 
 def reconstruct(
@@ -122,21 +109,23 @@ def reconstruct(
         out = (reduce(residual), dz, squared)
         decode(values, index, W_dec, x, None, out, forward=False, backward=True)
         return out
-    widest, columns = _widest(groups), index - _of_tokens(groups, tokens, device)[0][:, None]
+    widest, firsts = _widest(groups), _of_tokens(groups, tokens, device)[0]
     blocks = list(_blocks(groups, tokens, padded(widest) * 4))
     for block, offsets in blocks:
-        active = _dense(values[block], columns[block], widest, W_dec.dtype)
+        active = spread(values[block], index[block], firsts[block], widest, W_dec.dtype)
         reconstructions(active, W_dec, offsets, groups.row_starts, residual[block])
-    if scale is not None:
-        residual *= scale[:, None]
     if reduce is not None:
-        residual = reduce(residual)
-    torch.sub(x, residual, out=residual)
+        if scale is not None:
+            residual *= scale[:, None]
+        residual, scale = reduce(residual), None
+    columns = index - firsts[:, None]
     for block, offsets in blocks:
-        products = _aligned_rows(block.stop - block.start, widest, torch.float32, device)
-        latent_products(residual[block].to(W_dec.dtype), W_dec, None, offsets, groups.row_starts, products)
+        own = None if scale is None else scale[block]
+        low = subtract(x[block], own, residual[block], squared[block], W_dec.dtype)
+        products = aligned_rows(block.stop - block.start, widest, torch.float32, device)
+        latent_products(low, W_dec, None, offsets, groups.row_starts, products)
         dz[block] = torch.where(values[block] > 0, products.gather(1, columns[block]), 0.0)
-    return residual, dz, residual.square().sum(dim=1)
+    return residual, dz, squared
 
 
 def weight_grads(
@@ -161,11 +150,11 @@ def weight_grads(
         for grad in out:
             grad.zero_()
         return
-    widest, columns = _widest(groups), index - _of_tokens(groups, tokens, x.device)[0][:, None]
+    widest, firsts = _widest(groups), _of_tokens(groups, tokens, x.device)[0]
     W_enc_grad, W_dec_grad, b_enc_grad = out
     for block, offsets in _blocks(groups, tokens, padded(widest) * 4):
         own, add = (offsets, groups.row_starts), block.start > 0
-        active = _dense(values[block], columns[block], widest, x.dtype)
+        active = spread(values[block], index[block], firsts[block], widest, x.dtype)
         weight_gradients(active, residual[block].to(x.dtype), *own, W_dec_grad, add=add)
-        active = _dense(dz[block], columns[block], widest, x.dtype)
+        active = spread(dz[block], index[block], firsts[block], widest, x.dtype)
         weight_gradients(active, x[block], *own, W_enc_grad, b_enc_grad, add=add)
