@@ -158,6 +158,29 @@ def test_dense_products_of_groups(
         torch.testing.assert_close(out[1], factor * sums, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize(("width", "k"), [(1, 1), (70, 5), (200, 130)])
+def test_codes_become_a_matrix(width: int, k: int) -> None:
+    """Padding repeats a column, and a NaN shows; there are zeros between the end of a row and the next one."""
+    from harness.ops.triton import dense
+
+    tokens, generator = 67, torch.Generator().manual_seed(width)
+    firsts = torch.randint(0, 1000, (tokens,), generator=generator, dtype=torch.int32)
+    # the interpreter truncates to bfloat16
+    values = torch.randn(tokens, k, generator=generator).bfloat16().float()
+    columns = torch.rand(tokens, width, generator=generator).argsort(dim=1)[:, :k]
+    padding = torch.rand(tokens, k, generator=generator) < 0.3
+    padding[3, 0] = False
+    values[padding], columns[padding] = 0.0, 0
+    values[3, 0] = torch.nan
+    index = columns + firsts[:, None]
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix = dense.spread(values, index, firsts, width, dtype)
+        expected = torch.zeros(tokens, width).scatter_add_(1, columns, values).to(dtype)
+        torch.testing.assert_close(matrix, expected, rtol=0, atol=0, equal_nan=True)
+        behind = matrix.as_strided((tokens, matrix.stride(0)), matrix.stride())[:, width:]
+        assert behind.numel() and not behind.any()
+
+
 def test_kernels_are_refused_where_they_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_ops("triton").NAME == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
