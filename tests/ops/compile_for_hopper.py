@@ -61,6 +61,21 @@ def compile_all(d: int, rows: int, k: int, tokens: int, experts: int, dtype: tor
     ops.project(param, param)
 
 
+def compile_dense() -> None:
+    """The products of Switch at S3's sizes: with and without descriptors, several blocks of tokens, both precisions."""
+    from harness.ops.triton import grouped, products
+
+    descriptors, tile_bytes = grouped.DESCRIPTORS, products.TILE_BYTES
+    for experts in (8, 32):
+        for described in (False, True):
+            grouped.DESCRIPTORS = described
+            compile_all(768, 32768, 64, 64, experts, torch.bfloat16)
+    products.TILE_BYTES = 1 << 17
+    compile_all(768, 32768, 64, 64, 32, torch.bfloat16)
+    grouped.DESCRIPTORS, products.TILE_BYTES = descriptors, tile_bytes
+    compile_all(768, 2048, 32, 24, 4, torch.float32)
+
+
 def resources(binary: Any) -> tuple[int, int]:
     """(registers of a thread, bytes of stack of a thread): a kernel that spills has a stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -100,6 +115,7 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         compile_all(768, 8192, 32, 24, 1, dtype)
     compile_all(768, 2048, 32, 24, 4, torch.bfloat16)
+    compile_dense()
     compile_all(4096, 8192, 64, 16, 1, torch.bfloat16)
     compile_all(2688, 8192, 32, 16, 1, torch.bfloat16)
     # numbers equal to 1 become constants of the compiled kernel

@@ -119,6 +119,68 @@ def test_tiles_of_tokens_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize(("d", "token_counts"), [(72, [70, 0, 1, 300]), (33, [5, 3, 0, 9])])
+def test_dense_products_of_groups(
+    monkeypatch: pytest.MonkeyPatch, described: bool, d: int, token_counts: list[int]
+) -> None:
+    """Groups without tokens or latents, and what stands beside them: none of it may reach another group."""
+    from harness.ops.triton import grouped
+
+    monkeypatch.setattr(grouped, "DESCRIPTORS", described)
+    token_offsets = torch.tensor([0, *token_counts]).cumsum(0)
+    row_starts = torch.tensor([0, 90, 153, 153, 300], dtype=torch.int32)
+    if token_counts[2]:
+        row_starts[3] = 154
+    tokens, rows, widest = int(token_offsets[-1]), 300, 147
+    generator = torch.Generator().manual_seed(d)
+    x, weight = (torch.randn(count, d, generator=generator).bfloat16() for count in (tokens, rows))
+    bias = torch.randn(rows, generator=generator).bfloat16()
+    z = torch.zeros(tokens, grouped.padded(widest)).bfloat16()[:, :widest]
+    actual = torch.full((tokens, grouped.padded(widest)), torch.nan)[:, :widest]
+    grouped.latent_products(x, weight, bias, token_offsets, row_starts, actual)
+    reconstruction, expected = torch.full((tokens, d), torch.nan), torch.zeros(tokens, d)
+    grads, sums = torch.zeros(rows, d), torch.zeros(rows)
+    for group in range(4):
+        span, own = slice(*token_offsets[group : group + 2]), slice(*row_starts[group : group + 2])
+        width = own.stop - own.start
+        products = x[span].float() @ weight[own].float().T + bias[own].float()
+        torch.testing.assert_close(actual[span, :width], products, rtol=1e-5, atol=1e-4)
+        z[span, :width] = products.bfloat16()
+        expected[span] = z[span, :width].float() @ weight[own].float()
+        grads[own], sums[own] = z[span, :width].float().T @ x[span].float(), z[span, :width].float().sum(0)
+    grouped.reconstructions(z, weight, token_offsets, row_starts, reconstruction)
+    torch.testing.assert_close(reconstruction, expected, rtol=1e-5, atol=1e-2)
+    out = nan(rows, d), nan(rows)
+    for factor, add in ((1, False), (2, True)):
+        grouped.weight_gradients(z, x, token_offsets, row_starts, *out, add=add)
+        torch.testing.assert_close(out[0], factor * grads, rtol=1e-5, atol=1e-1)
+        torch.testing.assert_close(out[1], factor * sums, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize(("width", "k"), [(1, 1), (70, 5), (200, 130)])
+def test_codes_become_a_matrix(width: int, k: int) -> None:
+    """Padding repeats a column, and a NaN shows; there are zeros between the end of a row and the next one."""
+    from harness.ops.triton import dense
+
+    tokens, generator = 67, torch.Generator().manual_seed(width)
+    firsts = torch.randint(0, 1000, (tokens,), generator=generator, dtype=torch.int32)
+    # the interpreter truncates to bfloat16
+    values = torch.randn(tokens, k, generator=generator).bfloat16().float()
+    columns = torch.rand(tokens, width, generator=generator).argsort(dim=1)[:, :k]
+    padding = torch.rand(tokens, k, generator=generator) < 0.3
+    padding[3, 0] = False
+    values[padding], columns[padding] = 0.0, 0
+    values[3, 0] = torch.nan
+    index = columns + firsts[:, None]
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix = dense.spread(values, index, firsts, width, dtype)
+        expected = torch.zeros(tokens, width).scatter_add_(1, columns, values).to(dtype)
+        torch.testing.assert_close(matrix, expected, rtol=0, atol=0, equal_nan=True)
+        behind = matrix.as_strided((tokens, matrix.stride(0)), matrix.stride())[:, width:]
+        assert behind.numel() and not behind.any()
+
+
 def test_kernels_are_refused_where_they_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_ops("triton").NAME == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -140,7 +202,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     kernels = json.loads(done.stdout)
     assert set(kernels) == {
         *("lanes_kernel", "candidates_kernel", "order_kernel", "decode_kernel", "segments_kernel", "combine_kernel"),
-        *("latent_products_kernel", "reconstruction_kernel", "gradient_kernel", "adam_kernel", "project_kernel"),
+        *("latent_products_kernel", "reconstruction_kernel", "gradient_kernel", "column_sums_kernel"),
+        *("merge_kernel", "spread_kernel", "residual_kernel", "adam_kernel", "project_kernel"),
     }
     dense = [name for name in kernels if name.endswith(("products_kernel", "gradient_kernel"))]
-    assert all(kernels[name]["matrix_units"] for name in dense)
+    assert all(kernels[name]["matrix_units"] and kernels[name]["stack"] == 0 for name in dense)

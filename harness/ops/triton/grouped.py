@@ -3,44 +3,109 @@ cuBLAS's product.
 
 They serve the encoder of a Switch SAE, and groups with so few latents per active one that products over their whole
 width are cheaper than gathers. Operands are float32 or bfloat16, sums float32, results of the dtype of the output.
+Rows of `z` and `out` may be wider than their contents (`padded`), so that every row is aligned.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from harness.ops.triton.grouped_kernels import gradient_kernel, latent_products_kernel, reconstruction_kernel
+from harness.ops.triton.grouped_kernels import (
+    column_sums_kernel,
+    gradient_kernel,
+    latent_products_kernel,
+    reconstruction_kernel,
+)
 from harness.ops.triton.sizes import INTERPRETED, power_of_2, tiles
 
-TILE = 64 if INTERPRETED else 128
-"""Rows and columns of the output that a program computes from bfloat16; half as many from float32."""
 
-STEP = 256 if INTERPRETED else 64
-"""Products that it adds up at a time; of float32 half as many."""
+class Tile(NamedTuple):
+    """What a program computes, and how."""
+
+    rows: int
+    columns: int
+    step: int
+    """Products that it adds up at a time."""
+    warps: int
+    stages: int
+    """Steps whose operands are in shared memory or on the way there."""
+
+
+LATENT_PRODUCTS = Tile(128, 128, 64, 8, 3)
+RECONSTRUCTIONS = Tile(128, 128, 64, 8, 3)
+WEIGHT_GRADIENTS = Tile(128, 128, 64, 8, 3)
+"""For bfloat16 with aligned rows. Two such programs share a multiprocessor: one computes while the other one starts or
+stores."""
+
+EXACT = Tile(64, 64, 256, 4, 1) if INTERPRETED else Tile(64, 64, 32, 4, 3)
+"""For float32 and for rows that are not aligned, both of which need more registers; and in the interpreter."""
+
+TOGETHER = 8
+"""Tiles of rows whose programs are neighbours."""
+
+DESCRIPTORS = False
+"""Whether Hopper's copy engine (TMA) loads the operands, where their rows are aligned."""
 
 PRECISION = "ieee" if INTERPRETED else "tf32x3"
 """Of float32 products. Three products of the matrix units are as exact as float32 and faster than its own units."""
 
+ALIGNMENT = 64
+"""Row strides are multiples of this many numbers."""
 
-def _tile(dtype: torch.dtype) -> int:
-    return TILE if dtype is torch.bfloat16 else TILE // 2
+SUM_STEP, SUM_COLUMNS = 64, 64
+"""Rows and columns that a program of the column sums reads at a time."""
 
 
-def _constants(dtype: torch.dtype, groups: int | None = None) -> dict[str, int | bool | str]:
+def padded(width: int) -> int:
+    """Width of aligned rows that hold `width` numbers."""
+    return tiles(width, ALIGNMENT) * ALIGNMENT
+
+
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether all rows begin at multiples of 16 bytes."""
+    return all(
+        matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0 for matrix in matrices
+    )
+
+
+def _tile(best: Tile, *matrices: Tensor) -> Tile:
+    """The tile for a product of these matrices."""
+    low = all(matrix.dtype is torch.bfloat16 for matrix in matrices)
+    return best if low and _aligned(*matrices) and not INTERPRETED else EXACT
+
+
+def _constants(dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
     low = dtype is torch.bfloat16
-    constants: dict[str, int | bool | str] = {
+    return {
         # the interpreter computes products of bfloat16 wrongly
         "UPCAST": INTERPRETED and low,
-        "TILE": _tile(dtype),
-        "STEP": STEP if low else STEP // 2,
         "PRECISION": "ieee" if low else PRECISION,
-        "num_warps": 8 if low else 4,
+        "TOGETHER": TOGETHER,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "STEP": tile.step,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
     }
-    if groups is not None:
-        constants["GROUPS"] = power_of_2(groups)
-    return constants
+
+
+def _describable(*matrices: Tensor) -> bool:
+    """Whether descriptors are wanted, and possible for these matrices on their device."""
+    if not DESCRIPTORS or any(matrix.dtype is not torch.bfloat16 for matrix in matrices):
+        return False
+    if matrices[0].is_cuda and torch.cuda.get_device_capability(matrices[0].device)[0] < 9:
+        return False
+    return _aligned(*matrices)
+
+
+def _described(matrix: Float[Tensor, "rows columns"], rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor that loads tiles of this size; numbers outside of the matrix are 0."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
 def _product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], out: Float[Tensor, "m n"]) -> None:
@@ -66,8 +131,8 @@ def latent_products(
     row_starts: Int[Tensor, " groups_plus_1"],
     out: Float[Tensor, "tokens widest"],
 ) -> None:
-    """out[t, c] = x_t · weight[first latent of t's group + c] (+ bias), for c below the group's width; the rest of
-    `out` is left as it is."""
+    """out[t, c] = x_t · weight[first latent of t's group + c] (+ bias), for c below the group's width; the rest of a
+    row of `out`, up to its stride, is undefined."""
     groups, (tokens, d) = len(row_starts) - 1, x.shape
     if groups == 1 and bias is not None and out.dtype is x.dtype:
         torch.addmm(bias, x, weight.T, out=out)
@@ -75,11 +140,15 @@ def latent_products(
     if groups == 1 and bias is None:
         _product(x, weight.T, out)
         return
-    tile = _tile(x.dtype)
-    grid = (_token_tiles(tokens, groups, tile), tiles(out.shape[1], tile))
-    latent_products_kernel[grid](
-        x, weight, x if bias is None else bias, out, token_offsets, row_starts, groups, d, out.stride(0),
-        BIASED=bias is not None, **_constants(x.dtype, groups),
+    tile = _tile(LATENT_PRODUCTS, x, weight)
+    across = tiles(out.shape[1], tile.columns)
+    operands, described = (x, weight), _describable(x, weight)
+    if described:
+        operands = _described(x, tile.rows, tile.step), _described(weight, tile.columns, tile.step)
+    latent_products_kernel[(_token_tiles(tokens, groups, tile.rows) * across,)](
+        *operands, weight if bias is None else bias, out, token_offsets, row_starts, groups, d, out.stride(0), across,
+        BIASED=bias is not None, DESCRIBED=described, EVEN=d % tile.step == 0, GROUPS=power_of_2(groups),
+        **_constants(x.dtype, tile),
     )  # fmt: skip
 
 
@@ -90,39 +159,57 @@ def reconstructions(
     row_starts: Int[Tensor, " groups_plus_1"],
     out: Float[Tensor, "tokens d"],
 ) -> None:
-    """out_t = Σ_c z[t, c]·weight[first latent of t's group + c], float32; every token belongs to a group."""
+    """out_t = Σ_c z[t, c]·weight[first latent of t's group + c], float32; every token belongs to a group. The rest of
+    a row of `z`, up to its stride, is 0."""
     groups, (tokens, d) = len(row_starts) - 1, out.shape
     if groups == 1:
         _product(z, weight, out)
         return
-    tile = _tile(z.dtype)
-    grid = (_token_tiles(tokens, groups, tile), tiles(d, tile))
-    reconstruction_kernel[grid](
-        z, weight, out, token_offsets, row_starts, groups, d, z.stride(0), **_constants(z.dtype, groups)
-    )
+    tile, stride = _tile(RECONSTRUCTIONS, z, weight), z.stride(0)
+    across = tiles(d, tile.columns)
+    operands, described = (z, weight), _describable(z, weight)
+    if described:
+        operands = _described(z, tile.rows, tile.step), _described(weight, tile.step, tile.columns)
+    reconstruction_kernel[(_token_tiles(tokens, groups, tile.rows) * across,)](
+        *operands, out, token_offsets, row_starts, groups, d, stride, across,
+        DESCRIBED=described, EVEN=stride % tile.step == 0, WHOLE=d % tile.columns == 0, GROUPS=power_of_2(groups),
+        **_constants(z.dtype, tile),
+    )  # fmt: skip
 
 
-def add_gradients(
+def weight_gradients(
     z: Float[Tensor, "tokens widest"],
     y: Float[Tensor, "tokens d"],
     token_offsets: Int[Tensor, " groups_plus_1"],
     row_starts: Int[Tensor, " groups_plus_1"],
     out: Float[Tensor, "rows d"],
     sums: Float[Tensor, " rows"] | None = None,
+    *,
+    add: bool = False,
 ) -> None:
-    """out[first latent of t's group + c] += Σ_t z[t, c]·y_t and sums[…] += Σ_t z[t, c], float32, always in the same
-    order."""
+    """out[first latent of t's group + c] = Σ_t z[t, c]·y_t and sums[…] = Σ_t z[t, c], float32, always in the same
+    order; 0 for latents of groups without tokens. With `add` they are added to `out` and `sums`."""
     groups, d = len(row_starts) - 1, y.shape[1]
     if groups == 1:
-        added = torch.empty_like(out)
-        _product(z.T, y, added)
-        out += added
+        product = torch.empty_like(out) if add else out
+        _product(z.T, y, product)
+        if add:
+            out += product
         if sums is not None:
-            sums += z.sum(dim=0, dtype=torch.float32)
+            own = z.sum(dim=0, dtype=torch.float32)
+            sums.copy_(sums + own if add else own)
         return
-    tile = _tile(z.dtype)
-    grid = (tiles(z.shape[1], tile), tiles(d, tile), groups)
-    gradient_kernel[grid](
-        z, y, out, out if sums is None else sums, token_offsets, row_starts, d, z.stride(0),
-        SUMMED=sums is not None, **_constants(z.dtype),
+    tile, stride = _tile(WEIGHT_GRADIENTS, z, y), z.stride(0)
+    down, across = tiles(z.shape[1], tile.rows), tiles(d, tile.columns)
+    operands, described = (z, y), _describable(z, y)
+    if described:
+        operands = _described(z, tile.step, tile.rows), _described(y, tile.step, tile.columns)
+    gradient_kernel[(groups * down * across,)](
+        *operands, out, token_offsets, row_starts, d, stride, down, across,
+        ADD=add, DESCRIBED=described, EVEN=stride % tile.rows == 0, WHOLE=d % tile.columns == 0,
+        **_constants(z.dtype, tile),
     )  # fmt: skip
+    if sums is not None:
+        column_sums_kernel[(tiles(z.shape[1], SUM_COLUMNS), groups)](
+            z, sums, token_offsets, row_starts, stride, ADD=add, STEP=SUM_STEP, COLUMNS=SUM_COLUMNS
+        )

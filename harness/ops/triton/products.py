@@ -18,7 +18,8 @@ from harness.ops.interface import Codes, Groups, Reduce
 from harness.ops.sizes import TILE_BYTES
 from harness.ops.triton import gradients
 from harness.ops.triton.decode import decode
-from harness.ops.triton.grouped import add_gradients, latent_products, reconstructions
+from harness.ops.triton.dense import aligned_rows, spread, subtract
+from harness.ops.triton.grouped import latent_products, padded, reconstructions, weight_gradients
 from harness.ops.triton.selection import fits, select_rows
 
 DENSE_ROWS_PER_K = {"bf16": 120, "fp32": 20}
@@ -69,8 +70,8 @@ def select(
     values = torch.empty((tokens, k), device=x.device)
     index = torch.empty((tokens, k), dtype=torch.int64, device=x.device)
     firsts, widths = _of_tokens(groups, tokens, x.device)
-    for block, offsets in _blocks(groups, tokens, widest * x.element_size()):
-        z = torch.empty((block.stop - block.start, widest), dtype=x.dtype, device=x.device)
+    for block, offsets in _blocks(groups, tokens, padded(widest) * x.element_size()):
+        z = aligned_rows(block.stop - block.start, widest, x.dtype, x.device)
         latent_products(x[block], W_enc, bias, offsets, groups.row_starts, z)
         select_rows(z, k, firsts[block], widths[block], (values[block], index[block]), ordered)
     return Codes(values, index)
@@ -82,14 +83,6 @@ def dense_rows_per_k(precision: str) -> int:
 
 def _is_dense(groups: Groups, k: int, dtype: torch.dtype) -> bool:
     return _widest(groups) <= dense_rows_per_k("fp32" if dtype is torch.float32 else "bf16") * k
-
-
-def _dense(
-    values: Float[Tensor, "tokens k"], columns: Int[Tensor, "tokens k"], widest: int, dtype: torch.dtype
-) -> Float[Tensor, "tokens widest"]:
-    matrix = torch.zeros((values.shape[0], widest), dtype=dtype, device=values.device)
-    # padding points at the group's first row with value 0, so it must add, not overwrite; the order does not matter
-    return matrix.scatter_add_(1, columns, values.to(dtype))
 
 
 def reconstruct(
@@ -116,21 +109,23 @@ def reconstruct(
         out = (reduce(residual), dz, squared)
         decode(values, index, W_dec, x, None, out, forward=False, backward=True)
         return out
-    widest, columns = _widest(groups), index - _of_tokens(groups, tokens, device)[0][:, None]
-    blocks = list(_blocks(groups, tokens, widest * 4))
+    widest, firsts = _widest(groups), _of_tokens(groups, tokens, device)[0]
+    blocks = list(_blocks(groups, tokens, padded(widest) * 4))
     for block, offsets in blocks:
-        active = _dense(values[block], columns[block], widest, W_dec.dtype)
+        active = spread(values[block], index[block], firsts[block], widest, W_dec.dtype)
         reconstructions(active, W_dec, offsets, groups.row_starts, residual[block])
-    if scale is not None:
-        residual *= scale[:, None]
     if reduce is not None:
-        residual = reduce(residual)
-    torch.sub(x, residual, out=residual)
+        if scale is not None:
+            residual *= scale[:, None]
+        residual, scale = reduce(residual), None
+    columns = index - firsts[:, None]
     for block, offsets in blocks:
-        products = torch.empty((block.stop - block.start, widest), device=device)
-        latent_products(residual[block].to(W_dec.dtype), W_dec, None, offsets, groups.row_starts, products)
+        own = None if scale is None else scale[block]
+        low = subtract(x[block], own, residual[block], squared[block], W_dec.dtype)
+        products = aligned_rows(block.stop - block.start, widest, torch.float32, device)
+        latent_products(low, W_dec, None, offsets, groups.row_starts, products)
         dz[block] = torch.where(values[block] > 0, products.gather(1, columns[block]), 0.0)
-    return residual, dz, residual.square().sum(dim=1)
+    return residual, dz, squared
 
 
 def weight_grads(
@@ -152,13 +147,15 @@ def weight_grads(
         # in the precision of the products, as in the dense case: half the bytes to gather
         gradients.weight_grads(index, values, dz, x, residual.to(x.dtype), out)
         return
-    for grad in out:
-        grad.zero_()
-    widest, columns = _widest(groups), index - _of_tokens(groups, tokens, x.device)[0][:, None]
+    if tokens == 0:
+        for grad in out:
+            grad.zero_()
+        return
+    widest, firsts = _widest(groups), _of_tokens(groups, tokens, x.device)[0]
     W_enc_grad, W_dec_grad, b_enc_grad = out
-    for block, offsets in _blocks(groups, tokens, widest * 4):
-        own = offsets, groups.row_starts
-        active = _dense(values[block], columns[block], widest, x.dtype)
-        add_gradients(active, residual[block].to(x.dtype), *own, W_dec_grad)
-        active = _dense(dz[block], columns[block], widest, x.dtype)
-        add_gradients(active, x[block], *own, W_enc_grad, b_enc_grad)
+    for block, offsets in _blocks(groups, tokens, padded(widest) * 4):
+        own, add = (offsets, groups.row_starts), block.start > 0
+        active = spread(values[block], index[block], firsts[block], widest, x.dtype)
+        weight_gradients(active, residual[block].to(x.dtype), *own, W_dec_grad, add=add)
+        active = spread(dz[block], index[block], firsts[block], widest, x.dtype)
+        weight_gradients(active, x[block], *own, W_enc_grad, b_enc_grad, add=add)
