@@ -28,6 +28,8 @@ class WandbRun:
     def __init__(self, run_dir: Path, config: Config, mode: str | None = None) -> None:
         """`mode` is that of `wandb.init`; None decides by the environment."""
         mode = mode or chosen_mode()
+        # A parent that used wandb passes on its service, which outlives this process and then still holds the run's id
+        os.environ.pop("WANDB_SERVICE", None)
         # W&B keeps its caches in the home directory by default
         os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir.parent / ".wandb"))
         os.environ.setdefault("WANDB_SILENT", "true")

@@ -298,6 +298,17 @@ def test_a_finished_record_can_be_sent_later(run_dir: Path, capsys: pytest.Captu
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_a_service_of_wandb_in_the_environment_is_not_used(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It belongs to a parent that used wandb, and would hold the run after the mirror has ended."""
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nonexistent/socket")
+    train(run_dir)
+    mirror.close(PATIENCE_S)
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    assert "warning" not in capfd.readouterr().err
+
+
 def test_a_replay_after_an_outage_gives_the_same_points(
     make_run: MakeRun, hanging_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
