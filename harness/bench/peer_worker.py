@@ -13,6 +13,7 @@ import functools
 import importlib.metadata
 import json
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -189,7 +190,11 @@ def main() -> None:
     if sys.argv[1:] == ["installed"]:
         print(*installed())
         return
-    task = json.loads(sys.stdin.readline())
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently if nobody waits for an answer any more
+    first = sys.stdin.readline()
+    if not first.endswith("\n"):
+        return  # the driver ended before it sent the task
+    task = json.loads(first)
     out, sys.stdout = sys.stdout, sys.stderr  # what a peer prints is not an answer
     if task["threads"]:
         torch.set_num_threads(task["threads"])
