@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"analysis: {problem}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        sys.stdout = None  # the reader of the pipe has gone
-        return 0
+        raise  # `run_command` ends silently
     except OSError as problem:
         print(f"analysis: {problem.filename or ''}: {problem.strerror or problem}", file=sys.stderr)
         return 2

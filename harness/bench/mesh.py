@@ -25,7 +25,7 @@ from harness.bench.shapes import Shape, parse_shapes
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.files import write_json_atomic
 from harness.places.ranks import end_ranks, rank_environment
-from harness.terminal import say, table
+from harness.terminal import run_command, say, table
 
 EXCHANGES_PER_CALL = {"selection": 2}
 """Candidates one way, counts back; every other kind is one all-reduce."""
@@ -171,4 +171,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
