@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from analysis.runs.load import load
 from analysis.runs.regime import REGIMES
 from analysis.runs.table import ROLES, RunTable
 from harness.errors import UserError
+from harness.terminal import say
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,12 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.handler(args)
     except UserError as problem:
-        print(f"analysis: {problem}", file=sys.stderr)
+        say(f"analysis: {problem}")
         return 2
     except BrokenPipeError:
         raise  # `run_command` ends silently
     except OSError as problem:
-        print(f"analysis: {problem.filename or ''}: {problem.strerror or problem}", file=sys.stderr)
+        say(f"analysis: {problem.filename or ''}: {problem.strerror or problem}")
         return 2
 
 
