@@ -211,9 +211,12 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from analysis.report.page import summary_table, write_report  # only the report needs matplotlib and jinja2
+    # only the report needs matplotlib and jinja2
+    from analysis.report.cells import cell_text
+    from analysis.report.findings import read_runs
+    from analysis.report.page import write_report
 
     path = write_report(args.sweep, law=args.law)
-    print(summary_table(args.sweep))
+    print(cell_text(read_runs(args.sweep)))
     print(f"report: {path}")
     return 0

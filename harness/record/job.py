@@ -38,10 +38,6 @@ class Job:
         return tuple(run.run_dir for run in self.runs)
 
     @property
-    def ranks(self) -> int:
-        return self.config.mesh.dp * self.config.mesh.shard
-
-    @property
     def checkpoints(self) -> Path:
         return self.home / names.CHECKPOINTS
 
