@@ -120,12 +120,14 @@ def server() -> str:
 
 
 def answers(url: str) -> bool:
-    """Whether a server answers, with any status.
+    """Whether a server answers a query, with any status. One that hangs may still answer a plain GET.
 
-    `wandb.init` takes minutes to find that out, and leaves the run's id occupied.
+    `wandb.init` takes longer to find that out, and leaves the run's id occupied: not even offline can it then begin.
     """
+    headers = {"Content-Type": "application/json"}
     try:
-        with urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S):
+        query = urllib.request.Request(f"{url.rstrip('/')}/graphql", b'{"query": "{viewer {id}}"}', headers)
+        with urllib.request.urlopen(query, timeout=PROBE_TIMEOUT_S):
             return True
     except urllib.error.HTTPError as error:
         error.close()

@@ -289,6 +289,18 @@ def test_an_unreachable_server_means_offline(
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_a_server_that_hangs_means_offline(
+    run_dir: Path, hanging_server: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", hanging_server)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    train(run_dir)
+    mirror.close(PATIENCE_S)
+    error = capfd.readouterr().err
+    assert error.count(f"W&B cannot be reached at {hanging_server}; recording offline") == error.count("warning") == 1
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+
+
 def test_a_finished_record_can_be_sent_later(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(run_dir, LINES[:10])
     mirror.close(0.1)  # too short to start
