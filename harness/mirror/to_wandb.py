@@ -91,6 +91,8 @@ def open_live(run_dir: Path, config: Config) -> WandbRun:
         except Exception as error:  # wandb's own errors differ between its versions
             reason = f"({first_line(error)})"
         say_once("unreachable", f"warning: W&B cannot be reached {reason}; recording offline. {how_to_sync}")
+        # at its end wandb would wait ten seconds to report to a server that hangs
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         mode = "offline"
     return WandbRun(run_dir, config, mode)
 
