@@ -3,9 +3,8 @@
 Exit codes: 0 done (notes may apply), 1 no fit possible, 2 a wrong request.
 """
 
-import sys
-
 from analysis.cli import main
+from harness.terminal import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

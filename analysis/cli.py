@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from analysis.runs.load import load
 from analysis.runs.regime import REGIMES
 from analysis.runs.table import ROLES, RunTable
 from harness.errors import UserError
+from harness.terminal import say
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,13 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.handler(args)
     except UserError as problem:
-        print(f"analysis: {problem}", file=sys.stderr)
+        say(f"analysis: {problem}")
         return 2
     except BrokenPipeError:
-        sys.stdout = None  # the reader of the pipe has gone
-        return 0
+        raise  # `run_command` ends silently
     except OSError as problem:
-        print(f"analysis: {problem.filename or ''}: {problem.strerror or problem}", file=sys.stderr)
+        say(f"analysis: {problem.filename or ''}: {problem.strerror or problem}")
         return 2
 
 
@@ -212,9 +211,12 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from analysis.report.page import summary_table, write_report  # only the report needs matplotlib and jinja2
+    # only the report needs matplotlib and jinja2
+    from analysis.report.cells import cell_text
+    from analysis.report.findings import read_runs
+    from analysis.report.page import write_report
 
     path = write_report(args.sweep, law=args.law)
-    print(summary_table(args.sweep))
+    print(cell_text(read_runs(args.sweep)))
     print(f"report: {path}")
     return 0

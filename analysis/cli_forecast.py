@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from analysis.fits.compare import compare
 from analysis.fits.fit import fit
@@ -20,6 +20,7 @@ from analysis.runs.study import read_study
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 from harness.files import write_text_atomic
+from harness.terminal import say, table
 
 
 def parse_point(text: str) -> dict[str, float]:
@@ -37,6 +38,15 @@ def parse_point(text: str) -> dict[str, float]:
     return point
 
 
+def _text(frame: pd.DataFrame, digits: int) -> str:
+    """A frame as a table for standard output; floats have `digits` significant digits."""
+    rows = [
+        [f"{value:.{digits}g}" if isinstance(value, float) else str(value) for value in row]
+        for row in frame.itertuples(index=False)
+    ]
+    return table(list(frame.columns), rows)
+
+
 def run_compare(args: argparse.Namespace, table: RunTable) -> int:
     """Print the laws of `--laws` side by side; 1 if none can be fitted."""
     laws = [get(name) for name in args.laws.split(",")]
@@ -44,8 +54,7 @@ def run_compare(args: argparse.Namespace, table: RunTable) -> int:
     refused = [refuse(result, table) for result in fits]
     if all(refused):
         return 1
-    frame = compare(fits)
-    print(frame.to_string(index=False, float_format=lambda value: f"{value:.5g}"))
+    print(_text(compare(fits), digits=5))
     return 0
 
 
@@ -57,11 +66,11 @@ def run_predict(args: argparse.Namespace, result: FitResult) -> int:
         raise UserError(f"{result.law.name} needs {missing[0]}=… in every --at")
     inputs = {name: np.array([point[name] for point in points]) for name in result.law.inputs}
     band = result.predict(inputs, args.kind)
-    print(band.to_string(index=False, float_format=lambda value: f"{value:.6g}"))
+    print(_text(band, digits=6))
     for entry in [*result.band_notes(band), *result.extrapolation_notes(inputs)]:
         print(entry)
     if not np.isfinite(band["value"]).all():
-        print("error: the law has no finite value there, too far from the runs; choose nearer points", file=sys.stderr)
+        say("error: the law has no finite value there, too far from the runs; choose nearer points")
         return 1
     return 0
 
@@ -79,7 +88,7 @@ def run_plan(args: argparse.Namespace, table: RunTable, result: FitResult) -> in
     further = plan(result, target, args.budget, cost, list(n), list(k), args.cap)
     for name, (value, low, high) in (("now", further.before), ("after the planned runs", further.after)):
         print(f"forecast at {args.target} {name}: {number(value)} {interval(low, high)}")
-    print(further.cells.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(_text(further.cells, digits=4))
     print(f"in all {number(further.flops)} FLOPs")
     seeds = table.values("seed") if table.has("seed") else np.array([0.0])
     first_seed = int(np.nanmax(seeds)) + 1

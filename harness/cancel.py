@@ -10,7 +10,6 @@ import argparse
 import os
 import signal
 import socket
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from harness.record import names
 from harness.record.rundir import claim_path
 from harness.record.sweepdir import require_sweep
 from harness.sweep.rows import begun_runs
-from harness.terminal import say
+from harness.terminal import run_command, say
 
 
 def cancel(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:
@@ -75,4 +74,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import UserError
 from harness.saes.export import FORMATS, export
-from harness.terminal import say
+from harness.terminal import run_command, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,4 +31,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -6,7 +6,6 @@ Exit codes: 0 every cell done, 1 a cell failed or diverged, 2 a wrong request, 7
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from harness.grid.compose import CONF_DIR, groups
 from harness.grid.study import load_study, study_names
 from harness.sweep.execute import launch
 from harness.sweep.request import Request, requested_cells
-from harness.terminal import say
+from harness.terminal import run_command, say
 
 
 def parse_only(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -101,4 +100,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from harness.mirror import copies, messages
 from harness.record import names
 from harness.record.result import read_result
 from harness.record.rundir import read_config
-from harness.terminal import say
+from harness.terminal import run_command, say
 
 
 def replay(run_dir: Path, tracker: str = "") -> str:
@@ -60,4 +59,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

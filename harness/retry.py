@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from harness.record.state import state_of
 from harness.record.sweepdir import require_sweep
 from harness.sweep.execute import carry_out
 from harness.sweep.runs import find_stores, make_runs
-from harness.terminal import say
+from harness.terminal import run_command, say
 
 
 def cells_to_retry(sweep_dir: Path, run_ids: Sequence[str], overrides: Sequence[str]) -> list[Cell]:
@@ -83,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.record.state import STATES
 from harness.sweep.rows import Row, sweep_rows
-from harness.terminal import can_redraw, duration, own_screen, say, si, table
+from harness.terminal import can_redraw, duration, own_screen, run_command, say, si, table
 
 ENDED = ("done", "diverged", "failed")
 
@@ -218,4 +218,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

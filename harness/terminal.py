@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +51,33 @@ _PROGRESS_FIELDS = {"loss": ("loss", ".4g"), "fvu": ("fvu", ".4f"), "dead_frac":
 def say(line: str) -> None:
     """Print one line to standard error at once."""
     print(line, file=sys.stderr, flush=True)
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Run the `main` of a command and exit with its code.
+
+    If nobody reads its output any more (`| head`), it ends silently with the code that a shell gives for SIGPIPE.
+    """
+    try:
+        try:
+            code = main()
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if stream and _reader_has_gone(stream)]
+        if not closed:
+            raise  # it was another pipe
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in closed:  # Python flushes them once more at its end
+            os.dup2(nowhere, stream.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def _reader_has_gone(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def can_redraw(stream: TextIO) -> bool:

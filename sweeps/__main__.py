@@ -7,7 +7,6 @@ is that of `harness.launch`.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.grid.study import load_study
 from harness.sweep.execute import launch
 from harness.sweep.request import Request
-from harness.terminal import say
+from harness.terminal import run_command, say
 
 DEFAULT_STUDY = "quick"
 
@@ -92,4 +91,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -17,13 +17,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 ROOT = Path(__file__).resolve().parents[1]
 
-CHECKED = ("harness/ops", "harness/parallel", "harness/saes")
-"""Packages whose annotations are executed."""
-
 
 def checked_modules() -> list[str]:
-    """Names of the modules in `CHECKED` that state shapes. A package's own name would include its kernels."""
-    paths = [path for package in CHECKED for path in sorted((ROOT / package).rglob("*.py"))]
+    """Names of the modules that state shapes. A package's own name would include its kernels."""
+    paths = sorted((ROOT / "harness").rglob("*.py"))
     called = [path for path in paths if path.stem != "__init__" and not path.stem.endswith("_kernels")]
     stating = [path for path in called if "from jaxtyping import" in path.read_text(encoding="utf-8")]
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in stating]

@@ -31,5 +31,7 @@ def test_a_result_of_the_wrong_shape_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_modules_that_state_shapes_are_checked_and_kernels_are_not() -> None:
     names = checked_modules()
-    assert {"harness.ops.reference", "harness.parallel.mesh", "harness.saes.step"} <= set(names)
+    expected = {"harness.ops.reference", "harness.parallel.mesh", "harness.saes.step"}
+    expected |= {"harness.activations.stream", "harness.training.state", "harness.cost.speed"}
+    assert expected <= set(names)
     assert not [name for name in names if name.endswith("_kernels")]

@@ -1,17 +1,23 @@
 """What is shown while a run trains, and tables in files and on terminals."""
 
 import io
+import os
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from harness import terminal as progress
-from harness.terminal import Progress, duration, listed, own_screen, say, si, table
+from harness.terminal import Progress, duration, listed, own_screen, run_command, say, si, table
 
 STATUS = [["topk-n64-k4-s0-e7dca19d79", "done", "100%", "-"], ["switch-n128-k4-s1-de3d8ee02b", "failed", "7%", "node1"]]
 HEADINGS = ("run", "status", "progress", "host")
+
+
+SWEEP = Path(__file__).parent / "analysis" / "data" / "recorded_quick"
 
 
 class Terminal(io.StringIO):
@@ -158,6 +164,31 @@ def test_the_import_is_cheap() -> None:
     program = "import harness.terminal, sys; print({'rich', 'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("harness.status", str(SWEEP)),
+        ("harness.launch", "--study", "quick", "--dry-run"),
+        ("analysis", "fit", str(SWEEP)),
+    ],
+    ids=" ".join,
+)
+def test_a_command_ends_silently_when_nobody_reads_its_output(command: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", *command], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_another_broken_pipe_is_an_error() -> None:
+    def main() -> int:
+        raise BrokenPipeError("a socket")
+
+    with pytest.raises(BrokenPipeError, match="a socket"):
+        run_command(main)
 
 
 def test_say(capsys: pytest.CaptureFixture[str]) -> None:

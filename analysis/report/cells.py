@@ -8,11 +8,12 @@ from typing import Any
 import pandas as pd
 
 from analysis.runs.table import RunTable
+from harness.terminal import table
 
 
-def cell_rows(table: RunTable) -> list[dict[str, Any]]:
+def cell_rows(runs: RunTable) -> list[dict[str, Any]]:
     """One row per usable run, sorted by architecture, k, n, seed; missing values are None."""
-    frame = table.frame
+    frame = runs.frame
     keys = [name for name in ("sae", "n_experts", "k", "n_latents", "seed") if name in frame]
     if "sae" in frame:
         frame = frame.assign(_order=frame["sae"] != "topk")
@@ -35,38 +36,36 @@ def cell_rows(table: RunTable) -> list[dict[str, Any]]:
                 "wall_s": _plain(row.get("wall_s")),
                 "speed": _plain(row.get("tokens_per_s")),
                 "converged": None if pd.isna(row.get("converged")) else bool(row.get("converged")),
-                "run": str(row[table.roles["run"]]),
+                "run": str(row[runs.roles["run"]]),
             }
         )
     return rows
 
 
-def cell_text(table: RunTable, limit: int = 40) -> str:
-    """The table as aligned text: at most `limit` rows, the number of further rows, and what was left out."""
+def cell_text(runs: RunTable, limit: int = 40) -> str:
+    """The runs as a table for standard output: at most `limit` rows, the number of further ones, what was left out."""
     head = ("sae", "n", "k", "E", "seed", "tokens", "fvu", "±se", "l0", "dead %", "time")
-    lines: list[tuple[str, ...]] = [head]
-    rows = cell_rows(table)
-    for row in rows[:limit]:
-        lines.append(
-            (
-                str(row["sae"]),
-                _cell(row["n"], ",.0f"),
-                _cell(row["k"], "g"),
-                _cell(row["experts"], "g"),
-                _cell(row["seed"], "g"),
-                _cell(row["tokens"], ",.0f"),
-                _cell(row["fvu"], ".4f"),
-                _cell(row["se"], ".4f"),
-                _cell(row["l0"], ".1f"),
-                _cell(None if row["dead"] is None else 100 * row["dead"], ".1f"),
-                _cell(row["wall_s"], ".0f", " s"),
-            )
+    rows = cell_rows(runs)
+    shown = [
+        (
+            str(row["sae"]),
+            _cell(row["n"], ",.0f"),
+            _cell(row["k"], "g"),
+            _cell(row["experts"], "g"),
+            _cell(row["seed"], "g"),
+            _cell(row["tokens"], ",.0f"),
+            _cell(row["fvu"], ".4f"),
+            _cell(row["se"], ".4f"),
+            _cell(row["l0"], ".1f"),
+            _cell(None if row["dead"] is None else 100 * row["dead"], ".1f"),
+            _cell(row["wall_s"], ".0f", " s"),
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        for row in rows[:limit]
+    ]
+    text = [table(head, shown, optional=("time", "dead %", "l0"))]
     if len(rows) > limit:
         text.append(f"… and {len(rows) - limit} more runs (all in the report)")
-    for reason, count in table.excluded["reason"].value_counts().items():
+    for reason, count in runs.excluded["reason"].value_counts().items():
         text.append(f"left out: {count} × {reason}")
     return "\n".join(text)
 

@@ -51,10 +51,9 @@ class Findings:
 
     table: RunTable
     """All usable runs."""
-    compared: RunTable
-    """The runs of one regime (at convergence, or at fixed tokens) at their best learning rate."""
     main: RunTable
-    """The runs of these to which the law is fitted: TopK if there are any."""
+    """The runs to which the law is fitted: of one regime (at convergence, or at fixed tokens), at their best learning
+    rate, and of TopK if there are any."""
     study: Study
     fits: list[tuple[float | None, FitResult]] = field(default_factory=list)
     """(k, fit); k is None for a law in n and k."""
@@ -86,7 +85,7 @@ def gather(directory: Path, law: str | None = None) -> Findings:
     chosen = get(study.law)
     regime = one_regime(table, "auto", lambda part: _fits(part, chosen))
     compared = at_best_rate(regime)
-    findings = Findings(table, compared, first_population(compared, chosen), study)
+    findings = Findings(table, first_population(compared, chosen), study)
     if len(compared) < len(regime):
         findings.rates = best_rates(first_population(regime, chosen))
     _fit_laws(findings, chosen)

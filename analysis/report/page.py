@@ -12,8 +12,8 @@ import pandas as pd
 
 from analysis.fits.result import FitResult
 from analysis.format import interval, number
-from analysis.report.cells import cell_rows, cell_text
-from analysis.report.findings import Comparison, Findings, gather, read_runs
+from analysis.report.cells import cell_rows
+from analysis.report.findings import Comparison, Findings, gather
 from analysis.report.pictures import all_pictures
 from analysis.report.planned import planned_rows
 from analysis.report.words import (
@@ -48,12 +48,6 @@ def write_report(sweep_dir: str | Path, law: str | None = None) -> Path:
     path = directory / "report.html"
     write_text_atomic(path, page)
     return path
-
-
-def summary_table(sweep: str | Path | RunTable, limit: int = 40) -> str:
-    """The cells of a sweep as a short text table, for the terminal."""
-    table = sweep if isinstance(sweep, RunTable) else read_runs(Path(sweep))
-    return cell_text(table, limit)
 
 
 def _context(findings: Findings, directory: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from analysis.questions.convergence import Convergence
 from analysis.questions.learning_rate import BestRates
 from analysis.report.findings import Comparison
 from analysis.runs.table import RunTable
+from harness.terminal import say
 
 Slope = tuple[float, float | None, float | None]
 
@@ -163,9 +163,9 @@ def refuse(result: FitResult, table: RunTable) -> int:
     """1 if a fit was not possible, and the reasons go to stderr; else 0."""
     if result.status is not Status.FAILED:
         return 0
-    print(f"no fit of {result.law.name} to {table.name}:", file=sys.stderr)
+    say(f"no fit of {result.law.name} to {table.name}:")
     for line in [*map(str, result.notes), *left_out(table)]:
-        print(f"  {line}", file=sys.stderr)
+        say(f"  {line}")
     return 1
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 
 from harness.errors import INTERRUPTED
-from harness.terminal import say
+from harness.terminal import run_command, say
 
 
 def run() -> int:
@@ -23,4 +22,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run_command(run)

@@ -20,6 +20,7 @@ from harness.errors import UserError
 from harness.files import write_json_atomic
 from harness.ops import choose_ops
 from harness.process.device import pick_device
+from harness.record.provenance import cpu_name
 from harness.terminal import say, table
 
 REFERENCES = ("bionemo_like", "flashsae_like")
@@ -31,17 +32,10 @@ WORKER = Path(__file__).with_name("peer_worker.py")
 REFERENCE_WORKER = "tests.peers.worker"
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def machine(device: torch.device, threads: int) -> dict[str, Any]:
     """The machine that the numbers were measured on."""
     return {
-        "processor": _processor(),
+        "processor": cpu_name() or platform.machine(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": threads or torch.get_num_threads(),
         "torch": torch.__version__,

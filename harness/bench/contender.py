@@ -23,7 +23,11 @@ class Process:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
         )
-        self._send(json.dumps(task))
+        try:
+            self._send(json.dumps(task))
+        except BaseException:  # `__exit__` is not called then
+            self._process.kill()
+            raise
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None

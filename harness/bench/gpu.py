@@ -70,7 +70,8 @@ GOALS = (
 """For an H100 or H200 in bf16 with float32 Adam states."""
 
 
-def figure(results: dict[str, Any], path: str) -> float | None:
+def figure(results: dict[str, Any], path: str) -> Any:
+    """The figure at `path`, or None if there is none."""
     value: Any = results
     for part in path.split():
         value = value.get(part) if isinstance(value, dict) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import os
@@ -193,9 +194,8 @@ def product_distance(setting: Setting, d: int, n: int, k: int, experts: int, dty
         W, y = (weight.double(), x.double()) if exact else (weight, x)
         own = Codes(codes.values.to(width), codes.index)
         residual, dz, _ = kernels.reconstruct(own, W, y, None, groups)
-        grads = tuple(
-            torch.full(size, torch.nan, device=setting.device, dtype=width) for size in ((n, d), (n, d), (n,))
-        )
+        empty = functools.partial(torch.full, fill_value=torch.nan, device=setting.device, dtype=width)
+        grads = empty((n, d)), empty((n, d)), empty((n,))
         kernels.weight_grads(own, dz, y, residual, groups, grads)
         results.append([residual, dz, *grads])
     return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(*results, strict=True))

@@ -50,6 +50,11 @@ def random_data(shape: Shape, device: torch.device = CPU) -> dict[str, torch.Ten
     return tensors
 
 
+def write_data(shape: Shape, path: Path) -> None:
+    """`random_data` for contenders in other processes."""
+    save_file(random_data(shape), path)
+
+
 def spread(samples: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, middle, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
@@ -89,7 +94,7 @@ def measure(
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         data = Path(folder) / "data.safetensors"
-        save_file(random_data(shape), data)
+        write_data(shape, data)
         task = settings | {"data": str(data), "d": shape.d, "n": shape.n, "k": shape.k, "experts": shape.experts}
         ours = stack.enter_context(Process("ours", [sys.executable, "-m", "harness.bench.ours"], task))
         others = {}

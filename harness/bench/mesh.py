@@ -22,10 +22,10 @@ import torch
 
 from harness.bench.command import machine
 from harness.bench.shapes import Shape, parse_shapes
-from harness.errors import UserError
+from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.files import write_json_atomic
-from harness.places.ranks import rank_environment
-from harness.terminal import say, table
+from harness.places.ranks import end_ranks, rank_environment
+from harness.terminal import run_command, say, table
 
 EXCHANGES_PER_CALL = {"selection": 2}
 """Candidates one way, counts back; every other kind is one all-reduce."""
@@ -49,11 +49,17 @@ def run_mesh(task: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "harness.bench.mesh_rank", json.dumps(task)]
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
-        for rank in range(world):
-            with Path(folder, f"{rank}.out").open("w") as out, Path(folder, f"{rank}.err").open("w") as err:
-                own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                ranks.append(subprocess.Popen(command, env=own, stdout=out, stderr=err))
-        codes = [process.wait() for process in ranks]
+        try:
+            for rank in range(world):
+                with Path(folder, f"{rank}.out").open("w") as out, Path(folder, f"{rank}.err").open("w") as err:
+                    own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    process = subprocess.Popen(
+                        command, env=own, stdin=subprocess.PIPE, stdout=out, stderr=err, process_group=0
+                    )
+                    ranks.append(process)
+            codes = [process.wait() for process in ranks]
+        finally:
+            end_ranks(ranks)
         for rank, code in enumerate(codes):
             if code:
                 lines = Path(folder, f"{rank}.err").read_text().strip().splitlines()
@@ -154,7 +160,10 @@ def main() -> int:
             results += own
     except UserError as error:
         say(f"error: {error}")
-        return 2
+        return WRONG_REQUEST
+    except KeyboardInterrupt:
+        say("interrupted; no file was written")
+        return INTERRUPTED
     if arguments.json:
         about = machine(torch.device(arguments.device), arguments.threads)
         write_json_atomic(arguments.json, {"machine": about, "network": networks, "results": results})
@@ -162,4 +171,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

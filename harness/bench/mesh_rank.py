@@ -22,6 +22,7 @@ from harness.ops import choose_ops
 from harness.parallel import Axis, Kind, Shards
 from harness.parallel.mesh import mesh
 from harness.parallel.probe import Exchange, exchange_seconds
+from harness.places.ranks import end_with_starter
 from harness.process.device import pick_device
 from harness.process.rank import ranks_from_environment
 from harness.process.runtime import Runtime
@@ -146,6 +147,7 @@ def measure(task: dict[str, Any], shards: Shards, device: torch.device) -> dict[
 
 
 def main() -> None:
+    end_with_starter()
     task = json.loads(sys.argv[1])
     if task["threads"]:
         torch.set_num_threads(task["threads"])

@@ -6,6 +6,7 @@ Reads one JSON line with the task, then commands, and answers each with one JSON
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -216,7 +217,11 @@ def peak_bytes(device: torch.device, before: int) -> int:
 
 
 def main() -> None:
-    task = json.loads(sys.stdin.readline())
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently if nobody waits for an answer any more
+    first = sys.stdin.readline()
+    if not first.endswith("\n"):
+        return  # the driver ended before it sent the task
+    task = json.loads(first)
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     before = psutil.Process().memory_info().rss

@@ -16,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import resource
+import signal
 import sys
 import time
 import types
@@ -221,7 +222,11 @@ def main(peers: Mapping[str, Peer] = PEERS) -> None:
     if sys.argv[1:2] == ["missing"]:
         out.write(json.dumps({name: peers[name].missing() for name in sys.argv[2:]}) + "\n")
         return
-    task = json.loads(sys.stdin.readline())
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently if nobody waits for an answer any more
+    first = sys.stdin.readline()
+    if not first.endswith("\n"):
+        return  # the driver ended before it sent the task
+    task = json.loads(first)
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     clock = {"wall": time.perf_counter, "process": time.process_time}[task["clock"]]

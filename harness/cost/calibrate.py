@@ -180,8 +180,11 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
 
     load = os.getloadavg()[0]
     shapes = probes(runs)
-    work = sum(step_flops(run.config, run.store.d_model or 0) * _steps(run) for run in runs) / ASSUMED_FLOPS_PER_S
-    seconds = min(SHAPE_S, CALIBRATION_SHARE * work / len(shapes))
+    flops = sum(
+        step_flops(run.config, run.store.d_model or 0) * budget.total_steps(run.config, run.store.d_model or 1)
+        for run in runs
+    )
+    seconds = min(SHAPE_S, CALIBRATION_SHARE * flops / ASSUMED_FLOPS_PER_S / len(shapes))
     first, d_model = shapes[0]
     calibration.start_s = measure_start(first, d_model, sample_rows(first))
     deadline = time.perf_counter() + MOST_S
@@ -212,10 +215,6 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     others = f" (busy with other work: load {load:.1f})" if load > 0.5 * (os.cpu_count() or 1) else ""
     timed = sum(map(len, calibration.steps.values()))
     return f"{timed} shape{'s' if timed > 1 else ''} timed on {processor}{others}"
-
-
-def _steps(run: Run) -> int:
-    return budget.total_steps(run.config, run.store.d_model or 1)
 
 
 def probes(runs: Iterable[Run]) -> list[tuple[Config, int]]:

@@ -110,7 +110,7 @@ def _time(jobs: Sequence[Job], estimates: Estimates) -> str:
     timed = [(job, seconds) for job in jobs if (seconds := estimates.job_seconds(job)) is not None]
     if not timed:
         return ""
-    hours = sum(seconds * job.ranks for job, seconds in timed) / 3600
+    hours = sum(seconds * job.config.mesh.ranks for job, seconds in timed) / 3600
     total, longest = sum(seconds for _, seconds in timed), max(seconds for _, seconds in timed)
     cluster = jobs[0].config.cluster
     if cluster.name == "local":

@@ -28,6 +28,8 @@ class WandbRun:
     def __init__(self, run_dir: Path, config: Config, mode: str | None = None) -> None:
         """`mode` is that of `wandb.init`; None decides by the environment."""
         mode = mode or chosen_mode()
+        # A parent that used wandb passes on its service, which outlives this process and then still holds the run's id
+        os.environ.pop("WANDB_SERVICE", None)
         # W&B keeps its caches in the home directory by default
         os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir.parent / ".wandb"))
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -89,6 +91,8 @@ def open_live(run_dir: Path, config: Config) -> WandbRun:
         except Exception as error:  # wandb's own errors differ between its versions
             reason = f"({first_line(error)})"
         say_once("unreachable", f"warning: W&B cannot be reached {reason}; recording offline. {how_to_sync}")
+        # at its end wandb would wait ten seconds to report to a server that hangs
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         mode = "offline"
     return WandbRun(run_dir, config, mode)
 
@@ -118,12 +122,14 @@ def server() -> str:
 
 
 def answers(url: str) -> bool:
-    """Whether a server answers, with any status.
+    """Whether a server answers a query, with any status. One that hangs may still answer a plain GET.
 
-    `wandb.init` takes minutes to find that out, and leaves the run's id occupied.
+    `wandb.init` takes longer to find that out, and leaves the run's id occupied: not even offline can it then begin.
     """
+    headers = {"Content-Type": "application/json"}
     try:
-        with urllib.request.urlopen(url, timeout=PROBE_TIMEOUT_S):
+        query = urllib.request.Request(f"{url.rstrip('/')}/graphql", b'{"query": "{viewer {id}}"}', headers)
+        with urllib.request.urlopen(query, timeout=PROBE_TIMEOUT_S):
             return True
     except urllib.error.HTTPError as error:
         error.close()

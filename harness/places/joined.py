@@ -12,11 +12,11 @@ from pathlib import Path
 
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.files import write_json_atomic
-from harness.places.local import describe, outcome_line
+from harness.places.local import describe, ended_meanwhile, outcome_line
 from harness.process.signals import Interrupted
 from harness.process.slurm_task import SlurmTask, slurm_task
 from harness.record.job import Job, freeze_job
-from harness.record.result import FINAL, read_result, set_failure_aside
+from harness.record.result import read_result
 from harness.terminal import say
 
 POLL_S = 0.2
@@ -43,10 +43,7 @@ def announce(out: Path, task: SlurmTask, jobs: Sequence[Job]) -> None:
                 f"{mesh.ranks}; set mesh.dp and mesh.shard, or the number of tasks of srun"
             )
     for job in jobs:
-        for run_dir in freeze_job(job).run_dirs:
-            result = read_result(run_dir)
-            if result is not None and result["status"] not in FINAL:
-                set_failure_aside(run_dir)
+        ended_meanwhile(freeze_job(job))
     _write_list(out, task, [str(job.home) for job in jobs])
 
 

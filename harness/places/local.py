@@ -61,13 +61,9 @@ def run_jobs(jobs: Sequence[Job], ended: Sequence[Run] = ()) -> int:
             return FAILED
     counts = Counter(statuses.values())
     if counts["done"] < len(statuses) or any(run.status != "done" for job in jobs for run in job.runs):
-        say(f"{counts['done']} of {len(statuses)} cells done" + _unlucky(counts))
+        unlucky = "".join(f", {counts[name]} {name}" for name in ("diverged", "failed") if counts[name])
+        say(f"{counts['done']} of {len(statuses)} cells done{unlucky}")
     return 0 if counts["done"] == len(statuses) else FAILED
-
-
-def _unlucky(counts: Counter[str]) -> str:
-    parts = [f", {counts[name]} {name}" for name in ("diverged", "failed") if counts[name]]
-    return "".join(parts)
 
 
 def _run_all(jobs: Sequence[Job], ended: Sequence[Run], sources: dict[str, Any], stop: StopFlag) -> dict[Path, str]:
@@ -113,7 +109,7 @@ def _claimed_run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Pr
     try:
         job = freeze_job(job)
         with claimed(job.run_dirs):
-            statuses = _ended_meanwhile(job)
+            statuses = ended_meanwhile(job)
             unfinished = Job(tuple(run for run in job.runs if run.run_dir not in statuses), job.home)
             return statuses | _train(unfinished, sources, stop, progress) if unfinished.runs else statuses
     except Claimed:
@@ -124,7 +120,7 @@ def _claimed_run(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Pr
         raise
 
 
-def _ended_meanwhile(job: Job) -> dict[Path, str]:
+def ended_meanwhile(job: Job) -> dict[Path, str]:
     """The statuses of runs that ended since the plan was made; failures are set aside, to be tried again."""
     statuses = {}
     for run_dir in job.run_dirs:

@@ -52,7 +52,7 @@ def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag
         try:
             _watch(ranks, logs, stop)
         finally:
-            _end(ranks)
+            end_ranks(ranks)
 
 
 def rank_environment(world: int) -> dict[str, str]:
@@ -61,7 +61,7 @@ def rank_environment(world: int) -> dict[str, str]:
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }
     # otherwise every rank would start a thread per core, and they would wait for each other
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world)))
@@ -69,9 +69,9 @@ def rank_environment(world: int) -> dict[str, str]:
 
 
 def end_with_starter() -> None:
-    """In a rank that `train_on_ranks` started: exit at once when that process has ended.
+    """In a rank: exit at once when the process that started it has ended; standard input ends then.
 
-    That process holds the claims; without them somebody else may train the runs. Standard input ends when it does.
+    The starter of a training holds the claims; without them somebody else may train the runs.
     """
     threading.Thread(target=_leave_at_end_of_input, name="starter", daemon=True).start()
 
@@ -82,9 +82,10 @@ def _leave_at_end_of_input() -> None:
     os._exit(INTERRUPTED)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
@@ -126,7 +127,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
         time.sleep(POLL_S)
 
 
-def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+def end_ranks(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Kill the ranks that still run. Each has a pipe as its standard input."""
     for process in ranks:
         if process.poll() is None:
             process.kill()

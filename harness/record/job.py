@@ -38,10 +38,6 @@ class Job:
         return tuple(run.run_dir for run in self.runs)
 
     @property
-    def ranks(self) -> int:
-        return self.config.mesh.dp * self.config.mesh.shard
-
-    @property
     def checkpoints(self) -> Path:
         return self.home / names.CHECKPOINTS
 
@@ -75,12 +71,14 @@ def freeze_job(job: Job) -> Job:
     if not (job.home / names.PACK).exists():
         job.home.mkdir(parents=True, exist_ok=True)
         write_json_atomic(job.home / names.PACK, {"runs": [run.run_id for run in job.runs]})
-    whole = read_job(job.home)
-    for run in whole.runs:
+    place = {"mesh": job.config.mesh, "cluster": job.config.cluster, "ops": job.config.ops}
+    runs = []
+    for run in read_job(job.home).runs:
         if run.run_dir not in job.run_dirs:
-            place = {"mesh": job.config.mesh, "cluster": job.config.cluster, "ops": job.config.ops}
-            freeze(run.run_dir, dataclasses.replace(run.config, **place))
-    return read_job(job.home)
+            run = dataclasses.replace(run, config=dataclasses.replace(run.config, **place))
+            freeze(run.run_dir, run.config)
+        runs.append(run)
+    return Job(tuple(runs), job.home)
 
 
 def read_job(home: Path) -> Job:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.process.claim import holder
-from harness.record import metrics, names
+from harness.record import names
 from harness.record.attempt import read_ended
-from harness.record.result import FINAL, read_result
+from harness.record.result import read_result
 from harness.record.rundir import attempts, claim_path
 
 STATES = ("failed", "diverged", "running", "preempted", "interrupted", "pending", "done")
@@ -26,10 +26,6 @@ class RunState:
     """Machine of the process that trains it now."""
     ended: dict[str, Any] | None = None
     """How the newest attempt ended, see `attempt.read_ended`; None if it left no record."""
-
-    @property
-    def final(self) -> bool:
-        return self.status in FINAL
 
 
 def state_of(run_dir: Path) -> RunState:
@@ -48,7 +44,3 @@ def state_of(run_dir: Path) -> RunState:
     ended = read_ended(run_dir / names.ATTEMPTS / str(number))
     again = ended is not None and bool(ended.get("requeued"))
     return RunState(run_dir.name, "preempted" if again else "interrupted", None, ended=ended)
-
-
-def newest_metrics(run_dir: Path) -> dict[str, Any]:
-    return metrics.last(run_dir / names.METRICS)

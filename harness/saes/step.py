@@ -85,8 +85,8 @@ def _active(sae: Sae, codes: Codes, k: int, shards: Shards, kind: Kind) -> Codes
 
 
 @dataclass(frozen=True)
-class Forward:
-    """Results of the forward pass that the gradients need, for this rank's own tokens."""
+class Encoded:
+    """Results of the encoder, for this rank's own tokens."""
 
     routing: Routing
     centred: Float[Tensor, "own d"]
@@ -95,6 +95,12 @@ class Forward:
     """The same in the precision of the products."""
     codes: Codes
     """Active latents: values after ReLU."""
+
+
+@dataclass(frozen=True)
+class Forward(Encoded):
+    """Results of the forward pass that the gradients need, for this rank's own tokens."""
+
     residual: Float[Tensor, "own d"]
     """x − x̂."""
     dz: Float[Tensor, "own k"]
@@ -109,18 +115,24 @@ def _reduce(sae: Sae, shards: Shards, kind: Kind) -> Reduce | None:
     return lambda partial: shards.sum_(partial, "shard", kind)
 
 
-def forward(sae: Sae, params: Params, compute: Params, x: Float[Tensor, "tokens d"], runtime: Runtime) -> Forward:
-    """Route, encode, decode: z = ReLU(top_k(W_enc(x − b_dec) + b_enc)), x̂ = scale·W_decᵀz + b_dec."""
+def encode(sae: Sae, params: Params, compute: Params, x: Float[Tensor, "tokens d"], runtime: Runtime) -> Encoded:
+    """Route and encode: z = ReLU(top_k(W_enc(x − b_dec) + b_enc))."""
     shards, ops = runtime.shards, runtime.ops
     routing = route(sae, params, x, shards)
     centred = routing.centred(x, params["b_dec"])
     low = centred.to(compute["W_enc"].dtype)
     codes = ops.select(low, compute["W_enc"], params.get("b_enc"), sae.k, routing.groups)
-    codes = _active(sae, codes, sae.k, shards, "selection")
-    residual, dz, squared = ops.reconstruct(
-        codes, compute["W_dec"], centred, routing.scale, routing.groups, _reduce(sae, shards, "reconstruction")
+    return Encoded(routing, centred, low, _active(sae, codes, sae.k, shards, "selection"))
+
+
+def forward(sae: Sae, params: Params, compute: Params, x: Float[Tensor, "tokens d"], runtime: Runtime) -> Forward:
+    """Encode and decode: x̂ = scale·W_decᵀz + b_dec."""
+    run = encode(sae, params, compute, x, runtime)
+    routing, reduce = run.routing, _reduce(sae, runtime.shards, "reconstruction")
+    residual, dz, squared = runtime.ops.reconstruct(
+        run.codes, compute["W_dec"], run.centred, routing.scale, routing.groups, reduce
     )
-    return Forward(routing, centred, low, codes, residual, dz, squared)
+    return Forward(routing, run.centred, run.low, run.codes, residual, dz, squared)
 
 
 def _scaled(values: Float[Tensor, "own k"], factor: float | Tensor, scale: Float[Tensor, " own"] | None) -> Tensor:

@@ -5,7 +5,7 @@
     x_hat = sae.decode(codes)   # codes may be changed in between, e.g. to ablate a latent
     x_hat = sae.forward(x)      # both, with the same bits
 
-The normaliser is applied and undone inside. The maths is that of the training: `harness.saes.forward` and a kernel set,
+The normaliser is applied and undone inside. The maths is that of the training: `harness.saes.step` and a kernel set,
 without ranks.
 """
 
@@ -29,7 +29,7 @@ from harness.process.runtime import alone
 from harness.record import names
 from harness.saes.normalize import Normalizer, TokenUnits
 from harness.saes.sae import Params, Sae
-from harness.saes.step import forward
+from harness.saes.step import encode
 
 FORMAT = 1
 """Of `sae/config.json`: the one this program reads."""
@@ -139,7 +139,7 @@ class TrainedSae:
         """Active latents of raw rows."""
         x = x.to(self.device, self.dtype)
         runtime = alone(self.device, self.ops)
-        run = forward(self.sae, self.params, self.params, self.normalizer(x, self.dtype), runtime)
+        run = encode(self.sae, self.params, self.params, self.normalizer(x, self.dtype), runtime)
         values, index, gate = run.codes.values, run.codes.index, run.routing.scale
         if run.routing.order is not None:  # sorted by expert: back to the order of x
             place = run.routing.order.argsort()

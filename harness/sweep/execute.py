@@ -41,7 +41,8 @@ def launch(request: Request, *, dry_run: bool = False, wait: bool = False) -> Ou
         task = joined.joined_task()
         if task is not None and not dry_run:
             return _join(request, task)
-        return carry_out(plan_runs(request, dry_run=dry_run), request.about(), dry_run=dry_run, wait=wait)
+        runs = plan_runs(requested_cells(request), dry_run=dry_run)
+        return carry_out(runs, request.about(), dry_run=dry_run, wait=wait)
     except KeyboardInterrupt:
         say("interrupted before anything was trained; the same command begins again")
         return Outcome(INTERRUPTED, ())
@@ -49,13 +50,13 @@ def launch(request: Request, *, dry_run: bool = False, wait: bool = False) -> Ou
 
 def _join(request: Request, task: SlurmTask) -> Outcome:
     """Train as one of the ranks of an `srun` step."""
+    cells = requested_cells(request)
+    out = Path(cells[0].config.out)
     if task.rank != 0:
-        configs = [cell.config for cell in requested_cells(request)]
-        sweep_dirs = tuple(dict.fromkeys(Path(config.out) / config.sweep for config in configs))
-        return Outcome(joined.follow(Path(configs[0].out), task), sweep_dirs)
-    out = Path(requested_cells(request)[0].config.out)
+        sweep_dirs = tuple(dict.fromkeys(Path(cell.config.out) / cell.config.sweep for cell in cells))
+        return Outcome(joined.follow(out, task), sweep_dirs)
     try:
-        runs = plan_runs(request, dry_run=False)
+        runs = plan_runs(cells, dry_run=False)
         estimates = estimate(runs)
         record_intent(request.about(), runs, estimates)
         jobs = cut_into_jobs(unfinished(runs), estimates)

@@ -58,12 +58,11 @@ def _check_machine(cells: Sequence[Cell]) -> None:
             raise UserError(str(error)) from None
 
 
-def plan_runs(request: Request, *, dry_run: bool) -> list[Run]:
-    """The runs of a request, cheap ones first; notes about them go to the terminal. Writes no file.
+def plan_runs(cells: Sequence[Cell], *, dry_run: bool) -> list[Run]:
+    """The runs of requested cells, cheap ones first; notes about them go to the terminal. Writes no file.
 
     Raises `UserError`. In a dry run a store that needs an unreachable hub stays unresolved.
     """
-    cells = requested_cells(request)
     if narrow := narrow_cells(cells):
         shown = listed(narrow)
         say(f"warning: {len(narrow)} of {len(cells)} cells have k > n/(4·experts), few latents to choose from: {shown}")

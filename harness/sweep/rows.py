@@ -9,11 +9,11 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.files import last_line
-from harness.record import names
+from harness.record import metrics, names
 from harness.record.job import pack_sizes, packs_root
 from harness.record.notes import read_notes
 from harness.record.rundir import attempts, read_config
-from harness.record.state import RunState, newest_metrics, state_of
+from harness.record.state import RunState, state_of
 from harness.record.sweepdir import read_plan, read_study, require_sweep
 
 Row = dict[str, Any]
@@ -91,7 +91,7 @@ def _live(run_dir: Path, state: RunState, tokens: float | None) -> dict[str, Any
     """What the metrics of an unfinished run say; `tokens` it will have trained on in the end, if the plan knows."""
     if state.status == "pending":
         return {}
-    newest = newest_metrics(run_dir)
+    newest = metrics.last(run_dir / names.METRICS)
     if newest.get("tokens") and tokens:
         newest["progress"] = min(newest["tokens"] / tokens, 1.0)
     elif newest.get("tokens") and newest.get("flops"):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.report.page import summary_table, write_report
+from analysis.report.cells import cell_text
+from analysis.report.findings import read_runs
+from analysis.report.page import write_report
 from harness.errors import UserError
 from tests.analysis.generate import MINILM_LIKE, sae_nk, write_run, write_sweep
 from tests.analysis.test_plan import degenerate_runs
@@ -130,7 +132,7 @@ def test_names_from_files_are_escaped(tmp_path):
 
 def test_summary_table(tmp_path):
     write_sweep(tmp_path / "quick")
-    text = summary_table(tmp_path / "quick")
+    text = cell_text(read_runs(tmp_path / "quick"))
     assert "left out: 1 × status diverged at step 200" in text
     assert text.splitlines()[0].split() == [
         "sae",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.bench.command import add_comparisons, installed_peers, main, text
+from harness.bench.command import WORKER, add_comparisons, installed_peers, main, text
 from harness.bench.contender import Process
 from harness.bench.flashinfer_topk import VARIABLE, flashinfer_top_k
-from harness.bench.measure import _ask_all, floor_ms, gradient_difference
+from harness.bench.measure import _ask_all, floor_ms, gradient_difference, write_data
 from harness.bench.peer_worker import Peer, sparsify
 from harness.bench.shapes import SHAPES, Shape, parse_shapes
 from harness.errors import UserError
@@ -191,3 +192,29 @@ def test_flashinfer_gives_ties_to_the_smaller_index(dtype: torch.dtype) -> None:
     expected = rows.sort(dim=1, descending=True, stable=True).indices[:, :32]
     assert index.sort(dim=1).values.equal(expected.sort(dim=1).values)
     assert values.equal(rows.gather(1, index))
+
+
+@pytest.mark.parametrize("worker", [["-m", "harness.bench.ours"], [str(WORKER)]], ids=["ours", "peer"])
+@pytest.mark.parametrize("sent", ["", '{"threads": 1, '], ids=["nothing", "half a line"])
+def test_a_contender_ends_silently_if_its_driver_ends_before_the_task(worker: list[str], sent: str) -> None:
+    done = subprocess.run([sys.executable, *worker], input=sent, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_contender_ends_silently_if_its_driver_ends_before_the_answer(tmp_path: Path) -> None:
+    (shape,) = parse_shapes("16x64x4x64")
+    write_data(shape, tmp_path / "data")
+    task = {"data": str(tmp_path / "data"), "device": "cpu", "n": shape.n, "d": shape.d, "k": shape.k, "threads": 1}
+    task |= {"experts": shape.experts, "ops": "auto", "precision": "fp32", "clock": "wall", "dead": 0.0}
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.bench.ours"],
+        input=json.dumps(task) + "\npeak\n",
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.bench.mesh import network_table, parse_meshes, predicted_ms, result_table
@@ -59,3 +62,24 @@ def test_a_shape_that_a_mesh_cannot_cut_is_refused() -> None:
     command = [sys.executable, "-m", "harness.bench.mesh", "--meshes", "1x3", "--shapes", "16x64x4x64"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "16x64x4x64 cannot be cut 1 × 3" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interruption_leaves_no_rank(number: signal.Signals) -> None:
+    """While the ranks take steps that would never end."""
+    command = [sys.executable, "-m", "harness.bench.mesh", "--meshes", "1x2", "--shapes", "16x64x4x64"]
+    command += ["--rounds", str(10**9)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    driver, ranks = psutil.Process(process.pid), []
+    deadline = time.monotonic() + 120
+    while len(ranks) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        ranks = driver.children()
+    assert len(ranks) == 2, "the ranks never started"
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert (process.returncode, printed, errors) == (75, "", "interrupted; no file was written\n")
+    assert not psutil.wait_procs(ranks, timeout=60)[1]

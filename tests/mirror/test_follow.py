@@ -289,6 +289,18 @@ def test_an_unreachable_server_means_offline(
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_a_server_that_hangs_means_offline(
+    run_dir: Path, hanging_server: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", hanging_server)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    train(run_dir)
+    mirror.close(PATIENCE_S)
+    error = capfd.readouterr().err
+    assert error.count(f"W&B cannot be reached at {hanging_server}; recording offline") == error.count("warning") == 1
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+
+
 def test_a_finished_record_can_be_sent_later(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(run_dir, LINES[:10])
     mirror.close(0.1)  # too short to start
@@ -296,6 +308,17 @@ def test_a_finished_record_can_be_sent_later(run_dir: Path, capsys: pytest.Captu
     assert replay.main([str(run_dir)]) == 0
     assert "sent (offline; send it: wandb sync" in capsys.readouterr().out
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_service_of_wandb_in_the_environment_is_not_used(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It belongs to a parent that used wandb, and would hold the run after the mirror has ended."""
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nonexistent/socket")
+    train(run_dir)
+    mirror.close(PATIENCE_S)
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    assert "warning" not in capfd.readouterr().err
 
 
 def test_a_replay_after_an_outage_gives_the_same_points(

@@ -34,7 +34,7 @@ CASES = pytest.mark.parametrize(
 def test_gradients_are_ours(build: Build, shape: Shape, tmp_path: Path) -> None:
     write_data(shape, tmp_path / "data")
     task = SETTINGS | {"data": str(tmp_path / "data"), "d": shape.d, "n": shape.n, "k": shape.k}
-    ours = Contender(task | {"experts": shape.experts})
+    ours = Contender(task | {"experts": shape.experts}, load_file(tmp_path / "data"))
     ours.gradients(ours.ops)
     gradients, _, weight_grads = build(load_file(tmp_path / "data"), shape.k, False)
     for _ in range(2):  # the second time replaces the first

@@ -5,6 +5,7 @@ from typing import ParamSpec, TypeVar
 
 from triton.runtime.jit import JITFunction
 
+__version__: str
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -36,13 +36,10 @@ def live_elements(sweep_dir: Path) -> Iterator[tuple[client.Element, list[str]]]
         yield element, read[element.name][element.index]
 
 
-def wait_for(runs: Sequence[Run]) -> dict[Path, str]:
-    """Wait until no run is queued or running. Returns the status of each."""
-    while True:
-        statuses = {run.run_dir: state_of(run.run_dir).status for run in runs}
-        if all(status in (*FINAL, "failed") for status in statuses.values()):
-            return statuses
-        sweep_dirs = dict.fromkeys(run.run_dir.parent for run in runs)
+def wait_for(runs: Sequence[Run]) -> None:
+    """Wait until no run is queued or running."""
+    sweep_dirs = {run.sweep_dir for run in runs}
+    while not all(state_of(run.run_dir).status in (*FINAL, "failed") for run in runs):
         if not any(True for sweep_dir in sweep_dirs for _ in live_elements(sweep_dir)):
-            return {run.run_dir: state_of(run.run_dir).status for run in runs}
+            return
         time.sleep(POLL_S)

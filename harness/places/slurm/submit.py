@@ -73,7 +73,8 @@ def _submit_sweep(sweep_dir: Path, runs: Sequence[Run], estimates: Estimates, su
     left_out = {run.run_dir for run in (*ended, *elsewhere)} | queued
     todo = [run for run in runs if run.run_dir not in left_out]
     waiting = sum(run.run_dir in queued for run in runs)
-    say(f"{sweep_dir}: {len(runs)} cells, {len(ended)} have ended, {waiting} have a job already" + _trained(elsewhere))
+    outside = f", {len(elsewhere)} are being trained outside Slurm" if elsewhere else ""
+    say(f"{sweep_dir}: {len(runs)} cells, {len(ended)} have ended, {waiting} have a job already{outside}")
     if not todo:
         return
     for run in todo:
@@ -90,10 +91,6 @@ def _submit_sweep(sweep_dir: Path, runs: Sequence[Run], estimates: Estimates, su
         for start in range(0, len(jobs), size):
             part = jobs[start : start + size]
             submitted.append(_submit_array(sweep_dir, part, estimates, harvest))
-
-
-def _trained(elsewhere: Sequence[Run]) -> str:
-    return f", {len(elsewhere)} are being trained outside Slurm" if elsewhere else ""
 
 
 def _drop_unsubmitted(sweep_dir: Path, live: set[str]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from harness.activations.store.paths import is_complete, store_path
 from harness.config import Config, from_container
 from harness.files import last_line, write_json_atomic, write_text_atomic
+from harness.places.ranks import free_port
 from harness.places.slurm import client
 from harness.process.slurm_task import SlurmTask, slurm_task
 from harness.record import names
@@ -77,11 +78,8 @@ def _task() -> SlurmTask:
 
 def _meeting_point(config: Config, task: SlurmTask) -> dict[str, str]:
     """Where ranks find rank 0: the node that runs this is the first of the job."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
     address = config.cluster.master_addr or ("127.0.0.1" if task.nodes == 1 else socket.gethostname())
-    return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
 
 
 def end(directory: Path, index: int, exit_code: int) -> int:
