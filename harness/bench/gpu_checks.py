@@ -170,8 +170,8 @@ def awkward_rows(tokens: int, width: int, device: torch.device) -> Tensor:
 
 
 def stable_top_k(rows: Tensor, k: int) -> Codes:
-    """The k largest by a stable sort: slow, and plainly right."""
-    values, index = rows.float().sort(dim=1, descending=True, stable=True)
+    """The k largest by a stable sort: slow, and plainly right. All NaN are equal, and largest."""
+    values, index = rows.float().nan_to_num(torch.nan, torch.inf, -torch.inf).sort(dim=1, descending=True, stable=True)
     return Codes(values[:, :k], index[:, :k])
 
 

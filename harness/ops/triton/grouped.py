@@ -36,11 +36,10 @@ class Tile(NamedTuple):
     """Steps whose operands are in shared memory or on the way there."""
 
 
-LATENT_PRODUCTS = Tile(128, 128, 64, 8, 3)
-RECONSTRUCTIONS = Tile(128, 128, 64, 8, 3)
-WEIGHT_GRADIENTS = Tile(128, 128, 64, 8, 3)
-"""For bfloat16 with aligned rows. Two such programs share a multiprocessor: one computes while the other one starts or
-stores."""
+LATENT_PRODUCTS = Tile(128, 256, 64, 8, 4)
+RECONSTRUCTIONS = Tile(128, 256, 64, 8, 4)
+WEIGHT_GRADIENTS = Tile(128, 256, 64, 8, 4)
+"""For bfloat16 with aligned rows: the fastest of twelve on an H200 (docs/lab-log.md)."""
 
 EXACT = Tile(64, 64, 256, 4, 1) if INTERPRETED else Tile(64, 64, 32, 4, 3)
 """For float32 and for rows that are not aligned, both of which need more registers; and in the interpreter."""
@@ -48,8 +47,9 @@ EXACT = Tile(64, 64, 256, 4, 1) if INTERPRETED else Tile(64, 64, 32, 4, 3)
 TOGETHER = 8
 """Tiles of rows whose programs are neighbours."""
 
-DESCRIPTORS = False
-"""Whether Hopper's copy engine (TMA) loads the operands, where their rows are aligned."""
+DESCRIPTORS = True
+"""Whether Hopper's copy engine (TMA) loads the operands, where their rows are aligned. Not for the gradients, which
+are faster without it."""
 
 PRECISION = "ieee" if INTERPRETED else "tf32x3"
 """Of float32 products. Three products of the matrix units are as exact as float32 and faster than its own units."""
@@ -57,7 +57,7 @@ PRECISION = "ieee" if INTERPRETED else "tf32x3"
 ALIGNMENT = 64
 """Row strides are multiples of this many numbers."""
 
-SUM_STEP, SUM_COLUMNS = 64, 64
+SUM_STEP, SUM_COLUMNS = 128, 32
 """Rows and columns that a program of the column sums reads at a time."""
 
 
@@ -118,6 +118,18 @@ def _product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], out: Float[Tensor
         out.copy_(a.float() @ b.float())
 
 
+def _with_rows(weight: Float[Tensor, "rows ..."], rows: int) -> Float[Tensor, "more ..."]:
+    """`weight` with zeros up to `rows` rows."""
+    more = torch.zeros((rows, *weight.shape[1:]), dtype=weight.dtype, device=weight.device)
+    more[: len(weight)] = weight
+    return more
+
+
+def _wide(matrix: Float[Tensor, "rows width"]) -> Float[Tensor, "rows stride"]:
+    """The matrix with what lies between its rows: cuBLAS is several times slower at unaligned widths."""
+    return matrix.as_strided((len(matrix), matrix.stride(0)), (matrix.stride(0), 1))
+
+
 def _token_tiles(tokens: int, groups: int, tile: int) -> int:
     """At least as many tiles as any division of the tokens into groups needs."""
     return tiles(tokens, tile) + groups
@@ -134,6 +146,9 @@ def latent_products(
     """out[t, c] = x_t · weight[first latent of t's group + c] (+ bias), for c below the group's width; the rest of a
     row of `out`, up to its stride, is undefined."""
     groups, (tokens, d) = len(row_starts) - 1, x.shape
+    if groups == 1 and len(weight) < out.stride(0) == padded(len(weight)):
+        out = _wide(out)
+        weight, bias = _with_rows(weight, out.shape[1]), None if bias is None else _with_rows(bias, out.shape[1])
     if groups == 1 and bias is not None and out.dtype is x.dtype:
         torch.addmm(bias, x, weight.T, out=out)
         return
@@ -163,7 +178,7 @@ def reconstructions(
     a row of `z`, up to its stride, is 0."""
     groups, (tokens, d) = len(row_starts) - 1, out.shape
     if groups == 1:
-        _product(z, weight, out)
+        _product(_wide(z), _with_rows(weight, z.stride(0)) if len(weight) < z.stride(0) else weight, out)
         return
     tile, stride = _tile(RECONSTRUCTIONS, z, weight), z.stride(0)
     across = tiles(d, tile.columns)
@@ -191,22 +206,22 @@ def weight_gradients(
     order; 0 for latents of groups without tokens. With `add` they are added to `out` and `sums`."""
     groups, d = len(row_starts) - 1, y.shape[1]
     if groups == 1:
-        product = torch.empty_like(out) if add else out
+        z = _wide(z)
+        product = torch.empty((z.shape[1], d), device=out.device) if add or len(out) < z.shape[1] else out
         _product(z.T, y, product)
         if add:
-            out += product
+            out += product[: len(out)]
+        elif product is not out:
+            out.copy_(product[: len(out)])
         if sums is not None:
-            own = z.sum(dim=0, dtype=torch.float32)
+            own = z.sum(dim=0, dtype=torch.float32)[: len(sums)]
             sums.copy_(sums + own if add else own)
         return
     tile, stride = _tile(WEIGHT_GRADIENTS, z, y), z.stride(0)
     down, across = tiles(z.shape[1], tile.rows), tiles(d, tile.columns)
-    operands, described = (z, y), _describable(z, y)
-    if described:
-        operands = _described(z, tile.step, tile.rows), _described(y, tile.step, tile.columns)
     gradient_kernel[(groups * down * across,)](
-        *operands, out, token_offsets, row_starts, d, stride, down, across,
-        ADD=add, DESCRIBED=described, EVEN=stride % tile.rows == 0, WHOLE=d % tile.columns == 0,
+        z, y, out, token_offsets, row_starts, d, stride, down, across,
+        ADD=add, EVEN=stride % tile.rows == 0, WHOLE=d % tile.columns == 0,
         **_constants(z.dtype, tile),
     )  # fmt: skip
     if sums is not None:

@@ -136,12 +136,11 @@ def reconstruction_kernel(
 def gradient_kernel(
     z: tl.tensor, y: tl.tensor, out: tl.tensor, token_offsets: tl.tensor, row_offsets: tl.tensor,
     d: tl.tensor, stride: tl.tensor, down: tl.tensor, across: tl.tensor,
-    ADD: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+    ADD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ) -> None:  # fmt: skip
     """out_c = Σ_t z[t, c]·y_t over the tokens t of the group of latent c, in a fixed order; with `ADD` out_c += it.
-    `EVEN`: the stride of z is a multiple of `ROWS`. `WHOLE`: d is a multiple of `COLUMNS`. `DESCRIBED`: z and y are
-    tensor descriptors."""
+    `EVEN`: the stride of z is a multiple of `ROWS`. `WHOLE`: d is a multiple of `COLUMNS`."""
     group = tl.program_id(0) // (down * across)
     tile, column_tile = _place(tl.program_id(0) % (down * across), down * across, across, TOGETHER)
     row = tl.load(row_offsets + group)
@@ -153,33 +152,19 @@ def gradient_kernel(
         column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         part = tl.arange(0, STEP)
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-        if DESCRIBED:
-            # only the last step can hold tokens of the next group
-            last = first + (end - first) // STEP * STEP
-            for begin in range(first, last, STEP):
-                left = _wide(z.load([begin, tile * ROWS]), UPCAST)
-                right = _wide(y.load([begin, column_tile * COLUMNS]), UPCAST)
-                sums = tl.dot(left.T, right, sums, input_precision=PRECISION)
-            if last < end:
-                left = _wide(z.load([last, tile * ROWS]), UPCAST)
-                right = _wide(y.load([last, column_tile * COLUMNS]), UPCAST)
-                left = tl.where((last + part < end)[:, None], left, 0.0).to(left.dtype)
-                right = tl.where((last + part < end)[:, None], right, 0.0).to(right.dtype)
-                sums = tl.dot(left.T, right, sums, input_precision=PRECISION)
-        else:
-            token = (first + part).to(tl.int64)
-            left_at = z + token[None, :] * stride + latent[:, None]
-            right_at = y + token[:, None] * d + column[None, :]
-            left_ahead, right_ahead = STEP * stride, STEP * d
-            for begin in range(first, end, STEP):
-                has_token = part < end - begin
-                mask = has_token[None, :]
-                left = _load(left_at, mask if EVEN else mask & (latent < stride)[:, None], False, UPCAST)
-                mask = has_token[:, None]
-                right = _load(right_at, mask if WHOLE else mask & (column < d)[None, :], False, UPCAST)
-                sums = tl.dot(left, right, sums, input_precision=PRECISION)
-                left_at += left_ahead
-                right_at += right_ahead
+        token = (first + part).to(tl.int64)
+        left_at = z + token[None, :] * stride + latent[:, None]
+        right_at = y + token[:, None] * d + column[None, :]
+        left_ahead, right_ahead = STEP * stride, STEP * d
+        for begin in range(first, end, STEP):
+            has_token = part < end - begin
+            mask = has_token[None, :]
+            left = _load(left_at, mask if EVEN else mask & (latent < stride)[:, None], False, UPCAST)
+            mask = has_token[:, None]
+            right = _load(right_at, mask if WHOLE else mask & (column < d)[None, :], False, UPCAST)
+            sums = tl.dot(left, right, sums, input_precision=PRECISION)
+            left_at += left_ahead
+            right_at += right_ahead
         at = out + (row + latent).to(tl.int64)[:, None] * d + column[None, :]
         mask = (latent < width)[:, None] & (column < d)[None, :]
         if ADD:

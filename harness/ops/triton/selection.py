@@ -34,6 +34,8 @@ MOST_KEYS = 1 << 13
 PROGRAM_KEYS = (1 << 14) if INTERPRETED else 512
 """Elements that a program picks from, if rows are short."""
 KEYS_PER_WARP, MOST_WARPS = 256, 16
+MOST_LANES = 1 << 11
+"""Of rows with fewer than 256 active latents."""
 MOST_NUMBERS, BLOCK = 1 << 14, 8
 """Numbers that one program loads at a time, and those of one lane, which are neighbours: 16 bytes of bfloat16, what a
 thread loads at once."""
@@ -61,7 +63,7 @@ def layout(width: int, k: int) -> Layout:
     slots, whole = power_of_2(k), power_of_2(max(16, width))
     if whole <= min(MOST_KEYS, max(SHORT, WHOLE_PER_K * slots)):
         return Layout(whole, 1, 1, 1)
-    lanes = min(power_of_2(max(16, 4 * k, math.sqrt(width * k))), MOST_KEYS)
+    lanes = min(power_of_2(max(16, 4 * k, math.sqrt(width * k))), max(MOST_LANES, 16 * slots), MOST_KEYS)
     block = min(BLOCK, MOST_NUMBERS // lanes)
     lanes = min(lanes, whole // block)
     chunks = tiles(width, lanes * block)
@@ -103,14 +105,14 @@ def select_rows(
         launch(whole_kernel, cut.lanes, 1, bits, widths, winners, *sizes, LANES=cut.lanes, **number)
     else:
         chosen = torch.empty((tokens, cut.segments, k), dtype=torch.int32, device=z.device)
+        least = torch.empty((tokens, cut.segments), dtype=torch.int32, device=z.device)
         shared = bits, widths, chosen, winners, *sizes, cut.segment_width
         shape = {"LANES": cut.lanes, "BLOCK": cut.block, **number}
-        launch(
-            lanes_kernel, cut.lanes * max(1, cut.block // 4), cut.segments, *shared, **shape, INTERPRETED=INTERPRETED
-        )
+        at_a_time = min(MOST_KEYS // 4 if cut.block == BLOCK else MOST_KEYS, cut.lanes * cut.block // 4)
+        launch(lanes_kernel, at_a_time, cut.segments, *shared, least, **shape, INTERPRETED=INTERPRETED)
         chunks = power_of_2(cut.chunks)
         tile = slots * chunks * cut.block
-        launch(candidates_kernel, tile, cut.segments, *shared, **shape, SLOTS=slots, CHUNKS=chunks)
+        launch(candidates_kernel, tile, cut.segments, *shared, least, **shape, SLOTS=slots, CHUNKS=chunks)
     winners = _merged(winners, cut, launch, widths, index_bits)
     launch(order_kernel, slots, 1, bits, widths, firsts, winners, *out, *sizes, **number, SLOTS=slots, ORDERED=ordered)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOWEST: tl.constexpr = tl.constexpr(-(1 << 31) + (1 << 16))
+"""An order below that of every number, and above the lowest int32 after a shift by 16 too."""
+
 
 @triton.jit
 def _order(bits: tl.tensor) -> tl.tensor:
@@ -36,17 +39,19 @@ def _key(order: tl.tensor, index: tl.tensor, INDEX_BITS: tl.constexpr) -> tl.ten
 
 @triton.jit
 def _pick(
-    order: tl.tensor, index: tl.tensor, wanted: tl.tensor, SHIFT: tl.constexpr, INDEX_BITS: tl.constexpr
-) -> tl.tensor:
+    order: tl.tensor, index: tl.tensor, wanted: tl.tensor, least: tl.tensor, SHIFT: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Marks the `wanted` largest elements of each row, among equal ones those of lowest index; all if there are fewer.
+    Returns the marks, and the smallest order that is picked.
 
-    The lowest int32 is no element. Two bisections: for the smallest order that is picked, whose lowest `SHIFT` bits are
-    zero, and for the largest index among those of that order.
+    `least`: an order that at least `wanted` elements reach, or all if there are fewer. The lowest int32 is no element.
+    Two bisections: for the smallest order that is picked, whose lowest `SHIFT` bits are zero, and for the largest index
+    among those of that order.
     """
-    none: tl.constexpr = -(1 << (31 - SHIFT))
     order = order >> SHIFT
-    low, high = tl.min(order, axis=1) * 0 + (none + 1), tl.max(order, axis=1) + 1
-    count = tl.sum((order > none).to(tl.int32), axis=1)
+    low, high = least >> SHIFT, tl.max(order, axis=1) + 1
+    count = tl.sum((order >= low[:, None]).to(tl.int32), axis=1)
     searching = (count > wanted) & (low + 1 < high)
     while tl.max(searching.to(tl.int32), axis=0) > 0:
         middle = (low & high) + ((low ^ high) >> 1)
@@ -67,7 +72,7 @@ def _pick(
         end = tl.where(searching & enough, middle, end)
         count = tl.where(searching & enough, reached, count)
         first = tl.where(searching & (reached < wanted), middle + 1, first)
-    return (order > none) & ((order > low[:, None]) | (equal & (index <= end[:, None])))
+    return (order > low[:, None]) | (equal & (index <= end[:, None])), low << SHIFT
 
 
 @triton.jit
@@ -90,7 +95,7 @@ def _maxima(bits: tl.tensor, VALUE_BITS: tl.constexpr, INTERPRETED: tl.constexpr
 @triton.jit
 def lanes_kernel(
     z: tl.tensor, widths: tl.tensor, chosen: tl.tensor, winners: tl.tensor, tokens: tl.tensor, stride: tl.tensor,
-    k: tl.tensor, size: tl.tensor,
+    k: tl.tensor, size: tl.tensor, least: tl.tensor,
     ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -121,9 +126,11 @@ def lanes_kernel(
         better = started & (order > best)
         best = tl.where(better, order, best)
         best_chunk = tl.where(better, chunk, best_chunk)
-    picked = _pick(best, best_chunk * LANES + lane[None, :], tl.minimum(width, k), 32 - VALUE_BITS, INDEX_BITS)
-    place = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1))[:, None] * k
-    place += tl.cumsum(picked.to(tl.int32), axis=1) - 1
+    block = best_chunk * LANES + lane[None, :]
+    picked, smallest = _pick(best, block, tl.minimum(width, k), width * 0 + LOWEST, 32 - VALUE_BITS, INDEX_BITS)
+    place = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(least + place, smallest, mask=row < tokens)
+    place = place[:, None] * k + tl.cumsum(picked.to(tl.int32), axis=1) - 1
     tl.store(chosen + place, tl.broadcast_to(lane[None, :], [ROWS, LANES]), mask=picked)
 
 
@@ -151,14 +158,15 @@ def whole_kernel(
     bits = tl.load(z + row.to(tl.int64)[:, None] * stride + column, mask=inside, other=0)
     order = tl.where(inside, _order(_bits(bits, VALUE_BITS)), -(1 << 31))
     index = tl.broadcast_to(column, [ROWS, LANES])
-    picked = _pick(order, index, tl.minimum(width, k), 32 - VALUE_BITS, INDEX_BITS)
+    lowest = width * 0 + LOWEST
+    picked, _ = _pick(order, index, tl.minimum(width, k), lowest, 32 - VALUE_BITS, INDEX_BITS)
     _store_winners(winners, row, k, picked, order, index, INDEX_BITS)
 
 
 @triton.jit
 def candidates_kernel(
     z: tl.tensor, widths: tl.tensor, chosen: tl.tensor, winners: tl.tensor, tokens: tl.tensor, stride: tl.tensor,
-    k: tl.tensor, size: tl.tensor,
+    k: tl.tensor, size: tl.tensor, least: tl.tensor,
     ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, VALUE_BITS: tl.constexpr, INDEX_BITS: tl.constexpr,
     SLOTS: tl.constexpr, CHUNKS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -175,7 +183,10 @@ def candidates_kernel(
     inside = filled & (column < width[:, None])
     bits = tl.load(z + row.to(tl.int64)[:, None] * stride + first + column, mask=inside, other=0)
     order = tl.where(inside, _order(_bits(bits, VALUE_BITS)), -(1 << 31))
-    picked = _pick(order, first + column, tl.minimum(width, k), 32 - VALUE_BITS, INDEX_BITS)
+    at = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    # k lanes have an element that large, so k candidates have
+    floor = tl.load(least + at, mask=row < tokens, other=LOWEST)
+    picked, _ = _pick(order, first + column, tl.minimum(width, k), floor, 32 - VALUE_BITS, INDEX_BITS)
     _store_winners(winners, row, k, picked, order, first + column, INDEX_BITS)
 
 
@@ -198,7 +209,7 @@ def merge_kernel(
     wanted = tl.minimum(_in_segment(widths, row, tokens, tl.program_id(1) * MOST * size, MOST * size), k)
     order = tl.where(filled, (key >> INDEX_BITS) - (1 << 31), -(1 << 31)).to(tl.int32)
     index = ((1 << INDEX_BITS) - 1 - (key & ((1 << INDEX_BITS) - 1))).to(tl.int32)
-    picked = _pick(order, index, wanted, 0, INDEX_BITS)
+    picked, _ = _pick(order, index, wanted, wanted * 0 + LOWEST, 0, INDEX_BITS)
     _store_winners(merged, row, k, picked, order, index, INDEX_BITS)
 
 
