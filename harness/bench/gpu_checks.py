@@ -383,6 +383,9 @@ def peers(setting: Setting) -> None:
     found = {} if setting.dry else installed_peers(Path(sys.executable), names)
     setting.record("peers.compared", sorted(found))
     settings = {"precision": "bf16", "ops": "triton", "device": "cuda", "threads": 0, "clock": "wall", "dead": 0.0}
+    if "bionemo_like" in found:
+        moe = measure(setting.shape("S3-E8"), {"bionemo_like": found["bionemo_like"]}, settings, 5)
+        setting.record("peers.bionemo_like_moe", moe["peers"])
     for name, command in found.items():
         setting.record(f"peers.{name}", measure(setting.shape("S1"), {name: command}, settings, 5)["peers"])
 

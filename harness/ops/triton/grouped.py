@@ -41,6 +41,9 @@ RECONSTRUCTIONS = Tile(128, 256, 64, 8, 4)
 WEIGHT_GRADIENTS = Tile(128, 256, 64, 8, 4)
 """For bfloat16 with aligned rows: the fastest of twelve on an H200 (docs/lab-log.md)."""
 
+ADDED_GRADIENTS = Tile(128, 128, 64, 8, 3)
+"""The same where gradients are added to others, which needs more registers."""
+
 EXACT = Tile(64, 64, 256, 4, 1) if INTERPRETED else Tile(64, 64, 32, 4, 3)
 """For float32 and for rows that are not aligned, both of which need more registers; and in the interpreter."""
 
@@ -217,7 +220,7 @@ def weight_gradients(
             own = z.sum(dim=0, dtype=torch.float32)[: len(sums)]
             sums.copy_(sums + own if add else own)
         return
-    tile, stride = _tile(WEIGHT_GRADIENTS, z, y), z.stride(0)
+    tile, stride = _tile(ADDED_GRADIENTS if add else WEIGHT_GRADIENTS, z, y), z.stride(0)
     down, across = tiles(z.shape[1], tile.rows), tiles(d, tile.columns)
     gradient_kernel[(groups * down * across,)](
         z, y, out, token_offsets, row_starts, d, stride, down, across,
