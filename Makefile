@@ -25,7 +25,7 @@ READY := .venv/.installed
 SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep report status notebook test test-all check bench bench-analysis bench-peers slurm-up slurm-down
+.PHONY: help setup sweep report status notebook test test-all check bench bench-analysis bench-peers gpu-check slurm-up slurm-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ check: $(READY) ## formatting, lint, types
 
 bench: $(READY) ## the training step by part, beside its floor and the peers (SHAPES)
 	@$(PY) -m harness.bench --shapes "$(SHAPES)" $(ARGS)
+
+gpu-check: $(READY) ## prove the GPU path in ten minutes; figures in OUT/gpu-check
+	@$(PY) -m harness.bench.gpu --out "$(OUT)/gpu-check" $(ARGS)
 
 slurm-up: $(READY) ## start a Slurm of two nodes on this machine, print the line that makes a shell use it (SLURM_DIR)
 	@$(PY) -m dev.slurm.cluster up "$(SLURM_DIR)"

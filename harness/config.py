@@ -247,8 +247,8 @@ class TrainConfig:
     adam_eps: float = 6.25e-10
     """Adam: ε in the denominator."""
     cuda_graph: bool = _service(False)
-    """Replay the step as a CUDA graph while no latent is dead. Meant for small SAEs, whose kernels take less time
-    to run than to launch. Needs one process and ops=triton. Not measured yet."""
+    """Replay the step as a CUDA graph while no latent is dead. For small batches, whose kernels take less time to run
+    than to launch: docs/performance.md has figures. Needs one process and ops=triton."""
     ema: float = 0.0
     """Decay of the exponential moving average of the weights (bias-corrected); 0: no average. If there is an average,
     it is evaluated and saved instead of the weights."""

@@ -183,8 +183,11 @@ def copied_ahead(batches: Iterator[Tensor], device: torch.device) -> Iterator[Te
         rows = next(batches, None)
         if rows is None:
             return None
+        copied = torch.cuda.Event()
         with torch.cuda.stream(copying):
-            return rows.to(device, non_blocking=True), copying.record_event()
+            rows = rows.to(device, non_blocking=True)
+            copied.record(copying)
+        return rows, copied
 
     ahead = copy()
     while ahead is not None:

@@ -47,9 +47,9 @@ class Goal:
 
 
 GOALS = (
-    Goal("share of floor S1, %", "shapes S1 graph_pct_of_floor", 60),
-    Goal("share of floor S1-131072, %", "shapes S1-131072 graph_pct_of_floor", 65),
-    Goal("share of floor S2, %", "shapes S2 graph_pct_of_floor", 75),
+    Goal("share of floor S1, %", "shapes S1 pct_of_floor", 60),
+    Goal("share of floor S1-131072, %", "shapes S1-131072 pct_of_floor", 65),
+    Goal("share of floor S2, %", "shapes S2 pct_of_floor", 75),
     Goal("selection S1, share of copy bandwidth, %", "selection S1 gaussian pct_of_copy", 70),
     Goal("selection S2, share of copy bandwidth, %", "selection S2 gaussian pct_of_copy", 70),
     Goal("selection S1, Gaussian rows / FlashInfer", "selection S1 gaussian over_flashinfer", 1.5),
@@ -184,7 +184,7 @@ def main() -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m harness.bench.gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after this time")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help="for gpu.json and logs")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), metavar="DIR", help="for gpu.json and logs")
     parser.add_argument("--checks", default=",".join(LIMITS_S), help="which checks, in this order")
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU, kernels in Triton's interpreter")
     arguments = parser.parse_args()

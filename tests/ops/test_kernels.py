@@ -330,3 +330,9 @@ def test_kernels_compile_where_nothing_can_be_cached() -> None:
     namespace: dict = {}
     exec("def double(x):\n    return 2 * x\n", namespace)  # no file, so no place for a cache
     assert compiled(namespace["double"])(21) == 42
+
+
+@pytest.mark.parametrize("offsets", [(0, 7), (0, 4, 8, 12), (0, 3, 3, 10), (0, 0, 5), (0, 0)])
+def test_groups_know_where_they_begin_on_the_device(offsets: tuple[int, ...]) -> None:
+    starts = Groups(torch.zeros(len(offsets), dtype=torch.int64), offsets).row_starts
+    assert starts.tolist() == list(offsets) and starts.dtype is torch.int32
