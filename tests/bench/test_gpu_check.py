@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.bench import gpu
-from harness.bench.gpu import GOALS, LIMITS_S, Figures, judged, time_limit, wrong
+from harness.bench.gpu.__main__ import GOALS, LIMITS_S, Figures, judged, time_limit, wrong
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -83,6 +82,6 @@ def test_a_check_is_stopped_in_time() -> None:
 
 
 def test_checks_have_functions() -> None:
-    from harness.bench import gpu_checks
+    from harness.bench.gpu import checks
 
-    assert all(callable(getattr(gpu_checks, name)) for name in gpu.LIMITS_S)
+    assert all(callable(getattr(checks, name)) for name in LIMITS_S)

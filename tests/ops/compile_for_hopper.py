@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from harness.bench.gpu_checks import EXTREMES
+from harness.bench.gpu.kernels import EXTREMES
 from harness.ops import AdamState, Codes, Hyper
 from tests.ops.test_kernels import even_groups
 

@@ -33,7 +33,7 @@ LIMITS_S = {
     "sweep": 120,
     "kernels": 150,
 }
-"""The checks (functions of `gpu_checks`) in their order, and how long each may take, in seconds. The tests of the
+"""The checks (functions of `checks`) in their order, and how long each may take, in seconds. The tests of the
 kernels come last: compiling their many small sizes takes longest."""
 
 
@@ -159,10 +159,11 @@ def run_checks(names: list[str], figures: Figures, dry: bool, out: Path, deadlin
     """Every check within its own limit and the deadline; what one raises does not stop the next."""
     import torch
 
-    from harness.bench import gpu_checks
+    from harness.bench.gpu import checks
+    from harness.bench.gpu.setting import Setting
     from harness.process.device import pick_device
 
-    setting = gpu_checks.Setting(pick_device("cpu" if dry else "cuda"), dry, out, figures.record)
+    setting = Setting(pick_device("cpu" if dry else "cuda"), dry, out, figures.record)
     torch.manual_seed(0)
     for name in names:
         left = deadline - time.monotonic()
@@ -172,7 +173,7 @@ def run_checks(names: list[str], figures: Figures, dry: bool, out: Path, deadlin
             continue
         try:
             with time_limit(min(left, LIMITS_S[name])):
-                getattr(gpu_checks, name)(setting)
+                getattr(checks, name)(setting)
         except Exception as error:
             lines = str(error).splitlines() or [""]
             figures.record(f"errors.{name}", f"{type(error).__name__}: {lines[0]}")

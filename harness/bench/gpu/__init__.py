@@ -1,0 +1,1 @@
+"""`python -m harness.bench.gpu`: proves the GPU path in ten minutes."""
