@@ -427,6 +427,25 @@ class TrackerConfig:
         _one_of("tracker", self.name, ("wandb", "tensorboard", "trackio", "none"))
 
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def _check_values(section: Any, where: str) -> None:
+    """Raises `ValueError` for a number that is not finite and for a text with control characters.
+
+    Such a text could end a line of a job script or of the record; `cluster.setup` is lines of a script.
+    """
+    for name, value in vars(section).items():
+        key = f"{where}{name}"
+        if dataclasses.is_dataclass(value):
+            _check_values(value, f"{key}.")
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            _require(not isinstance(item, float) or math.isfinite(item), f"{key}={item} must be a finite number")
+            plain = not isinstance(item, str) or not CONTROL.search(item) or key == "cluster.setup"
+            _require(plain, f"{key}={item!r} has control characters, such as a line break; remove them")
+
+
 @dataclass
 class Config:
     """One cell: the complete configuration of one run."""
@@ -465,6 +484,7 @@ class Config:
                 f"choose a mesh.dp that divides it",
             )
         _one_of("ops", self.ops, ("auto", "reference", "cpu", "triton"))
+        _check_values(self, "")
 
 
 def from_container(container: Any) -> Config:

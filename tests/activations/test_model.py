@@ -1,5 +1,8 @@
 import dataclasses
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +149,41 @@ def test_a_directory_without_a_model_or_with_a_damaged_one(tmp_path: Path, model
     with pytest.raises(UserError, match=r"cannot load the model of .*damaged") as caught:
         load(damaged, 0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["config", "tokenizer"])
+def test_code_from_the_model_s_files_never_runs_and_nobody_is_asked(tmp_path: Path, what: str) -> None:
+    model, planted = tmp_path / "model", tmp_path / "planted"
+    model.mkdir()
+    code = f"import pathlib\npathlib.Path({str(planted)!r}).touch()\nclass Planted: ...\n"
+    (model / "planted.py").write_text(code)
+    name = {"config": "AutoConfig", "tokenizer": "AutoTokenizer"}[what]
+    reference: object = "planted.Planted" if what == "config" else ["planted.Planted", None]
+    settings = {"model_type": "planted", "hidden_size": 16, "auto_map": {name: reference}}
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["planted.Planted", None]}}))
+    (model / "model.safetensors").write_bytes(b"")
+    script = f"""
+import sys
+from harness.activations.lm.location import locate
+from harness.activations.lm.model import load_model, load_tokenizer
+from harness.config import ActivationsConfig
+from harness.errors import UserError
+import torch
+cfg = ActivationsConfig(model={str(model)!r}, layer=0)
+for load in (lambda: load_model(cfg, locate(cfg), "fp32", torch.device("cpu")), lambda: load_tokenizer(locate(cfg))):
+    try:
+        load()
+    except UserError as error:
+        print(error)
+    else:
+        print("loaded")
+"""
+    done = subprocess.run([sys.executable, "-c", script], input="y\ny\ny\n", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(line.startswith("cannot load the ") for line in lines), done.stdout
+    assert not planted.exists()
 
 
 def test_weights_that_are_missing_before_the_hook_are_refused(tmp_path: Path) -> None:

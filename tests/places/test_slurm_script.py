@@ -68,3 +68,10 @@ def test_the_signal_leaves_time_for_two_saves_but_not_the_whole_limit() -> None:
     assert lead_s(ClusterConfig(name="slurm", time="4:00:00"), 5e9) == 160
     assert lead_s(ClusterConfig(name="slurm", time="4:00:00", lead_s=300), 5e9) == 300
     assert lead_s(ClusterConfig(name="slurm", time="1"), 5e9) == 30
+
+
+def test_a_line_break_in_the_comment_is_no_command(tmp_path: Path) -> None:
+    cluster = ClusterConfig(name="slurm")
+    text = job_script(tmp_path, cluster, MeshConfig(), 1, 90, harvest=False, about="x\ntouch planted\r\u2028y")
+    assert "# x?touch planted??y\n" in text
+    assert not [line for line in text.splitlines() if line.startswith("touch")]

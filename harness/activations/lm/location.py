@@ -76,7 +76,8 @@ def model_width(cfg: ActivationsConfig) -> int:
                 return settings[name]
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(location.source, revision=location.commit or None).hidden_size
+    revision = location.commit or None
+    return AutoConfig.from_pretrained(location.source, revision=revision, trust_remote_code=False).hidden_size
 
 
 def needs_hub(cfg: ActivationsConfig) -> bool:

@@ -167,9 +167,11 @@ def _runs(key: str, blocks: str, layer: int) -> bool:
 
 
 def _where(location: Location) -> dict[str, Any]:
+    # unless told, transformers asks on standard input whether to run code from the model's files
+    safely = {"trust_remote_code": False}
     if location.is_local:
-        return {"local_files_only": True}
-    return {"revision": location.commit, "local_files_only": not online()}
+        return {"local_files_only": True, **safely}
+    return {"revision": location.commit, "local_files_only": not online(), **safely}
 
 
 @contextmanager
@@ -185,4 +187,8 @@ def _loading(location: Location, what: str) -> Iterator[None]:
         if not location.is_local and isinstance(error, HUB_ERRORS) and not online():
             raise unreachable(f"the {what} of {location.source!r}", error) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it needs Python code from the model's own files, which is never run; choose a built-in architecture"
+            )
         raise UserError(f"cannot load the {what} of {location.source}: {reason}") from error

@@ -64,7 +64,8 @@ def job_script(
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {shlex.quote(flag)}" for flag in flags),
-        f"# {about}",
+        # a line break would make a command of what follows it
+        "# " + "".join(character if character.isprintable() else "?" for character in about),
         "",
         # jobs start in the directory of the command that submitted them
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
