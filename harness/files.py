@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,9 +55,20 @@ def write_text_atomic(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def representable(value: Any) -> Any:
+    """`value` with None for every NaN and infinity, which JSON does not have: they must not end a run at its end."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: representable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [representable(part) for part in value]
+    return value
+
+
 def write_json_atomic(path: Path, content: Any) -> None:
-    """Write indented JSON. Raises `ValueError` for NaN and infinity, which JSON does not have."""
-    write_text_atomic(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    """Write indented JSON; NaN and infinity become null."""
+    write_text_atomic(path, json.dumps(representable(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], *, durable: bool = True) -> None:

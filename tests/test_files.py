@@ -1,5 +1,6 @@
 """Files are whole or absent."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,11 @@ def test_a_reader_sees_the_old_content_until_the_end(tmp_path: Path) -> None:
     assert path.read_text() == "new" and not temporary.exists()
 
 
-def test_json_has_no_nan(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json_atomic(tmp_path / "a.json", {"a": float("nan")})
-    assert not list(tmp_path.iterdir())
+def test_what_json_does_not_have_becomes_null(tmp_path: Path) -> None:
+    nan, infinity = float("nan"), float("inf")
+    write_json_atomic(tmp_path / "a.json", {"a": nan, "b": [1.5, -infinity, {"c": (infinity, "x")}], "d": True})
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written == {"a": None, "b": [1.5, None, {"c": [None, "x"]}], "d": True}
 
 
 def test_tensors_may_be_views_and_have_the_mode_of_other_files(tmp_path: Path) -> None:

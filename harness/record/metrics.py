@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.files import write_text_atomic
+from harness.files import representable, write_text_atomic
 
 
 class MetricsFile:
@@ -22,7 +21,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}, allow_nan=False) + "\n")
+        self._file.write(json.dumps(representable(line), allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -58,10 +57,6 @@ class NullMetrics:
 
     def position(self) -> int:
         return 0
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
