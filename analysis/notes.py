@@ -17,6 +17,7 @@ REMEDIES = {
     # data
     "nonfinite_loss": "look at the runs that were left out; they did not enter the fit",
     "nonpositive_loss": "a loss of zero or less has no logarithm; check its column and its units",
+    "worse_than_mean": "such runs blew up: lower their learning rate, then train them again",
     "duplicate_run": "only the first was kept; check how the table was put together",
     "unconverged_run": "train longer (train.until=convergence), or read the law as one at fixed tokens",
     "mixed_dead_latents": "dead latents bend the law: lower the learning rate or strengthen AuxK where many die",

@@ -189,6 +189,14 @@ class RunTable:
                 if marked.any():
                     text = f"{int(marked.sum())} run(s) left out: {column} is not {wanted}"
                     self.notes.append(note(code, "warning", text))
+            if all(self.roles.get(role) == SWEEP_ROLES[role] for role in ("loss", "status")):
+                # a run of ours that was trained to its end, but blew up
+                useless = mark(numbers >= 1, _shown(column, "below 1, so predicting the mean is as good"))
+                if useless.any():
+                    text = (
+                        f"{int(useless.sum())} run(s) left out: {column} of at least 1 is worse than the mean predictor"
+                    )
+                    self.notes.append(note("worse_than_mean", "warning", text))
             frame[column] = numbers
         self._mark_repeats(reasons, mark)
         return reasons

@@ -107,6 +107,10 @@ CASES = {
     ),
     "nonfinite_loss": (lambda: _grid(_loss(3, np.nan)), lambda: _grid()),
     "nonpositive_loss": (lambda: _grid(_loss(3, -0.1)), lambda: _grid()),
+    "worse_than_mean": (
+        lambda: _grid(lambda f: _loss(3, 313.9)(f).assign(status="done"), roles={"status": "status"}),
+        lambda: _grid(lambda f: _loss(3, 0.99)(f).assign(status="done"), roles={"status": "status"}),
+    ),
     "duplicate_run": (
         lambda: _grid(_set("run", lambda f: ["same", "same", *map(str, range(len(f) - 2))]), roles={"run": "run"}),
         lambda: _grid(_set("run", lambda f: list(map(str, range(len(f))))), roles={"run": "run"}),
