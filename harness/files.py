@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from harness.errors import UserError
 
 if TYPE_CHECKING:  # importing torch takes seconds, and the analysis writes files without it
     from torch import Tensor
@@ -29,6 +32,21 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def open_own(path: Path, mode: str, encoding: str | None = None) -> IO[Any]:
+    """Open a file for writing. Raises `UserError` if it is a symbolic link: in a directory that others may write to, a
+    planted link would lead to a file of the user elsewhere."""
+
+    def without_links(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    try:
+        return open(path, mode, encoding=encoding, opener=without_links)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path} is a symbolic link, and nothing is written through one; remove it") from error
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield an empty temporary file in the directory of `path`; when the block ends well, it becomes `path`.
@@ -38,7 +56,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
+        temporary.unlink(missing_ok=True)  # of a killed process that had this number
+        open_own(temporary, "x").close()
         yield temporary
         if durable:
             fsync_file(temporary)

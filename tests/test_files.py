@@ -1,13 +1,16 @@
 """Files are whole or absent."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.files import replacing, write_json_atomic, write_tensors_atomic, write_text_atomic
+from harness.errors import UserError
+from harness.files import open_own, replacing, write_json_atomic, write_tensors_atomic, write_text_atomic
+from harness.record.metrics import MetricsFile
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -43,3 +46,32 @@ def test_tensors_may_be_views_and_have_the_mode_of_other_files(tmp_path: Path) -
     write_text_atomic(tmp_path / "a.txt", "")
     assert torch.equal(load_file(tmp_path / "t.safetensors")["x"], x.T)
     assert (tmp_path / "t.safetensors").stat().st_mode == (tmp_path / "a.txt").stat().st_mode
+
+
+@pytest.mark.parametrize("mode", ["a", "w", "wb"])
+def test_nothing_is_written_through_a_planted_link(tmp_path: Path, mode: str) -> None:
+    target = tmp_path / "mine"
+    target.write_text("kept")
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(UserError, match=r"link is a symbolic link.*remove it"):
+        open_own(tmp_path / "link", mode)
+    assert target.read_text() == "kept"
+
+
+def test_an_atomic_write_replaces_a_planted_link_and_leaves_its_target(tmp_path: Path) -> None:
+    target = tmp_path / "mine"
+    target.write_text("kept")
+    for name in ("a.json", f".a.json.{os.getpid()}.tmp"):
+        (tmp_path / name).symlink_to(target)
+    write_json_atomic(tmp_path / "a.json", [1])
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+    assert not (tmp_path / "a.json").is_symlink() and target.read_text() == "kept"
+
+
+def test_a_run_does_not_append_to_a_file_elsewhere(tmp_path: Path) -> None:
+    target = tmp_path / "mine"
+    target.write_text("kept")
+    (tmp_path / "metrics.jsonl").symlink_to(target)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is a symbolic link"):
+        MetricsFile(tmp_path / "metrics.jsonl")
+    assert target.read_text() == "kept"

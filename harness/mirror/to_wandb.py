@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 import wandb
 
 from harness.config import Config, to_container
+from harness.files import open_own
 from harness.mirror.ids import copy_id
 from harness.mirror.messages import first_line, say_once
 
@@ -68,7 +69,8 @@ class WandbRun:
         """Log a line under its optimiser step."""
         step = int(line["step"])
         self._run.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=step)
-        self._next_step_file.write_text(str(step + 1), encoding="utf-8")
+        with open_own(self._next_step_file, "w", encoding="utf-8") as file:
+            file.write(str(step + 1))
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         # Parts of a resumed run do not see each other, so the summary is written, not derived

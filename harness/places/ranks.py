@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness.config import Config
 from harness.errors import INTERRUPTED
-from harness.files import last_line
+from harness.files import last_line, open_own
 from harness.process.signals import Interrupted, StopFlag
 
 POLL_S = 0.1
@@ -39,7 +39,7 @@ def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag
     with ExitStack() as stack:
         ranks = []
         for rank, log in enumerate(logs):
-            output = stack.enter_context(log.open("wb"))
+            output = stack.enter_context(open_own(log, "wb"))
             process = subprocess.Popen(
                 [sys.executable, "-m", "harness.train", "--claimed", str(home)],
                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},

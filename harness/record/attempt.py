@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.errors import INTERRUPTED
-from harness.files import write_json_atomic
+from harness.files import open_own, write_json_atomic
 from harness.process.claim import claim
 from harness.process.signals import Interrupted
 from harness.record import names
@@ -85,7 +85,8 @@ def attempt(home: Path, run_dirs: Sequence[Path]) -> Iterator[Attempt]:
             numbers[run_dir] = attempts(run_dir) + 1
             folder = run_dir / names.ATTEMPTS / str(numbers[run_dir])
             folder.mkdir(parents=True)
-            (folder / names.LOG).write_text(f"trained together with others, logged in {log}\n", encoding="utf-8")
+            with open_own(folder / names.LOG, "w", encoding="utf-8") as file:
+                file.write(f"trained together with others, logged in {log}\n")
         yield Attempt(log, numbers)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.files import representable, write_text_atomic
+from harness.files import open_own, representable, write_text_atomic
 
 
 class MetricsFile:
@@ -18,7 +18,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = open_own(path, "a", encoding="utf-8")
 
     def append(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(representable(line), allow_nan=False) + "\n")

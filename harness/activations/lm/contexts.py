@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from harness.activations.lm.text import Document, documents
 from harness.config import ActivationsConfig
 from harness.errors import UserError
+from harness.files import open_own
 from harness.process.signals import Interrupted, StopFlag
 
 SPLITS = ("train", "heldout")
@@ -226,7 +227,7 @@ class _Writer:
 
     def __init__(self, directory: Path, split: str, wanted: int, most: int) -> None:
         self._directory, self._split, self._wanted, self._most = directory, split, wanted, most
-        self._file = (directory / f"{split}.ids").open("wb")
+        self._file = open_own(directory / f"{split}.ids", "wb")
         self._offsets, self._rows, self._document = [0], [0], []
         self._number = self._before = 0
         self.largest_id = 0
@@ -262,7 +263,8 @@ class _Writer:
     def close(self) -> None:
         self._file.close()
         for name, values in zip(_TABLES, (self._offsets, self._rows, self._document), strict=True):
-            (self._directory / f"{self._split}.{name}").write_bytes(np.array(values, np.int64).tobytes())
+            with open_own(self._directory / f"{self._split}.{name}", "wb") as file:
+                file.write(np.array(values, np.int64).tobytes())
 
 
 def open_contexts(directory: Path, split: str) -> Contexts:
