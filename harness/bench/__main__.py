@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-
 from harness.errors import INTERRUPTED
+from harness.process.signals import interrupt_on_signals
 from harness.terminal import run_command, say
 
 
 def run() -> int:
     """The command; Ctrl-C and SIGTERM end it with one line, also while libraries load."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    interrupt_on_signals()
     try:
         from harness.bench.command import main  # torch takes seconds to load
 

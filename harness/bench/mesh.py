@@ -25,6 +25,7 @@ from harness.bench.shapes import Shape, parse_shapes
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.files import write_json_atomic
 from harness.places.ranks import end_ranks, rank_environment
+from harness.process.signals import interrupt_on_signals
 from harness.terminal import run_command, say, table
 
 EXCHANGES_PER_CALL = {"selection": 2}
@@ -134,6 +135,7 @@ def main() -> int:
     add("--threads", type=int, default=1, help="CPU threads of each rank; 0: the cores divided by the ranks")
     add("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
+    interrupt_on_signals()
     try:
         shapes, meshes = parse_shapes(arguments.shapes), parse_meshes(arguments.meshes)
         if arguments.rounds < 2:

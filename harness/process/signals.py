@@ -17,6 +17,13 @@ class Interrupted(Exception):
     """The work stopped on request, at a point from which it can be resumed."""
 
 
+def interrupt_on_signals() -> None:
+    """From now on SIGINT and SIGTERM raise `KeyboardInterrupt`, also where a shell started the command with SIGINT
+    ignored, as it does in the background."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
 DEADLINE_MARGIN_S = 20.0
 """Seconds to keep free before a time limit, in addition to the time of a save."""
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from harness.errors import FAILED, INTERRUPTED, WRONG_REQUEST
 from harness.files import write_json_atomic
+from harness.process.signals import interrupt_on_signals
 from harness.terminal import say, table
 
 LIMITS_S = {
@@ -201,6 +202,7 @@ def main() -> int:
     if not arguments.dry and not torch.cuda.is_available():
         say("torch sees no GPU here; --dry runs the same checks at toy sizes on the CPU")
         return WRONG_REQUEST
+    interrupt_on_signals()
     arguments.out.mkdir(parents=True, exist_ok=True)
     figures = Figures(arguments.out / "gpu.json")
     # a call into the driver that never returns cannot be interrupted; the figures are on disk already
