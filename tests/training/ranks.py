@@ -35,7 +35,7 @@ class Place(NamedTuple):
     after: bool = False
 
 
-STEP = Place("harness.training.member:Member.train_step", after=True)
+STEP = Place("harness.training.state:TrainState.train_step", after=True)
 EVALUATION = Place("harness.training.evaluate:_fill")
 PLANNING = Place("harness.activations.open:prepare")
 FORWARD = Place("harness.activations.lm.model:HookedModel.activations")
