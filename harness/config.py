@@ -441,9 +441,11 @@ def _check_values(section: Any, where: str) -> None:
             _check_values(value, f"{key}.")
             continue
         for item in value if isinstance(value, list) else [value]:
-            _require(not isinstance(item, float) or math.isfinite(item), f"{key}={item} must be a finite number")
-            plain = not isinstance(item, str) or not CONTROL.search(item) or key == "cluster.setup"
-            _require(plain, f"{key}={item!r} has control characters, such as a line break; remove them")
+            # no `_require`: ten thousand cells would format a message for each of their values
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"{key}={item} must be a finite number")
+            if isinstance(item, str) and CONTROL.search(item) and key != "cluster.setup":
+                raise ValueError(f"{key}={item!r} has control characters, such as a line break; remove them")
 
 
 @dataclass

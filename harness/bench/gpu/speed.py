@@ -54,14 +54,12 @@ def measured(setting: Setting, shape: Shape, dead: float = 0.05) -> dict[str, An
     samples: dict[str, list[float]] = {}
     warm_up, rounds = (0, 1) if setting.dry else (WARM_UP, ROUNDS)
     for number in range(warm_up + rounds):
-        for key, value in contender.round().items() if number >= warm_up else discard(contender.round()):
-            samples.setdefault(key, []).append(value)
+        answer = contender.round()
+        if number >= warm_up:
+            for key, value in answer.items():
+                samples.setdefault(key, []).append(value)
     peak = 0 if setting.dry else torch.cuda.max_memory_allocated()
     return entry(shape, settings, samples, {"peak_mem_bytes": peak, "ops": contender.ops.NAME}, {}, {})
-
-
-def discard(_: object) -> list[tuple[str, float]]:
-    return []
 
 
 def shapes(setting: Setting) -> None:

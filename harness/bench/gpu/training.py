@@ -21,6 +21,7 @@ from harness.config import Config, from_container
 from harness.cost.estimate import rank_memory
 from harness.parallel import Shards, Solo
 from harness.parallel.mesh import Ranks, mesh
+from harness.places.ranks import free_port
 from harness.process.runtime import Runtime
 from harness.process.signals import StopFlag
 from harness.training.state import TrainState, make_state
@@ -89,7 +90,7 @@ def loop(setting: Setting) -> None:
         setting.record("loop.graph_equals_eager", same_bits(eager, graph))
         del graph
         if not setting.dry:
-            ranks = Ranks(0, 1, 0, ("127.0.0.1", 29_517))
+            ranks = Ranks(0, 1, 0, ("127.0.0.1", free_port()))
             with mesh(1, 1, setting.device, ranks, even_alone=True) as shards:
                 nccl, nccl_ms, _ = train(config, shards)
                 setting.record("loop.nccl_ms", nccl_ms)
