@@ -34,8 +34,15 @@ def aux_k(sae: SaeConfig, d_model: int) -> int:
 
 def params(sae: SaeConfig, d_model: int) -> int:
     """Number of trained parameters: two matrices, biases, and the router of a Switch SAE."""
-    router = (sae.n_experts + 1) * d_model if sae.architecture == "switch" else 0
-    return 2 * sae.n_latents * d_model + (sae.n_latents if sae.enc_bias else 0) + d_model + router
+    router = (sae.n_experts + 1) * d_model if sae.traits.routed else 0
+    vectors = (1 if sae.enc_bias else 0) + len(sae.traits.vectors)
+    threshold = 1 if sae.traits.chooses == "per batch" else 0
+    return 2 * sae.n_latents * d_model + vectors * sae.n_latents + d_model + router + threshold
+
+
+def active(sae: SaeConfig) -> float:
+    """Latents of a token that a step handles: k, the target of L0, or n/2 where neither is given; 4k with Multi-TopK."""
+    return sae.active * sae.traits.passes
 
 
 def _optimizer(sae: SaeConfig, d_model: int, batch_tokens: int) -> float:
@@ -45,14 +52,14 @@ def _optimizer(sae: SaeConfig, d_model: int, batch_tokens: int) -> float:
 
 def _router(sae: SaeConfig, d_model: int) -> float:
     # logits, and their gradient with respect to W_r
-    return 4.0 * d_model * sae.n_experts if sae.architecture == "switch" else 0.0
+    return 4.0 * d_model * sae.n_experts if sae.traits.routed else 0.0
 
 
 def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int) -> dict[str, float]:
     """Closed-form training FLOPs per token, by part.
 
     Only the routed expert's n/E latents are encoded. Each use of the k active latents costs 2·k·d: decode once, and
-    three times for the gradients (dz, W_dec, W_enc). AuxK uses min(k_aux, n/E) latents four times in the same way;
+    three times for the gradients (dz, W_dec, W_enc), or more often (`Traits.uses`). AuxK uses min(k_aux, n/E) latents four times in the same way;
     their pre-activations come with the encoder.
     """
     width = sae.n_latents // sae.n_experts
@@ -60,8 +67,8 @@ def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int) -> dict[str
     return {
         "encoder": 2.0 * d_model * width,
         "selection": float(width),
-        "decode": 2.0 * sae.k * d_model,
-        "gradients": 6.0 * sae.k * d_model,
+        "decode": 2.0 * active(sae) * d_model,
+        "gradients": 2.0 * (sae.traits.uses - 1) * active(sae) * d_model,
         "auxk": 8.0 * aux * d_model,
         "router": _router(sae, d_model),
         "optimizer": _optimizer(sae, d_model, batch_tokens),
@@ -83,17 +90,17 @@ def flops_executed_per_token(
     is free when nothing is dead.
     """
     width = sae.n_latents // sae.n_experts
-    use = _per_use(width, sae.k, d_model, dense_rows_per_k)
+    use = _per_use(width, active(sae), d_model, dense_rows_per_k)
     dead = n_dead / sae.n_experts
     aux = 0.0
     if sae.aux_alpha and n_dead:
-        active = min(aux_k(sae, d_model), dead)
-        aux = 2.0 * d_model * dead + 4 * _per_use(dead, active, d_model, dense_rows_per_k)
+        chosen = min(aux_k(sae, d_model), dead)
+        aux = 2.0 * d_model * dead + 4 * _per_use(dead, chosen, d_model, dense_rows_per_k)
     return {
         "encoder": 2.0 * d_model * width,
         "selection": float(width),
         "decode": use,
-        "gradients": 3 * use,
+        "gradients": (sae.traits.uses - 1) * use,
         "auxk": aux,
         "router": _router(sae, d_model),
         "optimizer": _optimizer(sae, d_model, batch_tokens),
@@ -123,7 +130,7 @@ def memory_bytes(config: Config, d_model: int, tile_bytes: float, kernel_bytes_p
     rows = params(sae, d_model) // mesh.shard
     tokens, width = train.batch_tokens // mesh.dp, sae.n_latents // sae.n_experts
     # normalised, in the experts' order, centred, residual and one in passing; values, indices and gradients of codes
-    per_token = 5 * d_model * word + sae.k * (2 * word + 8) * 2 + kernel_bytes_per_token
+    per_token = 5 * d_model * word + round(active(sae)) * (2 * word + 8) * 2 + kernel_bytes_per_token
     aux = min(aux_k(sae, d_model), width) * (5 * word + 8) + 2 * d_model * word if sae.aux_alpha else 0
     # the bias-corrected average that is evaluated is a copy of its own
     step = max(tokens * (per_token + aux), EVALUATION_BATCH * per_token + rows * average)
@@ -154,7 +161,7 @@ def floor_bytes(sae: SaeConfig, d_model: int, tokens: float, element_bytes: int,
 
     `tokens` are those of a replica's batch, `element_bytes` the size of a number in products.
     """
-    gathers = 3.0 * tokens * sae.k * d_model * element_bytes
+    gathers = 3.0 * tokens * active(sae) * d_model * element_bytes
     # parameter and two moments, read and written in float32; and the low-precision copy
     adam = (24.0 + (2.0 if element_bytes == 2 else 0.0)) * 2 * sae.n_latents * d_model
     latents = 0.05 * tokens * sae.n_latents / sae.n_experts * element_bytes
@@ -172,7 +179,7 @@ def bytes_sent_per_step(config: Config, d_model: int) -> dict[str, float]:
     sae, mesh = config.sae, config.mesh
     word = 8 if config.train.precision == "fp64" else 4
     tokens, ranks = config.train.batch_tokens // mesh.dp, mesh.dp * mesh.shard
-    rows, routed = sae.n_latents // mesh.shard, sae.architecture == "switch"
+    rows, routed = sae.n_latents // mesh.shard, sae.traits.routed
 
     def sent(count: float, width: int, group: int, passes: int) -> float:
         return passes * count * width * (group - 1) / group

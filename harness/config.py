@@ -16,7 +16,8 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-ARCHITECTURES = ("topk", "switch")
+from harness.architectures import ARCHITECTURES, Traits
+
 NORMALIZATIONS = ("scale", "layernorm", "none")
 PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -45,11 +46,12 @@ class SaeConfig:
     """The model: its architecture, its size and its own terms of the loss."""
 
     architecture: str = MISSING
-    """`topk` (Gao et al. 2024) or `switch` (Mudide et al. 2024)."""
+    """One of `harness.architectures.ARCHITECTURES`."""
     n_latents: int = MISSING
     """Number of latents n, summed over all experts."""
     k: int = MISSING
-    """Active latents per token."""
+    """Active latents per token, for `batchtopk` and `matryoshka` on average; 0 for architectures that choose by
+    threshold, which have `target_l0` or `sparsity` instead."""
     n_experts: int = 1
     """Number of experts E; 1 for `topk`. Each expert owns n/E consecutive latents."""
     enc_bias: bool = True
@@ -72,17 +74,46 @@ class SaeConfig:
     balance_alpha: float = 0.0
     """Switch: the published α, in raw units. If positive, it replaces `balance_weight` by λ = α·d/V."""
 
+    target_l0: float = 0.0
+    """Penalised architectures: L0 that the coefficient of the penalty is steered to; 0: `sparsity` is the coefficient."""
+    sparsity: float = 0.0
+    """Penalised architectures: coefficient λ of the penalty in a loss in units of fvu. A published coefficient belongs
+    to a loss that is not divided by V, so it is λ·V here."""
+    sparsity_warmup_tokens: float = 0.0
+    """Tokens over which the coefficient grows linearly from 0."""
+    prefixes: list[float] = field(default_factory=lambda: [1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0])
+    """`matryoshka`: shares of the latents whose reconstructions enter the loss; the whole is always one of them."""
+    bandwidth: float = 0.001
+    """`jumprelu`: width ε of the kernel around a threshold, in units of the rows' root mean squared norm."""
+    threshold_init: float = 0.001
+    """`jumprelu`: initial threshold θ, in the same units."""
+    preactivation_penalty: float = 3e-6
+    """`jumprelu_tanh`: coefficient λ_P of the penalty on pre-activations below their threshold."""
+    prolu: str = "ste"
+    """`prolu`: rule for the gradient, `ste` (straight-through) or `relu`."""
+
+    @property
+    def traits(self) -> Traits:
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def active(self) -> float:
+        """Active latents per token as far as they are known before training: k, or the target of L0, or n/2."""
+        return self.k or self.target_l0 or self.n_latents / 2
+
     def __post_init__(self) -> None:
-        _one_of("sae.architecture", self.architecture, ARCHITECTURES)
+        _one_of("sae.architecture", self.architecture, tuple(ARCHITECTURES))
         _one_of("sae.normalize", self.normalize, NORMALIZATIONS)
-        for name in ("n_latents", "k", "n_experts"):
-            value = getattr(self, name)
-            _require(value >= 1, f"sae.{name}={value} must be at least 1")
+        name = self.architecture
+        for key, least in (("n_latents", 1), ("k", 1 if self.traits.has_k else 0), ("n_experts", 1)):
+            value = getattr(self, key)
+            _require(value >= least, f"sae.{key}={value} must be at least {least}")
         n, k, experts = self.n_latents, self.k, self.n_experts
         _require(
-            self.architecture == "switch" or experts == 1,
-            f"sae.n_experts={experts} needs sae=switch; a topk SAE has one expert",
+            self.traits.routed or experts == 1,
+            f"sae.n_experts={experts} needs sae=switch; a {name} SAE has one expert",
         )
+        self._check_sparsity()
         _require(k <= n, f"sae.k={k} is larger than sae.n_latents={n}; lower k or raise n_latents")
         _require(
             n % experts == 0,
@@ -101,6 +132,40 @@ class SaeConfig:
             min(self.balance_weight, self.balance_alpha) >= 0,
             "sae.balance_weight and sae.balance_alpha must not be negative",
         )
+        _require(
+            self.traits.aux or self.aux_alpha == 0,
+            f"sae.aux_alpha={self.aux_alpha:g}: AuxK is not defined for {name}; set sae.aux_alpha=0",
+        )
+        _require(self.enc_bias or name in ("topk", "switch", "multi_topk"), f"a {name} SAE needs sae.enc_bias=true")
+        _require(
+            self.traits.chooses == "per token" or not self.match_init_norm,
+            f"sae.match_init_norm=true is for architectures with k active latents per token, not for {name}",
+        )
+        _one_of("sae.prolu", self.prolu, ("ste", "relu"))
+        _require(
+            bool(self.prefixes) and all(0 < share <= 1 for share in self.prefixes),
+            f"sae.prefixes={self.prefixes} must be shares of the latents, above 0 and at most 1",
+        )
+        for key in ("bandwidth", "threshold_init"):
+            _require(getattr(self, key) > 0, f"sae.{key}={getattr(self, key)} must be positive")
+        for key in ("preactivation_penalty", "sparsity_warmup_tokens"):
+            _require(getattr(self, key) >= 0, f"sae.{key}={getattr(self, key)} must not be negative")
+
+    def _check_sparsity(self) -> None:
+        """k for some architectures, a penalty for the others."""
+        name, target, fixed = self.architecture, self.target_l0, self.sparsity
+        if self.traits.has_k:
+            _require(
+                target == 0 and fixed == 0,
+                f"sae.target_l0 and sae.sparsity are for architectures with a penalty; for {name} set sae.k",
+            )
+            return
+        _require(self.k == 0, f"sae.k={self.k}: a {name} SAE has no fixed number; set sae.target_l0={self.k} instead")
+        _require(
+            (target > 0) != (fixed > 0),
+            f"a {name} SAE needs either sae.target_l0=NUMBER or sae.sparsity=COEFFICIENT, and not both",
+        )
+        _require(0 <= target <= self.n_latents, f"sae.target_l0={target} must lie between 0 and n_latents")
 
 
 @dataclass
@@ -474,7 +539,7 @@ class Config:
         )
         shard, sae = self.mesh.shard, self.sae
         if sae != MISSING:
-            cut, name = (sae.n_experts, "n_experts") if sae.architecture == "switch" else (sae.n_latents, "n_latents")
+            cut, name = (sae.n_experts, "n_experts") if sae.traits.routed else (sae.n_latents, "n_latents")
             _require(
                 cut % shard == 0,
                 f"sae.{name}={cut} cannot be cut over mesh.shard={shard} ranks; choose a mesh.shard that divides it",
@@ -550,5 +615,6 @@ def run_id(config: Config, store_id: str) -> str:
     settings["activations"] = store_id
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     sae = config.sae
-    experts = f"-e{sae.n_experts}" if sae.architecture == "switch" else ""
-    return f"{sae.architecture}-n{sae.n_latents}-k{sae.k}{experts}-s{config.train.seed}-{digest}"
+    experts = f"-e{sae.n_experts}" if sae.traits.routed else ""
+    active = f"k{sae.k}" if sae.traits.has_k else f"l{sae.target_l0:g}" if sae.target_l0 else f"c{sae.sparsity:g}"
+    return f"{sae.architecture}-n{sae.n_latents}-{active}{experts}-s{config.train.seed}-{digest}"

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.config import ARCHITECTURES
+from harness.architectures import ARCHITECTURES
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.grid.study import load_study
 from harness.sweep.execute import launch

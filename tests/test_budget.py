@@ -25,7 +25,7 @@ def sae_config(**changes) -> SaeConfig:
 def step_flops(config: SaeConfig, tokens: int, n_dead: int) -> int:
     """Products that torch counts in one step of the reference; gathers and element-wise work are not among them."""
     sae = resolve_sae(config, D, 1.0, 1.0)
-    params = initial_params(sae, torch.zeros(D), 0, Solo(), torch.device("cpu"), torch.float32)
+    params = initial_params(sae, torch.zeros(1, D, dtype=torch.float64), 0, Solo(), torch.device("cpu"), torch.float32)
     grads = {name: torch.zeros_like(value) for name, value in params.items()}
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(0))
     dead = find_dead(sae, torch.arange(config.n_latents) < n_dead, Solo())
@@ -72,7 +72,7 @@ def test_closed_form_is_the_sparse_algorithm_with_nominal_auxk() -> None:
 def test_params_counts_every_trained_number(architecture: str, enc_bias: bool) -> None:
     config = sae_config(architecture=architecture, n_experts=4 if architecture == "switch" else 1, enc_bias=enc_bias)
     sae = resolve_sae(config, D, 1.0, 1.0)
-    params = initial_params(sae, torch.zeros(D), 0, Solo(), torch.device("cpu"), torch.float32)
+    params = initial_params(sae, torch.zeros(1, D, dtype=torch.float64), 0, Solo(), torch.device("cpu"), torch.float32)
     assert budget.params(config, D) == sum(value.numel() for value in params.values())
 
 

@@ -39,9 +39,10 @@ MOST_STEP_FLOPS = 1e10
 LEAST_BATCH = 256
 """The batch is not made smaller than this."""
 
-DEAD_SHARES = {"topk": 0.02, "switch": 0.1}
+DEAD_SHARES = {"switch": 0.1}
+DEAD_SHARE = 0.02
 """Architecture -> assumed share of dead latents once a run has passed `sae.dead_after_tokens`; AuxK works on these. The
-values come from the default study (docs/lab-log.md)."""
+values come from the default study (docs/lab-log.md); `DEAD_SHARE` is for the others."""
 
 PROCESS_BYTES = 450_000_000
 """Memory of a process with interpreter, torch and compiled kernels."""
@@ -192,7 +193,7 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
         kind, flops = kind_of(config), step_flops(config, d_model)
         if kind in calibration.steps and time.perf_counter() > deadline:
             continue
-        speed = measure_speed(config, d_model, seconds, DEAD_SHARES[config.sae.architecture])
+        speed = measure_speed(config, d_model, seconds, DEAD_SHARES.get(config.sae.architecture, DEAD_SHARE))
         calibration.steps.setdefault(kind, []).append(Timed(flops, speed.step_s))
         calibration.dead_steps.setdefault(kind, []).append(Timed(flops, speed.dead_step_s))
         evaluation = Timed(evaluation_flops(config, d_model), speed.evaluation_s)
@@ -245,7 +246,10 @@ def _smaller(config: Config, d_model: int) -> Config:
         sae, train = config.sae, config.train
         if train.batch_tokens >= 2 * LEAST_BATCH:
             config = dataclasses.replace(config, train=dataclasses.replace(train, batch_tokens=train.batch_tokens // 2))
-        elif sae.n_latents // 2 >= 8 * sae.k * sae.n_experts and sae.n_latents % (2 * sae.n_experts) == 0:
+        elif (
+            sae.n_latents // 2 >= 8 * (sae.k or sae.target_l0 or 1) * sae.n_experts
+            and sae.n_latents % (2 * sae.n_experts) == 0
+        ):
             config = dataclasses.replace(config, sae=dataclasses.replace(sae, n_latents=sae.n_latents // 2))
         else:
             break

@@ -156,7 +156,9 @@ def rank_memory(config: Config, d_model: int) -> dict[str, int]:
     if planned_on_gpu(config):
         from harness.ops import sizes
 
-        return budget.memory_bytes(config, d_model, sizes.TILE_BYTES, sizes.bytes_per_token(config.sae.k, d_model))
+        return budget.memory_bytes(
+            config, d_model, sizes.TILE_BYTES, sizes.bytes_per_token(round(budget.active(config.sae)), d_model)
+        )
     from harness.ops.cpu.arrays import TILE_ELEMENTS
 
     word = 8 if config.train.precision == "fp64" else 4

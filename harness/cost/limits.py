@@ -153,7 +153,7 @@ def _enough_shards(run: Run, size: float) -> int | None:
     config, d_model = run.config, run.store.d_model
     if d_model is None or not planned_on_gpu(config):
         return None
-    cut = config.sae.n_experts if config.sae.architecture == "switch" else config.sae.n_latents
+    cut = config.sae.n_experts if config.sae.traits.routed else config.sae.n_latents
     for shard in (2, 4, 8, 16, 32, 64):
         if shard > config.mesh.shard and cut % shard == 0:
             part = dataclasses.replace(config, mesh=MeshConfig(dp=config.mesh.dp, shard=shard))

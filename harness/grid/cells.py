@@ -190,5 +190,7 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str, shared: dict[int
 def narrow_cells(cells: Sequence[Cell]) -> list[str]:
     """Labels of cells with k > n/(4·E): allowed, but they have few latents to choose from and say little."""
     return [
-        cell.label for cell in cells if cell.config.sae.k * 4 * cell.config.sae.n_experts > cell.config.sae.n_latents
+        cell.label
+        for cell in cells
+        if (cell.config.sae.k or cell.config.sae.target_l0) * 4 * cell.config.sae.n_experts > cell.config.sae.n_latents
     ]

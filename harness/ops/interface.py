@@ -122,6 +122,19 @@ class Ops(Protocol):
         """`select` from given pre-activations of a single group; k ≤ rows."""
         ...
 
+    def select_above(
+        self,
+        x: Float[Tensor, "tokens d"],
+        W_enc: Float[Tensor, "rows d"],
+        b_enc: Float[Tensor, " rows"] | None,
+        theta: Float[Tensor, " rows"],
+        groups: Groups,
+    ) -> Codes:
+        """All entries of x·W_encᵀ + b_enc of each token's group that are not below their latent's `theta` (NaN is
+        not), by ascending index. As many columns as the fullest token has entries, at least one; shorter ones are
+        padded with −inf at the group's first row. Waits for the device, once, for the number of columns."""
+        ...
+
     def reconstruct(
         self,
         codes: Codes,
@@ -139,6 +152,16 @@ class Ops(Protocol):
         """
         ...
 
+    def latent_grads(
+        self,
+        codes: Codes,
+        W_dec: Float[Tensor, "rows d"],
+        residual: Float[Tensor, "tokens d"],
+        groups: Groups,
+    ) -> Float[Tensor, "tokens k"]:
+        """⟨residual_t, W_dec[index_tj]⟩ where `codes.values` > 0, else 0: the second half of `reconstruct`."""
+        ...
+
     def weight_grads(
         self,
         codes: Codes,
@@ -150,6 +173,10 @@ class Ops(Protocol):
     ) -> None:
         """Writes out = (Σ_t dz_tj·x_t, Σ_t z_tj·residual_t, Σ_t dz_tj) per latent j: the gradients of W_enc, W_dec
         and b_enc, with all loss factors already in `codes.values` and `dz`."""
+        ...
+
+    def latent_sums(self, values: Float[Tensor, "tokens k"], index: Int[Tensor, "tokens k"], rows: int) -> Tensor:
+        """Σ_t values[t, j] per local latent (rows), in the same order every time."""
         ...
 
     def fired(self, codes: Codes, rows: int) -> Int[Tensor, " rows"]:

@@ -78,6 +78,46 @@ def select(
     return Codes(values.to(_wide(x.dtype)), index)
 
 
+def select_above(
+    x: Float[Tensor, "tokens d"],
+    W_enc: Float[Tensor, "rows d"],
+    b_enc: Float[Tensor, " rows"] | None,
+    theta: Float[Tensor, " rows"],
+    groups: Groups,
+) -> Codes:
+    tokens, device, wide = x.shape[0], x.device, _wide(x.dtype)
+    bias = None if b_enc is None else b_enc.to(x.dtype)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    firsts = torch.zeros(tokens, dtype=torch.int64, device=device)
+    for token_span, row_span in groups.spans:
+        firsts[token_span] = min(row_span.start, max(0, W_enc.shape[0] - 1))
+        width = row_span.stop - row_span.start
+        if width == 0:
+            continue
+        for block in _blocks(token_span.start, token_span.stop, width):
+            products = F.linear(x[block], W_enc[row_span], None if bias is None else bias[row_span]).to(wide)
+            token, row = (~(products < theta[row_span].to(wide))).nonzero(as_tuple=True)
+            parts.append((token + block.start, row + row_span.start, products[token, row]))
+    return padded(tokens, firsts, parts, wide)
+
+
+def padded(
+    tokens: int, firsts: Int[Tensor, " tokens"], parts: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype
+) -> Codes:
+    """Codes from lists of entries (token, row, value), which are ordered by token, then by row."""
+    device = firsts.device
+    token = torch.cat([part[0] for part in parts]) if parts else firsts[:0]
+    counts = torch.zeros(tokens, dtype=torch.int64, device=device).index_add_(0, token, torch.ones_like(token))
+    capacity = max(1, int(counts.max())) if tokens else 1
+    values = torch.full((tokens, capacity), -torch.inf, dtype=dtype, device=device)
+    index = firsts[:, None].repeat(1, capacity)
+    if parts:
+        column = torch.arange(token.shape[0], device=device) - (counts.cumsum(0) - counts)[token]
+        index[token, column] = torch.cat([part[1] for part in parts])
+        values[token, column] = torch.cat([part[2] for part in parts])
+    return Codes(values, index)
+
+
 def dense_rows_per_k(precision: str) -> int:
     return DENSE_ROWS_PER_K
 
@@ -119,7 +159,13 @@ def reconstruct(
     if reduce is not None:
         partial = reduce(partial)
     residual = torch.sub(x, partial, out=partial)
+    return residual, latent_grads(codes, W_dec, residual, groups), residual.square().sum(dim=1)
 
+
+def latent_grads(
+    codes: Codes, W_dec: Float[Tensor, "rows d"], residual: Float[Tensor, "tokens d"], groups: Groups
+) -> Float[Tensor, "tokens k"]:
+    weight, k = W_dec.to(_wide(W_dec.dtype)), codes.values.shape[1]
     dz = torch.zeros_like(codes.values)
     for token_span, row_span in groups.spans:
         width = row_span.stop - row_span.start
@@ -130,10 +176,18 @@ def reconstruct(
                 products = residual[block] @ weight[row_span].T
                 dz[block] = products.gather(1, codes.index[block] - row_span.start)
         else:
-            for block in _blocks(token_span.start, token_span.stop, k * x.shape[1]):
+            for block in _blocks(token_span.start, token_span.stop, k * residual.shape[1]):
                 dz[block] = torch.bmm(weight[codes.index[block]], residual[block, :, None]).squeeze(2)
     dz *= codes.values > 0
-    return residual, dz, residual.square().sum(dim=1)
+    return dz
+
+
+def latent_sums(values: Float[Tensor, "tokens k"], index: Int[Tensor, "tokens k"], rows: int) -> Float[Tensor, " rows"]:
+    sums = torch.zeros(rows, dtype=values.dtype, device=values.device)
+    if values.device.type == "cpu":
+        return sums.index_add_(0, index.flatten(), values.flatten())
+    # sorts first, where index_add_ adds in any order
+    return sums.index_put_((index.flatten(),), values.flatten(), accumulate=True)
 
 
 def weight_grads(

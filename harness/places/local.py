@@ -195,8 +195,9 @@ def _source(run: Run, sources: dict[str, Any], stop: StopFlag) -> Any:
 def describe(config: Config) -> str:
     """n, k, E and seed of a cell, in few characters."""
     sae = config.sae
-    experts = f" E={sae.n_experts}" if sae.architecture == "switch" else ""
-    return f"{sae.architecture} n={sae.n_latents} k={sae.k}{experts} seed={config.train.seed}"
+    experts = f" E={sae.n_experts}" if sae.traits.routed else ""
+    active = f"k={sae.k}" if sae.traits.has_k else f"L0={sae.target_l0:g}" if sae.target_l0 else f"λ={sae.sparsity:g}"
+    return f"{sae.architecture} n={sae.n_latents} {active}{experts} seed={config.train.seed}"
 
 
 def outcome_line(config: Config, result: dict[str, Any], seconds: float) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from harness.ops.untyped import norm
 from harness.parallel import Shards
 from harness.process.runtime import Runtime
+from harness.saes.catalogue import ACTIVATIONS
 from harness.saes.sae import Params, Sae
 from harness.saes.step import forward
 
@@ -55,12 +56,25 @@ def _unit_rows(seed: int, rows: slice, d_model: int) -> Float[Tensor, "rows d"]:
     return drawn / norm(drawn, dim=1, keepdim=True)
 
 
+DECODER_NORM = 0.1
+"""Of the initial rows of a free decoder (Conerly et al. 2024)."""
+
+FIRING_TOKENS = 10_000
+"""At first a latent of JumpReLU with the tanh penalty fires on this share of all latents (Conerly et al. 2025)."""
+
+
 def initial_params(
-    sae: Sae, center: Float[Tensor, " d"], seed: int, shards: Shards, device: torch.device, dtype: torch.dtype
+    sae: Sae, sample: Float[Tensor, "rows d"], seed: int, shards: Shards, device: torch.device, dtype: torch.dtype
 ) -> Params:
-    """Encoder rows equal to decoder rows, which are random with norm 1; b_dec and b_r at `center`, the geometric
-    median of the normalised sample, as two tensors; router rows uniform in ±1/√d; b_enc zero."""
+    """`sample` are normalised rows in float64.
+
+    Encoder rows equal to decoder rows, which are random with norm 1; b_dec and b_r at the geometric median of the
+    sample, as two tensors; router rows uniform in ±1/√d; b_enc zero. A free decoder has rows of norm 0.1 and b_dec
+    zero; with the tanh penalty, see `_conerly2025`.
+    """
     directions = _unit_rows(seed, shards.rows(sae.n_latents), sae.d_model).to(device, dtype)
+    # without a bias before the encoder, biases begin at zero
+    center = geometric_median(sample) if sae.traits.pre_bias else sample.new_zeros(sae.d_model)
     params = {"W_enc": directions, "W_dec": directions.clone(), "b_dec": center.to(device, dtype, copy=True)}
     if sae.enc_bias:
         params["b_enc"] = torch.zeros(directions.shape[0], device=device, dtype=dtype)
@@ -69,7 +83,30 @@ def initial_params(
         router = torch.rand(sae.n_experts, sae.d_model, dtype=torch.float64, generator=_generator(seed, 2, 0))
         params["W_r"] = ((2 * router - 1) * bound).to(device, dtype)
         params["b_r"] = center.to(device, dtype, copy=True)
+    params |= ACTIVATIONS[sae.architecture].parameters(sae, params)
+    if sae.architecture == "jumprelu_tanh":
+        _conerly2025(sae, params, sample.to(device, dtype), seed, shards)
+    elif not sae.traits.unit_decoder:
+        for name in ("W_enc", "W_dec"):
+            params[name] *= DECODER_NORM
     return {name: params[name] for name in sae.layout()}
+
+
+def _conerly2025(sae: Sae, params: Params, sample: Float[Tensor, "rows d"], seed: int, shards: Shards) -> None:
+    """Decoder uniform in ±1/√d, encoder (d/n)·W_dec, biases such that every latent fires on 10,000/n of the sample."""
+    rows = shards.rows(sae.n_latents)
+    unit = _unit_rows(seed, rows, sae.d_model).to(params["W_dec"])
+    # normal numbers made uniform, so that each shard draws only its own rows
+    spread = torch.erf(unit * math.sqrt(sae.d_model / 2)) / math.sqrt(sae.d_model)
+    params["W_dec"].copy_(spread)
+    params["W_enc"].copy_(spread * (sae.d_model / sae.n_latents))
+    share = min(0.5, FIRING_TOKENS / sae.n_latents)
+    least = max(1, round(share * sample.shape[0]))
+    threshold = params["log_threshold"].exp()
+    for first in range(0, params["W_enc"].shape[0], _ROWS_PER_SEED):
+        block = slice(first, first + _ROWS_PER_SEED)
+        products = sample @ params["W_enc"][block].T
+        params["b_enc"][block] = threshold[block] - products.topk(least, dim=0).values[-1]
 
 
 def match_norm(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], runtime: Runtime) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from harness.architectures import ARCHITECTURES, Traits
 from harness.budget import aux_k
 from harness.config import SaeConfig
 
 Params = dict[str, Tensor]
-"""W_enc, W_dec (rows, d); b_enc (rows) if any; b_dec (d); for Switch also W_r (experts, d), b_r (d)."""
+"""W_enc, W_dec (rows, d); b_enc (rows) if any; b_dec (d); for Switch also W_r (experts, d), b_r (d); for some
+architectures further vectors (rows), and for BatchTopK `threshold` (1)."""
 
 Cut = Literal["latent_rows", "replicated"]
 
 
 @dataclass(frozen=True)
 class Sae:
-    """A TopK SAE (Gao et al. 2024) has one expert, a Switch SAE (Mudide et al. 2024) one or more and a router."""
+    """All architectures have one expert, except a Switch SAE (Mudide et al. 2024), which has one or more and a router."""
 
     architecture: str
     d_model: int
@@ -32,11 +35,29 @@ class Sae:
     aux_k: int
     balance_weight: float
     """λ of the balance term."""
+    prefixes: tuple[float, ...] = ()
+    """Matryoshka: shares of the latents that reconstruct alone."""
+    bandwidth: float = 0.0
+    """JumpReLU: ε, the width of the kernel around a threshold, in units of pre-activations."""
+    threshold_init: float = 0.0
+    """JumpReLU: θ at the start, in units of pre-activations."""
+    preactivation_penalty: float = 0.0
+    """JumpReLU with the tanh penalty: λ_P."""
+    prolu: str = "ste"
+    """ProLU: the rule for gradients."""
+
+    @property
+    def traits(self) -> Traits:
+        return ARCHITECTURES[self.architecture]
 
     @property
     def routed(self) -> bool:
         """Whether tokens go to one expert each, with a router that learns."""
-        return self.architecture == "switch"
+        return self.traits.routed
+
+    @property
+    def passes(self) -> int:
+        return self.traits.passes
 
     @property
     def latents_per_expert(self) -> int:
@@ -50,15 +71,27 @@ class Sae:
         cuts["b_dec"] = "replicated"
         if self.routed:
             cuts |= {"W_r": "replicated", "b_r": "replicated"}
+        cuts |= dict.fromkeys(self.traits.vectors, "latent_rows")
+        if self.traits.chooses == "per batch":
+            cuts["threshold"] = "replicated"
         return cuts
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a whole parameter."""
+        n, d, experts = self.n_latents, self.d_model, self.n_experts
+        shapes = {"W_enc": (n, d), "W_dec": (n, d), "b_dec": (d,), "W_r": (experts, d), "b_r": (d,), "threshold": (1,)}
+        return shapes.get(name, (n,))
 
-def resolve_sae(config: SaeConfig, d_model: int, variance: float, raw_variance: float) -> Sae:
+
+def resolve_sae(
+    config: SaeConfig, d_model: int, variance: float, raw_variance: float, mean_sq_norm: float = 1.0
+) -> Sae:
     """Fill in what depends on the activations.
 
-    `variance` is V in normalised units, `raw_variance` in the model's own: Switch's published α corresponds to
-    λ = α·d/V with V in raw units, since its loss is not divided by V.
+    `variance` is V and `mean_sq_norm` E‖x‖², both in normalised units, `raw_variance` V in the model's own: Switch's
+    published α corresponds to λ = α·d/V with V in raw units, since its loss is not divided by V.
     """
+    unit = math.sqrt(mean_sq_norm)
     balance = config.balance_alpha * d_model / raw_variance if config.balance_alpha else config.balance_weight
     return Sae(
         architecture=config.architecture,
@@ -70,5 +103,10 @@ def resolve_sae(config: SaeConfig, d_model: int, variance: float, raw_variance: 
         variance=variance,
         aux_alpha=config.aux_alpha,
         aux_k=aux_k(config, d_model),
-        balance_weight=balance if config.architecture == "switch" else 0.0,
+        balance_weight=balance if ARCHITECTURES[config.architecture].routed else 0.0,
+        prefixes=tuple(config.prefixes),
+        bandwidth=config.bandwidth * unit,
+        threshold_init=config.threshold_init * unit,
+        preactivation_penalty=config.preactivation_penalty,
+        prolu=config.prolu,
     )

@@ -8,7 +8,7 @@ latents; for Switch they hold whole experts and so disjoint tokens. That is the 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,8 +18,11 @@ from harness.ops import Codes, Groups, Reduce
 from harness.ops.untyped import entr, integers
 from harness.parallel import Axis, Kind, Shards
 from harness.process.runtime import Runtime
+from harness.saes.catalogue import ACTIVATIONS
+from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.router import Routing, route, router_grads
 from harness.saes.sae import Params, Sae
+from harness.saes.topk import active
 
 
 @dataclass(frozen=True)
@@ -74,65 +77,108 @@ def find_dead(sae: Sae, dead: Bool[Tensor, " rows"], shards: Shards) -> DeadLate
     return DeadLatents(dead.nonzero().squeeze(1), offsets, max(1, min(sae.aux_k, most)), everywhere)
 
 
-def _active(sae: Sae, codes: Codes, k: int, shards: Shards, kind: Kind) -> Codes:
-    """ReLU, and only those candidates that are among the k largest over all shards."""
-    values = codes.values.relu()
-    if not sae.routed:
-        kept = shards.keep(codes.values, k, kind)
-        place = torch.arange(values.shape[1], device=values.device)
-        values = values * (place < kept[:, None])
-    return Codes(values, codes.index)
-
-
 @dataclass(frozen=True)
-class Encoded:
-    """Results of the encoder, for this rank's own tokens."""
+class Forward:
+    """Results of the forward pass, for this rank's own tokens."""
 
-    routing: Routing
-    centred: Float[Tensor, "own d"]
-    """x − b_dec."""
-    low: Float[Tensor, "own d"]
-    """The same in the precision of the products."""
-    codes: Codes
-    """Active latents: values after ReLU."""
-
-
-@dataclass(frozen=True)
-class Forward(Encoded):
-    """Results of the forward pass that the gradients need, for this rank's own tokens."""
-
+    batch: Batch
+    entries: Entries
     residual: Float[Tensor, "own d"]
     """x − x̂."""
-    dz: Float[Tensor, "own k"]
     squared: Float[Tensor, " own"]
     """‖x − x̂‖² per token."""
+    dz: Float[Tensor, "own capacity"]
+    """Σ over the reconstructions of weight·⟨x − x̂, W_dec row⟩ where z > 0: what the gradients are made of."""
+    pulls: tuple[Float[Tensor, "own d"], ...]
+    """For each block of entries, Σ over the reconstructions it takes part in of weight·(x − x̂)."""
+    error: Float[Tensor, ""]
+    """Σ over own tokens and reconstructions of weight·‖x − x̂‖²."""
+
+    @property
+    def routing(self) -> Routing:
+        return self.batch.routing
+
+    @property
+    def codes(self) -> Codes:
+        """The active latents."""
+        return self.entries.codes
+
+    @property
+    def centred(self) -> Float[Tensor, "own d"]:
+        """x − b_dec."""
+        return self.batch.target
 
 
 def _reduce(sae: Sae, shards: Shards, kind: Kind) -> Reduce | None:
-    """Partial reconstructions of TopK are summed over shards; those of Switch are complete (None)."""
+    """Partial reconstructions are summed over shards; those of Switch are complete (None)."""
     if sae.routed or shards.shard == 1:
         return None
     return lambda partial: shards.sum_(partial, "shard", kind)
 
 
-def encode(sae: Sae, params: Params, compute: Params, x: Float[Tensor, "tokens d"], runtime: Runtime) -> Encoded:
-    """Route and encode: z = ReLU(top_k(W_enc(x − b_dec) + b_enc))."""
-    shards, ops = runtime.shards, runtime.ops
+def encode(
+    sae: Sae,
+    params: Params,
+    compute: Params,
+    x: Float[Tensor, "tokens d"],
+    runtime: Runtime,
+    *,
+    training: bool = False,
+    done: int = 0,
+) -> tuple[Batch, Entries]:
+    """Route, encode and select. `training` allows what is for training alone: a choice among the whole batch, entries
+    that only gradients need. `done`: completed steps."""
+    shards = runtime.shards
     routing = route(sae, params, x, shards)
     centred = routing.centred(x, params["b_dec"])
-    low = centred.to(compute["W_enc"].dtype)
-    codes = ops.select(low, compute["W_enc"], params.get("b_enc"), sae.k, routing.groups)
-    return Encoded(routing, centred, low, _active(sae, codes, sae.k, shards, "selection"))
+    inputs = (centred if sae.traits.pre_bias else x).to(compute["W_enc"].dtype)
+    reduce = _reduce(sae, shards, "reconstruction")
+    tokens = x.shape[0] * shards.dp
+    batch = Batch(sae, params, compute, routing, centred, inputs, runtime.ops, shards, reduce, training, tokens, done)
+    return batch, ACTIVATIONS[sae.architecture].select(batch)
 
 
-def forward(sae: Sae, params: Params, compute: Params, x: Float[Tensor, "tokens d"], runtime: Runtime) -> Forward:
-    """Encode and decode: x̂ = scale·W_decᵀz + b_dec."""
-    run = encode(sae, params, compute, x, runtime)
-    routing, reduce = run.routing, _reduce(sae, runtime.shards, "reconstruction")
-    residual, dz, squared = runtime.ops.reconstruct(
-        run.codes, compute["W_dec"], run.centred, routing.scale, routing.groups, reduce
-    )
-    return Forward(routing, run.centred, run.low, run.codes, residual, dz, squared)
+def forward(
+    sae: Sae,
+    params: Params,
+    compute: Params,
+    x: Float[Tensor, "tokens d"],
+    runtime: Runtime,
+    *,
+    training: bool = False,
+    done: int = 0,
+) -> Forward:
+    """Encode and decode: x̂ = scale·W_decᵀz + b_dec, and the nested reconstructions if there are any."""
+    batch, entries = encode(sae, params, compute, x, runtime, training=training, done=done)
+    ops, W_dec, groups = batch.ops, compute["W_dec"], batch.routing.groups
+    if not entries.blocks:
+        codes = Codes(entries.z, entries.index)
+        residual, dz, squared = ops.reconstruct(codes, W_dec, batch.target, batch.routing.scale, groups, batch.reduce)
+        return Forward(batch, entries, residual, squared, dz, (residual,), squared.sum())
+    return _nested(batch, entries, W_dec)
+
+
+def _nested(batch: Batch, entries: Entries, W_dec: Float[Tensor, "rows d"]) -> Forward:
+    """Each block adds to the reconstruction of those before it, so that no entry is decoded twice."""
+    ops, groups, left = batch.ops, batch.routing.groups, batch.target
+    parts = [Codes(entries.z.where(block.members, 0.0), entries.index) for block in entries.blocks]
+    residuals: list[Tensor] = []
+    errors: list[Tensor] = []
+    dz = torch.zeros_like(entries.z)
+    for codes in parts:
+        left, dz, squared = ops.reconstruct(codes, W_dec, left, None, groups, batch.reduce)
+        residuals.append(left)
+        errors.append(squared)
+    pulls: list[Tensor] = [entries.blocks[-1].weight * residuals[-1]]
+    dz = entries.blocks[-1].weight * dz
+    for block, codes, residual in zip(
+        reversed(entries.blocks[:-1]), reversed(parts[:-1]), reversed(residuals[:-1]), strict=True
+    ):
+        pulls.append(torch.add(pulls[-1], residual, alpha=block.weight))
+        dz += ops.latent_grads(codes, W_dec, pulls[-1], groups)
+    error = torch.stack([block.weight * error.sum() for block, error in zip(entries.blocks, errors, strict=True)])
+    at = entries.headline
+    return Forward(batch, entries, residuals[at], errors[at], dz, tuple(reversed(pulls)), error.sum())
 
 
 def _scaled(values: Float[Tensor, "own k"], factor: float | Tensor, scale: Float[Tensor, " own"] | None) -> Tensor:
@@ -148,32 +194,42 @@ def step(
     runtime: Runtime,
     dead: DeadLatents | None,
     grads: Params,
+    *,
+    sparsity: Float[Tensor, ""] | float = 0.0,
+    done: int = 0,
 ) -> Stats:
     """Loss of one batch and, written into `grads`, the gradient of every parameter over the global batch.
 
     `params` are the master weights, `compute` the W_enc and W_dec that products use (a low-precision copy, or the
     same tensors), `x` this replica's normalised tokens. `grads` has an entry for each parameter and always one for
-    b_enc, since b_dec's gradient is made from it. No host synchronisation with one expert.
+    b_enc, since b_dec's gradient is made from it. `sparsity` is the coefficient of the penalty, `done` counts completed
+    steps. No host synchronisation for TopK and for Switch with one expert.
     """
     shards, ops = runtime.shards, runtime.ops
     own_tokens: Axis = "all" if sae.routed else "dp"
     global_tokens = x.shape[0] * shards.dp
-    run = forward(sae, params, compute, x, runtime)
-    routing, codes, residual = run.routing, run.codes, run.residual
-    factor = -2.0 / (sae.variance * global_tokens)
+    run = forward(sae, params, compute, x, runtime, training=True, done=done)
+    batch, entries, routing, residual = run.batch, run.entries, run.routing, run.residual
+    factor = batch.factor
 
-    out = (grads["W_enc"], grads["W_dec"], grads["b_enc"])
-    weighted = Codes(_scaled(codes.values, factor, routing.scale), codes.index)
-    ops.weight_grads(weighted, _scaled(run.dz, factor, routing.scale), run.low, residual, routing.groups, out)
+    dz = _scaled(run.dz, factor, routing.scale)
+    back = ACTIVATIONS[sae.architecture].backward(
+        replace(batch, residual=residual), entries, dz, sparsity / global_tokens
+    )
+    _weight_grads(batch, entries, run.pulls, back, grads)
     aux_loss = residual.new_zeros(())
     if dead is not None:
         aux_loss = _aux(sae, params, compute, run, dead, global_tokens, own_tokens, runtime, grads)
 
-    # the ranks of a TopK replica hold the same residual, so one of them counts it
-    decoder_part = factor * residual.sum(dim=0) if sae.routed or shards.shard_rank == 0 else 0.0
-    grads["b_dec"].copy_(decoder_part - grads["b_enc"] @ params["W_enc"])
+    # the ranks of a replica hold the same residual unless it is routed, so one of them counts it
+    decoder_part = factor * run.pulls[0].sum(dim=0) if sae.routed or shards.shard_rank == 0 else 0.0
+    encoder_part = grads["b_enc"] @ params["W_enc"] if sae.traits.pre_bias else 0.0
+    grads["b_dec"].copy_(decoder_part - encoder_part)
+    for name, grad in back.own.items():
+        grads[name].copy_(grad)
     sums = torch.stack([run.squared.sum(), residual.new_zeros(())])
     share = residual.new_ones(1)
+    codes = run.codes
     if sae.routed:
         scale_grad = factor * (codes.values * run.dz).sum(dim=1)
         assert routing.probabilities is not None and routing.counts is not None
@@ -189,8 +245,9 @@ def step(
     active = shards.sum_(fired.sum(), "all", "scalars")
     fvu = sums[0] / (sae.variance * global_tokens)
     balance = sae.n_experts * (share * sums[2:] / global_tokens).sum() if sae.routed else share.new_ones(())
+    further = _further_loss(run, back, shards)
     return Stats(
-        loss=fvu + sae.aux_alpha * aux_loss + sae.balance_weight * balance,
+        loss=fvu + sae.aux_alpha * aux_loss + sae.balance_weight * balance + further,
         fvu=fvu,
         aux_loss=aux_loss,
         balance=balance,
@@ -199,6 +256,51 @@ def step(
         expert_share=share,
         fired=shards.sum_(fired, "dp", "counters"),
     )
+
+
+def _weight_grads(
+    batch: Batch, entries: Entries, pulls: tuple[Float[Tensor, "own d"], ...], back: Backward, grads: Params
+) -> None:
+    """Write the gradients of W_enc, W_dec and b_enc (Σ da) of own tokens."""
+    ops, groups, scale, inputs = batch.ops, batch.routing.groups, batch.routing.scale, batch.inputs
+    out = (grads["W_enc"], grads["W_dec"], grads["b_enc"])
+    if not entries.blocks:
+        weighted = Codes(_scaled(entries.z, batch.factor, scale), entries.index)
+        ops.weight_grads(weighted, back.da, inputs, pulls[0], groups, out)
+    for number, (block, pull) in enumerate(zip(entries.blocks, pulls, strict=False)):
+        z = _scaled(entries.z.where(block.members, 0.0), batch.factor, None)
+        da = back.da.where(block.members, 0.0)
+        if block.rows is None:
+            part = out if number == 0 else tuple(torch.empty_like(grad) for grad in out)
+            ops.weight_grads(Codes(z, entries.index), da, inputs, pull, groups, part)
+            if number:
+                for grad, more in zip(out, part, strict=True):
+                    grad += more
+        elif block.rows.stop > block.rows.start:
+            first, last = block.rows.start, block.rows.stop
+            index = entries.index.clamp(first, last - 1) - first
+            part = (out[0][first:last], out[1][first:last], out[2][first:last])
+            ops.weight_grads(Codes(z, index), da, inputs, pull, Groups(groups.token_offsets, (0, last - first)), part)
+    if back.everywhere is not None:
+        total = inputs.to(grads["W_enc"].dtype).sum(dim=0)
+        grads["W_enc"].addr_(back.everywhere, total)
+        grads["b_enc"].add_(back.everywhere, alpha=inputs.shape[0])
+    if back.decoder_norm is not None:
+        W_dec = batch.params["W_dec"]
+        grads["W_dec"].addcmul_((back.decoder_norm / W_dec.norm(dim=1))[:, None], W_dec)
+
+
+def _further_loss(run: Forward, back: Backward, shards: Shards) -> Float[Tensor, ""] | float:
+    """The loss beyond fvu, AuxK and balance: further reconstructions, and penalties."""
+    loss: Tensor | float = 0.0
+    unit = run.batch.sae.variance * run.batch.global_tokens
+    if run.entries.blocks:
+        loss = shards.sum_((run.error - run.squared.sum()) / unit, "dp", "scalars")
+    if back.token_loss is not None:
+        loss = loss + shards.sum_(back.token_loss, "dp", "scalars")
+    if back.latent_loss is not None:
+        loss = loss + shards.sum_(back.latent_loss, "all", "scalars")
+    return loss
 
 
 def _aux(
@@ -219,13 +321,13 @@ def _aux(
     without gradient. Adds α times its gradient to W_enc, W_dec and b_enc.
     """
     shards, ops = runtime.shards, runtime.ops
-    routing, target = run.routing, run.residual
+    routing, target, inputs = run.routing, run.residual, run.batch.inputs
     groups = Groups(routing.groups.token_offsets, dead.row_offsets)
     W_enc, W_dec = compute["W_enc"][dead.rows], compute["W_dec"][dead.rows]
     b_enc = params["b_enc"][dead.rows] if sae.enc_bias else None
     # only the choice among shards needs the order
-    codes = ops.select(run.low, W_enc, b_enc, dead.k, groups, ordered=shards.shard > 1)
-    codes = _active(sae, codes, dead.k, shards, "auxk")
+    codes = ops.select(inputs, W_enc, b_enc, dead.k, groups, ordered=shards.shard > 1)
+    codes = Codes(active(sae, codes, dead.k, shards, "auxk"), codes.index)
     error, dz, squared = ops.reconstruct(codes, W_dec, target, routing.scale, groups, _reduce(sae, shards, "auxk"))
 
     moments = torch.cat([target.sum(dim=0), run.squared.sum()[None], squared.sum()[None]])
@@ -241,7 +343,7 @@ def _aux(
         grads["W_dec"].new_empty(count, sae.d_model),
         grads["b_enc"].new_empty(count),
     )
-    ops.weight_grads(weighted, _scaled(dz, factor, routing.scale), run.low, error, groups, out)
+    ops.weight_grads(weighted, _scaled(dz, factor, routing.scale), inputs, error, groups, out)
     for name, grad in zip(("W_enc", "W_dec", "b_enc"), out, strict=True):
         grads[name].index_add_(0, dead.rows, grad)
     return moments[-1] * inverse

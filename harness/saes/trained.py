@@ -1,4 +1,4 @@
-"""A finished SAE, TopK or Switch, for raw activations in the model's own units.
+"""A finished SAE of any architecture, for raw activations in the model's own units.
 
     sae = load(run_dir)
     codes = sae.encode(x)       # active latents of each token
@@ -93,7 +93,7 @@ class TrainedSae:
     sae: Sae
     """Resolved numbers: architecture, n_latents, k, n_experts, variance …"""
     params: Params
-    """W_enc, W_dec (n, d); b_enc (n) if any; b_dec (d); for Switch W_r (experts, d), b_r (d). Normalised space."""
+    """By name, see `harness.saes.sae.Params`. Normalised space."""
     normalizer: Normalizer
     config: SaeConfig
     """The settings under `sae` that it was trained with."""
@@ -109,7 +109,7 @@ class TrainedSae:
 
     @property
     def W_dec(self) -> Float[Tensor, "n d"]:
-        """Rows have norm 1."""
+        """Rows have norm 1, unless the architecture leaves them free."""
         return self.params["W_dec"]
 
     @property
@@ -139,10 +139,13 @@ class TrainedSae:
         """Active latents of raw rows."""
         x = x.to(self.device, self.dtype)
         runtime = alone(self.device, self.ops)
-        run = encode(self.sae, self.params, self.params, self.normalizer(x, self.dtype), runtime)
-        values, index, gate = run.codes.values, run.codes.index, run.routing.scale
-        if run.routing.order is not None:  # sorted by expert: back to the order of x
-            place = run.routing.order.argsort()
+        batch, entries = encode(self.sae, self.params, self.params, self.normalizer(x, self.dtype), runtime)
+        values, index, gate = entries.z, entries.index, batch.routing.scale
+        if self.sae.traits.chooses != "per token":  # by index so far
+            values, place = values.sort(dim=1, descending=True, stable=True)
+            index = index.gather(1, place)
+        if batch.routing.order is not None:  # sorted by expert: back to the order of x
+            place = batch.routing.order.argsort()
             values, index = values[place], index[place]
             gate = None if gate is None else gate[place]
         return TokenCodes(values, index, gate, self.normalizer.units(x))
@@ -222,9 +225,7 @@ def _read_weights(path: Path, sae: Sae) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); {_AGAIN}") from error
-    n, d = sae.n_latents, sae.d_model
-    shapes = {"W_enc": (n, d), "W_dec": (n, d), "b_enc": (n,), "b_dec": (d,), "W_r": (sae.n_experts, d), "b_r": (d,)}
-    for name, shape in {**{name: shapes[name] for name in sae.layout()}, "fire_counts": (n,)}.items():
+    for name, shape in {name: sae.shape(name) for name in (*sae.layout(), "fire_counts")}.items():
         if name not in tensors:
             raise UserError(f"{path} has no tensor {name}; {_AGAIN}")
         if tuple(tensors[name].shape) != shape:

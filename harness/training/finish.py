@@ -25,7 +25,8 @@ def finish(member: Member, runtime: Runtime, started: str) -> None:
     summary = _summary(member, shards)
     if shards.rank != 0:
         return
-    k = run.config.sae.k
+    # of penalised architectures the L0 that was reached
+    k = run.config.sae.k or max(1, round(member.final.l0 if member.final else run.config.sae.active))
     outcome = {
         "d_model": state.sae.d_model,
         **summary,

@@ -15,7 +15,7 @@ from harness.process.runtime import Runtime
 from harness.saes import Params, Sae
 
 UNIT_ROWS = "W_dec"
-"""The parameter whose rows have norm 1."""
+"""The parameter whose rows have norm 1, unless the architecture leaves them free."""
 
 
 class Optimizer:
@@ -55,14 +55,16 @@ class Optimizer:
         The decision is made on the device. Returns it, and the gradient norm before clipping if there is a limit.
         """
         config, norm, scale = self.config, None, None
-        if config.clip_norm:
+        unit_decoder = self.sae.traits.unit_decoder
+        if config.clip_norm and unit_decoder:
             runtime.ops.project(self.params[UNIT_ROWS], self.grads[UNIT_ROWS])
+        if config.clip_norm:
             norm = self._gradient_norm(runtime.shards)
             scale = (config.clip_norm / norm).clamp(max=1.0)
             finite = finite & norm.isfinite()
         common = self._hyper(lr, number)
         for name, param in self.params.items():
-            unit = name == UNIT_ROWS
+            unit = name == UNIT_ROWS and unit_decoder
             hyper = replace(common, scale=scale, project=unit and not config.clip_norm, unit_rows=unit)
             copy = self.compute.get(name)
             low_precision = None if copy is param else copy
@@ -86,7 +88,8 @@ class Optimizer:
         if not self.average or not updates:
             return self.params
         corrected = {name: value / (1 - self.config.ema**updates) for name, value in self.average.items()}
-        corrected[UNIT_ROWS] /= corrected[UNIT_ROWS].norm(dim=1, keepdim=True)
+        if self.sae.traits.unit_decoder:
+            corrected[UNIT_ROWS] /= corrected[UNIT_ROWS].norm(dim=1, keepdim=True)
         return corrected
 
     def state(self) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,6 @@ from harness.saes import (
     Sae,
     Stats,
     find_dead,
-    geometric_median,
     initial_params,
     make_normalizer,
     match_norm,
@@ -33,11 +33,15 @@ from harness.saes import (
 from harness.training.graph import StepGraph
 from harness.training.optimizer import Optimizer
 from harness.training.schedule import lr_at
+from harness.training.sparsity import Sparsity
 
 MASTER = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 INIT_ROWS = 4096
 """Rows of the sample that set the initial scale of the encoder."""
+
+PENALTY_SUMS = ("sparsity",)
+"""Further means of architectures with a penalty: λ."""
 
 _SUMS = ("loss", "fvu_train", "aux_loss", "balance", "l0", "router_entropy", "grad_norm", "n_dead")
 
@@ -59,11 +63,14 @@ class TrainState:
     dead: Tensor
     """The local latents that AuxK uses until the next refresh, bool."""
     sums: Tensor
-    """Sums over the steps since the last log line, float64: see `_SUMS`, then each expert's share."""
+    """Sums over the steps since the last log line, float64: see `_SUMS`, then each expert's share, then
+    `PENALTY_SUMS` if there is a penalty."""
     bad_step: Tensor
     """Completed steps when the loss first was not finite; −1 while it is finite. int64."""
     number: Tensor
     """`done`, on the device, int64."""
+    sparsity: Sparsity | None = None
+    """The coefficient of the penalty; None for architectures without one."""
     peak_flops: float | None = None
     """FLOP/s that one rank's GPU reaches at most; None if unknown."""
     done: int = 0
@@ -122,14 +129,27 @@ class TrainState:
         sae = self.sae
         x = self.normalizer(raw, self.params["W_dec"].dtype)
         optimizer = self.optimizer
-        stats = step(sae, self.params, optimizer.compute, x, runtime, self._dead_latents, optimizer.grads)
+        sparsity = None if self.sparsity is None else self.sparsity.value(self.done).to(x.dtype)
+        stats = step(
+            sae,
+            self.params,
+            optimizer.compute,
+            x,
+            runtime,
+            self._dead_latents,
+            optimizer.grads,
+            sparsity=0.0 if sparsity is None else sparsity,
+            done=self.done,
+        )
+        if self.sparsity is not None:
+            self.sparsity.observe(stats.l0, self.done)
         well = stats.loss.isfinite() & (self.bad_step < 0)
         lr = lr_at(self.config, self.done, self.last)
         well, norm = optimizer.apply(lr, self.done + 1, well, runtime)
         self.bad_step.copy_(torch.where(well | (self.bad_step >= 0), self.bad_step, self.number))
         self.silent.add_(self.config.train.batch_tokens).masked_fill_(stats.fired > 0, 0)
         self.fire_counts.add_(stats.fired)
-        self._accumulate(stats, norm)
+        self._accumulate(stats, norm, sparsity)
 
     def _step_graph(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> StepGraph | None:
         """The step as a CUDA graph if requested and possible, else None.
@@ -139,6 +159,8 @@ class TrainState:
         train, alike = self.config.train, runtime.shards.size == 1 and self._dead_latents is None
         # other kernels read the learning rate on the host, so a recorded graph would keep its first value
         able = raw.device.type == "cuda" and runtime.ops.NAME == "triton" and train.precision != "fp64"
+        # selections by threshold wait for the device
+        able = able and self.sae.traits.chooses == "per token"
         if not (train.cuda_graph and alike and able):
             return None
         if self._graph is None:
@@ -151,12 +173,13 @@ class TrainState:
         for kind, sent in shards.take_sent().items():
             self._sent[kind] = self._sent.get(kind, 0.0) + sent
 
-    def _accumulate(self, stats: Stats, norm: Tensor | None) -> None:
+    def _accumulate(self, stats: Stats, norm: Tensor | None, sparsity: Tensor | None) -> None:
         n_dead = 0 if self._dead_latents is None else self._dead_latents.total
         zero = stats.loss.new_zeros(())
         values = [stats.loss, stats.fvu, stats.aux_loss, stats.balance, stats.l0, stats.router_entropy]
         values += [zero if norm is None else norm, zero + n_dead]
-        self.sums += torch.cat([torch.stack(values), stats.expert_share]).to(self.sums.dtype)
+        parts = [torch.stack(values), stats.expert_share]
+        self.sums += torch.cat(parts if sparsity is None else [*parts, sparsity[None]]).to(self.sums.dtype)
 
     def _count_flops(self, runtime: Runtime) -> None:
         train, n_dead = self.config.train, 0 if self._dead_latents is None else self._dead_latents.total
@@ -189,12 +212,13 @@ class TrainState:
     def log_line(self, shards: Shards) -> dict[str, Any]:
         """Means over the steps since the last log line; the sums begin anew. Waits for the device."""
         means = dict(zip(_SUMS, (self.sums[: len(_SUMS)] / self.summed_steps).tolist(), strict=True))
-        share = self.sums[len(_SUMS) :] / self.summed_steps
+        further = self.sums[len(_SUMS) :] / self.summed_steps
+        share = further[: self.sae.n_experts]
         line = self.position()
         before, self._mark = self._mark, (self.done, self.trained_s(), self.flops_executed)
         steps, seconds, flops = (now - then for now, then in zip(self._mark, before, strict=True))
         seconds = max(seconds, 1e-9)
-        line |= means
+        line |= means | dict(zip(PENALTY_SUMS, further[self.sae.n_experts :].tolist(), strict=False))
         line |= {
             "dead_frac": self.dead_frac(shards),
             "lr": lr_at(self.config, self.done - 1, self.last),
@@ -226,13 +250,18 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that the trajectory or the record depends on."""
-        return self.optimizer.state() | {
-            "silent": self.silent,
-            "fire_counts": self.fire_counts,
-            "dead": self.dead,
-            "sums": self.sums,
-            "bad_step": self.bad_step,
-        }
+        steering = {} if self.sparsity is None else {"sparsity": self.sparsity.state}
+        return (
+            self.optimizer.state()
+            | steering
+            | {
+                "silent": self.silent,
+                "fire_counts": self.fire_counts,
+                "dead": self.dead,
+                "sums": self.sums,
+                "bad_step": self.bad_step,
+            }
+        )
 
     def state_bytes(self) -> int:
         """Bytes of this rank's part of a checkpoint."""
@@ -272,13 +301,16 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
     layernorm = config.sae.normalize == "layernorm"
     raw, statistics = source.statistics(False), source.statistics(layernorm)
     normalizer = make_normalizer(config.sae.normalize, source.d_model, raw.mean_sq_norm)
-    sae = resolve_sae(config.sae, source.d_model, statistics.variance / normalizer.scale**2, raw.variance)
+    unit = normalizer.scale**2
+    sae = resolve_sae(
+        config.sae, source.d_model, statistics.variance / unit, raw.variance, statistics.mean_sq_norm / unit
+    )
     dtype = MASTER[train.precision]
     sample = normalizer(source.sample(), torch.float64)
-    params = initial_params(sae, geometric_median(sample), train.seed, shards, device, dtype)
+    params = initial_params(sae, sample, train.seed, shards, device, dtype)
     if config.sae.match_init_norm:
         match_norm(sae, params, sample[:INIT_ROWS].to(device, dtype), runtime)
-    rows = params["W_enc"].shape[0]
+    rows, penalised = params["W_enc"].shape[0], not sae.traits.has_k
     return TrainState(
         config=config,
         sae=sae,
@@ -288,9 +320,14 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
         silent=torch.zeros(rows, dtype=torch.int64, device=device),
         fire_counts=torch.zeros(rows, dtype=torch.int64, device=device),
         dead=torch.zeros(rows, dtype=torch.bool, device=device),
-        sums=torch.zeros(len(_SUMS) + sae.n_experts, dtype=torch.float64, device=device),
+        sums=torch.zeros(
+            len(_SUMS) + sae.n_experts + (len(PENALTY_SUMS) if penalised else 0), dtype=torch.float64, device=device
+        ),
         bad_step=torch.tensor(-1, device=device),
         number=torch.tensor(0, device=device),
         clock=time.monotonic(),
+        sparsity=Sparsity(config, math.sqrt(statistics.mean_sq_norm / unit) / sae.variance, device)
+        if penalised
+        else None,
         peak_flops=peak_flops(torch.cuda.get_device_name(device), train.precision) if device.type == "cuda" else None,
     )

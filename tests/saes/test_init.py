@@ -34,9 +34,9 @@ def make_sae(n: int = 4096, routed: bool = False) -> Sae:
 
 @pytest.mark.parametrize("routed", [False, True])
 def test_init_does_not_depend_on_how_it_is_cut(routed: bool) -> None:
-    sae, center = make_sae(3000 if not routed else 3200, routed), torch.arange(8.0)
-    whole = initial_params(sae, center, 7, Solo(), CPU, torch.float32)
-    parts = [initial_params(sae, center, 7, Part(rank, 4), CPU, torch.float32) for rank in range(4)]
+    sae, center = make_sae(3000 if not routed else 3200, routed), torch.arange(8.0, dtype=torch.float64)
+    whole = initial_params(sae, center[None], 7, Solo(), CPU, torch.float32)
+    parts = [initial_params(sae, center[None], 7, Part(rank, 4), CPU, torch.float32) for rank in range(4)]
     for name, cut in sae.layout().items():
         if cut == "latent_rows":
             assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
@@ -45,21 +45,21 @@ def test_init_does_not_depend_on_how_it_is_cut(routed: bool) -> None:
 
 
 def test_init_is_parallel_unit_norm_and_seeded() -> None:
-    sae, center = make_sae(routed=True), torch.arange(8.0)
-    params = initial_params(sae, center, 0, Solo(), CPU, torch.float32)
+    sae, center = make_sae(routed=True), torch.arange(8.0, dtype=torch.float64)
+    params = initial_params(sae, center[None], 0, Solo(), CPU, torch.float32)
     assert torch.equal(params["W_enc"], params["W_dec"])
     assert params["W_enc"].data_ptr() != params["W_dec"].data_ptr()
     torch.testing.assert_close(params["W_dec"].norm(dim=1), torch.ones(4096))
-    assert torch.equal(params["b_dec"], center) and torch.equal(params["b_r"], center)
+    assert torch.equal(params["b_dec"], center.float()) and torch.equal(params["b_r"], center.float())
     assert params["b_dec"].data_ptr() != params["b_r"].data_ptr()
     assert params["W_r"].abs().max() <= 1 / math.sqrt(8)
-    other = initial_params(sae, center, 1, Solo(), CPU, torch.float32)
+    other = initial_params(sae, center[None], 1, Solo(), CPU, torch.float32)
     assert not torch.equal(params["W_dec"], other["W_dec"]) and not torch.equal(params["W_r"], other["W_r"])
 
 
 def test_match_norm_gives_reconstructions_the_norm_of_the_inputs() -> None:
     sae = make_sae(512)
-    params = initial_params(sae, torch.zeros(8), 0, Solo(), CPU, torch.float64)
+    params = initial_params(sae, torch.zeros(1, 8, dtype=torch.float64), 0, Solo(), CPU, torch.float64)
     x = 3 * torch.randn(200, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     match_norm(sae, params, x, runtime(Solo(), reference))
     run = forward(sae, params, params, x, runtime(Solo(), reference))

@@ -7,16 +7,20 @@ for the gain of each choice.
 
 from harness.ops.cpu.adam import project, update
 from harness.ops.cpu.gradients import fired, weight_grads
-from harness.ops.cpu.products import dense_rows_per_k, reconstruct
-from harness.ops.cpu.selection import select, select_preactivations
+from harness.ops.cpu.products import dense_rows_per_k, latent_grads, reconstruct
+from harness.ops.cpu.selection import select, select_above, select_preactivations
+from harness.ops.reference import latent_sums
 
 __all__ = [
     "NAME",
     "dense_rows_per_k",
     "fired",
+    "latent_grads",
+    "latent_sums",
     "project",
     "reconstruct",
     "select",
+    "select_above",
     "select_preactivations",
     "update",
     "weight_grads",

@@ -123,6 +123,23 @@ def reconstruct(
     return residual, dz, squared
 
 
+def latent_grads(
+    codes: Codes, W_dec: Float[Tensor, "rows d"], residual: Float[Tensor, "tokens d"], groups: Groups
+) -> Float[Tensor, "tokens k"]:
+    k = codes.values.shape[1]
+    if W_dec.dtype is torch.float64 or any(is_dense(rows, k) for _, rows in groups.spans):
+        return reference.latent_grads(codes, W_dec, residual, groups)
+    dz, squared = torch.empty(codes.values.shape), np.empty(codes.values.shape[0], np.float32)
+    values, index, table, vectors = floats(codes.values), array(codes.index), floats(W_dec), floats(residual)
+    ranges = sparse_ranges(groups, k)
+
+    def work(item: int) -> None:
+        kernels.latent_grads(*ranges[item], values, index, table, vectors, dz.numpy(), squared)
+
+    run(len(ranges), work)
+    return dz
+
+
 def _densified(values: Floats, index: Longs, tokens: slice, rows: slice) -> Float[Tensor, "tokens rows"]:
     """The codes of these tokens as a matrix over the group's rows, in this thread's scratch memory."""
     count, width = tokens.stop - tokens.start, rows.stop - rows.start

@@ -57,6 +57,54 @@ def select(
     return Codes(values, index)
 
 
+def select_above(
+    x: Float[Tensor, "tokens d"],
+    W_enc: Float[Tensor, "rows d"],
+    b_enc: Float[Tensor, " rows"] | None,
+    theta: Float[Tensor, " rows"],
+    groups: Groups,
+) -> Codes:
+    if x.dtype is torch.float64:
+        return reference.select_above(x, W_enc, b_enc, theta, groups)
+    keep_freed_memory()
+    tokens = x.shape[0]
+    bias = np.zeros(W_enc.shape[0], np.float32) if b_enc is None else floats(b_enc)
+    limits = floats(theta)
+    spans = [span for span in groups.spans if span[1].stop > span[1].start]
+    widest = max((rows.stop - rows.start for _, rows in spans), default=1)
+    share = -(-tokens // torch.get_num_threads())
+    tiles = list(blocks(spans, max(1, min(share, TILE_ELEMENTS // widest))))
+    lists: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [(np.empty(0),) * 3] * len(tiles)
+
+    def gather(item: int) -> None:
+        span, rows = tiles[item]
+        count, width = span.stop - span.start, rows.stop - rows.start
+        tile = scratch("tile", count * width, x.dtype).view(count, width)
+        torch.mm(x[span], W_enc[rows].T, out=tile)
+        full = np.empty((count, -(-width // kernels.BLOCK)), np.int32)
+        starts = np.zeros(count + 1, np.int64)
+        kernels.count_above(array(tile), bias[rows], limits[rows], full, starts[1:])
+        np.cumsum(starts, out=starts)
+        values, index = np.empty(starts[-1], np.float32), np.empty(starts[-1], np.int64)
+        kernels.gather_above(array(tile), bias[rows], limits[rows], full, rows.start, values, index)
+        lists[item] = starts, values, index
+
+    run(len(tiles), gather)
+    capacity = max(1, max((int(np.diff(starts).max(initial=0)) for starts, _, _ in lists), default=1))
+    values, index = torch.full((tokens, capacity), -torch.inf), torch.zeros((tokens, capacity), dtype=torch.int64)
+    for span, rows in groups.spans:
+        if rows.start:
+            index[span] = min(rows.start, max(0, W_enc.shape[0] - 1))
+    out_values, out_index = values.numpy(), index.numpy()
+
+    def pad(item: int) -> None:
+        span, _ = tiles[item]
+        kernels.pad_rows(span.start, span.stop, *lists[item], out_values, out_index)
+
+    run(len(tiles), pad)
+    return Codes(values, index)
+
+
 def _topk(
     tile: Tensor, bias: np.ndarray, k: int, first_row: int, ordered: bool, values: np.ndarray, index: np.ndarray
 ) -> None:

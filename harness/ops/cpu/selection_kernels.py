@@ -255,3 +255,56 @@ def positive_topk(tile: Floats | Shorts, bias: Floats, k: int, first_row: int, v
             index[t, place] = first_row + i
         values[t, count:] = np.float32(0.0)
         index[t, count:] = first_row
+
+
+BLOCK = 64
+"""Neighbouring numbers that are counted together; most blocks have no entry above a threshold."""
+
+
+@compiled
+def count_above(tile: Floats | Shorts, bias: Floats, theta: Floats, full: Ints, counts: Longs) -> None:
+    """counts[t] = numbers of row t of tile + bias that are not below theta; full[t, b] = those of block b."""
+    rows, width = tile.shape
+    for t in range(rows):
+        row, total = tile[t], 0
+        for block in range(full.shape[1]):
+            begin, reach = block * BLOCK, np.float32(0.0)
+            for i in range(begin, min(begin + BLOCK, width)):
+                reach += np.float32(0.0) if _widen(row[i]) + bias[i] < theta[i] else np.float32(1.0)
+            full[t, block] = np.int32(reach)
+            total += np.int64(reach)
+        counts[t] = total
+
+
+@compiled
+def gather_above(
+    tile: Floats | Shorts, bias: Floats, theta: Floats, full: Ints, first_row: int, values: Floats, index: Longs
+) -> None:
+    """The numbers that `count_above` counted, row after row, and their columns plus `first_row`."""
+    rows, width = tile.shape
+    place = 0
+    for t in range(rows):
+        row = tile[t]
+        for block in range(full.shape[1]):
+            if full[t, block] == 0:
+                continue
+            begin = block * BLOCK
+            for i in range(begin, min(begin + BLOCK, width)):
+                value = _widen(row[i]) + bias[i]
+                if not value < theta[i]:
+                    values[place] = value
+                    index[place] = first_row + i
+                    place += 1
+
+
+@compiled
+def pad_rows(
+    begin: int, end: int, starts: Longs, flat_values: Floats, flat_index: Longs, values: Floats, index: Longs
+) -> None:
+    """Row t of values and index (rows, capacity) gets the entries starts[t − begin] … of the flat lists; the rest of
+    the row stays."""
+    for t in range(begin, end):
+        first = starts[t - begin]
+        for place in range(starts[t - begin + 1] - first):
+            values[t, place] = flat_values[first + place]
+            index[t, place] = flat_index[first + place]

@@ -5,18 +5,21 @@ bfloat16 or float32 are added up in float32; float64 goes to `reference`. No ope
 float64 and when a selection is too wide for a program's registers (`selection.fits`). `interface` has the contracts.
 """
 
-from harness.ops.reference import fired
+from harness.ops.reference import fired, latent_sums, select_above
 from harness.ops.triton.adam import project, update
-from harness.ops.triton.products import dense_rows_per_k, reconstruct, select, weight_grads
+from harness.ops.triton.products import dense_rows_per_k, latent_grads, reconstruct, select, weight_grads
 from harness.ops.triton.selection import select_preactivations
 
 __all__ = [
     "NAME",
     "dense_rows_per_k",
     "fired",
+    "latent_grads",
+    "latent_sums",
     "project",
     "reconstruct",
     "select",
+    "select_above",
     "select_preactivations",
     "update",
     "weight_grads",

@@ -128,6 +128,19 @@ def reconstruct(
     return residual, dz, squared
 
 
+def latent_grads(
+    codes: Codes, W_dec: Float[Tensor, "rows d"], residual: Float[Tensor, "tokens d"], groups: Groups
+) -> Float[Tensor, "tokens k"]:
+    values, k = codes.values, codes.values.shape[1]
+    if W_dec.dtype is torch.float64 or W_dec.shape[0] == 0 or _is_dense(groups, k, W_dec.dtype):
+        return reference.latent_grads(codes, W_dec, residual, groups)
+    nothing = torch.zeros(residual.shape, device=residual.device)
+    out = (nothing, torch.empty(values.shape, device=values.device), nothing.new_empty(values.shape[0]))
+    codes = Codes(values.float().contiguous(), codes.index.contiguous())
+    decode(*codes, W_dec, residual.contiguous(), None, out, forward=False, backward=True)
+    return out[1]
+
+
 def weight_grads(
     codes: Codes,
     dz: Float[Tensor, "tokens k"],

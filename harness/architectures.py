@@ -1,0 +1,78 @@
+"""The names of the architectures and what the rest of the harness must know of each. The only list of names. No torch.
+
+The maths of each is in `harness/saes/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What settings, formulas of cost and the analysis need to know of an architecture."""
+
+    title: str
+    """As it is written for people."""
+    source: str
+    """Paper."""
+    chooses: Literal["per token", "per batch", "by threshold"]
+    """Which latents are active: the k largest of each token, the k·B largest of a batch, or all above a threshold."""
+    routed: bool = False
+    """Whether a router sends each token to one of several experts."""
+    aux: bool = True
+    """Whether AuxK is defined for it."""
+    unit_decoder: bool = True
+    """Whether decoder rows have norm 1; otherwise they are free."""
+    pre_bias: bool = True
+    """Whether the encoder sees x − b_dec; otherwise x."""
+    passes: int = 1
+    """Times k: the active latents of a token that a step handles."""
+    uses: int = 4
+    """Times that a step multiplies an active latent with a row: decode, and three for the gradients, or more."""
+    vectors: tuple[str, ...] = ()
+    """Further parameters, a number per latent each."""
+
+    @property
+    def has_k(self) -> bool:
+        """Whether `sae.k` sets the number of active latents; otherwise `sae.target_l0` or `sae.sparsity` does."""
+        return self.chooses != "by threshold"
+
+
+ARCHITECTURES: dict[str, Traits] = {
+    "topk": Traits("TopK", "Gao et al. 2024, arXiv 2406.04093", "per token"),
+    "switch": Traits("Switch", "Mudide et al. 2024, arXiv 2410.08201", "per token", routed=True),
+    "multi_topk": Traits("Multi-TopK", "Gao et al. 2024, arXiv 2406.04093, section 5.3", "per token", passes=4),
+    "batchtopk": Traits("BatchTopK", "Bussmann et al. 2024, arXiv 2412.06410", "per batch"),
+    "matryoshka": Traits("Matryoshka", "Bussmann et al. 2025, arXiv 2503.17547", "per batch", uses=5),
+    "relu": Traits("ReLU", "Bricken et al. 2023", "by threshold", aux=False),
+    "relu_decoder_norm": Traits(
+        "ReLU, free decoder", "Conerly et al. 2024", "by threshold", aux=False, unit_decoder=False, pre_bias=False
+    ),
+    "gated": Traits(
+        "Gated",
+        "Rajamanoharan et al. 2024, arXiv 2404.16014",
+        "by threshold",
+        aux=False,
+        uses=6,
+        vectors=("r_mag", "b_mag"),
+    ),
+    "prolu": Traits("ProLU", "Taggart 2024", "by threshold", aux=False),
+    "jumprelu": Traits(
+        "JumpReLU",
+        "Rajamanoharan et al. 2024, arXiv 2407.14435",
+        "by threshold",
+        aux=False,
+        vectors=("log_threshold",),
+    ),
+    "jumprelu_tanh": Traits(
+        "JumpReLU, tanh penalty",
+        "Conerly et al. 2025",
+        "by threshold",
+        aux=False,
+        unit_decoder=False,
+        pre_bias=False,
+        vectors=("log_threshold",),
+    ),
+}

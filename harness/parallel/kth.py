@@ -1,0 +1,40 @@
+"""The k-th largest of numbers that are spread over the ranks of a mesh, exactly."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from harness.parallel.interface import Kind, Shards
+
+DIGIT_BITS = 8
+
+
+def ordered_bits(values: Float[Tensor, " count"]) -> Int[Tensor, " count"]:
+    """Integers that order as the numbers do, which are not negative (−0 counts as 0); NaN comes last."""
+    whole = torch.int64 if values.dtype is torch.float64 else torch.int32
+    bits = (values + 0.0).view(whole)
+    return torch.where(values.isnan(), torch.iinfo(whole).max, bits).to(torch.int64)
+
+
+def kth_largest(values: Float[Tensor, " count"], k: int, shards: Shards, kind: Kind) -> tuple[Int[Tensor, ""], int]:
+    """(`ordered_bits` of the k-th largest of all ranks' values, how many of the values equal to it are among the k).
+
+    float32 or float64, none negative; k is at most their number over all ranks, and at least 1. A radix search: each
+    rank counts its values by the digits of their bits, so few numbers are exchanged and the result does not depend on
+    the mesh. Waits for the device.
+    """
+    bits = ordered_bits(values)
+    width = 64 if values.dtype is torch.float64 else 32
+    prefix, left = 0, k
+    for shift in range(width - DIGIT_BITS, -1, -DIGIT_BITS):
+        digits = (bits >> shift) & ((1 << DIGIT_BITS) - 1)
+        counts = torch.bincount(digits, minlength=1 << DIGIT_BITS)
+        larger = shards.sum_(counts, "all", kind).flip(0).cumsum(0).tolist()
+        place = next(place for place, reached in enumerate(larger) if reached >= left)
+        left -= larger[place - 1] if place else 0
+        digit = (1 << DIGIT_BITS) - 1 - place
+        prefix |= digit << shift
+        bits = bits[digits == digit]
+    return torch.tensor(prefix, device=values.device), left

@@ -1,0 +1,121 @@
+"""What the architectures have in common: entries of a batch, and what becomes of them on the way back.
+
+An architecture decides which latents a token may use (`select`), what they are worth (z from the pre-activations), and
+how the gradient with respect to z returns to the pre-activations and to its own parameters (`backward`). Everything
+else is the same for all, and stands in `step`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from harness.ops import Codes, Ops, Reduce
+from harness.parallel import Shards
+from harness.saes.router import Routing
+from harness.saes.sae import Params, Sae
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the entries. Reconstructions are of blocks 1 … b, so one pass over the blocks gives all of them."""
+
+    members: Bool[Tensor, "own capacity"]
+    rows: slice | None
+    """Local latents that the members lie in; None: any."""
+    weight: float
+    """Of the error of blocks 1 … b in the loss."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The latents that each of this rank's own tokens may use; entries with z = 0 are not active."""
+
+    pre: Float[Tensor, "own capacity"]
+    """Pre-activations as they were selected; −inf where padded."""
+    index: Int[Tensor, "own capacity"]
+    """Local row of each."""
+    z: Float[Tensor, "own capacity"]
+    """Activations."""
+    blocks: tuple[Block, ...] = ()
+    """Nested reconstructions; empty: one, of all entries."""
+    headline: int = -1
+    """The block up to which the reconstruction is the SAE's; fvu, L0 and AuxK are about it."""
+
+    @property
+    def codes(self) -> Codes:
+        """The active latents of the SAE's reconstruction."""
+        if not self.blocks:
+            return Codes(self.z, self.index)
+        members = self.blocks[0].members
+        for block in self.blocks[1 : len(self.blocks) + self.headline + 1]:
+            members = members | block.members
+        return Codes(self.z.where(members, 0.0), self.index)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on its way through an SAE, on this rank."""
+
+    sae: Sae
+    params: Params
+    compute: Params
+    """W_enc and W_dec as products use them."""
+    routing: Routing
+    target: Float[Tensor, "own d"]
+    """x − b_dec, which is reconstructed."""
+    inputs: Float[Tensor, "own d"]
+    """What the encoder sees, in the precision of the products."""
+    ops: Ops
+    shards: Shards
+    reduce: Reduce | None
+    """Sums partial reconstructions over the shards; None where they are complete."""
+    training: bool
+    global_tokens: int
+    step: int = 0
+    """Completed steps."""
+    residual: Float[Tensor, "own d"] | None = None
+    """x − x̂, once it is known."""
+
+    @property
+    def factor(self) -> float:
+        """Of −residual·… in the gradient of the error: 2/V, averaged over the batch."""
+        return -2.0 / (self.sae.variance * self.global_tokens)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Gradients of one batch on this rank, all loss factors included."""
+
+    da: Float[Tensor, "own capacity"]
+    """With respect to the product of the encoder's row with its input."""
+    own: Params = field(default_factory=dict)
+    """With respect to the parameters per latent, b_enc included where it is not Σ da."""
+    token_loss: Float[Tensor, ""] | None = None
+    """Further loss that every shard of a replica holds whole."""
+    latent_loss: Float[Tensor, ""] | None = None
+    """Further loss of this rank's latents: the penalty."""
+    decoder_norm: Float[Tensor, " rows"] | None = None
+    """With respect to the norms of the decoder's rows."""
+    everywhere: Float[Tensor, " rows"] | None = None
+    """With respect to the pre-activation of a latent, the same for each own token; `da` is on top."""
+
+
+class Activation(Protocol):
+    """What distinguishes an architecture. Implementations have no state."""
+
+    def parameters(self, sae: Sae, params: Params) -> Params:
+        """Initial values of the parameters that only this architecture has."""
+        ...
+
+    def select(self, batch: Batch) -> Entries: ...
+
+    def backward(
+        self, batch: Batch, entries: Entries, dz: Float[Tensor, "own capacity"], sparsity: Float[Tensor, ""] | float
+    ) -> Backward:
+        """`dz` is the gradient of all reconstructions with respect to z (0 where z is), `sparsity` the coefficient λ of
+        the penalty, averaged over tokens: λ/B."""
+        ...

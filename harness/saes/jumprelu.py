@@ -1,0 +1,85 @@
+"""JumpReLU: a threshold per latent that is learned through a kernel around it.
+
+`JumpRelu` has the penalty λ·L0 (Rajamanoharan et al. 2024, arXiv 2407.14435). `JumpReluTanh` has the penalty
+λ·Σ tanh(4·z·‖d‖), a further one on pre-activations below the threshold, and gradients that also pass through the jump
+to the encoder (Conerly et al. 2025). θ is learned as log θ. K(u) = 1 for |u| < 1/2; it sees *pre*-activations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.ops import Codes
+from harness.saes.entries import Backward, Batch, Entries
+from harness.saes.sae import Params, Sae
+
+TANH_SCALE = 4.0
+"""c in tanh(c·z·‖d‖)."""
+
+
+class JumpRelu:
+    """z = a·H(a − θ). ∂z/∂θ = −(θ/ε)·K((a − θ)/ε) and ∂H/∂θ = −K((a − θ)/ε)/ε (equations 11 and 12)."""
+
+    def parameters(self, sae: Sae, params: Params) -> Params:
+        return {"log_threshold": torch.full_like(params["b_enc"], sae.threshold_init).log()}
+
+    def select(self, batch: Batch) -> Entries:
+        params = batch.params
+        threshold = params["log_threshold"].exp()
+        # entries inside the kernel teach the threshold even where they are not active
+        least = threshold - batch.sae.bandwidth / 2 if batch.training else threshold
+        codes = batch.ops.select_above(
+            batch.inputs, batch.compute["W_enc"], params["b_enc"], least, batch.routing.groups
+        )
+        return Entries(codes.values, codes.index, codes.values.where(~(codes.values <= threshold[codes.index]), 0.0))
+
+    def _near(self, batch: Batch, entries: Entries) -> Tensor:
+        """K((a − θ)/ε)."""
+        threshold = batch.params["log_threshold"].exp()[entries.index]
+        return ((entries.pre - threshold).abs() < batch.sae.bandwidth / 2).to(entries.z.dtype)
+
+    def _all_grads(self, batch: Batch, entries: Entries, dz: Tensor, near: Tensor) -> Tensor:
+        """`dz`, and the same for entries inside the kernel that are not active."""
+        inside = Codes(near.where(entries.z == 0, 0.0), entries.index)
+        residual = batch.residual
+        assert residual is not None
+        return dz + batch.factor * batch.ops.latent_grads(
+            inside, batch.compute["W_dec"], residual, batch.routing.groups
+        )
+
+    def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
+        epsilon, rows = batch.sae.bandwidth, batch.params["b_enc"].shape[0]
+        threshold, near = batch.params["log_threshold"].exp(), self._near(batch, entries)
+        pull = self._all_grads(batch, entries, dz, near) * threshold[entries.index] + sparsity
+        to_threshold = batch.ops.latent_sums(near * pull, entries.index, rows) / -epsilon
+        return Backward(dz, {"log_threshold": threshold * to_threshold}, latent_loss=sparsity * (entries.z > 0).sum())
+
+
+class JumpReluTanh(JumpRelu):
+    def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
+        sae, params, index, z = batch.sae, batch.params, entries.index, entries.z
+        rows, tokens, sums = params["b_enc"].shape[0], batch.inputs.shape[0], batch.ops.latent_sums
+        threshold, near = params["log_threshold"].exp(), self._near(batch, entries)
+        norms = params["W_dec"].norm(dim=1)
+        reach = torch.tanh(TANH_SCALE * z * norms[index])
+        slope = sparsity * TANH_SCALE * (1 - reach.square())
+        active = (z > 0).to(z.dtype)
+        g = self._all_grads(batch, entries, dz, near) + slope * norms[index] * (active + near).clamp(max=1)
+        jump = threshold[index] / sae.bandwidth * near
+        # ReLU(θ − a)·‖d‖ on every token: on all of them, less the active ones
+        below = sae.preactivation_penalty / batch.global_tokens * norms
+        da = g * (active + jump) + below[index] * active
+        excess = sums((entries.pre - threshold[index]).where(z > 0, 0.0), index, rows)
+        total = batch.inputs.to(params["W_enc"].dtype).sum(dim=0)
+        everywhere = tokens * (threshold - params["b_enc"]) - params["W_enc"] @ total
+        shortfall = excess + everywhere
+        silent = tokens - sums(active, index, rows)
+        to_threshold = below * silent - sums(g * jump, index, rows)
+        return Backward(
+            da,
+            {"log_threshold": threshold * to_threshold},
+            latent_loss=sparsity * reach.sum() + (below * shortfall).sum(),
+            decoder_norm=sums(slope * z, index, rows) + below / norms * shortfall,
+            everywhere=-below,
+        )
