@@ -21,8 +21,8 @@ class Traits:
     """Which latents are active: the k largest of each token, the k·B largest of a batch, or all above a threshold."""
     routed: bool = False
     """Whether a router sends each token to one of several experts."""
-    aux: bool = True
-    """Whether AuxK is defined for it."""
+    penalty: Literal["", "l1", "l0"] = ""
+    """Of those that choose by threshold: whether the penalty grows with the activations or with their number."""
     unit_decoder: bool = True
     """Whether decoder rows have norm 1; otherwise they are free."""
     pre_bias: bool = True
@@ -35,9 +35,14 @@ class Traits:
     """Further parameters, a number per latent each."""
 
     @property
+    def aux(self) -> bool:
+        """Whether AuxK is defined for it."""
+        return not self.penalty
+
+    @property
     def has_k(self) -> bool:
         """Whether `sae.k` sets the number of active latents; otherwise `sae.target_l0` or `sae.sparsity` does."""
-        return self.chooses != "by threshold"
+        return not self.penalty
 
 
 ARCHITECTURES: dict[str, Traits] = {
@@ -46,31 +51,31 @@ ARCHITECTURES: dict[str, Traits] = {
     "multi_topk": Traits("Multi-TopK", "Gao et al. 2024, arXiv 2406.04093, section 5.3", "per token", passes=4),
     "batchtopk": Traits("BatchTopK", "Bussmann et al. 2024, arXiv 2412.06410", "per batch"),
     "matryoshka": Traits("Matryoshka", "Bussmann et al. 2025, arXiv 2503.17547", "per batch", uses=5),
-    "relu": Traits("ReLU", "Bricken et al. 2023", "by threshold", aux=False),
+    "relu": Traits("ReLU", "Bricken et al. 2023", "by threshold", penalty="l1"),
     "relu_decoder_norm": Traits(
-        "ReLU, free decoder", "Conerly et al. 2024", "by threshold", aux=False, unit_decoder=False, pre_bias=False
+        "ReLU, free decoder", "Conerly et al. 2024", "by threshold", penalty="l1", unit_decoder=False, pre_bias=False
     ),
     "gated": Traits(
         "Gated",
         "Rajamanoharan et al. 2024, arXiv 2404.16014",
         "by threshold",
-        aux=False,
+        penalty="l1",
         uses=6,
         vectors=("r_mag", "b_mag"),
     ),
-    "prolu": Traits("ProLU", "Taggart 2024", "by threshold", aux=False),
+    "prolu": Traits("ProLU", "Taggart 2024", "by threshold", penalty="l1"),
     "jumprelu": Traits(
         "JumpReLU",
         "Rajamanoharan et al. 2024, arXiv 2407.14435",
         "by threshold",
-        aux=False,
+        penalty="l0",
         vectors=("log_threshold",),
     ),
     "jumprelu_tanh": Traits(
         "JumpReLU, tanh penalty",
         "Conerly et al. 2025",
         "by threshold",
-        aux=False,
+        penalty="l0",
         unit_decoder=False,
         pre_bias=False,
         vectors=("log_threshold",),

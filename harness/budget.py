@@ -41,7 +41,7 @@ def params(sae: SaeConfig, d_model: int) -> int:
 
 
 def active(sae: SaeConfig) -> float:
-    """Latents of a token that a step handles: k, the target of L0, or n/2 where neither is given; 4k with Multi-TopK."""
+    """Latents of a token that a step handles: k (4k with Multi-TopK), the target of L0, or n/2 without either."""
     return sae.active * sae.traits.passes
 
 
@@ -59,8 +59,8 @@ def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int) -> dict[str
     """Closed-form training FLOPs per token, by part.
 
     Only the routed expert's n/E latents are encoded. Each use of the k active latents costs 2·k·d: decode once, and
-    three times for the gradients (dz, W_dec, W_enc), or more often (`Traits.uses`). AuxK uses min(k_aux, n/E) latents four times in the same way;
-    their pre-activations come with the encoder.
+    three times for the gradients (dz, W_dec, W_enc), or more often (`Traits.uses`). AuxK uses min(k_aux, n/E) latents
+    four times in the same way; their pre-activations come with the encoder.
     """
     width = sae.n_latents // sae.n_experts
     aux = min(aux_k(sae, d_model), width) if sae.aux_alpha else 0

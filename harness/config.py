@@ -75,9 +75,9 @@ class SaeConfig:
     """Switch: the published α, in raw units. If positive, it replaces `balance_weight` by λ = α·d/V."""
 
     target_l0: float = 0.0
-    """Penalised architectures: L0 that the coefficient of the penalty is steered to; 0: `sparsity` is the coefficient."""
+    """Architectures with a penalty: L0 that its coefficient is steered to; 0: `sparsity` is the coefficient."""
     sparsity: float = 0.0
-    """Penalised architectures: coefficient λ of the penalty in a loss in units of fvu. A published coefficient belongs
+    """Architectures with a penalty: its coefficient λ of the penalty in a loss in units of fvu. A published coefficient belongs
     to a loss that is not divided by V, so it is λ·V here."""
     sparsity_warmup_tokens: float = 0.0
     """Tokens over which the coefficient grows linearly from 0."""
@@ -86,7 +86,7 @@ class SaeConfig:
     bandwidth: float = 0.001
     """`jumprelu`: width ε of the kernel around a threshold, in units of the rows' root mean squared norm."""
     threshold_init: float = 0.001
-    """`jumprelu`: initial threshold θ, in the same units."""
+    """`jumprelu`: initial threshold θ, in the same units; 0: such that L0 begins at `target_l0`."""
     preactivation_penalty: float = 3e-6
     """`jumprelu_tanh`: coefficient λ_P of the penalty on pre-activations below their threshold."""
     prolu: str = "ste"
@@ -146,9 +146,12 @@ class SaeConfig:
             bool(self.prefixes) and all(0 < share <= 1 for share in self.prefixes),
             f"sae.prefixes={self.prefixes} must be shares of the latents, above 0 and at most 1",
         )
-        for key in ("bandwidth", "threshold_init"):
-            _require(getattr(self, key) > 0, f"sae.{key}={getattr(self, key)} must be positive")
-        for key in ("preactivation_penalty", "sparsity_warmup_tokens"):
+        _require(self.bandwidth > 0, f"sae.bandwidth={self.bandwidth} must be positive")
+        _require(
+            self.threshold_init > 0 or self.target_l0 > 0 or "log_threshold" not in self.traits.vectors,
+            "sae.threshold_init=0 needs sae.target_l0, to which the first threshold is set",
+        )
+        for key in ("threshold_init", "preactivation_penalty", "sparsity_warmup_tokens"):
             _require(getattr(self, key) >= 0, f"sae.{key}={getattr(self, key)} must not be negative")
 
     def _check_sparsity(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from harness.ops.untyped import norm
 from harness.parallel import Shards
+from harness.parallel.kth import kth_largest
 from harness.process.runtime import Runtime
 from harness.saes.catalogue import ACTIVATIONS
 from harness.saes.sae import Params, Sae
@@ -63,6 +64,10 @@ FIRING_TOKENS = 10_000
 """At first a latent of JumpReLU with the tanh penalty fires on this share of all latents (Conerly et al. 2025)."""
 
 
+THRESHOLD_ROWS, SMALLEST_THRESHOLD = 64, 1e-6
+"""Rows that set the first threshold of a JumpReLU, and the least it can be."""
+
+
 def initial_params(
     sae: Sae, sample: Float[Tensor, "rows d"], seed: int, shards: Shards, device: torch.device, dtype: torch.dtype
 ) -> Params:
@@ -84,12 +89,25 @@ def initial_params(
         params["W_r"] = ((2 * router - 1) * bound).to(device, dtype)
         params["b_r"] = center.to(device, dtype, copy=True)
     params |= ACTIVATIONS[sae.architecture].parameters(sae, params)
+    if "log_threshold" in params and not sae.threshold_init:
+        params["log_threshold"].fill_(math.log(_threshold_for(sae, params, sample[:THRESHOLD_ROWS], shards)))
     if sae.architecture == "jumprelu_tanh":
         _conerly2025(sae, params, sample.to(device, dtype), seed, shards)
     elif not sae.traits.unit_decoder:
         for name in ("W_enc", "W_dec"):
             params[name] *= DECODER_NORM
     return {name: params[name] for name in sae.layout()}
+
+
+def _threshold_for(sae: Sae, params: Params, rows: Float[Tensor, "rows d"], shards: Shards) -> float:
+    """What a pre-activation must exceed so that `target_l0` latents of a token are active."""
+    inputs = (rows - rows.new_tensor(params["b_dec"].tolist()) if sae.traits.pre_bias else rows).to(params["W_enc"])
+    values = (inputs @ params["W_enc"].T).relu().flatten()
+    wanted = max(1, min(round(sae.target_l0 * rows.shape[0]), sae.n_latents * rows.shape[0]))
+    # the ranks of a replica hold different latents, replicas hold the same
+    bits, _ = kth_largest(values, wanted * shards.dp, shards, "selection")
+    whole = torch.int64 if values.dtype is torch.float64 else torch.int32
+    return max(float(bits.to(whole).view(1).view(values.dtype)), SMALLEST_THRESHOLD)
 
 
 def _conerly2025(sae: Sae, params: Params, sample: Float[Tensor, "rows d"], seed: int, shards: Shards) -> None:

@@ -22,7 +22,8 @@ class JumpRelu:
     """z = a·H(a − θ). ∂z/∂θ = −(θ/ε)·K((a − θ)/ε) and ∂H/∂θ = −K((a − θ)/ε)/ε (equations 11 and 12)."""
 
     def parameters(self, sae: Sae, params: Params) -> Params:
-        return {"log_threshold": torch.full_like(params["b_enc"], sae.threshold_init).log()}
+        """`log_threshold`; a `threshold_init` of 0 is replaced once activations are at hand, see `init`."""
+        return {"log_threshold": torch.full_like(params["b_enc"], sae.threshold_init or 1.0).log()}
 
     def select(self, batch: Batch) -> Entries:
         params = batch.params

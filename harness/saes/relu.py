@@ -43,8 +43,8 @@ class ReluDecoderNorm(Relu):
 class ProLu:
     """z = m·1[m > 0 and m + b > 0], m = W·x without bias (Taggart 2024), penalty λ·Σ z.
 
-    The derivative in the bias is a convention. `relu`: that of ReLU(m + b) for both m and b. `ste`: the straight-through
-    estimator, dm = (1 + m)·dz and db = m·dz.
+    The derivative in the bias is a convention. `relu`: that of ReLU(m + b) for both m and b. `ste`: the
+    straight-through estimator, dm = (1 + m)·dz and db = m·dz.
     """
 
     def parameters(self, sae: Sae, params: Params) -> Params:

@@ -21,7 +21,7 @@ Cut = Literal["latent_rows", "replicated"]
 
 @dataclass(frozen=True)
 class Sae:
-    """All architectures have one expert, except a Switch SAE (Mudide et al. 2024), which has one or more and a router."""
+    """An SAE has one expert, unless it is a Switch SAE (Mudide et al. 2024): one or more, and a router."""
 
     architecture: str
     d_model: int
@@ -40,7 +40,9 @@ class Sae:
     bandwidth: float = 0.0
     """JumpReLU: ε, the width of the kernel around a threshold, in units of pre-activations."""
     threshold_init: float = 0.0
-    """JumpReLU: θ at the start, in units of pre-activations."""
+    """JumpReLU: θ at the start, in units of pre-activations; 0: such that L0 is `target_l0`."""
+    target_l0: float = 0.0
+    """L0 that the penalty is steered to; 0: its coefficient is fixed."""
     preactivation_penalty: float = 0.0
     """JumpReLU with the tanh penalty: λ_P."""
     prolu: str = "ste"
@@ -108,5 +110,6 @@ def resolve_sae(
         bandwidth=config.bandwidth * unit,
         threshold_init=config.threshold_init * unit,
         preactivation_penalty=config.preactivation_penalty,
+        target_l0=config.target_l0,
         prolu=config.prolu,
     )

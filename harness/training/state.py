@@ -141,10 +141,10 @@ class TrainState:
             sparsity=0.0 if sparsity is None else sparsity,
             done=self.done,
         )
-        if self.sparsity is not None:
-            self.sparsity.observe(stats.l0, self.done)
         well = stats.loss.isfinite() & (self.bad_step < 0)
         lr = lr_at(self.config, self.done, self.last)
+        if self.sparsity is not None:
+            self.sparsity.observe(stats.l0, self.done, lr)
         well, norm = optimizer.apply(lr, self.done + 1, well, runtime)
         self.bad_step.copy_(torch.where(well | (self.bad_step >= 0), self.bad_step, self.number))
         self.silent.add_(self.config.train.batch_tokens).masked_fill_(stats.fired > 0, 0)

@@ -1,4 +1,4 @@
-"""An independent judge of the catalogue: each architecture as dense float64 autograd, written from the papers' formulas.
+"""An independent judge of the catalogue: each architecture as dense float64 autograd, from the papers' formulas.
 
 It shares no code with the harness. Derivatives that are conventions, those of the jump, are autograd functions here.
 """
