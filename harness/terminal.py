@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -50,7 +51,24 @@ _PROGRESS_FIELDS = {"loss": ("loss", ".4g"), "fvu": ("fvu", ".4f"), "dead_frac":
 
 def say(line: str) -> None:
     """Print one line to standard error at once."""
-    print(line, file=sys.stderr, flush=True)
+    with survives_hangup(sys.stderr):
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def survives_hangup(stream: TextIO) -> Iterator[None]:
+    """Inside, a terminal that was closed is no error: what is written to `stream` goes nowhere from then on.
+
+    Its SIGHUP asks the training to save and stop; an error of a progress line must not come before it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
@@ -219,7 +237,8 @@ class Progress:
         if self._live is None:
             self._print(f"{self._label}: {self._numbers()}")
         else:
-            self._live.refresh()
+            with survives_hangup(self._stream):
+                self._live.refresh()
 
     def finish(self, line: str) -> None:
         """End the run: remove the bar and print `line`, its outcome, unless that is empty."""
@@ -232,11 +251,13 @@ class Progress:
         if self._live is None:
             self._print(line)
         else:
-            self._live.console.print(line, soft_wrap=True)
+            with survives_hangup(self._stream):
+                self._live.console.print(line, soft_wrap=True)
 
     def _close(self) -> None:
         if self._live is not None:
-            self._live.stop()
+            with survives_hangup(self._stream):
+                self._live.stop()
             self._live = None
 
     def _numbers(self) -> str:
@@ -251,7 +272,8 @@ class Progress:
         return f"{' '.join(shown)} {rate:,.0f} tok/s{left}"
 
     def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        with survives_hangup(self._stream):
+            print(line, file=self._stream, flush=True)
 
     def _new_live(self) -> Live:
         """The line with the bar; it is redrawn on request, by no thread of its own."""

@@ -20,6 +20,8 @@ from harness.record.result import read_result
 from harness.terminal import say
 
 POLL_S = 0.2
+ANNOUNCED_S = 60.0
+"""A plan that takes longer is announced by the ranks that wait for it."""
 PLAN_TIMEOUT_S = 1800.0
 
 
@@ -70,10 +72,14 @@ def lead(out: Path, task: SlurmTask, jobs: Sequence[Job]) -> int:
 
 def follow(out: Path, task: SlurmTask) -> int:
     """Wait for the list of rank 0, then train with it. Returns the exit code of the contract."""
-    path, end = _list_path(out, task), time.monotonic() + PLAN_TIMEOUT_S
+    path, begun, said = _list_path(out, task), time.monotonic(), False
     while not path.exists():
-        if time.monotonic() > end:
+        waited = time.monotonic() - begun
+        if waited > PLAN_TIMEOUT_S:
             raise UserError(f"rank 0 has not written {path} within {PLAN_TIMEOUT_S:.0f} s; its output says why")
+        if waited > ANNOUNCED_S and not said:
+            say(f"rank {task.rank} is waiting for the plan of rank 0 of step {task.job_id}.{task.step_id}")
+            said = True
         time.sleep(POLL_S)
     homes = json.loads(path.read_text(encoding="utf-8"))["jobs"]
     if homes is None:

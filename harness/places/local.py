@@ -19,12 +19,13 @@ from harness.places.ranks import train_on_ranks
 from harness.process.claim import Claimed
 from harness.process.signals import Interrupted, StopFlag, stop_on_signals
 from harness.record import names
-from harness.record.attempt import attempt, claimed, write_provenance
+from harness.record.attempt import attempt, attempt_dirs, claimed, write_ended, write_provenance
 from harness.record.job import Job, freeze_job
 from harness.record.provenance import now
 from harness.record.result import FINAL, read_result, set_failure_aside, write_failure
 from harness.record.result import describe as describe_error
 from harness.record.run import Run
+from harness.record.rundir import saved_step
 from harness.terminal import Progress, duration, say
 
 WAIT_S = 2.0
@@ -139,10 +140,10 @@ def _train(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Progress
     config, started = job.config, now()
     # several ranks open the source themselves, and harvest it together
     source = _source(job.runs[0], sources, stop) if config.mesh.ranks == 1 else None
-    log = job.home / names.ATTEMPTS
+    log, numbers = job.home / names.ATTEMPTS, {}
     mesh = {"dp": config.mesh.dp, "shard": config.mesh.shard}
     try:
-        with attempt(job.home, job.run_dirs) as (log, _):
+        with attempt(job.home, job.run_dirs) as (log, numbers):
             provenance = write_provenance(job.run_dirs, store_id=job.runs[0].store.id, ops=config.ops, mesh=mesh)
             logging.getLogger("harness.attempt").info("on %s", provenance["machine"]["host"])
             begin = time.monotonic()
@@ -152,6 +153,8 @@ def _train(job: Job, sources: dict[str, Any], stop: StopFlag, progress: Progress
                 train_job(job, source, stop, progress)
     except Interrupted:
         progress.finish("")
+        step = saved_step(job.home)
+        write_ended(attempt_dirs(numbers), outcome="saved", reason=stop.reason, step=step, requeued=False)
         raise
     except Exception as error:
         progress.finish("")

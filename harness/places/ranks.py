@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import signal
 import socket
@@ -16,10 +18,13 @@ from harness.config import Config
 from harness.errors import INTERRUPTED
 from harness.files import last_line, open_own
 from harness.process.signals import Interrupted, StopFlag
+from harness.terminal import say
 
 POLL_S = 0.1
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that this process gets when its parent ends."""
 GRACE_S = 20.0
-"""How long the other ranks have to notice by themselves that one has failed."""
+"""How long the other ranks have to notice by themselves that one has failed, and all to save when asked twice."""
 
 
 class RankFailed(RuntimeError):
@@ -30,8 +35,8 @@ def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag
     """Train the job in `home`, whose claims the caller holds, by dp·shard processes (`python -m harness.train home`).
 
     Rank 0 shows its progress here; the output of rank r goes to `attempt_dir/rank<r>.log`. A stop is passed on as
-    SIGTERM, and `Interrupted` is raised when the ranks have saved. If a rank dies, the others are ended and
-    `RankFailed` names the rank and its log.
+    SIGTERM, and `Interrupted` is raised when the ranks have saved. A second request kills ranks that have not saved
+    `GRACE_S` seconds later. If a rank dies, the others are ended and `RankFailed` names the rank and its log.
     """
     world = config.mesh.ranks
     environment = rank_environment(world)
@@ -71,8 +76,11 @@ def rank_environment(world: int) -> dict[str, str]:
 def end_with_starter() -> None:
     """In a rank: exit at once when the process that started it has ended; standard input ends then.
 
-    The starter of a training holds the claims; without them somebody else may train the runs.
+    The starter of a training holds the claims; without them somebody else may train the runs. On Linux the system
+    kills the rank, also one that is suspended.
     """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_leave_at_end_of_input, name="starter", daemon=True).start()
 
 
@@ -90,7 +98,7 @@ def free_port() -> int:
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]], logs: list[Path], stop: StopFlag) -> None:
-    stopping = False
+    stopping, patience_ends = False, math.inf
     while True:
         codes = [process.poll() for process in ranks]
         if stopping and -signal.SIGTERM in codes:  # that rank did not listen yet, so it had nothing to save
@@ -112,6 +120,13 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: list[Path], stop: StopFla
             for process in ranks:
                 process.send_signal(signal.SIGTERM)
             stopping = True
+        if stop.urgent and patience_ends == math.inf:
+            say(f"asked twice: ranks that have not saved in {GRACE_S:.0f} s will be killed")
+            patience_ends = time.monotonic() + GRACE_S
+        if time.monotonic() > patience_ends:
+            late = [str(rank) for rank, code in enumerate(codes) if code is None]
+            say(f"rank {', '.join(late)} did not answer and is killed; what was saved before stays")
+            raise Interrupted
         time.sleep(POLL_S)
 
 

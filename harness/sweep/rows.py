@@ -134,5 +134,8 @@ def _what_happened(state: RunState, facts: Mapping[str, Any], log: Path | None) 
         return error if not line or line in error or error in line else f"{error} | {line}"
     if state.ended is None:
         return None if state.status == "running" else "ended without a record (killed, or its machine was lost)"
-    at = f" at step {state.ended['step']}" if state.ended.get("step") is not None else ""
-    return f"{state.ended.get('outcome')}{at}: {state.ended.get('reason')}"
+    step, outcome = state.ended.get("step"), state.ended.get("outcome")
+    if step is None and outcome == "saved":
+        return f"stopped before its first save: {state.ended.get('reason')}"
+    at = f" at step {step}" if step is not None else ""
+    return f"{outcome}{at}: {state.ended.get('reason')}"

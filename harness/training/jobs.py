@@ -17,7 +17,7 @@ from harness.errors import UserError
 from harness.parallel import Shards
 from harness.parallel.mesh import mesh
 from harness.process.device import pick_device
-from harness.process.rank import ranks_from_environment
+from harness.process.rank import ranks_from_environment, wait_for_ranks
 from harness.process.signals import Interrupted, StopFlag, stop_on_signals
 from harness.process.together import together
 from harness.record.attempt import END_TIME, attempt, attempt_dirs, claimed, write_ended, write_provenance
@@ -51,7 +51,8 @@ def train_jobs(
     deadline = float(os.environ[END_TIME]) if END_TIME in os.environ else None
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals(deadline, config.cluster.lead_s))
-        shards = stack.enter_context(mesh(config.mesh.dp, config.mesh.shard, device, ranks))
+        shape, on_wait = config.mesh, wait_for_ranks(stop)
+        shards = stack.enter_context(mesh(shape.dp, shape.shard, device, ranks, on_wait=on_wait))
         for job in jobs:
             _train_claimed(job, store_dir, stop, shards, claim_here)
             on_ended(job)
