@@ -125,7 +125,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: list[Path], stop: StopFla
             patience_ends = time.monotonic() + GRACE_S
         if time.monotonic() > patience_ends:
             late = [str(rank) for rank, code in enumerate(codes) if code is None]
-            say(f"rank {', '.join(late)} did not answer and is killed; what was saved before stays")
+            say(f"killed the ranks that did not answer: {', '.join(late)}; what was saved before stays")
             raise Interrupted
         time.sleep(POLL_S)
 
