@@ -97,7 +97,7 @@ def _counts(counts: Counter[str]) -> str:
 
 def _problem(row: Row) -> list[str]:
     """The error of a run and the notes in its record."""
-    where = f" (log: {row['log']})" if row["log"] and row["status"] == "failed" else ""
+    where = f" (log: {row['log']})" if row["log"] and row["status"] in ("failed", "interrupted", "pending") else ""
     lines = [f"{row['run_id']}: {row['error']}{where}"] if row["error"] else []
     return lines + [f"{row['run_id']}: {note}" for note in row["notes"]]
 

@@ -18,8 +18,12 @@ from harness.record.run import Run
 from harness.record.state import state_of
 from harness.sweep.intent import record_intent
 from harness.sweep.request import Request, plan_runs, requested_cells
+from harness.sweep.rows import sweep_rows
 from harness.sweep.runs import sweep_dirs_of
 from harness.terminal import say
+
+TOLD = 10
+"""Runs that are named when a sweep that was waited for has ended."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,19 @@ def _submit(runs: list[Run], estimates: Estimates, wait: bool) -> Outcome:
     if not wait:
         return Outcome(0, sweep_dirs, submitted=True)
     wait_for(runs)
+    _say_what_went_wrong(runs)
     return Outcome(_judge(runs), sweep_dirs)
+
+
+def _say_what_went_wrong(runs: list[Run]) -> None:
+    """A line per run that is not done, with the path of its log."""
+    own = {run.run_id for run in runs}
+    rows = [row for directory in sweep_dirs_of(runs) for row in sweep_rows(directory) if row["run_id"] in own]
+    wrong = [row for row in rows if row["status"] != "done" and row["error"]]
+    for row in wrong[:TOLD]:
+        say(f"{row['run_id']}: {row['error']}" + (f" (log: {row['log']})" if row["log"] else ""))
+    if len(wrong) > TOLD:
+        say(f"… and {len(wrong) - TOLD} more; python -m harness.status tells")
 
 
 def _judge(runs: list[Run]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.files import last_line
+from harness.places.slurm.explain import explain
 from harness.record import metrics, names
 from harness.record.job import pack_sizes, packs_root
 from harness.record.notes import read_notes
@@ -22,7 +23,8 @@ FACTS = ("progress", "tokens", "fvu", "fvu_se", "dead_frac", "tokens_per_s", "wa
 
 
 def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row]:
-    """One row per run that was asked for or exists in `sweep_dir`. Raises `UserError`.
+    """One row per run that was asked for or exists in `sweep_dir`; Slurm is asked about runs that wait. Raises
+    `UserError`.
 
     Keys: run_id, status, progress (share of the budget), tokens, fvu, fvu_se, dead_frac, tokens_per_s, wall_s,
     attempts, restarts, host (while it runs), ends (expected, ISO 8601, while it runs), together (runs of its job), log
@@ -41,7 +43,19 @@ def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row
             if final is not None and row["status"] in ("done", "diverged"):
                 final[name] = row
         rows.append(row)
+    _ask_slurm(sweep_dir, rows)
     return rows
+
+
+def _ask_slurm(sweep_dir: Path, rows: list[Row]) -> None:
+    """Complete the rows of runs that neither train nor have ended by what became of their jobs."""
+    asked = {row["run_id"]: row for row in rows if row["status"] in ("pending", "preempted", "interrupted")}
+    told = explain(sweep_dir, {run_id: row["attempts"] > 0 for run_id, row in asked.items()})
+    for run_id, job in told.items():
+        row = asked[run_id]
+        row["status"] = "failed" if job.failed else row["status"]
+        row["error"] = f"{row['error']}; {job.text}" if row["error"] else job.text
+        row["log"] = row["log"] or (None if job.log is None else str(job.log))
 
 
 def begun_runs(sweep_dir: Path) -> dict[str, bool]:

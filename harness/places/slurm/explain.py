@@ -1,0 +1,144 @@
+"""Why a run does not train: what Slurm says of its newest job, in words, and what the job's log says. Changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.errors import UserError
+from harness.files import last_line
+from harness.places.slurm import client
+from harness.places.slurm.queue import arrays, read_table
+
+ANSWER_S = 10.0
+"""How long to wait for Slurm: the rest of a status comes from files."""
+
+WAITS = {
+    "None": "Slurm has not looked at it yet",
+    "Priority": "jobs of higher priority come first",
+    "Resources": "what it asks for is in use",
+    "Dependency": "another job of this sweep must end first",
+    "DependencyNeverSatisfied": "the job that makes its activations failed",
+    "JobArrayTaskLimit": "cluster.max_running jobs run already",
+    "BeginTime": "Slurm starts a requeued job after a pause",
+    "JobHeldUser": "it is held; `scontrol release` lets it start",
+    "JobHeldAdmin": "Slurm or an administrator holds it; `scontrol release` may let it start",
+    "launch failed requeued held": "Slurm could not start it and holds it; `scontrol release` tries again",
+    "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved",
+    "PartitionTimeLimit": "cluster.time is above the limit of the partition",
+    "PartitionNodeLimit": "it asks for more nodes than the partition allows",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition is inactive",
+    "AssocGrpGRES": "the account uses all the GPUs it may",
+    "QOSMaxGRESPerUser": "you use all the GPUs you may",
+    "QOSMaxJobsPerUserLimit": "you run as many jobs as you may",
+    "Licenses": "licenses are in use",
+    "JobLaunchFailure": "Slurm could not start its script; can the node write into the directory of its log?",
+    "NodeDown": "its node failed",
+    "TimeLimit": "its time limit was over",
+    "OutOfMemory": "it used more than cluster.mem",
+    "NonZeroExitCode": "its script failed",
+    "RaisedSignal:53(Real-time_signal_19)": "Slurm could not start its script on the node",
+}
+"""Slurm's word for why a job waits or has failed → ours."""
+
+
+class Told(NamedTuple):
+    failed: bool
+    """Whether the job ended before it could train."""
+    text: str
+    log: Path | None
+    """Output of the job, if there is any."""
+
+
+class _Job(NamedTuple):
+    directory: Path
+    """Of its array."""
+    array_id: str
+    index: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.array_id}_{self.index}"
+
+    def log(self) -> Path | None:
+        """A job that was submitted anew has another id, and a log of its own."""
+        logs = (self.directory / "log").glob(f"*_{self.index}.out")
+        return max(logs, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def explain(sweep_dir: Path, begun: Mapping[str, bool]) -> dict[str, Told]:
+    """run_id → what became of its newest job, for runs that do not train now and have not ended.
+
+    `begun` are those runs, and whether each has trained before. Runs without a job are left out, and all are when Slurm
+    is not on this machine or does not answer.
+    """
+    jobs = {run_id: job for run_id, job in _newest_jobs(sweep_dir).items() if run_id in begun}
+    if not jobs:
+        return {}
+    try:
+        live = client.elements([job.directory.name for job in jobs.values()], ANSWER_S)
+        queued = {(element.name, element.index): element for element in live}
+        gone = {job.array_id for job in jobs.values() if (job.directory.name, job.index) not in queued}
+        ends = {
+            f"{array_id}_{index}": end for array_id in gone for index, end in client.ends(array_id, ANSWER_S).items()
+        }
+    except (UserError, client.SlurmError):
+        return {}
+    told = {}
+    for run_id, job in jobs.items():
+        element = queued.get((job.directory.name, job.index))
+        if element is not None:
+            told[run_id] = _of_queued(element, job)
+        elif (gone_job := _of_gone(job, ends.get(job.id), begun[run_id])) is not None:
+            told[run_id] = gone_job
+    return told
+
+
+def _newest_jobs(sweep_dir: Path) -> dict[str, _Job]:
+    submitted = []
+    for directory in arrays(sweep_dir):
+        try:
+            content = json.loads((directory / "submitted.json").read_text(encoding="utf-8"))
+            submitted.append((str(content["time"]), directory, str(content["job_id"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # being submitted just now, or damaged
+    return {
+        run_id: _Job(directory, array_id, index)
+        for _, directory, array_id in sorted(submitted)
+        for index, run_ids in enumerate(read_table(directory))
+        for run_id in run_ids
+    }
+
+
+def _of_queued(element: client.Element, job: _Job) -> Told:
+    if element.state == "PENDING":
+        return Told("launch failed" in element.reason, f"job {element.id} waits: {words(element.reason)}", None)
+    return Told(False, f"job {element.id} is {element.state.lower()} and does not train this run now", job.log())
+
+
+def _of_gone(job: _Job, end: client.End | None, begun: bool) -> Told | None:
+    """`begun`: whether the run has trained; then its own record says more, unless the whole job was killed."""
+    log = job.log()
+    if begun:
+        killed = end is not None and end.state in ("OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "DEADLINE")
+        return Told(False, f"job {job.id} ended as {end.state}: {words(end.reason)}", log) if end and killed else None
+    if end is not None and end.state == "CANCELLED":
+        why = f": {words(end.reason)}" if end.reason.startswith("Dependency") else ""
+        return Told(False, f"job {job.id} was cancelled before it trained this run{why}", log)
+    how = "" if end is None else f" ({end.state}, {words(end.reason)}, exit code {end.exit_code})"
+    if log is None and end is None:
+        return Told(False, f"job {job.id} left the queue before it began; the same launch submits it again", None)
+    if log is None:
+        return Told(True, f"job {job.id} never began{how}", None)
+    return Told(
+        True, f"job {job.id} ended before it trained this run{how}: {last_line(log) or 'its log is empty'}", log
+    )
+
+
+def words(reason: str) -> str:
+    """Slurm's reason with ours behind it, if we know it."""
+    name = reason.strip("()").split(",")[0]  # some reasons go on with the nodes that they mean
+    return f"{WAITS[name]} ({name})" if name in WAITS else name
