@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def _submit(runs: list[Run], estimates: Estimates, wait: bool) -> Outcome:
 
     jobs, sweep_dirs = submit_runs(runs, estimates), sweep_dirs_of(runs)
     for directory in sweep_dirs if jobs else ():
-        say(f"submitted; to follow it: python -m harness.status {directory} --watch")
+        say(f"submitted; to follow it: python -m harness.status {shlex.quote(str(directory))} --watch")
     if not wait:
         return Outcome(0, sweep_dirs, submitted=True)
     wait_for(runs)

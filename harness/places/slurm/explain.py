@@ -1,4 +1,4 @@
-"""Why a run does not train: what Slurm says of its newest job, in words, and what the job's log says. Changes nothing."""
+"""Why a run does not train: what Slurm says of its newest job, in words, and what the log of the job says."""
 
 from __future__ import annotations
 
@@ -128,14 +128,12 @@ def _of_gone(job: _Job, end: client.End | None, begun: bool) -> Told | None:
     if end is not None and end.state == "CANCELLED":
         why = f": {words(end.reason)}" if end.reason.startswith("Dependency") else ""
         return Told(False, f"job {job.id} was cancelled before it trained this run{why}", log)
-    how = "" if end is None else f" ({end.state}, {words(end.reason)}, exit code {end.exit_code})"
-    if log is None and end is None:
-        return Told(False, f"job {job.id} left the queue before it began; the same launch submits it again", None)
-    if log is None:
-        return Told(True, f"job {job.id} never began{how}", None)
-    return Told(
-        True, f"job {job.id} ended before it trained this run{how}: {last_line(log) or 'its log is empty'}", log
-    )
+    why = "" if end is None else f": {words(end.reason)}, exit code {end.exit_code}"
+    if log is not None:
+        return Told(True, f"job {job.id} ended before it trained this run{why}: {last_line(log) or 'no output'}", log)
+    if end is not None:
+        return Told(True, f"job {job.id} never began{why}", None)
+    return Told(False, f"job {job.id} left the queue before it began; the same launch submits it again", None)
 
 
 def words(reason: str) -> str:
