@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from harness.errors import WRONG_REQUEST
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
@@ -74,7 +76,8 @@ def survives_hangup(stream: TextIO) -> Iterator[None]:
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Run the `main` of a command and exit with its code.
 
-    If nobody reads its output any more (`| head`), it ends silently with the code that a shell gives for SIGPIPE.
+    If nobody reads its output any more (`| head`), it ends silently with the code that a shell gives for SIGPIPE. A file
+    that it may not read or write is a wrong request.
     """
     try:
         try:
@@ -89,6 +92,11 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         for stream in closed:  # Python flushes them once more at its end
             os.dup2(nowhere, stream.fileno())
         code = 128 + signal.SIGPIPE
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        say(f"error: {error.filename}: {error.strerror}; its owner can allow it, or use a copy of your own")
+        code = WRONG_REQUEST
     sys.exit(code)
 
 

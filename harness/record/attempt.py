@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.errors import INTERRUPTED
-from harness.files import open_own, write_json_atomic
+from harness.files import open_own, remove_left_behind, write_json_atomic
 from harness.process.claim import claim
 from harness.process.signals import Interrupted
 from harness.record import names
@@ -37,6 +37,7 @@ def claimed(run_dirs: Sequence[Path]) -> Iterator[None]:
     with ExitStack() as stack:
         for run_dir in run_dirs:
             stack.enter_context(claim(claim_path(run_dir), on_lost=_leave))
+            remove_left_behind(run_dir)
         yield
 
 

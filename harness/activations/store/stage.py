@@ -29,6 +29,8 @@ def stage(store: Path, target: Path) -> Path:
     with claim(target / f"{store.name}.lock", wait=True):
         if is_complete(copy):
             return copy
+        for left_behind in target.glob(f"{store.name}.*.tmp"):  # by killed processes; we hold the lock
+            shutil.rmtree(left_behind)
         size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
         free = shutil.disk_usage(target).free
         if free < 1.02 * size:
