@@ -53,7 +53,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield an empty temporary file in the directory of `path`; when the block ends well, it becomes `path`.
 
     If the block raises, the temporary file is removed and `path` stays as it was; an error of the system names `path`,
-    not the temporary file. A killed process leaves `.NAME.PID.tmp` behind: see `remove_left_behind`. `durable=False` skips fsync: after a power cut `path` may be damaged.
+    not the temporary file. A killed process leaves `.NAME.PID.tmp` behind: see `remove_left_behind`. `durable=False`
+    skips fsync: after a power cut `path` may be damaged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
