@@ -365,7 +365,7 @@ class ClusterConfig:
     mem: str = ""
     """Memory per node, e.g. `64G`; empty: the site's default."""
     max_running: int = 0
-    """Maximum number of elements of an array that run at the same time; 0: no limit."""
+    """Maximum number of jobs of one launch that train at the same time; 0: no limit."""
     requeue: bool = True
     """Requeue a job that was stopped before its end. False, for a site that forbids it: submit the job again."""
     lead_s: int = 0

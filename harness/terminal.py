@@ -76,8 +76,8 @@ def survives_hangup(stream: TextIO) -> Iterator[None]:
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Run the `main` of a command and exit with its code.
 
-    If nobody reads its output any more (`| head`), it ends silently with the code that a shell gives for SIGPIPE. A file
-    that it may not read or write is a wrong request.
+    If nobody reads its output any more (`| head`), it ends silently with the code that a shell gives for SIGPIPE. A
+    file that it may not read or write is a wrong request. Ctrl-C ends it without a traceback.
     """
     try:
         try:
@@ -97,6 +97,8 @@ def run_command(main: Callable[[], int]) -> NoReturn:
             raise
         say(f"error: {error.filename}: {error.strerror}; its owner can allow it, or use a copy of your own")
         code = WRONG_REQUEST
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     sys.exit(code)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from harness.errors import UserError
 
@@ -24,7 +24,7 @@ Waiting = Callable[[str], None]
 """Called again and again with what is being waited for, e.g. `1 of 2 ranks`. It may raise to end the waiting."""
 
 
-def meet(rank: int, world: int, address: str, port: int, timeout: timedelta, on_wait: Waiting) -> dist.Store:
+def meet(rank: int, world: int, address: str, port: int, timeout: timedelta, on_wait: Waiting) -> Store:
     """The store of the group, when all `world` ranks have come to it. Rank 0 holds it at `address` and `port`.
 
     Raises `UserError` when the port is taken, or when ranks are missing after `timeout`.
@@ -39,7 +39,7 @@ def meet(rank: int, world: int, address: str, port: int, timeout: timedelta, on_
 
     if rank == 0:
         try:
-            store = dist.TCPStore(address, port, world, True, timeout, wait_for_workers=False)
+            store = TCPStore(address, port, world, True, timeout, wait_for_workers=False)
         except RuntimeError as error:
             message = str(error).splitlines()[0]
             raise UserError(
@@ -48,7 +48,7 @@ def meet(rank: int, world: int, address: str, port: int, timeout: timedelta, on_
     else:
         while not _listens(address, port):
             wait_for(f"rank 0 at {address}:{port}")
-        store = dist.TCPStore(address, port, world, False, timeout, wait_for_workers=False)
+        store = TCPStore(address, port, world, False, timeout, wait_for_workers=False)
     store.add("arrived", 1)
     while (missing := world - store.add("arrived", 0)) > 0:
         wait_for(f"{missing} of {world} ranks")

@@ -100,7 +100,11 @@ def _submit(runs: list[Run], estimates: Estimates, wait: bool) -> Outcome:
         say(f"submitted; to follow it: python -m harness.status {shlex.quote(str(directory))} --watch")
     if not wait:
         return Outcome(0, sweep_dirs, submitted=True)
-    wait_for(runs)
+    try:
+        wait_for(runs)
+    except KeyboardInterrupt:
+        say("no longer waiting; the jobs go on")
+        return Outcome(INTERRUPTED, sweep_dirs, submitted=True)
     _say_what_went_wrong(runs)
     return Outcome(_judge(runs), sweep_dirs)
 

@@ -147,7 +147,11 @@ def _what_happened(state: RunState, facts: Mapping[str, Any], log: Path | None) 
         error, line = str(facts.get("error")), "" if log is None else last_line(log)
         return error if not line or line in error or error in line else f"{error} | {line}"
     if state.ended is None:
-        return None if state.status == "running" else "ended without a record (killed, or its machine was lost)"
+        return (
+            None
+            if state.status == "running"
+            else "ended without a record (killed, left by a second Ctrl-C, or its machine was lost)"
+        )
     step, outcome = state.ended.get("step"), state.ended.get("outcome")
     if step is None and outcome == "saved":
         return f"stopped before its first save: {state.ended.get('reason')}"

@@ -57,15 +57,15 @@ class _Job(NamedTuple):
     directory: Path
     """Of its array."""
     array_id: str
-    index: int
+    element: int
 
     @property
     def id(self) -> str:
-        return f"{self.array_id}_{self.index}"
+        return f"{self.array_id}_{self.element}"
 
     def log(self) -> Path | None:
         """A job that was submitted anew has another id, and a log of its own."""
-        logs = (self.directory / "log").glob(f"*_{self.index}.out")
+        logs = (self.directory / "log").glob(f"*_{self.element}.out")
         return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -81,7 +81,7 @@ def explain(sweep_dir: Path, begun: Mapping[str, bool]) -> dict[str, Told]:
     try:
         live = client.elements([job.directory.name for job in jobs.values()], ANSWER_S)
         queued = {(element.name, element.index): element for element in live}
-        gone = {job.array_id for job in jobs.values() if (job.directory.name, job.index) not in queued}
+        gone = {job.array_id for job in jobs.values() if (job.directory.name, job.element) not in queued}
         ends = {
             f"{array_id}_{index}": end for array_id in gone for index, end in client.ends(array_id, ANSWER_S).items()
         }
@@ -89,7 +89,7 @@ def explain(sweep_dir: Path, begun: Mapping[str, bool]) -> dict[str, Told]:
         return {}
     told = {}
     for run_id, job in jobs.items():
-        element = queued.get((job.directory.name, job.index))
+        element = queued.get((job.directory.name, job.element))
         if element is not None:
             told[run_id] = _of_queued(element, job)
         elif (gone_job := _of_gone(job, ends.get(job.id), begun[run_id])) is not None:
