@@ -5,6 +5,7 @@ Rank 0 plans and writes the list of jobs; the others wait for it. Without this m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from harness.places.local import describe, ended_meanwhile, outcome_line
 from harness.process.signals import Interrupted
 from harness.process.slurm_task import SlurmTask, slurm_task
 from harness.record.job import Job, freeze_job
+from harness.record.provenance import command_line
 from harness.record.result import read_result
 from harness.terminal import say
 
@@ -32,7 +34,9 @@ def joined_task() -> SlurmTask | None:
 
 
 def _list_path(out: Path, task: SlurmTask) -> Path:
-    return out / "_joined" / f"{task.step_name}.json"
+    """The same for all ranks of this launch, and another one for the next launch in the same step."""
+    command = hashlib.sha256(command_line().encode("utf-8", "surrogateescape")).hexdigest()
+    return out / "_joined" / f"{task.step_name}-{command[:8]}.json"
 
 
 def announce(out: Path, task: SlurmTask, jobs: Sequence[Job]) -> None:

@@ -180,9 +180,14 @@ def read_owner(path: Path) -> Owner | None:
 
 def _is_dead(path: Path) -> bool:
     owner = read_owner(path)
-    if owner is not None and owner.host == socket.gethostname() and owner.machine == _machine():
+    if owner is not None and is_here(owner):
         return not _runs(owner)
     return abs(_age(path)) > STALE_S  # renewed in the future: before the clock was set back, and not since
+
+
+def is_here(owner: Owner) -> bool:
+    """Whether the owner's process id means a process that this one can look up: not in another container."""
+    return owner.host == socket.gethostname() and owner.machine == _machine()
 
 
 def _runs(owner: Owner) -> bool:

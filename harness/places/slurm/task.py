@@ -11,6 +11,7 @@ import shlex
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from harness.activations.store.paths import is_complete, store_path
@@ -64,9 +65,9 @@ def begin(directory: Path, index: int) -> str:
     settings = {"JOB": str(home) if todo else "", "STORE": str(store), BEGUN: str(attempts(home))}
     task = _task()
     settings |= _meeting_point(config, task)
-    ends = client.state(task.job_id).ends
-    if ends is not None:
-        settings[END_TIME] = str(ends)
+    with suppress(client.SlurmError):  # a controller that does not answer now: Slurm's signal tells of the limit too
+        if (ends := client.state(task.job_id).ends) is not None:
+            settings[END_TIME] = str(ends)
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items())
 
 
