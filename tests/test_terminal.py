@@ -207,3 +207,27 @@ def test_numbers_and_lists() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/x/sae.safetensors"),
+            2,
+            "error: /x/sae.safetensors: Permission denied",
+        ),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_a_command_ends_in_a_line_and_not_in_a_traceback(
+    raised: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise raised
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(said) and all(line.startswith(said) for line in lines)
