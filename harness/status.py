@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from harness.errors import UserError
+from harness.places.slurm.explain import harvests_that_never_began
 from harness.record.state import STATES
 from harness.sweep.rows import Row, sweep_rows
 from harness.terminal import can_redraw, duration, own_screen, run_command, say, si, table
@@ -81,10 +82,11 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def failed_harvests(sweep_dir: Path) -> list[str]:
     """One line per harvest job that failed for good: the cells that need its store cannot start."""
-    return [
-        f"{path.parent.name}: {path.read_text(encoding='utf-8').strip()} (log: {path.parent}/log)"
+    given_up = [
+        f"{path.parent.name}: {path.read_text(encoding='utf-8', errors='replace').strip()} (log: {path.parent}/log)"
         for path in sorted(sweep_dir.glob("_slurm/*/failed.txt"))
     ]
+    return given_up + harvests_that_never_began(sweep_dir)
 
 
 def _first(rows: Iterable[Row], status: str) -> list[Row]:

@@ -10,7 +10,7 @@ from harness.errors import UserError
 from harness.files import write_json_atomic
 from harness.places.slurm import client
 from harness.places.slurm.client import Element, End
-from harness.places.slurm.explain import explain
+from harness.places.slurm.explain import explain, harvests_that_never_began
 
 RUN = "topk-n64"
 
@@ -64,8 +64,8 @@ def test_a_job_in_the_queue(
             (True, "job 7_1 never began: Slurm could not start its"),
         ),
         (End("BOOT_FAIL", "NodeDown", "0:0"), "", False, (True, "job 7_1 never began: its node failed (NodeDown)")),
-        (End("FAILED", "NonZeroExitCode", "127:0"), "x\nno python\n", False, (True, "job 7_1 ended before it trained")),
-        (None, "no python\n", False, (True, "job 7_1 ended before it trained this run: no python")),
+        (End("FAILED", "NonZeroExitCode", "127:0"), "x\nno python\n", False, (True, "job 7_1 ended before its work")),
+        (None, "no python\n", False, (True, "job 7_1 ended before its work began: no python")),
         (None, "", False, (False, "job 7_1 left the queue before it began; the same launch submits it again")),
         (End("CANCELLED", "None", "0:0"), "", False, (False, "job 7_1 was cancelled before it trained this run")),
         (
@@ -115,10 +115,28 @@ def test_without_an_answer_nothing_is_said(monkeypatch: pytest.MonkeyPatch, arra
     assert explain(array.parents[1], {RUN: False}) == {}
 
 
+@pytest.mark.parametrize(
+    ("state", "told"), [("FAILED", ["s-harvest-0: job 8_0 never began: "]), ("COMPLETED", []), ("PENDING", [])]
+)
+def test_a_harvest_that_never_began(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, array: Path, state: str, told: list[str]
+) -> None:
+    harvest = array.with_name("s-harvest-0")
+    (harvest / "log").mkdir(parents=True)
+    (harvest / "config.yaml").touch()
+    write_json_atomic(harvest / "runs.json", [[]])
+    write_json_atomic(harvest / "submitted.json", {"job_id": "8", "jobs": 1, "time": "2026-11-26T09:00:00+00:00"})
+    monkeypatch.setattr(client, "ends", lambda *_: {0: End(state, "JobLaunchFailure", "0:53")})
+    lines = harvests_that_never_began(tmp_path)
+    assert len(lines) == len(told) and all(line.startswith(start) for line, start in zip(lines, told, strict=True))
+    (harvest / "attempts" / "1").mkdir(parents=True)  # it has worked, and its own record says how it went
+    assert harvests_that_never_began(tmp_path) == []
+
+
 LINE = (
     "JobId=9 ArrayJobId=7 ArrayTaskId=1 JobName=p JobState=RUNNING Reason=x UserId=me(1) Nice=0 JobState=FAILED "
     "Reason=JobLaunchFailure Dependency=(null) Requeue=1 ExitCode=0:53 RunTime=00:00:00 StdOut=/x JobState=y \n"
-    "JobId=7 ArrayJobId=7 ArrayTaskId=2-5%1 JobName=p UserId=me(1) JobState=PENDING Reason=Priority "
+    "JobId=7 ArrayJobId=7 ArrayTaskId=2-3,5 JobName=p UserId=me(1) JobState=CANCELLED Reason=None "
     "Dependency=(null) ExitCode=0:0 RunTime=00:00:00 \n"
 )
 
@@ -126,7 +144,8 @@ LINE = (
 def test_slurms_own_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the controller; once it has forgotten the job, of its data base."""
     monkeypatch.setattr(client, "call", lambda *_, **__: LINE)
-    assert client.ends("7") == {1: End("FAILED", "JobLaunchFailure", "0:53")}
+    cancelled = dict.fromkeys((2, 3, 5), End("CANCELLED", "None", "0:0"))
+    assert client.ends("7") == {1: End("FAILED", "JobLaunchFailure", "0:53"), **cancelled}
 
     def forgotten(command: str, *_: str, **__: float) -> str:
         if command == "scontrol":

@@ -135,13 +135,16 @@ class End:
 def ends(array_id: str, timeout_s: float = TIMEOUT_S) -> dict[int, End]:
     """Index → end of the elements of an array that have ended, as far as Slurm remembers: the controller does for some
     minutes, its data base (if the site has one) for long."""
-    found = {}
+    found: dict[int, End] = {}
     try:
         for line in call("scontrol", "show", "job", "--oneliner", array_id, timeout_s=timeout_s).splitlines():
-            index = re.search(r" ArrayTaskId=(\d+) ", line)
+            # elements that ended before they began share a line: `0-4,7`
+            indices = re.search(r" ArrayTaskId=([\d,-]+)", line)
             end = re.search(r" UserId=.* JobState=(\w+) Reason=(.*?) Dependency=.* ExitCode=(\d+:\d+) ", line)
-            if index and end:
-                found[int(index[1])] = End(end[1], end[2], end[3])
+            if indices is None or end is None:
+                continue
+            for first, last in re.findall(r"(\d+)(?:-(\d+))?", indices[1]):
+                found |= {index: End(end[1], end[2], end[3]) for index in range(int(first), int(last or first) + 1)}
     except SlurmError:
         fields = "--format=JobID,State,Reason,ExitCode"
         with suppress(SlurmError, UserError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,10 @@ from harness.errors import UserError
 from harness.files import last_line
 from harness.places.slurm import client
 from harness.places.slurm.queue import arrays, read_table
+from harness.record import names
+from harness.record.rundir import attempts
+
+FAILED_STATES = ("FAILED", "BOOT_FAIL", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE")
 
 ANSWER_S = 10.0
 """How long to wait for Slurm: the rest of a status comes from files."""
@@ -97,7 +102,30 @@ def explain(sweep_dir: Path, begun: Mapping[str, bool]) -> dict[str, Told]:
     return told
 
 
+def harvests_that_never_began(sweep_dir: Path) -> list[str]:
+    """A line per job that was to make a store and ended before it could."""
+    lines = []
+    for _, directory, array_id in _submitted(sweep_dir):
+        if (directory / names.CONFIG).is_file() and not attempts(directory):  # only arrays that harvest have one
+            with suppress(UserError, client.SlurmError):
+                end = client.ends(array_id, ANSWER_S).get(0)
+                told = None if end is None else _of_gone(_Job(directory, array_id, 0), end, begun=False)
+                if told is not None and end is not None and end.state in FAILED_STATES:
+                    lines.append(f"{directory.name}: {told.text}" + (f" (log: {told.log})" if told.log else ""))
+    return lines
+
+
 def _newest_jobs(sweep_dir: Path) -> dict[str, _Job]:
+    return {
+        run_id: _Job(directory, array_id, index)
+        for _, directory, array_id in _submitted(sweep_dir)
+        for index, run_ids in enumerate(read_table(directory))
+        for run_id in run_ids
+    }
+
+
+def _submitted(sweep_dir: Path) -> list[tuple[str, Path, str]]:
+    """When each array was submitted, its directory and its id in Slurm; the oldest first."""
     submitted = []
     for directory in arrays(sweep_dir):
         try:
@@ -105,12 +133,7 @@ def _newest_jobs(sweep_dir: Path) -> dict[str, _Job]:
             submitted.append((str(content["time"]), directory, str(content["job_id"])))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # being submitted just now, or damaged
-    return {
-        run_id: _Job(directory, array_id, index)
-        for _, directory, array_id in sorted(submitted)
-        for index, run_ids in enumerate(read_table(directory))
-        for run_id in run_ids
-    }
+    return sorted(submitted)
 
 
 def _of_queued(element: client.Element, job: _Job) -> Told:
@@ -126,11 +149,11 @@ def _of_gone(job: _Job, end: client.End | None, begun: bool) -> Told | None:
         killed = end is not None and end.state in ("OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "DEADLINE")
         return Told(False, f"job {job.id} ended as {end.state}: {words(end.reason)}", log) if end and killed else None
     if end is not None and end.state == "CANCELLED":
-        why = f": {words(end.reason)}" if end.reason.startswith("Dependency") else ""
+        why = ": the job that makes its activations failed" if end.reason.startswith("Dependency") else ""
         return Told(False, f"job {job.id} was cancelled before it trained this run{why}", log)
     why = "" if end is None else f": {words(end.reason)}, exit code {end.exit_code}"
     if log is not None:
-        return Told(True, f"job {job.id} ended before it trained this run{why}: {last_line(log) or 'no output'}", log)
+        return Told(True, f"job {job.id} ended before its work began{why}: {last_line(log) or 'no output'}", log)
     if end is not None:
         return Told(True, f"job {job.id} never began{why}", None)
     return Told(False, f"job {job.id} left the queue before it began; the same launch submits it again", None)
