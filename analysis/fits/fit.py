@@ -67,7 +67,7 @@ def fit(
     """
     chosen = get(law) if isinstance(law, str) else law
     _check_request(robust, delta, weights, ci, level, starts, regime)
-    table = first_population(table, chosen)
+    table = first_population(table.use(*chosen.inputs, "loss"), chosen)
     if not follows_tokens(chosen, table):
         table = one_regime(table, regime, lambda part: not any_error(check_table(part, chosen)))
     for role in (*chosen.inputs, "loss"):
