@@ -25,6 +25,7 @@ REMEDIES = {
     "unknown_words": "use words such as done, finished, failed for the status, and yes and no for converged",
     "commented_rows": "remove the # if they are rows, or put the value in quotes",
     "unconverged_run": "train longer (train.until=convergence), or read the law as one at fixed tokens",
+    "repeated_rows": "harvest more rows (activations.tokens), or read the law as one of repeated rows",
     "mixed_dead_latents": "dead latents bend the law: lower the learning rate or strengthen AuxK where many die",
     "mixed_population": "fit one population at a time (--where COLUMN=VALUE)",
     # fit
@@ -67,9 +68,9 @@ class Note:
         return f"{self.severity}: {self.code}: {self.message} — {self.remedy}"
 
 
-def note(code: str, severity: str, message: str) -> Note:
-    """A note with the standard remedy of its code."""
-    return Note(code, severity, message)
+def note(code: str, severity: str, message: str, remedy: str = "") -> Note:
+    """A note; its remedy is the standard one of its code if none is given."""
+    return Note(code, severity, message, remedy)
 
 
 def has(notes: Iterable[Note], code: str) -> bool:

@@ -268,6 +268,7 @@ def cost_of(table: RunTable) -> Cost:
 
     Tokens per run are the median of the table. Raises `UserError` if the table has neither settings nor FLOPs.
     """
+    table = table.use("n", "k", "flops")
     frame = table.frame
     if {"d_model", "train.batch_tokens", "tokens"} <= set(frame) and frame["d_model"].notna().all():
         from harness.budget import flops_per_token

@@ -164,14 +164,30 @@ def refuse(result: FitResult, table: RunTable) -> int:
     if result.status is not Status.FAILED:
         return 0
     say(f"no fit of {result.law.name} to {table.name}:")
-    for line in [*map(str, result.notes), *left_out(table)]:
+    for line in [*map(str, result.notes), *left_out(result)]:
         say(f"  {line}")
     return 1
 
 
-def left_out(table: RunTable) -> list[str]:
-    """Lines with the number of excluded runs and the reasons; none if all runs are used."""
-    if not len(table.excluded):
+def used(result: FitResult) -> list[str]:
+    """Lines that say which runs were fitted, and which were left out and why."""
+    total = result.points + len(result.excluded)
+    return [f"used: {result.points} of {total} runs ({_some(sorted(result.runs))})", *left_out(result)]
+
+
+def left_out(result: FitResult) -> list[str]:
+    """Lines with the number of excluded runs, the reasons and some of the names; none if all runs are used."""
+    if not result.excluded:
         return []
-    counts = table.excluded["reason"].value_counts().items()
-    return [f"left out: {len(table.excluded)} run(s)", *(f"  {count} × {reason}" for reason, count in counts)]
+    runs: dict[str, list[str]] = {}
+    for entry in result.excluded:
+        runs.setdefault(entry["reason"], []).append(entry["run"])
+    reasons = sorted(runs.items(), key=lambda item: -len(item[1]))
+    return [
+        f"left out: {len(result.excluded)} run(s)",
+        *(f"  {len(names)} × {reason} ({_some(names)})" for reason, names in reasons),
+    ]
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -19,19 +19,6 @@ from analysis.runs.vocabulary import ended_well, is_ours
 from harness.errors import UserError
 from harness.record import metrics, names
 
-CELL_KEYS = (
-    "sae.n_latents",
-    "sae.k",
-    "sae.n_experts",
-    "sae.architecture",
-    "train.seed",
-    "train.lr",
-    "train.lr_factor",
-    "train.tokens",
-    "train.flops",
-)
-"""Configuration keys in which the cells of a sweep are meant to differ."""
-
 _ACTIVATION_COLUMNS = {"model": "activations.model", "hook": "activations.hook", "layer": "activations.layer"}
 
 
@@ -169,14 +156,6 @@ def _numbers(frame: pd.DataFrame, column: str) -> pd.Series:
     return pd.to_numeric(frame[column], errors="coerce").astype(float)
 
 
-def varied(table: RunTable) -> list[str]:
-    """Configuration keys other than `CELL_KEYS` in which usable runs of one architecture differ."""
-    frame = table.frame
-    keys = [column for column in frame.columns if "." in column and column not in CELL_KEYS]
-    kind = frame["sae"] if "sae" in frame else pd.Series("", index=frame.index)
-    return [key for key in keys if frame[key].astype(str).groupby(kind).nunique().gt(1).any()]
-
-
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
@@ -187,9 +166,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _with_roles(
-    frame: pd.DataFrame, roles: Mapping[str, str] | None, name: str, given: Sequence[str] = ()
-) -> RunTable:
+def _with_roles(frame: pd.DataFrame, roles: Mapping[str, str] | None, name: str, given: Sequence[str] = ()) -> RunTable:
     """A table with the given roles, and with each other role whose default column, or one of its name, exists.
 
     A mere name excludes no run: what is `done` or `converged` in a table of somebody else is not ours to say, unless
@@ -211,7 +188,7 @@ def _with_roles(
     ours = {"n_latents", "k", "fvu", "run_id", "status"} <= {guessed.get(role) for role in guessed}
     if "converged" in guessed and not ours:
         column = guessed.pop("converged")
-        if frame.columns.is_unique and frame[column].astype(str).nunique() > 1:
+        if frame.columns.is_unique and frame[column].nunique() > 1:
             text = f"the column {column!r} ({_few(frame[column])}) was seen and not used; --converged {column} uses it"
             notes.append(note("unused_column", "warning", text))
     unchecked = frozenset() if ours else frozenset(set(guessed) - set(given))
@@ -219,7 +196,7 @@ def _with_roles(
 
 
 def _few(column: pd.Series) -> str:
-    values = sorted(column.astype(str).unique())
+    values = sorted(column.astype(object).map(str).unique())
     return ", ".join(value[:30] for value in values[:4]) + (", …" if len(values) > 4 else "")
 
 

@@ -171,7 +171,9 @@ def as_frame(source: Any) -> pd.DataFrame | None:
             scalar = all(np.ndim(value) == 0 for value in source.values())
             frame = pd.DataFrame([dict(source)] if scalar else dict(source))
         elif isinstance(source, list | tuple) and source and all(isinstance(row, Mapping) for row in source):
-            if any(isinstance(value, list | tuple | np.ndarray | pd.Series) for row in source for value in row.values()):
+            if any(
+                isinstance(value, list | tuple | np.ndarray | pd.Series) for row in source for value in row.values()
+            ):
                 return None  # several tables
             frame = pd.DataFrame([dict(row) for row in source])
         else:

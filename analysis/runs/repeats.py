@@ -43,7 +43,8 @@ def repeats(frame: pd.DataFrame, names: pd.Series, roles: Mapping[str, str]) -> 
     """
     columns = list(dict.fromkeys(roles[role] for role in _VALUES if role in roles))
     ordered = _progress(frame, roles)
-    values = frame[[*columns, *(column for column in ordered if column not in columns)]].astype(str)
+    values = frame[[*columns, *(column for column in ordered if column not in columns)]]
+    values = values.astype(object).map(str)
     same = values.assign(_name=names).duplicated(keep="first")
     rest, rest_names = frame[~same], names[~same]
     none = pd.Series(False, index=frame.index)
@@ -52,7 +53,7 @@ def repeats(frame: pd.DataFrame, names: pd.Series, roles: Mapping[str, str]) -> 
         return Repeats(same, none, "", "")
     some = rest.loc[again.index]
     for column in dict.fromkeys(roles[role] for role in SIZES if role in roles):
-        different = some[column].astype(str).groupby(again).unique()
+        different = some[column].astype(object).map(str).groupby(again).unique()
         different = different[different.map(len) > 1]
         if len(different):
             shown = " and ".join(different.iloc[0][:2])
@@ -69,7 +70,7 @@ def repeats(frame: pd.DataFrame, names: pd.Series, roles: Mapping[str, str]) -> 
 
 
 def _progress(frame: pd.DataFrame, roles: Mapping[str, str]) -> list[str]:
-    """The columns of `frame` that order checkpoints, in the order of `PROGRESS`; then the tokens, if they have a role."""
+    """The columns of `frame` that order checkpoints, in the order of `PROGRESS`, then the role of tokens."""
     plain = {column: str(column).replace("/", ".").rpartition(".")[2].lower() for column in frame.columns}
     plain = {column: word.replace("_", "").replace(" ", "") for column, word in plain.items()}
     found = [column for word in PROGRESS for column, other in plain.items() if word == other]
@@ -77,7 +78,7 @@ def _progress(frame: pd.DataFrame, roles: Mapping[str, str]) -> list[str]:
 
 
 def progress_column(frame: pd.DataFrame, roles: Mapping[str, str]) -> str | None:
-    """A column that has no role and tells checkpoints of one cell apart, in a table without names of runs; else None."""
+    """A column without a role that takes several values in one cell of a table without names of runs, or None."""
     unused = [column for column in _progress(frame, roles) if column not in roles.values()]
     cell = [roles[role] for role in (*SIZES, "seed") if role in roles]
     if not cell:

@@ -41,9 +41,6 @@ POSITIVE_ROLES = ("n", "k", "experts", "d", "flops", "x")
 
 ROLES = (*SWEEP_ROLES, "x")
 
-POPULATION = ("sae", "n_experts", "d_model", "model", "hook", "layer", "store_id", "normalize")
-"""Columns in which the runs of one fit must agree; each population is fitted on its own."""
-
 LARGEST = int(sys.float_info.max)
 
 Unusable = tuple[Any, Callable[[pd.DataFrame], Any] | str, str, str]
@@ -222,7 +219,9 @@ class RunTable:
     def _note_words(self, column: str, unknown: list[str], how: str) -> None:
         if unknown:
             shown = ", ".join(repr(word[:40]) for word in unknown[:5])
-            self.notes.append(note("unknown_words", "warning", f"{column} has words that are not known: {shown}; {how}"))
+            self.notes.append(
+                note("unknown_words", "warning", f"{column} has words that are not known: {shown}; {how}")
+            )
 
     def _number_rows(self) -> None:
         """Give the rows numbers for names, in a column of their own."""

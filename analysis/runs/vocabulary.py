@@ -14,9 +14,37 @@ _MISSING = frozenset({"", "nan", "none", "null", "na", "n/a", "<na>", "nat", "-"
 _DONE = _YES | {"done", "finished", "completed", "complete", "success", "succeeded", "successful", "ok", "cd"}
 _NOT_DONE = (OURS - {"done"}) | _NO | _MISSING
 _NOT_DONE |= {"running", "crashed", "killed", "preempted", "preempting", "pending", "scheduled", "queued", "paused"}
-_NOT_DONE |= {"error", "aborted", "stopped", "interrupted", "incomplete", "cancelled", "canceled", "timeout", "deadline"}
-_NOT_DONE |= {"out_of_memory", "out_of_me", "oom", "node_fail", "boot_fail", "launch_failed", "reconfig_fail", "revoked"}
-_NOT_DONE |= {"requeued", "requeue_hold", "resizing", "suspended", "configuring", "completing", "signaling", "stage_out"}
+_NOT_DONE |= {
+    "error",
+    "aborted",
+    "stopped",
+    "interrupted",
+    "incomplete",
+    "cancelled",
+    "canceled",
+    "timeout",
+    "deadline",
+}
+_NOT_DONE |= {
+    "out_of_memory",
+    "out_of_me",
+    "oom",
+    "node_fail",
+    "boot_fail",
+    "launch_failed",
+    "reconfig_fail",
+    "revoked",
+}
+_NOT_DONE |= {
+    "requeued",
+    "requeue_hold",
+    "resizing",
+    "suspended",
+    "configuring",
+    "completing",
+    "signaling",
+    "stage_out",
+}
 _NOT_DONE |= {"ca", "to", "dl", "nf", "bf", "pr", "pd", "r", "s", "rq", "cg", "f"}
 
 
