@@ -144,6 +144,8 @@ def _cautions(findings: Findings) -> list[str]:
         told = entry.severity == "info" or (findings.others and "each setting" in entry.message)
         if entry.code in codes and not told:
             lines.append(f"{entry.message[0].upper()}{entry.message[1:]}.")
+    if findings.rates is not None:
+        lines.append("Several learning rates were run: the law is of the best one in each cell.")
     if seen(table):
         lines.append(seen(table))
     fitted = sum(len(each.main) for each in _laws(findings))

@@ -44,8 +44,8 @@ def decays(row: pd.Series) -> bool:
 
 def setting(row: pd.Series, key: str) -> float:
     """A number of a run's configuration (a row of a table); 0 if it is not recorded."""
-    value: Any = row.get(key)
-    return float(value or 0.0)
+    value: Any = pd.to_numeric(row.get(key), errors="coerce")
+    return float(value) if np.isfinite(value) else 0.0
 
 
 def last_doubling(table: RunTable) -> dict[str, float]:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.notes import note
 from analysis.runs.read_table import as_frame, read_file
-from analysis.runs.table import ROLES, SWEEP_ROLES, RunTable
+from analysis.runs.table import LARGEST, ROLES, SWEEP_ROLES, RunTable
 from analysis.runs.vocabulary import ended_well, is_ours
 from harness.errors import UserError
 from harness.record import metrics, names
@@ -92,6 +92,7 @@ def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTa
     _spread(frame, [row.pop("config", None) for row in rows])
     frame = frame.drop(columns="config", errors="ignore")
     _learning_rate(frame)
+    frame["epochs"] = _numbers(frame, "tokens") / _numbers(frame, "unique_tokens")
     for column in SWEEP_ROLES.values():
         if column not in frame:
             frame[column] = np.nan if column != "status" else None
@@ -103,7 +104,11 @@ def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTa
 
 def logged_lines(directory: Path) -> pd.DataFrame:
     """All lines of a run's `metrics.jsonl`, one row per line; damaged lines are skipped. Empty without the file."""
-    return pd.DataFrame(metrics.read(directory / names.METRICS, skip_damaged=True))
+    try:
+        lines = metrics.read(directory / names.METRICS, skip_damaged=True)
+    except OSError:  # a directory of that name, or not ours to read: the run counts by its result alone
+        lines = []
+    return pd.DataFrame([line for line in lines if isinstance(line, dict)])
 
 
 def _is_run(path: Path) -> bool:
@@ -111,18 +116,46 @@ def _is_run(path: Path) -> bool:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    """`result.json` of a run; if it is missing or damaged, a row that says so."""
+    """`result.json` of a run; if it is missing, damaged or of another run, a row that says so."""
     result = path / names.RESULT
-    blank = {"run_id": path.name}
+    blank: dict[str, Any] = {"run_id": path.name}
     if not result.exists():
         return blank | {"status": "unfinished", "error": f"no {names.RESULT} (still running, or interrupted)"}
     try:
         content = json.loads(result.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        return blank | {"status": "unreadable", "error": f"{names.RESULT}: {problem}"}
-    if not isinstance(content, dict):
-        return blank | {"status": "unreadable", "error": f"{names.RESULT} is not an object"}
+        _check_result(content)
+    except (OSError, ValueError, RecursionError) as problem:
+        text = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
+        return blank | {"status": "unreadable", "error": f"{names.RESULT}: {text}"}
     return blank | content
+
+
+_NUMBERS = (
+    *("n_latents", "k", "n_experts", "d_model", "seed", "tokens", "unique_tokens", "steps", "flops", "params", "fvu"),
+    *("fvu_se", "mse", "l0", "dead_frac", "wall_s", "tokens_per_s", "diverged_at_step", "trained_together"),
+    "peak_memory_bytes",
+)
+_TEXTS = ("status", "sae", "store_id")
+
+
+def _check_result(content: Any) -> None:
+    """Raises `ValueError` naming the first key of a `result.json` whose value is of the wrong kind; null is none."""
+    if not isinstance(content, dict):
+        raise ValueError("it is not an object")
+    if not isinstance(content.get("run_id", ""), str):
+        raise ValueError(f"run_id is {str(content['run_id'])[:40]}, not a text")
+    kinds = [(key, int | float, "a number") for key in _NUMBERS]
+    kinds += [(key, str, "a text") for key in _TEXTS]
+    kinds += [("converged", bool, "true or false"), ("config", dict, "an object"), ("pca_fvu", dict, "an object")]
+    for key, kind, wanted in kinds:
+        value = content.get(key)
+        if value is not None and (not isinstance(value, kind) or (kind != bool and isinstance(value, bool))):
+            raise ValueError(f"{key} is {json.dumps(value)[:40]}, not {wanted}")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"{key} is an integer of more than 300 digits")
+    for k, value in (content.get("pca_fvu") or {}).items():
+        if not k.replace(".", "", 1).isdigit() or not isinstance(value, int | float | None):
+            raise ValueError(f"pca_fvu has {k[:20]!r}: {json.dumps(value)[:40]}, not a number for a k")
 
 
 def _spread(frame: pd.DataFrame, configs: list[Any]) -> None:
