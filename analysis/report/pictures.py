@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.fits.intervals import noiseless
 from analysis.fits.result import FitResult
 from analysis.format import interval, number
 from analysis.report import plot
@@ -76,7 +77,7 @@ def _blind(findings: Findings) -> dict[str, str] | None:
 
 
 def _profiles(findings: Findings) -> dict[str, str] | None:
-    usable = [(k, result) for k, result in findings.fits if result.dof > 0 and result.problem is not None]
+    usable = [(k, result) for k, result in findings.fits if result.dof > 0 and not noiseless(result.rss, result.points)]
     if not usable:
         return None
     k, result = usable[len(usable) // 2]

@@ -149,7 +149,7 @@ def _check_result(content: Any) -> None:
     kinds += [("converged", bool, "true or false"), ("config", dict, "an object"), ("pca_fvu", dict, "an object")]
     for key, kind, wanted in kinds:
         value = content.get(key)
-        if value is not None and (not isinstance(value, kind) or (kind != bool and isinstance(value, bool))):
+        if value is not None and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
             raise ValueError(f"{key} is {json.dumps(value)[:40]}, not {wanted}")
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError(f"{key} is an integer of more than 300 digits")
