@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -97,9 +98,14 @@ def _delimited(text: str, suffix: str) -> tuple[pd.DataFrame, list[Note]]:
                 first = fields
                 break
     body = "".join(kept)
-    frame = pd.read_csv(io.StringIO(body), sep=separator, skipinitialspace=True, low_memory=False)
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise UserError("its rows have more fields than its header; give every column a name, and no line a comma more")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:  # without `index_col`, a field more than the header has would shift all columns
+            frame = pd.read_csv(
+                io.StringIO(body), sep=separator, skipinitialspace=True, low_memory=False, index_col=False
+            )
+        except pd.errors.ParserWarning:
+            raise UserError("its rows have more fields than its header; give every column a name") from None
     header = pd.read_csv(io.StringIO(body), sep=separator, skipinitialspace=True, header=None, nrows=1, dtype=str)
     names = [str(name).strip() if isinstance(name, str) else "" for name in header.iloc[0]]
     if len(names) == frame.shape[1]:  # pandas numbers repeated names, here they stay as they are
