@@ -1,8 +1,9 @@
 """The laws by name.
 
-Sources: L(n, k) — Gao et al. 2024; E + A·N^−α + B·D^−β — Hoffmann et al. 2022; the law in the number of experts,
-without E — Clark et al. 2022; the smoothly broken power law — Caballero et al. 2022. The form of a law without its floor is
-among its nested forms (`bnsl1` has none).
+Sources: L(n, k) — Gao et al. 2024; E + A·N^−α + B·D^−β — Hoffmann et al. 2022; the law in the number of experts
+(without E) — Clark et al. 2022; the smoothly broken power law — Caballero et al. 2022.
+
+The form of a law without its floor is among its nested forms (`bnsl1` has none).
 """
 
 from __future__ import annotations
