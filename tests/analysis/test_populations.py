@@ -28,6 +28,13 @@ def _cells(directory, edit=None, factor=1.0, seed=0, ks=(8, 16, 32), widths=WIDT
                 path.write_text(json.dumps(content))
 
 
+@pytest.fixture(autouse=True)
+def _without_pictures(request, monkeypatch):
+    """Pictures take most of a report's time; one test draws them."""
+    if "equal_losses" not in request.node.name:
+        monkeypatch.setattr("analysis.report.page.all_pictures", lambda findings: [])
+
+
 def _lead(directory):
     page = write_report(directory).read_text(encoding="utf-8")
     text = re.search(r'<div class="lead">(.*?)</div>', page, re.S)
