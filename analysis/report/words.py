@@ -176,17 +176,19 @@ def used(result: FitResult) -> list[str]:
 
 
 def left_out(result: FitResult) -> list[str]:
-    """Lines with the number of excluded runs, the reasons and some of the names; none if all runs are used."""
-    if not result.excluded:
-        return []
+    """Lines with the number of excluded runs, the reasons and some of the names; none if all runs are used. Runs of
+    another architecture or setting are counted apart: they have a law of their own."""
     runs: dict[str, list[str]] = {}
     for entry in result.excluded:
         runs.setdefault(entry["reason"], []).append(entry["run"])
-    reasons = sorted(runs.items(), key=lambda item: -len(item[1]))
-    return [
-        f"left out: {len(result.excluded)} run(s)",
-        *(f"  {len(names)} × {reason} ({_some(names)})" for reason, names in reasons),
-    ]
+    lines = []
+    for title, elsewhere in (("of other populations", True), ("left out", False)):
+        reasons = {reason: names for reason, names in runs.items() if reason.startswith("another ") is elsewhere}
+        if reasons:
+            lines.append(f"{title}: {sum(map(len, reasons.values()))} run(s)")
+            ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
+            lines.extend(f"  {len(names)} × {reason} ({_some(names)})" for reason, names in ordered)
+    return lines
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
