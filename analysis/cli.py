@@ -182,9 +182,8 @@ def _fit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refused(result: FitResult, table: RunTable) -> int:
-    """`refuse`; a fit that was possible says on stderr which runs it used."""
-    code = refuse(result, table)
+def _say_used(result: FitResult, code: int) -> int:
+    """On stderr, which runs an answer is from, if there is one; returns the exit code."""
     for line in () if code else used(result):
         say(line)
     return code
@@ -197,7 +196,7 @@ def _compare(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     table = table_from(args)
     result = fit_from(args, table)
-    return _refused(result, table) or run_predict(args, result)
+    return _say_used(result, refuse(result, table) or run_predict(args, result))
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -205,7 +204,7 @@ def _plan(args: argparse.Namespace) -> int:
         raise UserError(f"--budget {args.budget} must be a positive number of FLOPs")
     table = table_from(args)
     result = fit_from(args, table)
-    return _refused(result, table) or run_plan(args, table, result)
+    return _say_used(result, refuse(result, table) or run_plan(args, table, result))
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -214,7 +213,7 @@ def _ask(args: argparse.Namespace) -> int:
             args.k, args.at_k = None, float(args.k)
     table = table_from(args)
     result = fit_from(args, table)
-    return _refused(result, table) or run_ask(args, table, result)
+    return _say_used(result, refuse(result, table) or run_ask(args, table, result))
 
 
 def _report(args: argparse.Namespace) -> int:
