@@ -43,9 +43,10 @@ def decays(row: pd.Series) -> bool:
 
 
 def setting(row: pd.Series, key: str) -> float:
-    """A number of a run's configuration (a row of a table); 0 if it is not recorded."""
-    value: Any = pd.to_numeric(row.get(key), errors="coerce")
-    return float(value) if np.isfinite(value) else 0.0
+    """A number of a run's configuration (a row of a table); 0 if it is not recorded as one."""
+    value: Any = row.get(key)
+    known = isinstance(value, int | float | np.number) and np.isfinite(value)
+    return float(value) if known else 0.0
 
 
 def last_doubling(table: RunTable) -> dict[str, float]:
