@@ -77,6 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
         print_info()
         return 0
     study = load_study(arguments.study) if arguments.study else None
+    if study is not None:
+        from analysis.runs.study import require_law  # takes a second, and only studies have a law
+
+        require_law(study.source, study.law)
     request = Request(arguments.overrides, study, parse_only(arguments.only))
     if arguments.cfg:
         print_config(requested_cells(request)[0].config)

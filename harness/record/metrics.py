@@ -71,7 +71,7 @@ def read(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             content.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
             if skip_damaged or number == len(lines):
                 continue
             raise ValueError(f"{path}, line {number} is damaged ({error}); the record cannot be read") from error
