@@ -1,14 +1,13 @@
 """Checkpoints: torch.distributed.checkpoint with safetensors storage (nothing is unpickled), on any mesh.
 
 `checkpoints/step-0000001234/` holds one safetensors file per rank and `marker.json` (step, format, run, mesh, versions,
-size and hash of every file). The marker is written last, and the directory is then renamed into place: a directory with
-its final name is whole. The previous checkpoint is removed only after that.
+size and hash of every file, and its own hash). The marker is written last, and the directory is then renamed into
+place: a directory with its final name is whole. The previous checkpoint is removed only after that.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,12 +22,30 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from harness.errors import UserError
 from harness.files import fsync_directory, fsync_file, write_json_atomic
 from harness.parallel import Shards
 from harness.process.together import together
+from harness.record.rundir import STEP
+from harness.schema import (
+    FILE_NAME,
+    OBJECT,
+    SHA256,
+    TEXT,
+    Check,
+    dict_of,
+    fields,
+    read_json,
+    sealed,
+    whole,
+    with_seal,
+)
 
 FORMAT = 3
 """Raise it when older checkpoints can no longer be continued."""
+
+_FILE = fields({"bytes": whole(), "sha256": SHA256})
+_MARKER = fields({"format": whole(), "step": whole(), "run_id": TEXT, "files": dict_of(_FILE, FILE_NAME)})
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,17 @@ class Checkpoint:
 
 def _directories(root: Path) -> list[Path]:
     """Checkpoint directories, newest first."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True) if root.is_dir() else []
+    if not root.is_dir():
+        return []
+    return sorted((path for path in root.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()), reverse=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, or whatever stands in its place; of a symbolic link only the link."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 @contextmanager
@@ -68,7 +95,7 @@ def save_checkpoint(
     stands = False
     with together(shards):
         if shards.rank == 0:
-            stands = _problem(final, run_id) is None
+            stands = _problem(final, run_id, OBJECT) is None
             if not stands:
                 _prepare(root, beside, views)
     if int(shards.sum_(torch.tensor(int(stands)), "all", "scalars")):
@@ -84,7 +111,7 @@ def save_checkpoint(
 def _prepare(root: Path, beside: Path, views: Mapping[str, Tensor]) -> None:
     root.mkdir(exist_ok=True)
     for torn in root.glob(".step-*.tmp"):  # left by kills
-        shutil.rmtree(torn)
+        _remove(torn)
     needed = sum(view.numel() * view.element_size() for view in views.values())
     free = shutil.disk_usage(root).free
     if free < 1.05 * needed + (1 << 20):
@@ -110,14 +137,13 @@ def _commit(
         "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files},
         "extra": extra,
     }
-    write_json_atomic(beside / "marker.json", marker)
-    if final.exists():
-        shutil.rmtree(final)
+    write_json_atomic(beside / "marker.json", with_seal(marker))
+    _remove(final)
     beside.rename(final)
     fsync_directory(root)
     for older in _directories(root):
         if older != final:
-            shutil.rmtree(older)
+            _remove(older)
 
 
 def _sha256(file: Path) -> str:
@@ -126,10 +152,10 @@ def _sha256(file: Path) -> str:
 
 
 def _read_marker(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "marker.json").read_text())
+    return read_json(directory / "marker.json", _MARKER, "it is not continued")
 
 
-def _problem(directory: Path, run_id: str) -> str | None:
+def _problem(directory: Path, run_id: str, extra: Check) -> str | None:
     """Why the checkpoint cannot be continued, or None."""
     try:
         marker = _read_marker(directory)
@@ -137,6 +163,9 @@ def _problem(directory: Path, run_id: str) -> str | None:
             return f"format {marker['format']}, this version reads {FORMAT}"
         if marker["run_id"] != run_id:
             return f"it belongs to run {marker['run_id']}"
+        sealed(fields({"extra": extra}))(marker, "")
+        if directory.name != f"step-{marker['step']:010d}":
+            return f"its marker tells of step {marker['step']}"
         for name, expected in marker["files"].items():
             file = directory / name
             if file.stat().st_size != expected["bytes"]:
@@ -145,20 +174,21 @@ def _problem(directory: Path, run_id: str) -> str | None:
                 return f"the content of {name} is not what was written"
     except FileNotFoundError as missing:
         return f"{Path(missing.filename).name} is missing"
-    except (OSError, ValueError, KeyError) as problem:
+    except (OSError, ValueError) as problem:
         return str(problem)
     return None
 
 
-def find_checkpoint(root: Path, run_id: str, shards: Shards) -> Checkpoint | None:
-    """The newest whole checkpoint of this format and this run; None if there is no checkpoint at all.
+def find_checkpoint(root: Path, run_id: str, shards: Shards, extra: Check = OBJECT) -> Checkpoint | None:
+    """The newest whole checkpoint of this format and this run whose `extra` is accepted; None if there is no checkpoint
+    at all.
 
     Rank 0 decides for all.
     """
     refused: list[str] = []
     chosen = -1
     for directory in _directories(root) if shards.rank == 0 else ():
-        problem = _problem(directory, run_id)
+        problem = _problem(directory, run_id, extra)
         if problem is None:
             chosen = _read_marker(directory)["step"]
             break

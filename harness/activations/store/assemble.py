@@ -20,6 +20,7 @@ from harness.activations.store.harvest import OLD_PLAN_FILE, PLAN_FILE, Plan, un
 from harness.activations.store.paths import MANIFEST, MANIFEST_VERSION
 from harness.files import write_json_atomic, write_tensors_atomic
 from harness.process.signals import Interrupted, StopFlag
+from harness.schema import with_seal
 
 PASS_BYTES = 512 * 2**20
 """Size of the rows that are shuffled in memory at once; at least one shard."""
@@ -71,7 +72,7 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
             },
         },
     }
-    write_json_atomic(directory / MANIFEST, manifest)
+    write_json_atomic(directory / MANIFEST, with_seal(manifest))
 
 
 def remove_scratch(directory: Path) -> None:
