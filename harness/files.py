@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -98,6 +99,12 @@ def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], *, durable: 
         mode = temporary.stat().st_mode
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
         temporary.chmod(mode)  # safetensors makes files that only their owner can read; stores and weights are shared
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content, in hex. Raises `OSError`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def last_line(path: Path, tail_bytes: int = 4096) -> str:

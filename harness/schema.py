@@ -1,7 +1,7 @@
 """What a file must hold. Every file that the harness reads is checked here when it is read; behind it, it is trusted.
 
-    PLAN = fields({"calibrations": list_of(ANYTHING), "runs": dict_of(fields({"tokens": optional(whole())}))})
-    plan = read_json(path, PLAN, "remove it and launch the sweep again")
+PLAN = fields({"calibrations": list_of(ANYTHING), "runs": dict_of(fields({"tokens": optional(whole())}))})
+plan = read_json(path, PLAN, "remove it and launch the sweep again")
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def _refuse(value: Any, key: str, wanted: str) -> NoReturn:
 
 def number(low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf) -> Check:
     """A finite number from `low` to `high`, and above `above`."""
-    bounds = [f"{word} {bound:g}" for word, bound in (("from", low), ("to", high), ("above", above)) if abs(bound) < 1e99]
+    bounds = [
+        f"{word} {bound:g}" for word, bound in (("from", low), ("to", high), ("above", above)) if abs(bound) < 1e99
+    ]
 
     def check(value: Any, key: str) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -20,8 +20,10 @@ from typing import NamedTuple
 
 import psutil
 
+from harness.errors import UserError
 from harness.process.signals import Interrupted, StopFlag
 from harness.process.slurm_task import slurm_task
+from harness.schema import TEXT, fields, number, read_json, whole
 
 HEARTBEAT_S = 10.0
 STALE_S = 120.0
@@ -45,6 +47,9 @@ class Owner(NamedTuple):
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f", job {self.job}" if self.job else "")
+
+
+_OWNER = fields({"host": TEXT, "machine": TEXT, "pid": whole(1), "started": number(), "token": TEXT, "job?": TEXT})
 
 
 class Claimed(OSError):
@@ -160,10 +165,10 @@ def _create(path: Path, owner: Owner) -> bool:
 
 
 def _read(path: Path) -> Owner | None:
-    """The owner; None when there is no claim or it is only partly written."""
+    """The owner; None when there is no claim, or when it is only partly written or damaged."""
     try:
-        return Owner(**json.loads(path.read_text()))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return Owner(**read_json(path, _OWNER, ""))
+    except (FileNotFoundError, UserError, TypeError):
         return None
 
 

@@ -7,7 +7,6 @@ place: a directory with its final name is whole. The previous checkpoint is remo
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,8 +21,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from harness.errors import UserError
-from harness.files import fsync_directory, fsync_file, write_json_atomic
+from harness.files import fsync_directory, fsync_file, sha256_of, write_json_atomic
 from harness.parallel import Shards
 from harness.process.together import together
 from harness.record.rundir import STEP
@@ -134,7 +132,7 @@ def _commit(
         "run_id": run_id,
         "mesh": {"dp": shards.dp, "shard": shards.shard},
         "torch": torch.__version__,
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files},
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files},
         "extra": extra,
     }
     write_json_atomic(beside / "marker.json", with_seal(marker))
@@ -144,11 +142,6 @@ def _commit(
     for older in _directories(root):
         if older != final:
             _remove(older)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _read_marker(directory: Path) -> dict[str, Any]:
@@ -170,7 +163,7 @@ def _problem(directory: Path, run_id: str, extra: Check) -> str | None:
             file = directory / name
             if file.stat().st_size != expected["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-            if _sha256(file) != expected["sha256"]:
+            if sha256_of(file) != expected["sha256"]:
                 return f"the content of {name} is not what was written"
     except FileNotFoundError as missing:
         return f"{Path(missing.filename).name} is missing"

@@ -72,15 +72,19 @@ def export(run_dir: Path, form: str, out: Path) -> list[str]:
     writers = {"saelens": _saelens, "sparsify": _sparsify, "dictionary_learning": _dictionary_learning}
     if form not in writers:
         raise UserError(f"--format {form} is not known; choose one of: {', '.join(FORMATS)}")
-    sae = fold(load(run_dir, ops="reference"))  # no kernel runs
+    trained = load(run_dir, ops="reference")  # no kernel runs
+    sae = fold(trained)
     try:
         out.mkdir(parents=True, exist_ok=True)
         writers[form](sae, out)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+    warnings = []
+    if not trained.origin.hashed:
+        warnings.append(f"{run_dir} has no hash of its weights (an earlier version wrote it): damage cannot be noticed")
     if sae.per_token:
-        return ["this SAE expects inputs normalised per token (subtract the mean over d, scale to unit norm)"]
-    return []
+        warnings.append("this SAE expects inputs normalised per token (subtract the mean over d, scale to unit norm)")
+    return warnings
 
 
 def _note(sae: LinearSae) -> str:

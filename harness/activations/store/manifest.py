@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from harness.activations.store.identity import recipe_hash
 from harness.activations.store.paths import MANIFEST, MANIFEST_VERSION
 from harness.config import ActivationsConfig
 from harness.errors import UserError
-from harness.files import write_json_atomic
+from harness.files import sha256_of, write_json_atomic
 from harness.schema import (
     FILE_NAME,
     OBJECT,
@@ -129,14 +128,17 @@ def verify(directory: Path, manifest: dict[str, Any]) -> dict[str, list[int]]:
     """
     found, earlier = identity(directory, manifest), _verified_before(directory)
     changed = [entry for entry in _files(manifest) if earlier.get(entry["file"]) != found[entry["file"]]]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        hashes = pool.map(lambda entry: _sha256(directory / entry["file"]), changed)
-        for entry, sha256 in zip(changed, hashes, strict=True):
-            if sha256 != entry["sha256"]:
-                raise UserError(
-                    f"the shard {directory / entry['file']} is damaged (its sha256 is not the manifest's); "
-                    f"delete {directory} to harvest it again"
-                )
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            hashes = list(pool.map(lambda entry: sha256_of(directory / entry["file"]), changed))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or directory}: {error.strerror or error}") from error
+    for entry, sha256 in zip(changed, hashes, strict=True):
+        if sha256 != entry["sha256"]:
+            raise UserError(
+                f"the shard {directory / entry['file']} is damaged (its sha256 is not the manifest's); "
+                f"delete {directory} to harvest it again"
+            )
     if changed:
         try:
             write_json_atomic(directory / VERIFIED, found)
@@ -154,11 +156,3 @@ def _verified_before(directory: Path) -> dict[str, list[int]]:
         return read_json(directory / VERIFIED, dict_of(list_of(whole())), "")
     except (FileNotFoundError, UserError):
         return {}
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from harness.record import names
 from harness.record.result import FINAL
 from harness.record.run import Run
 from harness.record.state import state_of
+from harness.schema import FILE_NAME, list_of, read_json
 
 POLL_S = 15.0
 """Between two looks at a sweep that is waited for."""
@@ -32,8 +32,10 @@ def live_elements(sweep_dir: Path) -> Iterator[tuple[client.Element, list[str]]]
     read: dict[str, list[list[str]]] = {}
     for element in client.elements(list(tables)):
         if element.name not in read:
-            read[element.name] = json.loads((tables[element.name] / "runs.json").read_text(encoding="utf-8"))
-        yield element, read[element.name][element.index]
+            table = tables[element.name] / "runs.json"
+            read[element.name] = read_json(table, list_of(list_of(FILE_NAME)), "scancel knows the jobs by their name")
+        if element.index < len(read[element.name]):
+            yield element, read[element.name][element.index]
 
 
 def wait_for(runs: Sequence[Run]) -> None:
