@@ -29,10 +29,10 @@ def replay(run_dir: Path, tracker: str = "") -> str:
     copies.check(config.tracker)
     try:
         lines = copies.Tail(run_dir / names.METRICS).read()
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{run_dir / names.METRICS} is damaged ({error}); the record cannot be read") from error
-    except OSError as error:
-        raise UserError(f"cannot read {run_dir / names.METRICS}: {error.strerror or error}") from error
     result = read_result(run_dir) or {}
     with contextlib.redirect_stdout(None):  # trackio prints
         copy = copies.open_copy(run_dir, config, live=False)

@@ -10,14 +10,13 @@ import hashlib
 import json
 import math
 import re
-import stat
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from harness.errors import UserError
-from harness.files import representable
+from harness.files import open_plain, representable
 
 Check = Callable[[Any, str], None]
 """Raises `ValueError` if a value is not what it must be. The string is its key, such as `runs[2].tokens`."""
@@ -170,17 +169,12 @@ def read_text(path: Path) -> str:
     Raises `FileNotFoundError`, and `UserError` for everything else: no permission, a directory or a pipe in its place,
     bytes that are no UTF-8, a file that is too large to be one of ours.
     """
+    with open_plain(path) as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path} has more than {MAX_BYTES} bytes, more than any file of this kind")
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path} is not a file")
-        if status.st_size > MAX_BYTES:
-            raise UserError(f"{path} has {status.st_size} bytes, more than any file of this kind has")
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged (byte {error.start} is not UTF-8)") from error
 

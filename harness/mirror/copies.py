@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from harness.config import Config, TrackerConfig
 from harness.errors import UserError
+from harness.files import open_plain
 from harness.record.metrics import parse_line
 
 TITLES = {"wandb": "W&B", "tensorboard": "TensorBoard", "trackio": "trackio"}
@@ -81,10 +82,10 @@ class Tail:
         """The lines written since the last call. A torn last line is left for the next call.
 
         A resume cuts the record back and writes some steps again; those are not returned again.
-        Raises `ValueError` if a whole line is damaged, and `OSError`.
+        Raises `ValueError` if the file cannot be read or a whole line is damaged.
         """
         try:
-            file = self._path.open("rb")
+            file = open_plain(self._path)
         except FileNotFoundError:
             return []
         with file:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.files import open_own, replacing, representable
+from harness.files import open_own, open_plain, replacing, representable
 from harness.schema import dict_of, number, optional, parse_json
 
 LINE = dict_of(optional(number()))
@@ -78,11 +78,10 @@ def read(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
     `skip_damaged` leaves such lines out.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with open_plain(path) as file:
+            lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     content = []
     for place, line in enumerate(lines, start=1):
         try:
@@ -95,12 +94,13 @@ def read(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
 
 
 def last(path: Path, tail_bytes: int = 8192) -> dict[str, Any]:
-    """The newest value of every key in the last few kilobytes of a record; empty when there is none. Raises `OSError`.
+    """The newest value of every key in the last few kilobytes of a record; empty when there is none. Raises
+    `UserError` when it cannot be read.
 
     Cheap enough to ask of thousands of runs.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             file.seek(0, os.SEEK_END)
             start = max(file.tell() - tail_bytes, 0)
             file.seek(start)
@@ -121,10 +121,12 @@ def cut_back(path: Path, position: int) -> None:
 
     `position` is what `MetricsFile.position` returned when the checkpoint was saved from which the run goes on.
     """
-    if not path.exists():
+    try:
+        with open_plain(path) as file:
+            content = file.read()
+    except FileNotFoundError:
         return
-    content = path.read_bytes()[:position]
-    whole = content[: content.rfind(b"\n") + 1]
-    if path.stat().st_size != len(whole):
+    whole = content[: content.rfind(b"\n", 0, position) + 1]
+    if len(content) != len(whole):
         with replacing(path) as temporary:
             temporary.write_bytes(whole)
