@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -77,7 +78,11 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         # it assumes a single process, which is what we want
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:  # it is no `Exception`, so nothing else would catch it
+            cause, _ = next(iter(error.failures.values()))
+            raise cause if isinstance(cause, OSError) else OSError(str(cause)) from error
 
 
 def save_checkpoint(
@@ -98,12 +103,17 @@ def save_checkpoint(
                 _prepare(root, beside, views)
     if int(shards.sum_(torch.tensor(int(stands)), "all", "scalars")):
         return  # this attempt began from it; replacing it would leave a moment without any checkpoint
-    with together(shards):
-        with _quietly():
-            writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
-            save(dict(views), storage_writer=writer, no_dist=shards.size == 1)
+    try:
+        with together(shards):
+            with _quietly():
+                writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+                save(dict(views), storage_writer=writer, no_dist=shards.size == 1)
+            if shards.rank == 0:
+                _commit(root, beside, final, step, extra, run_id, shards)
+    except BaseException:
         if shards.rank == 0:
-            _commit(root, beside, final, step, extra, run_id, shards)
+            shutil.rmtree(beside, ignore_errors=True)  # on a full disk it is in the way
+        raise
 
 
 def _prepare(root: Path, beside: Path, views: Mapping[str, Tensor]) -> None:

@@ -111,4 +111,5 @@ def describe(error: BaseException) -> str:
 def set_failure_aside(run_dir: Path) -> None:
     """Move the `result.json` of a failed run to the attempt that wrote it, so that the run counts as unfinished."""
     aside = run_dir / names.ATTEMPTS / str(max(attempts(run_dir), 1))
+    aside.mkdir(parents=True, exist_ok=True)
     (run_dir / names.RESULT).replace(aside / names.RESULT)
