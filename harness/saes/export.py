@@ -88,7 +88,7 @@ def export(run_dir: Path, form: str, out: Path) -> list[str]:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         free = f" ({shutil.disk_usage(out).free / 1e6:.1f} MB free)" if out.is_dir() else ""
         raise UserError(f"cannot write to {out}{free}: {reason}") from error
-    warnings = []
+    warnings: list[str] = []
     if not trained.origin.hashed:
         warnings.append(f"{run_dir} has no hash of its weights (an earlier version wrote it): damage cannot be noticed")
     if sae.per_token:

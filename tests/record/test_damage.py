@@ -80,9 +80,9 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "absent": Path.unlink,
     "empty": text(""),
     "cut": change(lambda content: content[: len(content) // 2]),
-    "a flipped bit": change(lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:]),
-    "no UTF-8": change(lambda content: content[:40] + b"\xff" + content[41:]),
-    "a zero byte": change(lambda content: content[:40] + b"\0" + content[41:]),
+    "a flipped bit": change(lambda content: content[:6] + bytes([content[6] ^ 1]) + content[7:]),
+    "no UTF-8": change(lambda content: content[:6] + b"\xff" + content[7:]),
+    "a zero byte": change(lambda content: content[: len(content) // 2] + b"\0" + content[len(content) // 2 + 1 :]),
     **{shown: text(shown) for shown in ("[]", "{}", "null", "3", '"text"', "NaN", "[1]", "{}\n[]\n3\n")},
     "5,000 digits": text('{"step": ' + "9" * 5000 + "}\n"),
     "digits that fit no float": text('{"step": ' + "9" * 4000 + "}\n"),
@@ -122,7 +122,7 @@ def command(main: Callable[[list[str]], int], *arguments: str) -> tuple[int, str
 
 
 def read_everything(sweep: Sweep, out: Path) -> None:
-    directory, damaged, other = map(str, sweep)
+    directory, damaged = str(sweep.directory), str(sweep.damaged)
     code, shown, _ = command(status.main, directory, "--json")
     assert code in (0, 2)
     if code == 0:
@@ -131,12 +131,10 @@ def read_everything(sweep: Sweep, out: Path) -> None:
     table = outcome(lambda: load_table(sweep.directory))
     if not isinstance(table, str):
         assert sweep.other.name in set(table.frame["run_id"])
-    for run in (damaged, other):
-        loaded = outcome(lambda run=run: load(Path(run), ops="reference"))
-        code, _, errors = command(export.main, run, "--format", "sparsify", "--out", str(out / Path(run).name))
-        assert code == (2 if isinstance(loaded, str) else 0), errors
-        assert command(replay.main, run)[0] in (0, 1, 2)
-    assert command(export.main, other, "--format", "saelens", "--out", str(out / "other"))[0] == 0
+    loaded = outcome(lambda: load(sweep.damaged, ops="reference"))
+    code, _, errors = command(export.main, damaged, "--format", "sparsify", "--out", str(out / "out"))
+    assert code == (2 if isinstance(loaded, str) else 0), errors
+    assert command(replay.main, damaged)[0] in (0, 2)
     assert command(retry.main, directory, "--dry-run")[0] in (0, 2)
     again = [*TINY, f"out={sweep.directory.parent}", "train.seed=0,1"]
     assert command(launch.main, *again, "--dry-run")[0] in (0, 2)
@@ -151,6 +149,7 @@ def test_a_damaged_file_is_survived_or_named(damage: str, name: str, sweep: Swee
         assert command(status.main, str(sweep.directory))[0] == 0, "one damaged run hides the others"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["result.json", "sae/config.json", "../study.json", "../plan.json", "claim.json"])
 def test_a_wrong_value_is_survived_or_named(name: str, sweep: Sweep, tmp_path: Path) -> None:
     path = sweep.damaged / name
