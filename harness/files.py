@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -112,6 +114,28 @@ def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], *, durable: 
         mode = temporary.stat().st_mode
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
         temporary.chmod(mode)  # safetensors makes files that only their owner can read; stores and weights are shared
+
+
+def open_plain(path: Path) -> IO[bytes]:
+    """Open a file for reading, as bytes.
+
+    Raises `FileNotFoundError`, and `UserError` when it cannot be read or is a directory, a pipe or a device, which
+    nobody should wait for.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is not a file")
+        return path.open("rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content, in hex. Raises `OSError`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def last_line(path: Path, tail_bytes: int = 4096) -> str:

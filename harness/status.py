@@ -20,6 +20,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.places.slurm.explain import harvests_that_never_began
 from harness.record.state import STATES
+from harness.schema import read_text
 from harness.sweep.rows import Row, sweep_rows
 from harness.terminal import can_redraw, duration, own_screen, run_command, say, si, table
 
@@ -82,11 +83,14 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def failed_harvests(sweep_dir: Path) -> list[str]:
     """One line per harvest job that failed for good: the cells that need its store cannot start."""
-    given_up = [
-        f"{path.parent.name}: {path.read_text(encoding='utf-8', errors='replace').strip()} (log: {path.parent}/log)"
-        for path in sorted(sweep_dir.glob("_slurm/*/failed.txt"))
-    ]
-    return given_up + harvests_that_never_began(sweep_dir)
+    lines = []
+    for path in sorted(sweep_dir.glob("_slurm/*/failed.txt")):
+        try:
+            reason = read_text(path).strip()
+        except (FileNotFoundError, UserError) as error:
+            reason = str(error)
+        lines.append(f"{path.parent.name}: {reason} (log: {path.parent}/log)")
+    return lines + harvests_that_never_began(sweep_dir)
 
 
 def _first(rows: Iterable[Row], status: str) -> list[Row]:

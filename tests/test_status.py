@@ -263,3 +263,13 @@ def test_last_line(tmp_path: Path) -> None:
     assert last_line(path) == "last line"
     path.write_text("")
     assert last_line(path) == ""
+
+
+def test_a_finished_run_that_is_worse_than_the_mean_says_so(sweep: Sweep) -> None:
+    for name, fvu in (("good", 0.99), ("mean", 1.0), ("blown-up", 63569.2), ("unknown", None)):
+        sweep.add(name, result=done() | {"fvu": fvu})
+    rows = sweep.rows()
+    assert {row["status"] for row in rows.values()} == {"done"}
+    marked = [name for name, row in rows.items() if any("worse than the mean" in note for note in row["notes"])]
+    assert marked == ["mean", "blown-up"]
+    assert "blown-up: fvu 6.357e+04 is worse than the mean" in status.text(list(rows.values()))

@@ -6,7 +6,6 @@ Rank 0 plans and writes the list of jobs; the others wait for it. Without this m
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from harness.process.slurm_task import SlurmTask, slurm_task
 from harness.record.job import Job, freeze_job
 from harness.record.provenance import command_line
 from harness.record.result import read_result
+from harness.schema import TEXT, fields, list_of, optional, read_json
 from harness.terminal import say
 
 POLL_S = 0.2
@@ -85,7 +85,7 @@ def follow(out: Path, task: SlurmTask) -> int:
             say(f"rank {task.rank} is waiting for the plan of rank 0 of step {task.job_id}.{task.step_id}")
             said = True
         time.sleep(POLL_S)
-    homes = json.loads(path.read_text(encoding="utf-8"))["jobs"]
+    homes = read_json(path, fields({"jobs": optional(list_of(TEXT))}), "launch the step again")["jobs"]
     if homes is None:
         return WRONG_REQUEST
     return _train([Path(home) for home in homes], lambda job: None)

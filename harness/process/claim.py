@@ -20,8 +20,10 @@ from typing import NamedTuple
 
 import psutil
 
+from harness.errors import UserError
 from harness.process.signals import Interrupted, StopFlag
 from harness.process.slurm_task import slurm_task
+from harness.schema import TEXT, fields, number, optional, read_json, whole
 
 HEARTBEAT_S = 10.0
 STALE_S = 120.0
@@ -49,6 +51,12 @@ class Owner(NamedTuple):
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f", job {self.job}" if self.job else "")
+
+
+_OWNER = fields(
+    {"host": TEXT, "machine": TEXT, "pid": whole(1), "started": number(), "token": TEXT, "job?": TEXT}
+    | {"ticks?": optional(whole())}
+)
 
 
 class Claimed(OSError):
@@ -169,13 +177,9 @@ def _create(path: Path, owner: Owner) -> bool:
 def read_owner(path: Path) -> Owner | None:
     """The owner; None when there is no claim, or when it is partly written, damaged or none of ours."""
     try:
-        fields = json.loads(path.read_bytes())
-        owner = Owner(**fields)
-    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        return Owner(**read_json(path, _OWNER, ""))
+    except (FileNotFoundError, UserError, TypeError):
         return None
-    types = {"pid": int, "started": float | int, "ticks": int | None}
-    sound = all(isinstance(value, types.get(name, str)) for name, value in owner._asdict().items())
-    return owner if sound and owner.pid > 0 else None
 
 
 def _is_dead(path: Path) -> bool:

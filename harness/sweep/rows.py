@@ -22,6 +22,9 @@ Row = dict[str, Any]
 FACTS = ("progress", "tokens", "fvu", "fvu_se", "dead_frac", "tokens_per_s", "wall_s", "error")
 
 
+WORSE_THAN_THE_MEAN = "fvu {:.4g} is worse than the mean: predicting the mean row would have an fvu of 1"
+
+
 def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row]:
     """One row per run that was asked for or exists in `sweep_dir`; Slurm is asked about runs that wait. Raises
     `UserError`.
@@ -39,7 +42,7 @@ def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row
     for name in begun:
         row = (final or {}).get(name)
         if row is None:
-            row = _row(sweep_dir / name, planned.get(name, {}), begun[name], packed.get(name, 1))
+            row = _row_or_problem(sweep_dir / name, planned.get(name, {}), begun[name], packed.get(name, 1))
             if final is not None and row["status"] in ("done", "diverged"):
                 final[name] = row
         rows.append(row)
@@ -70,6 +73,20 @@ def begun_runs(sweep_dir: Path) -> dict[str, bool]:
     return {run_id: run_id in begun for run_id in run_ids}
 
 
+def _row_or_problem(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) -> Row:
+    """The row of a run; of one whose files are damaged a row that says so, so that the others are shown."""
+    try:
+        return _row(run_dir, planned, begun, packed)
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"cannot read {error.filename or run_dir}: {error.strerror or error}"
+    blank = dict.fromkeys(("host", "ends", "took_s", "peak_memory_bytes", "log", *FACTS))
+    known = {"planned_s": planned.get("train_s"), "planned_memory_bytes": planned.get("memory_bytes")}
+    counted = {"attempts": 0, "restarts": 0, "together": packed, "notes": []}
+    return {"run_id": run_dir.name, "status": "failed", **blank, **known, **counted, "error": problem}
+
+
 def _row(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) -> Row:
     state = state_of(run_dir) if begun else RunState(run_dir.name, "pending", None)
     facts = state.result if state.result is not None else _live(run_dir, state, planned.get("tokens"))
@@ -94,6 +111,8 @@ def _row(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) ->
     }
     if state.status == "done":
         row["progress"] = 1.0
+        if (row["fvu"] or 0.0) >= 1:
+            row["notes"] = [*row["notes"], WORSE_THAN_THE_MEAN.format(row["fvu"])]
     elif number:
         log = _newest_log(run_dir, number)
         row["log"] = None if log is None else str(log)

@@ -23,10 +23,11 @@ from harness.record.metrics import MetricsFile, NullMetrics, cut_back
 from harness.record.notes import add_note
 from harness.record.provenance import now
 from harness.record.run import Run
+from harness.schema import fields
 from harness.terminal import Progress
 from harness.training.checkpoints import Checkpoints
 from harness.training.loop import train
-from harness.training.member import Member
+from harness.training.member import COUNTERS, Member
 from harness.training.state import make_state
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def train_job(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     reset_peak()
-    checkpoint = find_checkpoint(job.checkpoints, job.home.name, shards)
+    counters = fields({run.run_id: COUNTERS for run in job.runs})
+    checkpoint = find_checkpoint(job.checkpoints, job.home.name, shards, counters)
     if checkpoint is not None:
         for line in checkpoint.refused:
             log.warning(line)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.errors import UserError
 from harness.places.slurm import client
 from harness.record import names
 from harness.record.result import FINAL
 from harness.record.run import Run
 from harness.record.state import state_of
+from harness.schema import FILE_NAME, list_of, read_json
 from harness.terminal import say
 
 POLL_S = 15.0
@@ -41,16 +40,8 @@ def live_elements(sweep_dir: Path) -> Iterator[tuple[client.Element, list[str]]]
 
 def read_table(array: Path) -> list[list[str]]:
     """The run_ids of each element of an array. Raises `UserError` when the file is damaged."""
-    path = array / "runs.json"
-    try:
-        table = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); cancel its jobs with scancel and remove {array}") from error
-    if not isinstance(table, list) or not all(
-        isinstance(run_ids, list) and all(isinstance(run_id, str) for run_id in run_ids) for run_ids in table
-    ):
-        raise UserError(f"{path} is no list of lists of runs; cancel its jobs with scancel and remove {array}")
-    return table
+    advice = f"cancel its jobs with scancel and remove {array}"
+    return read_json(array / "runs.json", list_of(list_of(FILE_NAME)), advice)
 
 
 def wait_for(runs: Sequence[Run]) -> None:
