@@ -35,8 +35,11 @@ RELAY_FD = "HARNESS_PROGRESS_FD"
 RELAY_TIMEOUT_S = 5.0
 """How long the launcher waits for the last lines: a process that rank 0 has forked may still hold the pipe."""
 
-_FIELDS = {"fvu": ("fvu", ".4f"), "loss": ("loss", ".4g"), "dead_frac": ("dead", ".1%")}
-"""Field of a metrics line -> its label and format in the progress, the most important first."""
+_FIELDS = {"loss": ("loss", ".4g"), "fvu": ("fvu", ".4f"), "dead_frac": ("dead", ".1%")}
+"""Field of a metrics line -> its label and format in the progress."""
+
+_OPTIONAL = ("dead_frac", "loss", "speed", "fvu")
+"""Numbers that a narrow terminal does without, from the first on."""
 
 _TRUSTED_SHARE = 0.05
 """From this share of a run on, its own speed says how long the rest takes; before, the plan does."""
@@ -140,7 +143,7 @@ class Progress:
             return
         self._last_shown = time.monotonic()
         if self._live is None:
-            self._print(f"{self._prefix()}{self._label}: {' '.join(self._numbers())}{self._own_left()}")
+            self._print(f"{self._prefix()}{self._label}: {' '.join(self._numbers().values())}{self._own_left()}")
         else:
             self._live.refresh()
 
@@ -185,12 +188,13 @@ class Progress:
         rest_s = self._rest_s()
         return f", {duration(rest_s)} left" if not self._counts and rest_s is not None else ""
 
-    def _numbers(self) -> list[str]:
-        """The share that is done, the speed, and between them the numbers, the most important first."""
-        numbers = [
-            f"{_FIELDS[name][0]} {self._fields[name]:{_FIELDS[name][1]}}" for name in _FIELDS if name in self._fields
-        ]
-        return [f"{self._share():.0%}", *numbers, f"{self._rate():,.0f} tok/s"]
+    def _numbers(self) -> dict[str, str]:
+        """What is shown of the job, by name."""
+        shown = {"share": f"{self._share():.0%}"}
+        for name, value in self._fields.items():
+            label, spec = _FIELDS[name]
+            shown[name] = f"{label} {value:{spec}}"
+        return shown | {"speed": f"{self._rate():,.0f} tok/s"}
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
@@ -210,15 +214,17 @@ class Progress:
         )
 
     def _line(self, width: int) -> Table:
-        """Prefix, label, bar and numbers on a line of `width`. Where there is no room, dead share and loss are left out
-        first, then the speed, then fvu; then the label is shortened."""
+        """Prefix, label, bar and numbers on a line of `width`. Where there is no room, numbers are left out, the least
+        important first; then the label is shortened."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
         label, numbers, end = f"{self._prefix()}{self._label}", self._numbers(), self._own_left()
-        while len(numbers) > 1 and len(label) + BAR_WIDTHS[0] + len(" ".join(numbers) + end) + 2 > width:
-            del numbers[-2 if len(numbers) > 3 else -1]
-        text = " ".join(numbers) + end
+        for name in _OPTIONAL:
+            if len(label) + BAR_WIDTHS[0] + len(" ".join(numbers.values()) + end) + 2 <= width:
+                break
+            numbers.pop(name, None)
+        text = " ".join(numbers.values()) + end
         room = width - len(text) - 2
         bar_width = min(max(room - len(label), BAR_WIDTHS[0]), BAR_WIDTHS[1])
         label_width = min(max(room - bar_width, 1), len(label))

@@ -61,10 +61,10 @@ def test_a_bar_leaves_the_cursor_for_whoever_comes_after_a_kill(terminal: Termin
 def test_a_narrow_terminal_shortens_the_label_of_the_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "REDRAW_INTERVAL_S", 0.0)
     shown = Progress(terminal)
-    shown.start("a-run-with-quite-a-long-name-0123456789abcdef", 1000)
+    shown.start("a-run-with-quite-a-long-name-" + 10 * "0123456789", 1000)
     shown.update(500, {"loss": 0.5, "fvu": 0.25, "dead_frac": 0.0})
     last = re.split(r"[\r\n]", without_codes(terminal.getvalue()).rstrip())[-1]
-    assert re.fullmatch(r"a-run-with-.*… ━+╺?━* +50% loss 0.5 fvu 0.2500 dead 0.0% [\d,]+ tok/s, \d+s left", last)
+    assert re.fullmatch(r"a-run-with-.*… ━+╺?━* +50%, \d+s left", last)
     assert len(last) <= 80
     shown.finish("")
 

@@ -106,10 +106,9 @@ class Lines:
         self.progress.finish(f"{self.countdown.words()} {self.name(run)}: {text}")
 
     def waiting(self, cells: int, owner: Owner | None) -> None:
-        say(
-            f"{counted(cells, 'cell')} {'is' if cells == 1 else 'are'} being trained by {owner or 'another process'}; "
-            "waiting for it (Ctrl-C ends only this launch)"
-        )
+        who = "another process" if owner is None else f"another process ({owner})"
+        verb = "is" if cells == 1 else "are"
+        say(f"{counted(cells, 'cell')} {verb} being trained by {who}; waiting for it, Ctrl-C ends only this launch")
 
     def stopped(self, reason: str, job: Job | None, statuses: dict[Path, str]) -> None:
         """A stop was asked for, and what can be saved is. `job`: what was in training."""
