@@ -32,16 +32,16 @@ from harness.record import names
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def write_report(sweep_dir: str | Path, law: str | None = None) -> Path:
+def write_report(sweep_dir: str | Path, law: str | None = None, findings: Findings | None = None) -> Path:
     """Write `report.html` into a sweep directory and return its path.
 
     A sweep with too little to fit still gets a report, which says what is missing. Raises `UserError` if the directory
-    holds no run.
+    holds no run. `findings`: what `gather` found in it, if that is known.
     """
     from jinja2 import Environment, StrictUndefined
 
     directory = Path(sweep_dir)
-    findings = gather(directory, law)
+    findings = findings or gather(directory, law)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["num"] = number
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**_context(findings, directory))

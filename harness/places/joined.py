@@ -17,7 +17,6 @@ from harness.places.local import ended_meanwhile
 from harness.process.signals import Interrupted
 from harness.process.slurm_task import SlurmTask, slurm_task
 from harness.record.job import Job, freeze_job
-from harness.terminal import say
 
 POLL_S = 0.2
 PLAN_TIMEOUT_S = 1800.0
@@ -64,7 +63,7 @@ def lead(out: Path, task: SlurmTask, jobs: Sequence[Job], lines: Lines) -> int:
     if jobs:  # then all ranks have read the list
         _list_path(out, task).unlink()
     if code == INTERRUPTED:
-        say("interrupted; the same command goes on where it stopped")
+        lines.stopped("", None, {})
     return code
 
 

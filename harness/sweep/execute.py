@@ -20,7 +20,7 @@ from harness.record.state import state_of
 from harness.sweep.intent import record_intent
 from harness.sweep.request import Request, plan_runs, requested_cells
 from harness.sweep.runs import sweep_dirs_of
-from harness.terminal import say, this_command
+from harness.terminal import python_command, say, this_command
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def launch(request: Request, *, dry_run: bool = False, wait: bool = False, comma
         runs = plan_runs(requested_cells(request), dry_run=dry_run)
         return carry_out(runs, request.about(), dry_run=dry_run, wait=wait, command=command)
     except KeyboardInterrupt:
-        say("interrupted before anything was trained; the same command begins again")
+        say(f"interrupted before anything was trained; to begin again: {command or this_command()}")
         return Outcome(INTERRUPTED, ())
 
 
@@ -55,8 +55,7 @@ def _join(request: Request, task: SlurmTask) -> Outcome:
     cells = requested_cells(request)
     out = Path(cells[0].config.out)
     if task.rank != 0:
-        sweep_dirs = tuple(dict.fromkeys(Path(cell.config.out) / cell.config.sweep for cell in cells))
-        return Outcome(joined.follow(out, task), sweep_dirs)
+        return Outcome(joined.follow(out, task), ())  # the first rank speaks for all
     try:
         runs = plan_runs(cells, dry_run=False)
         estimates = estimate(runs)
@@ -97,7 +96,7 @@ def _submit(runs: list[Run], estimates: Estimates, wait: bool) -> Outcome:
 
     jobs, sweep_dirs = submit_runs(runs, estimates), sweep_dirs_of(runs)
     for directory in sweep_dirs if jobs else ():
-        say(f"submitted; to follow it: python -m harness.status {directory} --watch")
+        say(f"submitted; to follow it: {python_command('harness.status', directory, '--watch')}")
     if not wait:
         return Outcome(0, sweep_dirs, submitted=True)
     wait_for(runs)
