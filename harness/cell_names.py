@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -89,7 +90,7 @@ def _applies(key: str, cell: Mapping[str, Any]) -> bool:
 def _word(symbol: str, value: Any) -> str:
     if isinstance(value, float):
         short = f"{value:g}"
-        text = (short if float(short) == value else repr(value)).replace("e+0", "e").replace("e-0", "e-")
+        text = re.sub(r"e\+?(-?)0?", r"e\1", short if float(short) == value else repr(value))
     elif isinstance(value, list):
         text = ",".join(map(str, value)) or "-"
     else:

@@ -198,4 +198,4 @@ def test_ctrl_c_while_libraries_load_is_an_interruption(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("harness.sweep.execute.plan_runs", interrupted)
     assert main(["sae=topk", "sae.n_latents=64", "sae.k=4"]) == 75
-    assert "the same command begins again" in capsys.readouterr().err
+    assert "interrupted before anything was trained; to begin again: " in capsys.readouterr().err
