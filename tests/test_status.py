@@ -208,7 +208,7 @@ def test_what_sets_a_cell_apart_and_one_line_for_a_cause(sweep: Sweep) -> None:
     }
     shown = status.text(list(rows.values()))
     assert "lr=0.1; lr=0.01; lr=0.001: the GPU is out of memory (log: " in shown
-    assert shown.count("out of memory") == 1 and "lr=0.25: ended without a record" in shown
+    assert shown.count("out of memory") == 1 and "lr=0.25; old: ended without a record" in shown
 
 
 def test_json_has_every_run(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def lead(out: Path, task: SlurmTask, jobs: Sequence[Job], lines: Lines) -> int:
     if jobs:  # then all ranks have read the list
         _list_path(out, task).unlink()
     if code == INTERRUPTED:
-        lines.stopped("", None, {})
+        lines.stopped("a signal or the time limit", None)
     return code
 
 

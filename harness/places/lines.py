@@ -45,6 +45,7 @@ class Lines:
         self.progress = Progress()
         self.progress.countdown = self.countdown
         self.progress.names = {job.home.name: self._several(job.runs) for job in jobs}
+        self._done = sum(run.status == "done" for run in ended)
         self._failures: dict[Cause, list[tuple[str, Path]]] = {}
         self._diverged: list[tuple[str, Run]] = []
         self._useless: list[str] = []
@@ -82,7 +83,9 @@ class Lines:
         """A run has a result: `done` or `diverged`."""
         if result["status"] == "diverged":
             self._diverged.append((self.name(run), run))
-        elif (result.get("fvu") or 0.0) >= USELESS_FVU:
+        else:
+            self._done += 1
+        if (result.get("fvu") or 0.0) >= USELESS_FVU:
             self._useless.append(self.name(run))
         self._cell(run, outcome(run.config, result, seconds))
 
@@ -97,9 +100,10 @@ class Lines:
             if (result := read_result(run.run_dir)) is not None:
                 self.ended(run, result, result.get("wall_s") or 0.0)
 
-    def ended_elsewhere(self, cells: int) -> None:
-        """Another process has ended cells of this launch."""
-        self.countdown.count(cells)
+    def ended_elsewhere(self, statuses: dict[Path, str]) -> None:
+        """Another process has ended runs of this launch."""
+        self._done += sum(status == "done" for status in statuses.values())
+        self.countdown.count(len(statuses))
 
     def _cell(self, run: Run, text: str) -> None:
         self.countdown.count(1)
@@ -110,21 +114,20 @@ class Lines:
         verb = "is" if cells == 1 else "are"
         say(f"{counted(cells, 'cell')} {verb} being trained by {who}; waiting for it, Ctrl-C ends only this launch")
 
-    def stopped(self, reason: str, job: Job | None, statuses: dict[Path, str]) -> None:
+    def stopped(self, reason: str, job: Job | None) -> None:
         """A stop was asked for, and what can be saved is. `job`: what was in training."""
-        by = SIGNALS.get(reason, reason) or "request"
+        by = SIGNALS.get(reason, reason)
         step = None if job is None else saved_step(job.home)
         saved = f": {self._several(job.runs)} is saved at step {step:,}" if job is not None and step is not None else ""
-        say(f"stopped by {by}{saved}; {self._done(statuses)}")
+        say(f"stopped by {by}{saved}; {self._so_far()}")
         say(f"to go on: {self._command}")
 
-    def disk_full(self, place: Path, statuses: dict[Path, str]) -> None:
-        say(f"error: no space left on the disk of {shown_path(place)}; {self._done(statuses)}")
+    def disk_full(self, place: Path) -> None:
+        say(f"error: no space left on the disk of {shown_path(place)}; {self._so_far()}")
         say(f"free some space; to go on: {self._command}")
 
-    def _done(self, statuses: dict[Path, str]) -> str:
-        done = sum(status == "done" for status in statuses.values())
-        return f"{done} of {self.countdown.total} cells done"
+    def _so_far(self) -> str:
+        return f"{self._done} of {self.countdown.total} cells done"
 
     def summary(self, statuses: dict[Path, str]) -> None:
         """All jobs have ended: the counts, and a line for each cause of a failure."""

@@ -65,10 +65,10 @@ def run_jobs(
         try:
             local.run_all()
         except Interrupted:
-            local.lines.stopped(stop.reason, local.saved, local.statuses)
+            local.lines.stopped(stop.reason, local.saved)
             return INTERRUPTED
         except DiskFull as full:
-            local.lines.disk_full(full.place, local.statuses)
+            local.lines.disk_full(full.place)
             return FAILED
     statuses = local.statuses
     done = all(status == "done" for status in statuses.values())
@@ -114,7 +114,7 @@ class _Local:
             with claimed(job.run_dirs):
                 before = ended_meanwhile(job)
                 self.statuses |= before
-                self.lines.ended_elsewhere(len(before))
+                self.lines.ended_elsewhere(before)
                 unfinished = Job(tuple(run for run in job.runs if run.run_dir not in before), job.home)
                 if unfinished.runs:
                     self._train(unfinished)
