@@ -219,10 +219,14 @@ def _ask(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     # only the report needs matplotlib and jinja2
     from analysis.report.cells import cell_text
-    from analysis.report.findings import read_runs
+    from analysis.report.closing import closing_lines
+    from analysis.report.findings import gather
     from analysis.report.page import write_report
 
-    path = write_report(args.sweep, law=args.law, out=args.out)
-    print(cell_text(read_runs(args.sweep)))
+    findings = gather(Path(args.sweep), args.law)
+    path = write_report(args.sweep, findings=findings, out=args.out)
+    print(cell_text(findings.table))
+    for line in closing_lines(findings):
+        print(line)
     print(f"report: {path}")
     return 0

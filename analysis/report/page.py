@@ -35,18 +35,23 @@ from harness.record import names
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def write_report(sweep_dir: str | Path, law: str | None = None, out: str | Path | None = None) -> Path:
+def write_report(
+    sweep_dir: str | Path,
+    law: str | None = None,
+    out: str | Path | None = None,
+    findings: Findings | None = None,
+) -> Path:
     """Write the report of a sweep directory, by default its `report.html`, and return the path.
 
     A sweep with too little to fit still gets a report, which says what is missing. Raises `UserError` if the directory
-    holds no run or the report cannot be written.
+    holds no run or the report cannot be written. `findings`: what `gather` found in it, if that is known.
     """
     from jinja2 import Environment, StrictUndefined
 
     directory = Path(sweep_dir)
     path = directory / "report.html" if out is None else Path(out).expanduser()
     path = path / "report.html" if path.is_dir() else path
-    findings = gather(directory, law)
+    findings = findings or gather(directory, law)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["num"] = number
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**_context(findings, directory))

@@ -27,7 +27,7 @@ from harness.process.claim import Owner, claim
 from harness.process.memory import return_freed
 from harness.process.signals import StopFlag
 from harness.process.together import together
-from harness.terminal import Progress
+from harness.progress import Progress, own_progress
 
 
 def open_source(
@@ -52,7 +52,7 @@ def open_source(
                 f"({local_id}); harvest it where the sweep was launched, or copy it here"
             )
         try:
-            _harvest_once(cfg, directory, Progress() if progress else Progress(io.StringIO()), stop, shards)
+            _harvest_once(cfg, directory, own_progress() if progress else Progress(io.StringIO()), stop, shards)
         except (OSError, SafetensorError) as error:
             if (explanation := _explain(error, directory.parent)) is not None:
                 raise explanation from error

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.files import write_json_atomic
-from harness.places.local import describe, ended_meanwhile, outcome_line
+from harness.places.lines import Lines
+from harness.places.local import ended_meanwhile
 from harness.process.signals import Interrupted
 from harness.process.slurm_task import SlurmTask, slurm_task
 from harness.record.job import Job, freeze_job
 from harness.record.provenance import command_line
-from harness.record.result import read_result
 from harness.schema import TEXT, fields, list_of, optional, read_json
 from harness.terminal import say
 
@@ -64,13 +64,13 @@ def _write_list(out: Path, task: SlurmTask, homes: list[str] | None) -> None:
     write_json_atomic(path, {"jobs": homes})
 
 
-def lead(out: Path, task: SlurmTask, jobs: Sequence[Job]) -> int:
+def lead(out: Path, task: SlurmTask, jobs: Sequence[Job], lines: Lines) -> int:
     """Train the announced jobs as rank 0. Returns 0, or the exit code of an interruption."""
-    code = _train([job.home for job in jobs], _report)
+    code = _train([job.home for job in jobs], lines.job_has_ended)
     if jobs:  # then all ranks have read the list
         _list_path(out, task).unlink()
     if code == INTERRUPTED:
-        say("interrupted; the same command goes on where it stopped")
+        lines.stopped("a signal or the time limit", None)
     return code
 
 
@@ -101,9 +101,3 @@ def _train(homes: Sequence[Path], on_ended: Callable[[Job], None]) -> int:
     except Interrupted:
         return INTERRUPTED
     return 0
-
-
-def _report(job: Job) -> None:
-    for run in job.runs:
-        result = read_result(run.run_dir)
-        say(describe(run.config) if result is None else outcome_line(run.config, result, result.get("wall_s") or 0.0))

@@ -18,6 +18,7 @@ from harness.config import Config
 from harness.errors import INTERRUPTED
 from harness.files import last_line, open_own
 from harness.process.signals import Interrupted, StopFlag
+from harness.progress import RELAY_FD, Progress, relay
 from harness.terminal import say
 
 POLL_S = 0.1
@@ -31,26 +32,31 @@ class RankFailed(RuntimeError):
     """A rank ended before the training did."""
 
 
-def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag) -> None:
+def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag, progress: Progress) -> None:
     """Train the job in `home`, whose claims the caller holds, by dp·shard processes (`python -m harness.train home`).
 
-    Rank 0 shows its progress here; the output of rank r goes to `attempt_dir/rank<r>.log`. A stop is passed on as
-    SIGTERM, and `Interrupted` is raised when the ranks have saved. A second request kills ranks that have not saved
-    `GRACE_S` seconds later. If a rank dies, the others are ended and `RankFailed` names the rank and its log.
+    The output of rank r goes to `attempt_dir/rank<r>.log`; what rank 0 reports of its progress is shown on `progress`.
+    A stop is passed on as SIGTERM, and `Interrupted` is raised when the ranks have saved. A second request kills ranks
+    that have not saved `GRACE_S` seconds later. If a rank dies, the others are ended and `RankFailed` names the rank
+    and its log.
     """
     world = config.mesh.ranks
     environment = rank_environment(world)
     logs = [attempt_dir / f"rank{rank}.log" for rank in range(world)]
     with ExitStack() as stack:
         ranks = []
+        reports = stack.enter_context(relay(progress))
         for rank, log in enumerate(logs):
             output = stack.enter_context(open_own(log, "wb"))
             process = subprocess.Popen(
                 [sys.executable, "-m", "harness.train", "--claimed", str(home)],
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=environment
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                | ({RELAY_FD: str(reports)} if rank == 0 else {}),
+                pass_fds=(reports,) if rank == 0 else (),
                 stdin=subprocess.PIPE,  # never written to: see `end_with_starter`
                 stdout=output,
-                stderr=None if rank == 0 and sys.stderr.isatty() else output,
+                stderr=output,
                 start_new_session=True,  # Ctrl-C reaches this process only, which passes it on once
             )
             ranks.append(process)

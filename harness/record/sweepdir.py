@@ -56,7 +56,8 @@ def read_plan(sweep_dir: Path) -> dict[str, Any]:
 
     A run has `seconds` (start included), `train_s` (what the record calls `wall_s`, of its share in a pack), `tokens`,
     `flops` by part, `memory_bytes` of a rank that trains it alone (mapped rows of the store included, as the system
-    counts them), and `calibration`, the number of the calibration that the times come from.
+    counts them), `calibration`, the number of the calibration that the times come from, and `settings`
+    (`config.science`). Plans of earlier versions have no settings.
     """
     path = sweep_dir / names.PLAN
     try:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.cell_names import cell_names
+from harness.config import to_container
 from harness.errors import UserError
 from harness.files import last_line
 from harness.places.slurm.explain import explain
@@ -19,6 +21,9 @@ from harness.record.sweepdir import read_plan, read_study, require_sweep
 
 Row = dict[str, Any]
 
+_SETTINGS = "settings"
+"""Key of the configuration in a row that is not finished."""
+
 FACTS = ("progress", "tokens", "fvu", "fvu_se", "dead_frac", "tokens_per_s", "wall_s", "error")
 
 
@@ -29,10 +34,11 @@ def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row
     """One row per run that was asked for or exists in `sweep_dir`; Slurm is asked about runs that wait. Raises
     `UserError`.
 
-    Keys: run_id, status, progress (share of the budget), tokens, fvu, fvu_se, dead_frac, tokens_per_s, wall_s,
-    attempts, restarts, host (while it runs), ends (expected, ISO 8601, while it runs), together (runs of its job), log
-    (path), error (what went wrong, in a line), notes (a list), planned_s and took_s (steps and evaluations; in a pack
-    its share), planned_memory_bytes, peak_memory_bytes. What is not known is None.
+    Keys: run_id, cell (what tells it from the others; None if its settings are unknown), status, progress (share of
+    the budget), tokens, fvu, fvu_se, dead_frac, tokens_per_s, wall_s, attempts, restarts, host (while it runs), ends
+    (expected, ISO 8601, while it runs), together (runs of its job), log (path), error (what went wrong, in a line),
+    notes (a list), planned_s and took_s (steps and evaluations; in a pack its share), planned_memory_bytes,
+    peak_memory_bytes. What is not known is None.
 
     `final` keeps the rows of runs that have ended from one call to the next: they are not read again.
     """
@@ -47,7 +53,25 @@ def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row
                 final[name] = row
         rows.append(row)
     _ask_slurm(sweep_dir, rows)
-    return rows
+    known = [row for row in rows if row[_SETTINGS]]
+    names_of = dict(zip((row["run_id"] for row in known), cell_names([row[_SETTINGS] for row in known]), strict=True))
+    return [{"run_id": row["run_id"], "cell": names_of.get(row["run_id"])} | _without_settings(row) for row in rows]
+
+
+def _without_settings(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key != _SETTINGS}
+
+
+def _settings(run_dir: Path, state: RunState, planned: Mapping[str, Any], begun: bool) -> dict[str, Any]:
+    """The configuration of a run, from the first file that has it; empty if none has."""
+    if state.result is not None and isinstance(state.result.get("config"), dict):
+        return state.result["config"]
+    if "settings" in planned or not begun:
+        return planned.get("settings", {})
+    try:
+        return to_container(read_config(run_dir))
+    except UserError:
+        return {}  # the state of the other runs is still worth telling
 
 
 def _ask_slurm(sweep_dir: Path, rows: list[Row]) -> None:
@@ -95,6 +119,7 @@ def _row(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) ->
     took_s = facts.get("wall_s")
     row = {
         "run_id": run_dir.name,
+        _SETTINGS: _settings(run_dir, state, planned, begun),
         "status": state.status,
         **{key: facts.get(key) for key in FACTS},
         "attempts": number,

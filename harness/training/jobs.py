@@ -20,11 +20,11 @@ from harness.process.device import pick_device
 from harness.process.rank import ranks_from_environment, wait_for_ranks
 from harness.process.signals import Interrupted, StopFlag, stop_on_signals
 from harness.process.together import together
+from harness.progress import Progress, own_progress
 from harness.record.attempt import END_TIME, attempt, attempt_dirs, claimed, write_ended, write_provenance
 from harness.record.job import Job, read_job
 from harness.record.result import read_result
 from harness.record.rundir import attempts, saved_step
-from harness.terminal import Progress
 from harness.training.run import train_job
 
 
@@ -91,4 +91,4 @@ def _train_unfinished(job: Job, store_dir: str, stop: StopFlag, shards: Shards, 
     if writer and claim_here:
         mesh_shape = {"dp": config.mesh.dp, "shard": config.mesh.shard}
         write_provenance(job.run_dirs, store_id=source.id, ops=config.ops, mesh=mesh_shape)
-    train_job(job, source, stop, Progress(None if writer else io.StringIO()), shards)
+    train_job(job, source, stop, own_progress() if writer else Progress(io.StringIO()), shards)

@@ -14,11 +14,11 @@ from harness.activations.synthetic import recovered
 from harness.config import Config
 from harness.parallel import Shards
 from harness.process.runtime import Runtime
+from harness.progress import Progress
 from harness.record.metrics import MetricsFile, NullMetrics
 from harness.record.run import Run
 from harness.saes import Params
 from harness.schema import TEXT, fields, list_of, number, optional, whole
-from harness.terminal import Progress
 from harness.training.evaluate import Evaluation, evaluate
 from harness.training.schedule import evaluation_steps, has_converged
 from harness.training.state import TrainState
