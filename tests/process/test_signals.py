@@ -58,7 +58,8 @@ def test_a_deadline_says_so() -> None:
 HUNG_UP = """
 import os, signal, sys, time
 from harness.process.signals import stop_on_signals
-from harness.terminal import Progress, say
+from harness.progress import Progress
+from harness.terminal import say
 with stop_on_signals() as stop:
     progress = Progress()
     progress.start("a run", 100.0)
