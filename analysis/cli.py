@@ -17,7 +17,7 @@ from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.laws.catalogue import LAWS, OLD_NAMES
 from analysis.questions.convergence import TOKENS, convergence_table
-from analysis.report.words import left_out, refuse
+from analysis.report.words import refuse, used
 from analysis.runs.load import load
 from analysis.runs.regime import REGIMES
 from analysis.runs.table import ROLES, RunTable
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     fitting.set_defaults(handler=_fit)
     report = commands.add_parser("report", help="write report.html into the directory of a sweep")
     report.add_argument("sweep", type=Path, help="sweep directory, e.g. runs/quick")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the directory of the sweep")
     report.add_argument("--law", help="default: that of the study, or what the grid allows")
     report.set_defaults(handler=_report)
     _add_forecasts(commands)
@@ -176,11 +177,16 @@ def _fit(args: argparse.Namespace) -> int:
         result.to_json(args.out)
     if refuse(result, table):
         return 1
-    print(result.summary())
-    for line in left_out(table):
-        print(line)
+    print("\n".join([*used(result), result.summary()]))
     print(f"written: {args.out}" if args.out else json.dumps(result.as_dict()["params"]))
     return 0
+
+
+def _say_used(result: FitResult, code: int) -> int:
+    """On stderr, which runs an answer is from, if there is one; returns the exit code."""
+    for line in () if code else used(result):
+        say(line)
+    return code
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -190,7 +196,7 @@ def _compare(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     table = table_from(args)
     result = fit_from(args, table)
-    return refuse(result, table) or run_predict(args, result)
+    return _say_used(result, refuse(result, table) or run_predict(args, result))
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -198,7 +204,7 @@ def _plan(args: argparse.Namespace) -> int:
         raise UserError(f"--budget {args.budget} must be a positive number of FLOPs")
     table = table_from(args)
     result = fit_from(args, table)
-    return refuse(result, table) or run_plan(args, table, result)
+    return _say_used(result, refuse(result, table) or run_plan(args, table, result))
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -207,16 +213,20 @@ def _ask(args: argparse.Namespace) -> int:
             args.k, args.at_k = None, float(args.k)
     table = table_from(args)
     result = fit_from(args, table)
-    return refuse(result, table) or run_ask(args, table, result)
+    return _say_used(result, refuse(result, table) or run_ask(args, table, result))
 
 
 def _report(args: argparse.Namespace) -> int:
     # only the report needs matplotlib and jinja2
     from analysis.report.cells import cell_text
-    from analysis.report.findings import read_runs
+    from analysis.report.closing import closing_lines
+    from analysis.report.findings import gather
     from analysis.report.page import write_report
 
-    path = write_report(args.sweep, law=args.law)
-    print(cell_text(read_runs(args.sweep)))
+    findings = gather(Path(args.sweep), args.law)
+    path = write_report(args.sweep, findings=findings, out=args.out)
+    print(cell_text(findings.table))
+    for line in closing_lines(findings):
+        print(line)
     print(f"report: {path}")
     return 0

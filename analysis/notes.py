@@ -19,7 +19,13 @@ REMEDIES = {
     "nonpositive_loss": "a loss of zero or less has no logarithm; check its column and its units",
     "worse_than_mean": "such runs blew up: lower their learning rate, then train them again",
     "duplicate_run": "only the first was kept; check how the table was put together",
+    "earlier_checkpoints": "only the last of each run was fitted; for a law of another step choose it with --where",
+    "checkpoints": "name the column of the runs (--run COLUMN), so that only the last checkpoint of each is fitted",
+    "unused_column": "name it on the command line if it has that role, e.g. --status COLUMN",
+    "unknown_words": "use words such as done, finished, failed for the status, and yes and no for converged",
+    "commented_rows": "remove the # if they are rows, or put the value in quotes",
     "unconverged_run": "train longer (train.until=convergence), or read the law as one at fixed tokens",
+    "repeated_rows": "harvest more rows (activations.tokens), or read the law as one of repeated rows",
     "mixed_dead_latents": "dead latents bend the law: lower the learning rate or strengthen AuxK where many die",
     "mixed_population": "fit one population at a time (--where COLUMN=VALUE)",
     # fit
@@ -62,9 +68,9 @@ class Note:
         return f"{self.severity}: {self.code}: {self.message} — {self.remedy}"
 
 
-def note(code: str, severity: str, message: str) -> Note:
-    """A note with the standard remedy of its code."""
-    return Note(code, severity, message)
+def note(code: str, severity: str, message: str, remedy: str = "") -> Note:
+    """A note; its remedy is the standard one of its code if none is given."""
+    return Note(code, severity, message, remedy)
 
 
 def has(notes: Iterable[Note], code: str) -> bool:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from harness.errors import UserError
 from harness.places.slurm import client
 from harness.places.slurm.queue import arrays, live_elements
-from harness.process.claim import holder
+from harness.process.claim import holder, is_here
 from harness.record import names
 from harness.record.rundir import claim_path
 from harness.record.sweepdir import require_sweep
@@ -29,24 +28,30 @@ def cancel(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:
     require_sweep(sweep_dir)
     if run_ids and (unknown := sorted(set(run_ids) - begun_runs(sweep_dir).keys())):
         raise UserError(f"{sweep_dir} has no run {unknown[0]}; `python -m harness.status {sweep_dir} --all` lists them")
-    if arrays(sweep_dir):
-        yield from _cancel_elements(sweep_dir, run_ids)
+    elements = list(live_elements(sweep_dir)) if arrays(sweep_dir) else []
+    yield from _cancel_elements(elements, run_ids)
+    # other jobs are allocations that somebody launched in
+    own_jobs = {element.id for element, _ in elements}
     wanted = sorted(run_ids) or [path.parent.name for path in sorted(sweep_dir.glob(f"*/{names.CLAIM}"))]
     stopping: set[int] = set()
     for run_id in wanted:
         owner = holder(claim_path(sweep_dir / run_id))
-        if owner is None or owner.job or owner.pid in stopping:
+        if owner is None or owner.job in own_jobs or owner.pid in stopping:
             continue
-        if owner.host != socket.gethostname():
+        if not is_here(owner):
             yield f"{run_id} is being trained by {owner}: cancel it there"
             continue
-        os.kill(owner.pid, signal.SIGTERM)
         stopping.add(owner.pid)
-        yield f"{owner} was asked to save and stop"
+        try:
+            os.kill(owner.pid, signal.SIGTERM)
+            yield f"{owner} was asked to save and stop"
+        except ProcessLookupError:
+            continue  # it has just ended
+        except PermissionError:
+            yield f"{run_id} is being trained by {owner}, which belongs to another user: ask them to cancel it"
 
 
-def _cancel_elements(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:
-    elements = list(live_elements(sweep_dir))
+def _cancel_elements(elements: Sequence[tuple[client.Element, list[str]]], run_ids: Collection[str]) -> Iterator[str]:
     chosen = [(element, runs) for element, runs in elements if not run_ids or set(runs) & set(run_ids)]
     if chosen:
         client.call("scancel", *(element.id for element, _ in chosen))

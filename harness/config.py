@@ -7,10 +7,12 @@ mesh …) does not enter `run_id`: it may change how a result is reached, never 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import re
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -433,7 +435,7 @@ class ClusterConfig:
     mem: str = ""
     """Memory per node, e.g. `64G`; empty: the site's default."""
     max_running: int = 0
-    """Maximum number of elements of an array that run at the same time; 0: no limit."""
+    """Maximum number of jobs of one launch that train at the same time; 0: no limit."""
     requeue: bool = True
     """Requeue a job that was stopped before its end. False, for a site that forbids it: submit the job again."""
     lead_s: int = 0
@@ -555,6 +557,13 @@ class Config:
             )
         _one_of("ops", self.ops, ("auto", "reference", "cpu", "triton"))
         _check_values(self, "")
+
+
+@functools.cache
+def nested_sections(cls: type) -> dict[str, type]:
+    """Fields of a schema dataclass that are schema dataclasses themselves."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])}
 
 
 def from_container(container: Any) -> Config:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
+import re
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -51,8 +54,9 @@ def open_own(path: Path, mode: str, encoding: str | None = None) -> IO[Any]:
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield an empty temporary file in the directory of `path`; when the block ends well, it becomes `path`.
 
-    If the block raises, the temporary file is removed and `path` stays as it was. A killed process leaves
-    `.NAME.PID.tmp` behind. `durable=False` skips fsync: after a power cut `path` may be damaged.
+    If the block raises, the temporary file is removed and `path` stays as it was; an error of the system names `path`,
+    not the temporary file. A killed process leaves `.NAME.PID.tmp` behind: see `remove_left_behind`. `durable=False`
+    skips fsync: after a power cut `path` may be damaged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -62,10 +66,22 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             fsync_file(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is not None and os.fspath(error.filename) == str(temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be removed, nothing could be made
+            temporary.unlink(missing_ok=True)
     if durable:
         fsync_directory(path.parent)
+
+
+def remove_left_behind(directory: Path) -> None:
+    """Remove the temporary files of killed processes in `directory`, which nobody else may be writing to now."""
+    for path in directory.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -98,6 +114,28 @@ def write_tensors_atomic(path: Path, tensors: Mapping[str, Tensor], *, durable: 
         mode = temporary.stat().st_mode
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
         temporary.chmod(mode)  # safetensors makes files that only their owner can read; stores and weights are shared
+
+
+def open_plain(path: Path) -> IO[bytes]:
+    """Open a file for reading, as bytes.
+
+    Raises `FileNotFoundError`, and `UserError` when it cannot be read or is a directory, a pipe or a device, which
+    nobody should wait for.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is not a file")
+        return path.open("rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content, in hex. Raises `OSError`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def last_line(path: Path, tail_bytes: int = 4096) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from harness.activations.open import open_source
 from harness.parallel.mesh import mesh
 from harness.process.device import pick_device
-from harness.process.rank import ranks_from_environment, run_as_rank
+from harness.process.rank import ranks_from_environment, run_as_rank, wait_for_ranks
 from harness.process.signals import Interrupted, stop_on_signals
 from harness.record.attempt import attempt_log, write_ended
 from harness.record.rundir import read_config
@@ -36,7 +36,8 @@ def harvest(directory: Path) -> None:
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         log = stack.enter_context(attempt_log(directory, "harvest")) if ranks.rank == 0 else None
-        shards = stack.enter_context(mesh(config.mesh.dp, config.mesh.shard, device, ranks))
+        shape, on_wait = config.mesh, wait_for_ranks(stop)
+        shards = stack.enter_context(mesh(shape.dp, shape.shard, device, ranks, on_wait=on_wait))
         try:
             open_source(config.activations, Path(config.out), progress=shards.rank == 0, stop=stop, shards=shards)
         except Interrupted:

@@ -17,7 +17,7 @@ from harness.grid.compose import CONF_DIR, groups
 from harness.grid.study import load_study, study_names
 from harness.sweep.execute import launch
 from harness.sweep.request import Request, requested_cells
-from harness.terminal import run_command, say
+from harness.terminal import python_command, run_command, say
 
 
 def parse_only(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -77,11 +77,19 @@ def run(arguments: argparse.Namespace) -> int:
         print_info()
         return 0
     study = load_study(arguments.study) if arguments.study else None
+    if study is not None:
+        from analysis.runs.study import require_law  # takes a second, and only studies have a law
+
+        require_law(study.source, study.law)
     request = Request(arguments.overrides, study, parse_only(arguments.only))
     if arguments.cfg:
         print_config(requested_cells(request)[0].config)
         return 0
-    return launch(request, dry_run=arguments.dry_run, wait=arguments.wait).exit_code
+    outcome = launch(request, dry_run=arguments.dry_run, wait=arguments.wait)
+    if outcome.exit_code == 0 and not arguments.dry_run and not outcome.submitted:
+        for sweep_dir in outcome.sweep_dirs:
+            say(f"for the law and the report: {python_command('analysis', 'report', sweep_dir)}")
+    return outcome.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,6 +29,8 @@ def replay(run_dir: Path, tracker: str = "") -> str:
     copies.check(config.tracker)
     try:
         lines = copies.Tail(run_dir / names.METRICS).read()
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{run_dir / names.METRICS} is damaged ({error}); the record cannot be read") from error
     result = read_result(run_dir) or {}

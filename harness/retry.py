@@ -52,6 +52,9 @@ def cells_to_retry(sweep_dir: Path, run_ids: Sequence[str], overrides: Sequence[
 
 
 def _changed(config: Config, overrides: Sequence[str]) -> Config:
+    if any(override.startswith("activations.") for override in overrides):
+        # the frozen store is that of the old settings
+        config = dataclasses.replace(config, activations=dataclasses.replace(config.activations, store=""))
     try:
         return from_container(OmegaConf.merge(to_container(config), OmegaConf.from_dotlist(list(overrides))))
     except OmegaConfBaseException as error:

@@ -18,9 +18,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from harness.errors import UserError
+from harness.places.slurm.explain import harvests_that_never_began
+from harness.record.causes import cause_of
 from harness.record.state import STATES
+from harness.schema import read_text
 from harness.sweep.rows import Row, sweep_rows
-from harness.terminal import can_redraw, duration, own_screen, run_command, say, si, table
+from harness.terminal import can_redraw, duration, listed, own_screen, run_command, say, si, table
 
 ENDED = ("done", "diverged", "failed")
 
@@ -34,8 +37,8 @@ PROBLEMS = 15
 """Lines about problems, unless `--all` is given."""
 
 
-HEADINGS = ("run", "status", "progress", "fvu", "dead", "tok/s", "time", "planned", "restarts", "left", "host")
-OPTIONAL = ("planned", "restarts", "host", "tok/s", "dead", "time", "left")
+HEADINGS = ("cell", "status", "progress", "fvu", "dead", "tok/s", "time", "planned", "restarts", "left", "host", "run")
+OPTIONAL = ("planned", "restarts", "host", "tok/s", "dead", "time", "left", "run")
 """Columns that a narrow terminal does without, from the first on."""
 
 
@@ -48,13 +51,13 @@ def text(rows: Sequence[Row], whole: bool = False, harvests: Sequence[str] = ())
     shown = sorted(rows, key=lambda row: STATES.index(row["status"]))
     if not whole and len(rows) > WHOLE:
         shown = [row for status in STATES for row in _first(shown, status)]
-    lines = [table(HEADINGS, [_cells(row) for row in shown], left=("status", "host"), optional=OPTIONAL)]
+    lines = [table(HEADINGS, [_cells(row) for row in shown], left=("status", "host", "run"), optional=OPTIONAL)]
     if len(shown) < len(rows):
         hidden = Counter(row["status"] for row in rows)
         hidden.subtract(row["status"] for row in shown)
         lines.append(f"… and {len(rows) - len(shown)} more: {_counts(hidden)} (--all shows them)")
     lines += harvests
-    problems = [line for row in shown for line in _problem(row)]
+    problems = _problems(shown)
     lines += problems if whole else problems[:PROBLEMS]
     if not whole and len(problems) > PROBLEMS:
         lines.append(f"… and {len(problems) - PROBLEMS} more lines (--all shows them)")
@@ -65,7 +68,7 @@ def text(rows: Sequence[Row], whole: bool = False, harvests: Sequence[str] = ())
 def _cells(row: Row) -> tuple[str, ...]:
     """One per heading."""
     return (
-        row["run_id"],
+        _name(row),
         row["status"],
         _form(row["progress"], ".0%"),
         _form(row["fvu"], ".4f"),
@@ -76,15 +79,24 @@ def _cells(row: Row) -> tuple[str, ...]:
         str(row["restarts"] or "-"),
         _left(row["ends"]),
         row["host"] or "-",
+        row["run_id"],
     )
+
+
+def _name(row: Row) -> str:
+    return row.get("cell") or row["run_id"]
 
 
 def failed_harvests(sweep_dir: Path) -> list[str]:
     """One line per harvest job that failed for good: the cells that need its store cannot start."""
-    return [
-        f"{path.parent.name}: {path.read_text(encoding='utf-8').strip()} (log: {path.parent}/log)"
-        for path in sorted(sweep_dir.glob("_slurm/*/failed.txt"))
-    ]
+    lines = []
+    for path in sorted(sweep_dir.glob("_slurm/*/failed.txt")):
+        try:
+            reason = read_text(path).strip()
+        except (FileNotFoundError, UserError) as error:
+            reason = str(error)
+        lines.append(f"{path.parent.name}: {reason} (log: {path.parent}/log)")
+    return lines + harvests_that_never_began(sweep_dir)
 
 
 def _first(rows: Iterable[Row], status: str) -> list[Row]:
@@ -95,11 +107,28 @@ def _counts(counts: Counter[str]) -> str:
     return ", ".join(f"{counts[name]} {name}" for name in reversed(STATES) if counts[name])
 
 
-def _problem(row: Row) -> list[str]:
-    """The error of a run and the notes in its record."""
-    where = f" (log: {row['log']})" if row["log"] and row["status"] == "failed" else ""
-    lines = [f"{row['run_id']}: {row['error']}{where}"] if row["error"] else []
-    return lines + [f"{row['run_id']}: {note}" for note in row["notes"]]
+def _problems(rows: Sequence[Row]) -> list[str]:
+    """A line for each error and for each note, with the runs that it is about."""
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        for line in [*([_error(row)] if row["error"] else []), *row["notes"]]:
+            cells.setdefault(line, []).append(_name(row))
+    logs = {
+        _error(row): row["log"]
+        for row in reversed(rows)
+        if row["log"] and row["status"] in ("failed", "interrupted", "pending")
+    }
+    lines = []
+    for line, names in cells.items():
+        where = f" (log: {logs[line]})" if line in logs else ""
+        lines.append(f"{listed(names)}: {line}{where}")
+    return lines
+
+
+def _error(row: Row) -> str:
+    """What went wrong, in the user's terms where they are known."""
+    error = row["error"] or ""
+    return cause_of(error).what if row["status"] == "failed" else error
 
 
 def _against_the_plan(rows: Sequence[Row]) -> list[str]:

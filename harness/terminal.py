@@ -1,32 +1,25 @@
-"""Everything printed for a person: messages, tables, numbers in few characters, and the progress of a run.
+"""Everything printed for a person: messages, tables, numbers and commands in few characters.
 
 `rich` is imported only where something is drawn on a terminal, so that importing this module costs nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+from harness.errors import WRONG_REQUEST
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.live import Live
-    from rich.table import Table
-
-PLAIN_INTERVAL_S = 10.0
-"""Seconds between two progress lines where there is no terminal."""
-
-REDRAW_INTERVAL_S = 0.1
-"""Seconds between two drawings of the bar."""
-
-BAR_WIDTHS = (8, 40)
-"""The least and the most characters of the bar."""
 
 GAP = 2
 """Blanks after each column of a table."""
@@ -44,19 +37,34 @@ STATUS_STYLES = {
 }
 """Status word -> its colour on a terminal."""
 
-_PROGRESS_FIELDS = {"loss": ("loss", ".4g"), "fvu": ("fvu", ".4f"), "dead_frac": ("dead", ".1%")}
-"""Field of a metrics line -> its label and format in the progress."""
-
 
 def say(line: str) -> None:
     """Print one line to standard error at once."""
-    print(line, file=sys.stderr, flush=True)
+    with survives_hangup(sys.stderr):
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def survives_hangup(stream: TextIO) -> Iterator[None]:
+    """Inside, a terminal that was closed is no error: what is written to `stream` goes nowhere from then on.
+
+    Its SIGHUP asks the training to save and stop; an error of a progress line must not come before it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
     """Run the `main` of a command and exit with its code.
 
-    If nobody reads its output any more (`| head`), it ends silently with the code that a shell gives for SIGPIPE.
+    If nobody reads its output any more (`| head`), it ends silently with the code that a shell gives for SIGPIPE. A
+    file that it may not read or write is a wrong request. Ctrl-C ends it without a traceback.
     """
     try:
         try:
@@ -71,6 +79,13 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         for stream in closed:  # Python flushes them once more at its end
             os.dup2(nowhere, stream.fileno())
         code = 128 + signal.SIGPIPE
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        say(f"error: {error.filename}: {error.strerror}; its owner can allow it, or use a copy of your own")
+        code = WRONG_REQUEST
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     sys.exit(code)
 
 
@@ -104,7 +119,7 @@ def table(
     columns = [(heading, [row[i] for row in rows]) for i, heading in enumerate(headings)]
     if not target.isatty() or len(rows) > MOST_FITTED_ROWS:
         return _plain_table(columns, left)
-    console = _console(target)
+    console = console_on(target)
     columns = _fitting(columns, optional, console.width)
     return _drawn_table(columns, left, console)
 
@@ -167,7 +182,7 @@ def own_screen(stream: TextIO) -> Iterator[Callable[[str], None]]:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(console=_console(stream), screen=True, auto_refresh=False) as live:
+    with Live(console=console_on(stream), screen=True, auto_refresh=False) as live:
 
         def show(text: str) -> None:
             live.update(Text.from_ansi(text, no_wrap=True, overflow="ellipsis"), refresh=True)
@@ -175,114 +190,11 @@ def own_screen(stream: TextIO) -> Iterator[Callable[[str], None]]:
         yield show
 
 
-def _console(stream: TextIO) -> Console:
+def console_on(stream: TextIO) -> Console:
+    """A `rich` console that draws on `stream`."""
     from rich.console import Console
 
     return Console(file=stream, force_terminal=True, force_jupyter=False, highlight=False, markup=False, emoji=False)
-
-
-class Progress:
-    """The progress of one run at a time: loss, fvu, dead share, tokens/s, time left.
-
-    A terminal gets a bar that is redrawn, any other stream at most one line per ten seconds.
-    """
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        """`stream`: where to write, by default standard error."""
-        self._stream = stream or sys.stderr
-        self._live: Live | None = None
-        self._fields: dict[str, float] = {}
-        self._label = ""
-        self._total = self._done = self._begin = 0.0  # tokens
-        self._start_time = self._last_shown = 0.0  # seconds
-
-    def start(self, label: str, total_tokens: float, done_tokens: float = 0.0) -> None:
-        """Begin a run of `total_tokens`; a resumed run has trained on `done_tokens` already."""
-        self._close()
-        self._label, self._total, self._fields = label, total_tokens, {}
-        self._done = self._begin = done_tokens
-        self._start_time = self._last_shown = time.monotonic()
-        if can_redraw(self._stream):
-            self._live = self._new_live()
-            self._live.start(refresh=True)
-            # a process that is killed would leave the terminal without a cursor
-            self._live.console.show_cursor(True)
-
-    def update(self, tokens: float, fields: Mapping[str, Any]) -> None:
-        """Show that the run has trained on `tokens` so far; `fields` is a line of its metrics."""
-        self._done = tokens
-        self._fields |= {name: float(fields[name]) for name in _PROGRESS_FIELDS if fields.get(name) is not None}
-        interval = PLAIN_INTERVAL_S if self._live is None else REDRAW_INTERVAL_S
-        if time.monotonic() - self._last_shown < interval:
-            return
-        self._last_shown = time.monotonic()
-        if self._live is None:
-            self._print(f"{self._label}: {self._numbers()}")
-        else:
-            self._live.refresh()
-
-    def finish(self, line: str) -> None:
-        """End the run: remove the bar and print `line`, its outcome, unless that is empty."""
-        self._close()
-        if line:
-            self._print(line)
-
-    def note(self, line: str) -> None:
-        """Print a line above the bar."""
-        if self._live is None:
-            self._print(line)
-        else:
-            self._live.console.print(line, soft_wrap=True)
-
-    def _close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    def _numbers(self) -> str:
-        elapsed = time.monotonic() - self._start_time
-        rate = (self._done - self._begin) / elapsed if elapsed > 0 else 0.0
-        share = self._done / self._total if self._total else 0.0
-        left = f", {duration((self._total - self._done) / rate)} left" if rate > 0 else ""
-        shown = [f"{share:.0%}"]
-        for name, value in self._fields.items():
-            label, spec = _PROGRESS_FIELDS[name]
-            shown.append(f"{label} {value:{spec}}")
-        return f"{' '.join(shown)} {rate:,.0f} tok/s{left}"
-
-    def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
-
-    def _new_live(self) -> Live:
-        """The line with the bar; it is redrawn on request, by no thread of its own."""
-        from rich.live import Live
-
-        console = _console(self._stream)
-        return Live(
-            console=console,
-            get_renderable=lambda: self._line(console.width),
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-
-    def _line(self, width: int) -> Table:
-        """Label, bar and numbers on a line of `width`; the label is shortened if there is no room."""
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
-        numbers = self._numbers()
-        room = width - len(numbers) - 2
-        bar_width = min(max(room - len(self._label), BAR_WIDTHS[0]), BAR_WIDTHS[1])
-        label_width = min(max(room - bar_width, 1), len(self._label))
-        line = Table.grid(padding=(0, 1, 0, 0))
-        line.add_column(width=label_width, no_wrap=True)
-        line.add_column(width=bar_width)
-        line.add_column(width=len(numbers), no_wrap=True)
-        bar = ProgressBar(self._total, self._done, width=bar_width, style="dim", complete_style="", finished_style="")
-        line.add_row(self._label, bar, numbers)
-        return line
 
 
 def duration(seconds: float) -> str:
@@ -295,6 +207,40 @@ def duration(seconds: float) -> str:
     if whole < 100 * 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600}h"
+
+
+def rough_duration(seconds: float) -> str:
+    """A time that is only estimated, in words: `40 s`, `9 min`, `2.5 h`, `3.1 days`."""
+    if seconds < 59.5:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 59.5 * 60:
+        return f"{round(seconds / 60)} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.2g} h"
+    return f"{seconds / 86400:.2g} days"
+
+
+def python_command(module: str, *words: str | Path) -> str:
+    """`python -m module …` as it can be pasted here: with the interpreter as this process was started with it."""
+    python = sys.orig_argv[0] if sys.orig_argv else sys.executable
+    return " ".join([shlex.quote(python), "-m", module, *(shown_path(word) for word in words)])
+
+
+def this_command() -> str:
+    """The command of this process, to be typed again."""
+    return shlex.join(sys.orig_argv)
+
+
+def shown_path(path: str | Path) -> str:
+    """A path as short as it can be pasted here: relative to the current directory if it lies there, quoted."""
+    with suppress(ValueError, OSError):
+        path = Path(path).absolute().relative_to(Path.cwd()) if isinstance(path, Path) else path
+    return shlex.quote(str(path))
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 cell`, `2 cells`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def si(value: float) -> str:

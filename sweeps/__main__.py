@@ -7,15 +7,19 @@ is that of `harness.launch`.
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.runs.study import require_law
 from harness.architectures import ARCHITECTURES
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.grid.study import load_study
+from harness.mirror.offline import sync_command, unsent
 from harness.sweep.execute import launch
 from harness.sweep.request import Request
-from harness.terminal import run_command, say
+from harness.terminal import python_command, run_command, say, shown_path, this_command
 
 DEFAULT_STUDY = "quick"
 
@@ -47,6 +51,7 @@ def request(arguments: argparse.Namespace) -> Request:
                 raise UserError(f"--arch {name} (ARCH) is not known; choose from: {', '.join(ARCHITECTURES)}")
         only["sae.architecture"] = architectures
     study = load_study(arguments.study.strip() or DEFAULT_STUDY)
+    require_law(study.source, study.law)
     return Request([*overrides, *arguments.overrides], study, only)
 
 
@@ -55,7 +60,22 @@ def report(sweep_dir: Path) -> None:
     from analysis.cli import main as analysis
 
     if analysis(["report", str(sweep_dir)]) != 0:
-        say(f"no report for {sweep_dir}; later: python -m analysis report {sweep_dir}")
+        say(f"no report for {shown_path(sweep_dir)}; later: {python_command('analysis', 'report', sweep_dir)}")
+    if unsent(sweep_dir):
+        say(f"W&B recorded offline; to send it: {sync_command(sweep_dir)}")
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """What to type to run the same again: `make sweep …` if make has started this, else the command of this process."""
+    if "MAKELEVEL" not in os.environ:
+        return this_command()
+    options = {name: getattr(arguments, name) for name in ("study", "arch", *OVERRIDES)}
+    given = {name: value.strip() for name, value in options.items() if value.strip()}
+    defaults = {"study": DEFAULT_STUDY, "out": "runs"}
+    words = [f"{name.upper()}={value}" for name, value in given.items() if value != defaults.get(name)]
+    if arguments.overrides:
+        words.append(f"ARGS={shlex.join(arguments.overrides)}")
+    return shlex.join(["make", "sweep", *words])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,7 +97,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     try:
-        outcome = launch(request(arguments), dry_run=arguments.dry_run, wait=arguments.wait)
+        wait, again = arguments.wait, command(arguments)
+        outcome = launch(request(arguments), dry_run=arguments.dry_run, wait=wait, command=again)
     except UserError as error:
         say(f"error: {error}")
         return WRONG_REQUEST
@@ -86,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for sweep_dir in outcome.sweep_dirs:
         report(sweep_dir)
     if outcome.exit_code:
-        say("some cells are not done: see the lines above, `python -m harness.status` and the report")
+        for sweep_dir in outcome.sweep_dirs:
+            say(f"some cells are not done; which and why: {python_command('harness.status', sweep_dir)}")
     return outcome.exit_code
 
 

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS = (
     # the ground
-    *("harness.errors", "harness.config", "harness.budget", "harness.files", "harness.terminal"),
+    *("harness.errors", "harness.architectures", "harness.config", "harness.budget", "harness.files", "harness.schema"),
+    "harness.terminal",
+    *("harness.cell_names", "harness.progress"),
     # local kernels, collectives, this process
     *("harness.ops", "harness.parallel", "harness.process"),
     # where x comes from, the run directory, the models, copies of the record
@@ -32,7 +34,8 @@ WINGS = (
 
 ANALYSIS_MAY_IMPORT = (
     *("harness.errors", "harness.config", "harness.budget", "harness.files", "harness.terminal"),
-    *("harness.record.names", "harness.record.sweepdir", "harness.record.metrics"),
+    *("harness.cell_names", "harness.record.names", "harness.record.sweepdir", "harness.record.metrics"),
+    "harness.record.result",
 )
 
 WANDB = ("harness/mirror/", "analysis/runs/load_wandb.py")

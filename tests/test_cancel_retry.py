@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness import cancel, retry
+from harness.process.claim import claim
 from harness.record.result import read_result
 from tests.tiny import TINY, Launch
 
@@ -68,6 +70,42 @@ def test_a_local_launch_is_cancelled_and_goes_on_later(tmp_path: Path, capsys: p
     assert capsys.readouterr().out == "nothing queued or running\n"
     assert cancel.main([str(tmp_path / "t"), "topk-n1"]) == 2
     assert "has no run topk-n1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused", "said"),
+    [
+        ({"host": "elsewhere"}, None, "cancel it there"),
+        ({"machine": "another container"}, None, "cancel it there"),  # its process id may be anybody's here
+        ({}, PermissionError(1, "not permitted"), "belongs to another user"),
+        ({}, ProcessLookupError(3, "no such process"), "nothing queued or running"),
+        ({"job": "77"}, None, "was asked to save and stop"),  # launched in an allocation, not by a job of the sweep
+    ],
+)
+def test_what_cannot_be_cancelled_here(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    refused: OSError | None,
+    said: str,
+) -> None:
+    asked: list[int] = []
+
+    def kill(pid: int, number: int) -> None:
+        asked.append(pid)
+        if refused is not None:
+            raise refused
+
+    monkeypatch.setattr(cancel.os, "kill", kill)
+    run_dir = tmp_path / "t" / "topk-n1"
+    run_dir.mkdir(parents=True)
+    with claim(run_dir / "claim.json"):
+        owner = json.loads((run_dir / "claim.json").read_text()) | changes
+        (run_dir / "claim.json").write_text(json.dumps(owner))
+        assert cancel.main([str(tmp_path / "t")]) == 0
+    assert said in capsys.readouterr().out
+    assert asked == ([] if said == "cancel it there" else [os.getpid()])
 
 
 def test_cancelling_a_sweep_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from harness.errors import UserError
-from harness.files import open_own, replacing, write_json_atomic, write_tensors_atomic, write_text_atomic
+from harness.files import (
+    open_own,
+    remove_left_behind,
+    replacing,
+    write_json_atomic,
+    write_tensors_atomic,
+    write_text_atomic,
+)
 from harness.record.metrics import MetricsFile
 
 
@@ -46,6 +53,39 @@ def test_tensors_may_be_views_and_have_the_mode_of_other_files(tmp_path: Path) -
     write_text_atomic(tmp_path / "a.txt", "")
     assert torch.equal(load_file(tmp_path / "t.safetensors")["x"], x.T)
     assert (tmp_path / "t.safetensors").stat().st_mode == (tmp_path / "a.txt").stat().st_mode
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_tensors_atomic(tmp_path / "t.safetensors", {"x": torch.zeros(2)})
+        write_json_atomic(tmp_path / "a.json", {})
+        with open_own(tmp_path / "log.txt", "w") as file:
+            file.write("x")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        write_text_atomic(tmp_path / "nowhere" / "a.txt", "")
+    assert missing.value.filename == str(tmp_path / "nowhere" / "a.txt")
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(IsADirectoryError) as directory:
+        write_text_atomic(tmp_path / "a.txt", "")
+    assert "tmp'" not in str(directory.value).replace(str(tmp_path), "")
+
+
+def test_what_killed_processes_left_behind_is_removed(tmp_path: Path) -> None:
+    for name in (".config.yaml.123.tmp", ".a.b.7.tmp"):
+        (tmp_path / name).touch()
+    others = ["config.yaml", ".hidden", ".x.tmp", "x.123.tmp"]
+    for name in others:
+        (tmp_path / name).touch()
+    remove_left_behind(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 @pytest.mark.parametrize("mode", ["a", "w", "wb"])

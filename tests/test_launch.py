@@ -170,7 +170,9 @@ def test_other_commands(command: object, arguments: list[str], part: str, capsys
 def test_a_disk_that_fills_up(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = [*TINY, f"out={small_disk}", "sae.n_latents=512"]
     assert main(wide) == 1
-    check_message(capsys.readouterr().err, "no space left")
+    *_, error, again = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: no space left on the disk of ") and error.endswith("; 0 of 1 cells done")
+    assert again.startswith("free some space; to go on: ")
     assert not list(small_disk.rglob("*.tmp"))
     assert not list(small_disk.rglob("result.json"))
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
@@ -198,4 +200,4 @@ def test_ctrl_c_while_libraries_load_is_an_interruption(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("harness.sweep.execute.plan_runs", interrupted)
     assert main(["sae=topk", "sae.n_latents=64", "sae.k=4"]) == 75
-    assert "the same command begins again" in capsys.readouterr().err
+    assert "interrupted before anything was trained; to begin again: " in capsys.readouterr().err

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from harness import status
+from harness.config import science, to_container
 from harness.files import write_json_atomic
 from harness.process.claim import claim
 from harness.sweep.rows import Row, last_line, sweep_rows
@@ -118,7 +119,6 @@ def test_a_running_cell_says_how_far_it_is_and_when_it_ends(sweep: Sweep) -> Non
 
 def test_a_run_that_the_plan_does_not_know_says_how_far_it_is(sweep: Sweep) -> None:
     run_dir = sweep.add("a", metrics=[{"tokens": 300, "flops": 1.0}])
-    from harness.config import to_container
     from tests.training.members import small_config
 
     (run_dir / "config.yaml").write_text(json.dumps(to_container(small_config(train__tokens=1200))))
@@ -184,6 +184,31 @@ def test_a_harvest_that_was_given_up_is_told(sweep: Sweep, capsys: pytest.Captur
     (harvest / "failed.txt").write_text("failed 3 times at step 0: no model\n")
     assert status.main([str(sweep.directory)]) == 0
     assert f"s-harvest-1: failed 3 times at step 0: no model (log: {harvest}/log)" in capsys.readouterr().out
+
+
+def test_what_sets_a_cell_apart_and_one_line_for_a_cause(sweep: Sweep) -> None:
+    """From the result, the plan of a run that has not begun, or the frozen configuration; old runs keep their id."""
+    from tests.training.members import small_config
+
+    oom = "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB"
+    for number, rate in enumerate((0.1, 0.01, 0.001)):
+        config = to_container(small_config(train__lr=rate))
+        sweep.add(f"r{number}", result={"status": "failed", "error": oom, "config": config})
+    sweep.add("later")
+    sweep.plan("later", 1.0)
+    sweep.planned["later"]["settings"] = science(small_config(train__lr=0.5))
+    frozen = sweep.add("frozen", metrics=[{"tokens": 1}])
+    (frozen / "config.yaml").write_text(json.dumps(to_container(small_config(train__lr=0.25))))
+    sweep.add("old", metrics=[{"tokens": 1}])
+    rows = sweep.rows()
+    named = {name: row["cell"] for name, row in rows.items()}
+    assert named == {
+        **{"r0": "lr=0.1", "r1": "lr=0.01", "r2": "lr=0.001"},
+        **{"later": "lr=0.5", "frozen": "lr=0.25", "old": None},
+    }
+    shown = status.text(list(rows.values()))
+    assert "lr=0.1; lr=0.01; lr=0.001: the GPU is out of memory (log: " in shown
+    assert shown.count("out of memory") == 1 and "lr=0.25; old: ended without a record" in shown
 
 
 def test_json_has_every_run(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,3 +288,13 @@ def test_last_line(tmp_path: Path) -> None:
     assert last_line(path) == "last line"
     path.write_text("")
     assert last_line(path) == ""
+
+
+def test_a_finished_run_that_is_worse_than_the_mean_says_so(sweep: Sweep) -> None:
+    for name, fvu in (("good", 0.99), ("mean", 1.0), ("blown-up", 63569.2), ("unknown", None)):
+        sweep.add(name, result=done() | {"fvu": fvu})
+    rows = sweep.rows()
+    assert {row["status"] for row in rows.values()} == {"done"}
+    marked = [name for name, row in rows.items() if any("worse than the mean" in note for note in row["notes"])]
+    assert marked == ["mean", "blown-up"]
+    assert "blown-up: fvu 6.357e+04 is worse than the mean" in status.text(list(rows.values()))

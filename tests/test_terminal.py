@@ -1,4 +1,4 @@
-"""What is shown while a run trains, and tables in files and on terminals."""
+"""Tables in files and on terminals, numbers and commands in few characters."""
 
 import io
 import os
@@ -10,8 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from harness import terminal as progress
-from harness.terminal import Progress, duration, listed, own_screen, run_command, say, si, table
+from harness.terminal import (
+    MOST_FITTED_ROWS,
+    duration,
+    listed,
+    own_screen,
+    python_command,
+    rough_duration,
+    run_command,
+    say,
+    shown_path,
+    si,
+    table,
+    this_command,
+)
 
 STATUS = [["topk-n64-k4-s0-e7dca19d79", "done", "100%", "-"], ["switch-n128-k4-s1-de3d8ee02b", "failed", "7%", "node1"]]
 HEADINGS = ("run", "status", "progress", "host")
@@ -37,68 +49,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 def without_codes(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-
-
-def test_plain_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "PLAIN_INTERVAL_S", 0.0)
-    stream = io.StringIO()
-    shown = Progress(stream)
-    shown.start("run", 1000, 200)
-    shown.update(400, {"loss": 0.5, "fvu": None, "dead_frac": 0.125, "step": 4})
-    shown.update(500, {"fvu": 0.25})
-    shown.finish("run: done")
-    first, second, last = stream.getvalue().splitlines()
-    assert first.startswith("run: 40% loss 0.5 dead 12.5% ")
-    assert "fvu 0.2500" in second
-    assert "left" in second
-    assert last == "run: done"
-
-
-def test_few_lines() -> None:
-    stream = io.StringIO()
-    shown = Progress(stream)
-    shown.start("run", 1000)
-    for tokens in range(0, 1000, 10):
-        shown.update(tokens, {"loss": 1.0})
-    shown.finish("")
-    assert stream.getvalue() == ""
-
-
-def test_a_bar_on_a_terminal(terminal: Terminal) -> None:
-    shown = Progress(terminal)
-    shown.start("run", 1000, 100)
-    shown.update(900, {"loss": 0.5, "fvu": 0.25, "dead_frac": 0.0})
-    shown.note("a note")
-    shown.finish("run: done")
-    text = without_codes(terminal.getvalue())
-    assert "run ━" in text and "90% loss 0.5 fvu 0.2500 dead 0.0% " in text
-    assert "a note\n" in text
-    assert terminal.getvalue().endswith("run: done\n")
-
-
-def test_a_bar_leaves_the_cursor_for_whoever_comes_after_a_kill(terminal: Terminal) -> None:
-    Progress(terminal).start("run", 1000)
-    assert terminal.getvalue().rfind("\x1b[?25h") > terminal.getvalue().rfind("\x1b[?25l")
-
-
-def test_a_narrow_terminal_shortens_the_label_of_the_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "REDRAW_INTERVAL_S", 0.0)
-    shown = Progress(terminal)
-    shown.start("a-run-with-quite-a-long-name-0123456789abcdef", 1000)
-    shown.update(500, {"loss": 0.5, "fvu": 0.25, "dead_frac": 0.0})
-    last = re.split(r"[\r\n]", without_codes(terminal.getvalue()).rstrip())[-1]
-    assert re.fullmatch(r"a-run-with-.*… ━+╺?━* +50% loss 0.5 fvu 0.2500 dead 0.0% [\d,]+ tok/s, \d+s left", last)
-    assert len(last) <= 80
-    shown.finish("")
-
-
-def test_a_terminal_without_a_cursor_gets_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "dumb")
-    shown = Progress(terminal)
-    shown.start("run", 1000)
-    shown.update(900, {"loss": 0.5})
-    shown.finish("run: done")
-    assert terminal.getvalue() == "run: done\n"
 
 
 def test_a_table_in_a_file_is_plain_and_whole(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +94,7 @@ def test_a_table_fits_a_narrow_terminal(terminal: Terminal, monkeypatch: pytest.
 
 
 def test_a_very_long_table_is_plain_on_a_terminal_too(terminal: Terminal) -> None:
-    rows = [["x" * 100, "done"] for _ in range(progress.MOST_FITTED_ROWS + 1)]
+    rows = [["x" * 100, "done"] for _ in range(MOST_FITTED_ROWS + 1)]
     lines = table(("run", "status"), rows, stream=terminal).splitlines()
     assert len(lines) == len(rows) + 1 and lines[-1] == "x" * 100 + "    done"
 
@@ -161,7 +111,7 @@ def test_a_screen_is_given_back(terminal: Terminal) -> None:
 
 
 def test_the_import_is_cheap() -> None:
-    program = "import harness.terminal, sys; print({'rich', 'torch', 'numpy'} & set(sys.modules))"
+    program = "import harness.terminal, harness.progress, sys; print({'rich', 'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
@@ -207,3 +157,47 @@ def test_numbers_and_lists() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/x/sae.safetensors"),
+            2,
+            "error: /x/sae.safetensors: Permission denied",
+        ),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_a_command_ends_in_a_line_and_not_in_a_traceback(
+    raised: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise raised
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(said) and all(line.startswith(said) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "1 s"), (59.4, "59 s"), (59.6, "1 min"), (540, "9 min"), (3599, "1 h"), (9000, "2.5 h"), (3e5, "3.5 days")],
+)
+def test_rough_durations(seconds: float, text: str) -> None:
+    assert rough_duration(seconds) == text
+
+
+def test_paths_and_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "-m", "harness.launch", "sweep=my runs"])
+    assert shown_path(tmp_path / "runs" / "a") == "runs/a"
+    assert shown_path(Path("runs/my sweep")) == "'runs/my sweep'"
+    assert shown_path(Path("/elsewhere/a")) == "/elsewhere/a"
+    assert python_command("harness.retry", tmp_path / "runs/a", "train.lr=1e-3") == (
+        ".venv/bin/python -m harness.retry runs/a train.lr=1e-3"
+    )
+    assert this_command() == ".venv/bin/python -m harness.launch 'sweep=my runs'"

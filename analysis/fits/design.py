@@ -6,8 +6,9 @@ import numpy as np
 
 from analysis.laws.law import Law
 from analysis.notes import Note, by_severity, note
-from analysis.runs.curves import last_doubling
-from analysis.runs.table import POPULATION, RunTable
+from analysis.runs.curves import last_doubling, repeated_rows
+from analysis.runs.populations import POPULATION
+from analysis.runs.table import RunTable
 
 DEAD_RANGE = 0.05
 """Range of the shares of dead latents above which they differ between runs."""
@@ -21,7 +22,7 @@ CONVERGED_GAIN = 0.01
 
 def check_table(table: RunTable, law: Law) -> list[Note]:
     """Notes on the data and the design for one law, most severe first; an error means that no fit is possible."""
-    return by_severity([*table.notes, *_counts(table, law), *_data(table), *_population(table, law)])
+    return by_severity([*table.notes, *_counts(table, law), *_data(table, law), *_population(table, law)])
 
 
 def _counts(table: RunTable, law: Law) -> list[Note]:
@@ -46,12 +47,14 @@ def _counts(table: RunTable, law: Law) -> list[Note]:
     return notes
 
 
-def _data(table: RunTable) -> list[Note]:
+def _data(table: RunTable, law: Law) -> list[Note]:
     frame, notes = table.frame, []
     if not len(frame):
         return notes
+    if any(table.roles[role] in table.spent for role in (*law.inputs, "loss") if table.has(role)):
+        notes += repeated_rows(table)
     if table.has("converged") and frame[table.roles["converged"]].notna().any():
-        converged = frame[table.roles["converged"]].fillna(False).astype(bool)
+        converged = frame[table.roles["converged"]].eq(True)
         if not converged.all():
             severity = "warning" if converged.any() else "info"
             text = f"{int((~converged).sum())} of {len(frame)} runs are not converged"
@@ -62,13 +65,14 @@ def _data(table: RunTable) -> list[Note]:
             text = f"{len(steep)} run(s) still gained more than 1 % over their last doubling of tokens, e.g. {steep[0]}"
             notes.append(note("unconverged_run", "warning" if len(steep) < len(frame) else "info", text))
     if table.has("dead"):
-        dead = np.array(frame[table.roles["dead"]], dtype=float)
+        dead = table.values("dead")
         dead = dead[np.isfinite(dead)]
         if len(dead) and (np.ptp(dead) > DEAD_RANGE or dead.max() > DEAD_MOST):
             text = f"dead latents range from {100 * dead.min():.1f} % to {100 * dead.max():.1f} %"
             notes.append(note("mixed_dead_latents", "warning", text))
-    if table.has("n") and table.has("flops") and len(frame) > 3:
-        log_n, log_c = np.log(table.values("n")), np.log(table.values("flops"))
+    known = table.use("n", "flops")
+    if known.has("n") and known.has("flops") and len(known) > 3:
+        log_n, log_c = np.log(known.values("n")), np.log(known.values("flops"))
         design = np.stack([np.ones_like(log_n), log_n], axis=1)
         residual = log_c - design @ np.linalg.lstsq(design, log_c, rcond=None)[0]
         if np.ptp(log_n) > 0 and np.std(residual) < 0.02 * np.std(log_c):
@@ -92,8 +96,8 @@ def _population(table: RunTable, law: Law) -> list[Note]:
         shown = "; ".join(f"{name}: {', '.join(sorted(frame[name].astype(str).unique())[:4])}" for name in different)
         notes.append(note("mixed_population", "warning", f"the runs differ in more than their size ({shown})"))
     if table.has("d") and not along_tokens and not _all_converged(table) and len(frame):
-        tokens = table.values("d")
-        if tokens.max() > SAME_TOKENS * tokens.min():
+        tokens = table.use("d").values("d")
+        if len(tokens) and tokens.max() > SAME_TOKENS * tokens.min():
             text = f"{table.roles['d']} range from {tokens.min():.4g} to {tokens.max():.4g}: no law at fixed tokens"
             notes.append(note("mixed_population", "warning", text))
     return notes

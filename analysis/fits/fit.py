@@ -23,6 +23,7 @@ from analysis.fits.weights import SeedNoise, seed_noise
 from analysis.laws.catalogue import get
 from analysis.laws.law import Array, Law
 from analysis.notes import any_error, by_severity
+from analysis.runs.populations import at_best_rate, one_architecture, one_setting
 from analysis.runs.regime import REGIMES, one_regime
 from analysis.runs.table import RunTable
 from harness.errors import UserError
@@ -67,9 +68,10 @@ def fit(
     """
     chosen = get(law) if isinstance(law, str) else law
     _check_request(robust, delta, weights, ci, level, starts, regime)
-    table = first_population(table, chosen)
+    table = one_architecture(table.use(*chosen.inputs, "loss"), chosen)
     if not follows_tokens(chosen, table):
         table = one_regime(table, regime, lambda part: not any_error(check_table(part, chosen)))
+    table = at_best_rate(one_setting(table))
     for role in (*chosen.inputs, "loss"):
         table.column(role)
     notes = check_table(table, chosen)
@@ -128,20 +130,6 @@ def _check_request(
         raise UserError(f"level={level} must lie between 0.5 and 1")
     if starts < 1:
         raise UserError(f"starts={starts} must be at least 1")
-
-
-def first_population(table: RunTable, law: Law) -> RunTable:
-    """The runs of one architecture: of TopK if the table has any, else of the one with most runs.
-
-    A law in the number of experts takes all of them.
-    """
-    if "sae" not in table.frame or "experts" in law.inputs:
-        return table
-    counts = table.frame["sae"].astype(str).value_counts()
-    if len(counts) > 1:
-        chosen = "topk" if "topk" in counts.index else str(counts.index[0])
-        table = table.where(f"another architecture than {chosen}; choose it with --where sae=…", sae=chosen)
-    return table
 
 
 def _weights(noise: SeedNoise | None, x: Array, how: str) -> tuple[Array | None, dict[str, float]]:

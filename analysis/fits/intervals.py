@@ -90,6 +90,11 @@ def wald(estimate: float, se: float, dof: int, level: float) -> Interval:
     return estimate - half, estimate + half
 
 
+def noiseless(rss: float, points: int) -> bool:
+    """Whether residuals are rounding only, so that F has no meaning."""
+    return bool(np.sqrt(rss / points) < NOISELESS)
+
+
 def profile_f(
     problem: Problem, theta: Array, rss: float, contrast: Array, value: float, start: Array | None = None
 ) -> tuple[float, Array]:
@@ -99,7 +104,7 @@ def profile_f(
     basis = np.linalg.svd(unit[None, :])[2][1:].T
     dof = problem.points - problem.size
     end, objective = constrained(problem, theta if start is None else start, fixed, basis)
-    return (objective - rss) / (rss / dof), end
+    return (objective - rss) / max(rss / dof, np.finfo(float).tiny), end
 
 
 def profile(problem: Problem, theta: Array, rss: float, contrast: Array, se: float, level: float) -> Interval:
@@ -108,7 +113,7 @@ def profile(problem: Problem, theta: Array, rss: float, contrast: Array, se: flo
     if dof < 1:
         return None, None
     estimate = float(contrast @ theta)
-    if np.sqrt(rss / problem.points) < NOISELESS:
+    if noiseless(rss, problem.points):
         return wald(estimate, se, dof, level)
     root = np.sqrt(critical_f(dof, level))
     step = root * se if np.isfinite(se) and 0 < se * root < FARTHEST / 4 else 0.5

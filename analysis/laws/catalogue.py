@@ -1,7 +1,9 @@
 """The laws by name.
 
-Sources: L(n, k) — Gao et al. 2024; E + A·N^−α + B·D^−β — Hoffmann et al. 2022; the smoothly broken power law —
-Caballero et al. 2022.
+Sources: L(n, k) — Gao et al. 2024; E + A·N^−α + B·D^−β — Hoffmann et al. 2022; the law in the number of experts
+(without E) — Clark et al. 2022; the smoothly broken power law — Caballero et al. 2022.
+
+The form of a law without its floor is among its nested forms (`bnsl1` has none).
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from harness.errors import UserError
 
 _BILINEAR = (Entry("alpha"), Entry("beta_k", ("k",)), Entry("beta_n", ("n",)), Entry("gamma", ("k", "n")))
 _ADDITIVE = _BILINEAR[:3]
+_EXPERTS = (Entry("a", ("n",)), Entry("b", ("experts",)), Entry("c", ("experts", "n")), Entry("d"))
+_CHINCHILLA = ((Entry("A"), Entry("alpha", ("n",), -1.0)), (Entry("B"), Entry("beta", ("d",), -1.0)))
 _FLOOR_K = (Entry("zeta"), Entry("eta", ("k",)))
 _POWER = (Entry("A"), Entry("a", ("x",), -1.0))
 
@@ -44,6 +48,7 @@ LAWS: dict[str, Law] = {
             ("n", "k"),
             (_BILINEAR, (Entry("zeta"),)),
             floor=1,
+            nested=("sae_nk_no_floor",),
             min_levels={"n": 3, "k": 2},
         ),
         Law(
@@ -52,7 +57,15 @@ LAWS: dict[str, Law] = {
             ("n", "k"),
             (_ADDITIVE, _FLOOR_K),
             floor=1,
+            nested=("sae_nk_no_interaction_no_floor",),
             min_levels={"n": 3, "k": 2},
+        ),
+        Law(
+            "sae_nk_no_interaction_no_floor",
+            "exp(alpha + beta_k·ln k + beta_n·ln n)",
+            ("n", "k"),
+            (_ADDITIVE,),
+            min_levels={"n": 2, "k": 2},
         ),
         Law(
             "sae_nk_no_floor",
@@ -65,27 +78,36 @@ LAWS: dict[str, Law] = {
             "chinchilla",
             "E + A·N^−alpha + B·D^−beta",
             ("n", "d"),
-            ((Entry("E"),), (Entry("A"), Entry("alpha", ("n",), -1.0)), (Entry("B"), Entry("beta", ("d",), -1.0))),
+            ((Entry("E"),), *_CHINCHILLA),
             ("E", "A", "B"),
             floor=0,
+            nested=("chinchilla_no_floor",),
+            min_levels={"n": 3, "d": 3},
+        ),
+        Law(
+            "chinchilla_no_floor",
+            "A·N^−alpha + B·D^−beta",
+            ("n", "d"),
+            _CHINCHILLA,
+            ("A", "B"),
             min_levels={"n": 3, "d": 3},
         ),
         Law(
             "bilinear_experts",
             "E + exp(a·ln n + b·ln experts + c·ln n·ln experts + d)",
             ("n", "experts"),
-            (
-                (Entry("E"),),
-                (
-                    Entry("a", ("n",)),
-                    Entry("b", ("experts",)),
-                    Entry("c", ("experts", "n")),
-                    Entry("d"),
-                ),
-            ),
+            ((Entry("E"),), _EXPERTS),
             ("E",),
             floor=0,
+            nested=("bilinear_experts_no_floor",),
             min_levels={"n": 3, "experts": 2},
+        ),
+        Law(
+            "bilinear_experts_no_floor",
+            "exp(a·ln n + b·ln experts + c·ln n·ln experts + d)",
+            ("n", "experts"),
+            (_EXPERTS,),
+            min_levels={"n": 2, "experts": 2},
         ),
         Law(
             "monomial",

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.fits.fit import first_population, fit
+from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.fits.status import Status
 from analysis.laws.catalogue import get
 from analysis.laws.law import Array
 from analysis.notes import Note, note
-from analysis.runs.curves import decays, setting
+from analysis.runs.curves import decays, repeated_rows, setting
+from analysis.runs.populations import one_architecture
 from analysis.runs.regime import converged_and_fixed
 from analysis.runs.table import RunTable
 from harness.errors import UserError
@@ -52,6 +53,7 @@ def convergence_table(table: RunTable, epsilon: float | None = None) -> RunTable
     if not finite.all():
         text = f"{int((~finite).sum())} of {len(table)} runs are not converged; they are the slow ones, so p may be low"
         out.notes.append(note("unconverged_run", "warning", text))
+    out.notes += repeated_rows(table)
     return out
 
 
@@ -107,7 +109,7 @@ class Convergence:
 def tokens_to_convergence(table: RunTable, epsilon: float | None = None) -> Convergence:
     """How the tokens to convergence of one architecture grow with n: D0·n^p with intervals, for each k."""
     law = get("monomial")
-    tokens = convergence_table(first_population(table, law), epsilon)
+    tokens = convergence_table(one_architecture(table, law), epsilon)
     levels: list[float | None] = sorted(set(tokens.values("k"))) if tokens.has("k") else [None]
     laws = []
     for k in levels:

@@ -45,6 +45,7 @@ def isoflop(table: RunTable, budgets: int | np.ndarray = 8) -> IsoFlop:
     A minimum counts only if sizes on both sides are worse (else there is a note `isoflop_edge`, and its row is not
     bracketed). Raises `UserError` for runs of several k, and for curves of fewer than three sizes.
     """
+    table = table.use("n", "k", "loss", "flops")
     if table.has("k") and len(set(table.values("k"))) > 1:
         raise UserError(f"{table.name}: isoflop needs runs of one k (e.g. table.where(k=32)); these have several")
     profiles = _from_curves(table, budgets) if table.histories else _from_rows(table)

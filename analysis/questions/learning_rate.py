@@ -10,9 +10,12 @@ import pandas as pd
 from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.fits.status import Status
-from analysis.notes import Note, note
+from analysis.notes import Note
+from analysis.runs.populations import at_best_rate
 from analysis.runs.table import RunTable
 from harness.errors import UserError
+
+__all__ = ["BestRates", "at_best_rate", "best_rates"]
 
 
 @dataclass
@@ -34,6 +37,7 @@ def best_rates(table: RunTable) -> BestRates:
     """
     if "lr" not in table.roles or not np.any(np.isfinite(table.values("lr"))):
         raise UserError(f"{table.name}: no learning rates are recorded; name their column with --lr")
+    table = table.use("n", "k", "loss")
     frame = pd.DataFrame({role: table.values(role) for role in ("n", "k", "lr", "loss")})
     frame = frame[np.isfinite(frame["lr"]) & (frame["lr"] > 0)]
     means = frame.groupby(["n", "k", "lr"], as_index=False)[["loss"]].mean()
@@ -57,28 +61,6 @@ def best_rates(table: RunTable) -> BestRates:
         )
         notes.append(Note("isoflop_edge", "warning", text, "add learning rates beyond the edge"))
     return BestRates(rates, _law(good), notes)
-
-
-def at_best_rate(table: RunTable) -> RunTable:
-    """The runs at the best learning rate of their n and k; the others are listed as left out.
-
-    A table in which every cell has one learning rate is returned unchanged.
-    """
-    if "lr" not in table.roles or not len(table):
-        return table
-    frame = pd.DataFrame({role: table.values(role) for role in ("n", "k", "lr", "loss")})
-    kinds = [table.frame[name].astype(str) for name in ("sae", "n_experts") if name in table.frame]
-    cell = frame[["n", "k"]].astype(str).agg(" ".join, axis=1)
-    for kind in kinds:
-        cell = cell + " " + kind.to_numpy()
-    if frame.groupby(cell)["lr"].nunique().max() <= 1:
-        return table
-    mean = frame.groupby([cell, "lr"])["loss"].transform("mean")
-    best = mean <= mean.groupby(cell).transform("min") * (1 + 1e-12)
-    out = table.keep(best.to_numpy(), "not the best learning rate of its n and k")
-    text = f"{int((~best).sum())} runs have a worse learning rate than another of the same n and k and were left out"
-    out.notes.append(note("mixed_population", "info", text))
-    return out
 
 
 def _law(rates: pd.DataFrame) -> FitResult | None:

@@ -82,6 +82,7 @@ def multiplier(
 
     Raises `UserError` if a group has fewer than three sizes or several k, or there are too few runs.
     """
+    table = table.use("n", "k", x, "loss")
     groups = [first or {"sae": "topk"}, second or {"sae": "switch"}]
     parts = [table.where("another architecture", **conditions).frame for conditions in groups]
     for part, conditions in zip(parts, groups, strict=True):

@@ -43,6 +43,10 @@ SIMULATIONS = 24
 SINGULAR = 1e4
 """A refit has lost a coefficient if the condition number of its scaled Jacobian is above this."""
 
+MOST_SEEDS = 5
+"""Most repeats of one cell in a plan. With more, the error of the law itself outweighs that of the seeds; the planner
+does not see it, as it takes the law for true."""
+
 POWERS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Each gives a plan by greedy choice of the fall per price^power; the best plan is taken."""
 
@@ -225,16 +229,17 @@ def _greedy(
 
     `cov` (worlds, params, params), `g` (worlds, params), `jac` (worlds, candidates, params).
     """
-    remaining, chosen = budget, []
-    while len(chosen) < most and (price <= remaining).any():
+    remaining, chosen, repeats = budget, [], np.zeros(len(price), dtype=int)
+    while len(chosen) < most and (possible := (price <= remaining) & (repeats < MOST_SEEDS)).any():
         reach = jac @ cov
         variance = np.einsum("wp,wpq,wq->w", g, cov, g)[:, None]
         fall = np.einsum("wcp,wp->wc", reach, g) ** 2 / (noise + np.einsum("wcp,wcp->wc", reach, jac))
         share = np.clip(fall / np.maximum(variance, 1e-300), 0.0, 1 - 1e-9)
         worth = -np.log1p(-share).mean(axis=0) / price**power
-        pick = int(np.argmax(np.where(price <= remaining, worth, -1.0)))
+        pick = int(np.argmax(np.where(possible, worth, -1.0)))
         cov = _updated(cov, jac, [pick], noise)
         remaining -= price[pick]
+        repeats[pick] += 1
         chosen.append(pick)
     return chosen
 
@@ -268,6 +273,7 @@ def cost_of(table: RunTable) -> Cost:
 
     Tokens per run are the median of the table. Raises `UserError` if the table has neither settings nor FLOPs.
     """
+    table = table.use("n", "k", "flops")
     frame = table.frame
     if {"d_model", "train.batch_tokens", "tokens"} <= set(frame) and frame["d_model"].notna().all():
         from harness.budget import flops_per_token

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pandas as pd
-
+from analysis.runs.populations import differing
 from analysis.runs.table import RunTable
 from harness.terminal import table
 
@@ -18,6 +17,7 @@ def cell_rows(runs: RunTable) -> list[dict[str, Any]]:
     if "sae" in frame:
         frame = frame.assign(_order=frame["sae"] != "topk")
         keys = ["_order", *keys]
+    apart = differing(runs)
     rows = []
     for _, row in frame.sort_values(keys, kind="stable").iterrows():
         rows.append(
@@ -35,7 +35,8 @@ def cell_rows(runs: RunTable) -> list[dict[str, Any]]:
                 "flops": _plain(row.get("flops")),
                 "wall_s": _plain(row.get("wall_s")),
                 "speed": _plain(row.get("tokens_per_s")),
-                "converged": None if pd.isna(row.get("converged")) else bool(row.get("converged")),
+                "converged": row.get("converged"),
+                "differs": ", ".join(f"{key}={row[key]}" for key in apart),
                 "run": str(row[runs.roles["run"]]),
             }
         )
@@ -46,6 +47,7 @@ def cell_text(runs: RunTable, limit: int = 40) -> str:
     """The runs as a table for standard output: at most `limit` rows, the number of further ones, what was left out."""
     head = ("sae", "n", "k", "E", "seed", "tokens", "fvu", "±se", "l0", "dead %", "time")
     rows = cell_rows(runs)
+    apart = any(row["differs"] for row in rows)
     shown = [
         (
             str(row["sae"]),
@@ -59,10 +61,12 @@ def cell_text(runs: RunTable, limit: int = 40) -> str:
             _cell(row["l0"], ".1f"),
             _cell(None if row["dead"] is None else 100 * row["dead"], ".1f"),
             _cell(row["wall_s"], ".0f", " s"),
+            *([row["differs"]] if apart else []),
         )
         for row in rows[:limit]
     ]
-    text = [table(head, shown, optional=("time", "dead %", "l0"))]
+    head = (*head, "differs") if apart else head
+    text = [table(head, shown, left=("differs",), optional=("time", "dead %", "l0"))]
     if len(rows) > limit:
         text.append(f"… and {len(rows) - limit} more runs (all in the report)")
     for reason, count in runs.excluded["reason"].value_counts().items():

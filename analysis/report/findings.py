@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.fits.design import check_table
-from analysis.fits.fit import first_population, fit
+from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.fits.status import Status
 from analysis.laws.catalogue import get
@@ -20,11 +20,12 @@ from analysis.notes import Note, any_error, note
 from analysis.questions.convergence import Convergence, tokens_to_convergence
 from analysis.questions.frontier import frontier, frontier_law
 from analysis.questions.isoflop import IsoFlop, isoflop
-from analysis.questions.learning_rate import BestRates, at_best_rate, best_rates
+from analysis.questions.learning_rate import BestRates, best_rates
 from analysis.questions.multiplier import Multiplier, multiplier
 from analysis.questions.versus import equal_n_and_flops
-from analysis.runs.curves import evaluations
-from analysis.runs.load import read_sweep, varied
+from analysis.runs.curves import evaluations, repeated_rows
+from analysis.runs.load import read_sweep
+from analysis.runs.populations import at_best_rate, one_architecture, settings, varied
 from analysis.runs.regime import one_regime
 from analysis.runs.study import Study, read_study
 from analysis.runs.table import RunTable
@@ -51,10 +52,17 @@ class Findings:
 
     table: RunTable
     """All usable runs."""
+    shown: RunTable
+    """Those of one setting (model, hook, layer …): of the largest if there are several. Pictures and comparisons are
+    of these."""
     main: RunTable
-    """The runs to which the law is fitted: of one regime (at convergence, or at fixed tokens), at their best learning
+    """Those to which the law is fitted: of one regime (at convergence, or at fixed tokens), at their best learning
     rate, and of TopK if there are any."""
     study: Study
+    setting: str = ""
+    """What sets `shown` apart from other settings, e.g. "hook=mlp_out"; empty if there is only one."""
+    others: list[Findings] = field(default_factory=list)
+    """The laws of the other settings."""
     fits: list[tuple[float | None, FitResult]] = field(default_factory=list)
     """(k, fit); k is None for a law in n and k."""
     failures: list[FitResult] = field(default_factory=list)
@@ -84,20 +92,29 @@ def gather(directory: Path, law: str | None = None) -> Findings:
         study.law = law
     chosen = get(study.law)
     regime = one_regime(table, "auto", lambda part: _fits(part, chosen))
-    compared = at_best_rate(regime)
-    findings = Findings(table, first_population(compared, chosen), study)
-    if len(compared) < len(regime):
-        findings.rates = best_rates(first_population(regime, chosen))
-    _fit_laws(findings, chosen)
+    parts = settings(regime)
+    whole = settings(table)
+    everything = [
+        Findings(table, whole.get(name, part), one_architecture(at_best_rate(part), chosen), study, name)
+        for name, part in parts.items()
+    ]
+    for each in everything:
+        _fit_laws(each, chosen)
+    findings, *findings.others = everything
+    part = parts[findings.setting]
+    compared = at_best_rate(part)
+    if len(compared) < len(part):
+        findings.rates = best_rates(one_architecture(part, chosen))
+    shown = findings.shown
     findings.forecasts = [row for k, result in findings.fits for row in _forecasts(findings.main, k, result)]
-    findings.curves = evaluations(table)
-    findings.front = frontier(table, findings.curves)
+    findings.curves = evaluations(shown)
+    findings.front = frontier(shown, findings.curves)
     if len(findings.front) > 4:
-        attempt = frontier_law(table, findings.curves, resamples=200)
+        attempt = frontier_law(shown, findings.curves, resamples=200)
         findings.front_fit = attempt if attempt.status is not Status.FAILED else None
     findings.isoflops = _isoflops(findings.main)
-    if table.has("converged") and table.column("converged").eq(True).any():
-        findings.convergence = tokens_to_convergence(table)
+    if shown.has("converged") and shown.column("converged").eq(True).any():
+        findings.convergence = tokens_to_convergence(shown)
     findings.comparisons = _comparisons(compared)
     findings.versus = equal_n_and_flops(compared)
     findings.notes = _notes(findings)
@@ -105,21 +122,24 @@ def gather(directory: Path, law: str | None = None) -> Findings:
 
 
 def _fits(table: RunTable, law: Law) -> bool:
-    return not any_error(check_table(first_population(table, law), law))
+    return not any_error(check_table(one_architecture(table, law), law))
 
 
 def _notes(findings: Findings) -> list[Note]:
-    notes = [entry for _, result in findings.fits for entry in result.notes]
-    notes += [entry for result in findings.failures for entry in result.notes]
+    laws = [findings, *findings.others]
+    notes = [entry for each in laws for _, result in each.fits for entry in result.notes]
+    notes += [entry for each in laws for result in each.failures for entry in result.notes]
+    notes += findings.table.notes
     notes += [entry for row in findings.forecasts for entry in row["notes"]]
     notes += findings.rates.notes if findings.rates is not None else []
     notes += [entry for _, profiles in findings.isoflops for entry in profiles.notes]
     notes += findings.convergence.notes if findings.convergence is not None and findings.convergence.laws else []
     if findings.front_fit is not None:
         notes += [entry for entry in findings.front_fit.notes if entry.code == "frontier_owned_by_end"]
-    differing = varied(findings.table)
-    if differing:
-        notes.append(note("mixed_population", "warning", f"the runs also differ in {', '.join(differing[:6])}"))
+        notes += repeated_rows(findings.shown)
+    also = varied(findings.main) if findings.others else varied(findings.table)
+    if also:
+        notes.append(note("mixed_population", "warning", f"the runs also differ in {', '.join(also[:6])}"))
     return list(dict.fromkeys(notes))
 
 

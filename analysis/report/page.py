@@ -25,28 +25,40 @@ from analysis.report.words import (
     multiplier_sentences,
     rate_sentences,
 )
+from analysis.runs.curves import seen
+from analysis.runs.populations import differing
 from analysis.runs.table import RunTable
+from harness.errors import UserError
 from harness.files import write_text_atomic
 from harness.record import names
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def write_report(sweep_dir: str | Path, law: str | None = None) -> Path:
-    """Write `report.html` into a sweep directory and return its path.
+def write_report(
+    sweep_dir: str | Path,
+    law: str | None = None,
+    out: str | Path | None = None,
+    findings: Findings | None = None,
+) -> Path:
+    """Write the report of a sweep directory, by default its `report.html`, and return the path.
 
     A sweep with too little to fit still gets a report, which says what is missing. Raises `UserError` if the directory
-    holds no run.
+    holds no run or the report cannot be written. `findings`: what `gather` found in it, if that is known.
     """
     from jinja2 import Environment, StrictUndefined
 
     directory = Path(sweep_dir)
-    findings = gather(directory, law)
+    path = directory / "report.html" if out is None else Path(out).expanduser()
+    path = path / "report.html" if path.is_dir() else path
+    findings = findings or gather(directory, law)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["num"] = number
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**_context(findings, directory))
-    path = directory / "report.html"
-    write_text_atomic(path, page)
+    try:
+        write_text_atomic(path, page)
+    except OSError as problem:
+        raise UserError(f"{path} cannot be written: {problem.strerror}; choose another file with --out") from problem
     return path
 
 
@@ -62,7 +74,7 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "lead": _lead(findings),
         "pictures": all_pictures(findings),
-        "laws": [_law_rows(k, result) for k, result in findings.fits],
+        "laws": [_law_rows(each.setting, k, result) for each in _laws(findings) for k, result in each.fits],
         "failures": _failure_rows(findings),
         "versus": findings.versus,
         "forecasts": [_forecast_row(row) for row in findings.forecasts],
@@ -70,6 +82,7 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
         "convergence": _convergence_rows(findings),
         "rates": findings.rates.rates.to_dict("records") if findings.rates is not None else [],
         "cells": cell_rows(table),
+        "differs": bool(differing(table)),
         "planned": planned_rows(table, directory),
         "anchors": _anchors(table),
         "excluded": _excluded_rows(findings),
@@ -78,36 +91,72 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
     }
 
 
+def _laws(findings: Findings) -> list[Findings]:
+    """The findings of every setting, the largest first."""
+    return [findings, *findings.others]
+
+
 def _lead(findings: Findings) -> list[str]:
-    """The text at the top."""
+    """The text at the top: what the law does not hold for, then the law."""
     table, main = findings.table, findings.main
-    lines = []
     if not len(table):
         return [
             f"No run of this sweep can be used: all {len(table.excluded)} were left out (listed below). "
             "Nothing was fitted."
         ]
-    n, k, tokens = main.values("n"), main.values("k"), table.values("d")
+    lines = _cautions(findings)
+    n, k, tokens = main.values("n"), main.values("k"), main.values("d")
     loss = main.values("loss")
+    of = f" with {findings.setting}" if findings.setting else ""
     lines.append(
-        f"{len(table)} run{'s' if len(table) > 1 else ''}: n {_range(n)}, k {_range(k)}, {_range(tokens)} tokens each. "
-        f"Held-out fvu {_range(loss)}; the mean predictor has 1."
+        f"{len(main)} run{'s' if len(main) > 1 else ''}{of}: n {_range(n)}, k {_range(k)}, {_range(tokens)} tokens "
+        f"each. Held-out fvu {_range(loss)}; the mean predictor has 1."
     )
-    for level, result in findings.fits:
-        at = f"k = {level:g}: " if level is not None else ""
-        lines.extend(at + sentence for sentence in law_sentences(result, list(k)))
+    for each in _laws(findings):
+        for level, result in each.fits:
+            parts = [each.setting] if each.setting else []
+            parts += [f"k = {level:g}"] if level is not None else []
+            sentences = law_sentences(result, list(each.main.values("k")))
+            lines.extend(": ".join([*parts, sentence]) for sentence in sentences)
+        if not each.fits:
+            what = f"the runs with {each.setting}" if each.setting else "these runs"
+            lines.append(f"No law can be fitted to {what}; the section “What could not be fitted” says why.")
     lines.extend(forecast_sentences(findings.forecasts))
-    if not findings.fits:
-        lines.append("No law can be fitted to these runs; the section “What could not be fitted” says why.")
     lines.extend(comparison_sentences(findings.versus))
     lines.extend(multiplier_sentences(findings.comparisons))
     if findings.convergence is not None:
         lines.extend(convergence_sentences(findings.convergence))
     if findings.rates is not None:
         lines.extend(rate_sentences(findings.rates))
-    if "topk" not in set(table.frame.get("sae", [])):
+    if "topk" not in set(table.frame.get("sae", pd.Series(dtype=object)).astype(str)):
         lines.append("There is no TopK run, so architectures cannot be compared.")
     return lines
+
+
+def _cautions(findings: Findings) -> list[str]:
+    """What a reader must know before the law: which runs it is of, how they differ, what was left out."""
+    table = findings.table
+    lines = []
+    if findings.others:
+        keys = " and ".join(part.partition("=")[0] for part in findings.setting.split(", "))
+        every = "; ".join(f"{each.setting} ({len(each.main)} runs)" for each in _laws(findings))
+        lines.append(
+            f"The runs differ in {keys}. Each setting has a law of its own: {every}. Pictures, forecasts and "
+            f"comparisons are of {findings.setting}."
+        )
+    codes = ("worse_than_mean", "mixed_population")
+    for entry in findings.notes:
+        told = entry.severity == "info" or (findings.others and "each setting" in entry.message)
+        if entry.code in codes and not told:
+            lines.append(f"{entry.message[0].upper()}{entry.message[1:]}.")
+    if findings.rates is not None:
+        lines.append("Several learning rates were run: the law is of the best one in each cell.")
+    if seen(table):
+        lines.append(seen(table))
+    fitted = sum(len(each.main) for each in _laws(findings))
+    if fitted < len(table) + len(table.excluded):
+        lines.append(f"{fitted} of {len(table) + len(table.excluded)} runs were fitted; “Left out” lists the others.")
+    return list(dict.fromkeys(lines))
 
 
 def _range(values: Any) -> str:
@@ -116,7 +165,7 @@ def _range(values: Any) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _law_rows(k: float | None, result: FitResult) -> dict[str, Any]:
+def _law_rows(setting: str, k: float | None, result: FitResult) -> dict[str, Any]:
     rows = [
         {"name": name, "value": number(result.values[name], 4), "interval": interval(*result.intervals[name], digits=4)}
         for name in result.law.params
@@ -124,6 +173,8 @@ def _law_rows(k: float | None, result: FitResult) -> dict[str, Any]:
     return {
         "name": result.law.name,
         "formula": result.law.formula,
+        "setting": setting,
+        "points": result.points,
         "k": k,
         "status": result.status.value,
         "rows": rows,
@@ -179,7 +230,7 @@ def _convergence_rows(findings: Findings) -> list[dict[str, str]]:
 
 def _failure_rows(findings: Findings) -> list[dict[str, str]]:
     rows = []
-    for result in findings.failures:
+    for result in (result for each in _laws(findings) for result in each.failures):
         for entry in result.notes:
             if entry.severity == "error":
                 rows.append({"law": result.law.name, "why": entry.message, "remedy": entry.remedy})
@@ -198,13 +249,12 @@ def _anchors(table: RunTable) -> list[dict[str, Any]]:
 
 def _excluded_rows(findings: Findings) -> list[dict[str, str]]:
     """Unusable runs, then usable runs that did not enter the law."""
-    table, main = findings.table, findings.main
-    run = table.roles["run"]
-    unusable = set(table.excluded[run].astype(str)) if len(table.excluded) else set()
-    rows = [{"run": str(row[run]), "reason": str(row["reason"])} for _, row in table.excluded.iterrows()]
-    for _, row in main.excluded.iterrows():
-        if str(row[run]) not in unusable and not str(row["reason"]).startswith("another architecture"):
-            rows.append({"run": str(row[run]), "reason": f"{row['reason']} (shown in the comparisons and cells)"})
+    table = findings.table
+    rows = table.left_out()
+    unusable = {row["run"] for row in rows}
+    for row in (row for each in _laws(findings) for row in each.main.left_out()):
+        if row["run"] not in unusable and not row["reason"].startswith("another "):
+            rows.append({"run": row["run"], "reason": f"{row['reason']} (shown in the comparisons and cells)"})
     return rows
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.fits.intervals import noiseless
 from analysis.fits.result import FitResult
 from analysis.format import interval, number
 from analysis.report import plot
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def all_pictures(findings: Findings) -> list[dict[str, str]]:
     """Every picture that the data of a sweep allow, as src, title, caption, alt."""
-    if not len(findings.table):
+    if not len(findings.shown):
         return []
     makers = (
         *(_loss_n, _blind, _loss_flops, _isoflop, _versus_n, _versus_flops),
@@ -76,7 +77,7 @@ def _blind(findings: Findings) -> dict[str, str] | None:
 
 
 def _profiles(findings: Findings) -> dict[str, str] | None:
-    usable = [(k, result) for k, result in findings.fits if result.dof > 0 and result.problem is not None]
+    usable = [(k, result) for k, result in findings.fits if result.dof > 0 and not noiseless(result.rss, result.points)]
     if not usable:
         return None
     k, result = usable[len(usable) // 2]
@@ -121,11 +122,11 @@ def _tokens(findings: Findings) -> dict[str, str] | None:
 
 
 def _loss_flops(findings: Findings) -> dict[str, str] | None:
-    frame = findings.table.frame
+    frame = findings.shown.frame
     if "flops" not in frame or not (pd.to_numeric(frame["flops"], errors="coerce") > 0).any():
         return None
     figure = plot.figure(4.1)
-    plot.loss_against_flops(figure.subplots(), findings.table, findings.curves, findings.front, findings.front_fit)
+    plot.loss_against_flops(figure.subplots(), findings.shown, findings.curves, findings.front, findings.front_fit)
     constant = bool(findings.curves["constant_lr"].any())
     grey = "Grey: training curves of the runs with a constant rate."
     caption = f"{grey if constant else 'Final points only (the rate decays).'} "
@@ -152,7 +153,7 @@ def _versus(findings: Findings, x: str, ratio: str, title: str) -> dict[str, str
     figure = plot.figure(0.6 + 2.5 * len(levels))
     axes = np.atleast_1d(figure.subplots(len(levels), 1, sharex=True))
     for i, (ax, k) in enumerate(zip(axes, levels, strict=True)):
-        plot.architectures(ax, findings.table, k, x, legend=i == 0)
+        plot.architectures(ax, findings.shown, k, x, legend=i == 0)
         if i < len(levels) - 1:
             ax.set_xlabel("")
     count = sum(row[ratio] is not None for row in findings.versus)
@@ -163,11 +164,11 @@ def _versus(findings: Findings, x: str, ratio: str, title: str) -> dict[str, str
 
 
 def _dead(findings: Findings) -> dict[str, str] | None:
-    column = pd.to_numeric(findings.table.frame[findings.table.roles["dead"]], errors="coerce")
+    column = pd.to_numeric(findings.shown.frame[findings.shown.roles["dead"]], errors="coerce")
     if not column.notna().any():
         return None
     figure = plot.figure(3.6)
-    plot.dead_latents(figure.subplots(), findings.table)
+    plot.dead_latents(figure.subplots(), findings.shown)
     return _picture(
         figure,
         "Dead latents",

@@ -164,14 +164,32 @@ def refuse(result: FitResult, table: RunTable) -> int:
     if result.status is not Status.FAILED:
         return 0
     say(f"no fit of {result.law.name} to {table.name}:")
-    for line in [*map(str, result.notes), *left_out(table)]:
+    for line in [*map(str, result.notes), *left_out(result)]:
         say(f"  {line}")
     return 1
 
 
-def left_out(table: RunTable) -> list[str]:
-    """Lines with the number of excluded runs and the reasons; none if all runs are used."""
-    if not len(table.excluded):
-        return []
-    counts = table.excluded["reason"].value_counts().items()
-    return [f"left out: {len(table.excluded)} run(s)", *(f"  {count} × {reason}" for reason, count in counts)]
+def used(result: FitResult) -> list[str]:
+    """Lines that say which runs were fitted, and which were left out and why."""
+    total = result.points + len(result.excluded)
+    return [f"used: {result.points} of {total} runs ({_some(sorted(result.runs))})", *left_out(result)]
+
+
+def left_out(result: FitResult) -> list[str]:
+    """Lines with the number of excluded runs, the reasons and some of the names; none if all runs are used. Runs of
+    another architecture or setting are counted apart: they have a law of their own."""
+    runs: dict[str, list[str]] = {}
+    for entry in result.excluded:
+        runs.setdefault(entry["reason"], []).append(entry["run"])
+    lines = []
+    for title, elsewhere in (("of other populations", True), ("left out", False)):
+        reasons = {reason: names for reason, names in runs.items() if reason.startswith("another ") is elsewhere}
+        if reasons:
+            lines.append(f"{title}: {sum(map(len, reasons.values()))} run(s)")
+            ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
+            lines.extend(f"  {len(names)} × {reason} ({_some(names)})" for reason, names in ordered)
+    return lines
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.notes import Note, note
 from analysis.runs.table import RunTable
 
 
@@ -15,6 +16,7 @@ def evaluations(table: RunTable) -> pd.DataFrame:
 
     A run without `metrics.jsonl` contributes only its final point.
     """
+    table = table.use("loss")
     loss = table.roles["loss"]
     parts: list[pd.DataFrame] = []
     for _, row in table.frame.iterrows():
@@ -22,7 +24,8 @@ def evaluations(table: RunTable) -> pd.DataFrame:
         final = {key: row.get(key) for key in ("tokens", "flops")} | {"loss": row[loss]}
         lines = table.history(run)
         if loss in lines and {"tokens", "flops"} <= set(lines):
-            part = lines[lines[loss].notna()][["tokens", "flops", loss]].rename(columns={loss: "loss"})
+            part = lines[["tokens", "flops", loss]].apply(pd.to_numeric, errors="coerce").dropna()
+            part = part.rename(columns={loss: "loss"})
             part = part[part["tokens"] < row.get("tokens", np.inf)]
             part = pd.concat([part, pd.DataFrame([final])], ignore_index=True)
         else:
@@ -40,9 +43,10 @@ def decays(row: pd.Series) -> bool:
 
 
 def setting(row: pd.Series, key: str) -> float:
-    """A number of a run's configuration (a row of a table); 0 if it is not recorded."""
+    """A number of a run's configuration (a row of a table); 0 if it is not recorded as one."""
     value: Any = row.get(key)
-    return float(value or 0.0)
+    known = isinstance(value, int | float | np.number) and np.isfinite(value)
+    return float(value) if known else 0.0
 
 
 def last_doubling(table: RunTable) -> dict[str, float]:
@@ -50,7 +54,28 @@ def last_doubling(table: RunTable) -> dict[str, float]:
     gains = {}
     for run, part in evaluations(table).groupby("run"):
         part = part.sort_values("tokens")
+        part = part[(part["tokens"] > 0) & (part["loss"] > 0)]
         tokens, log_loss = np.log(part["tokens"].to_numpy()), np.log(part["loss"].to_numpy())
         if len(tokens) > 1 and tokens[0] <= tokens[-1] - np.log(2):
             gains[str(run)] = float(np.interp(tokens[-1] - np.log(2), tokens, log_loss) - log_loss[-1])
     return gains
+
+
+def repeated_rows(table: RunTable) -> list[Note]:
+    """A note if runs saw the rows of their source several times: more tokens then bring less than new ones would."""
+    epochs = table.frame.get("epochs", pd.Series(dtype=float))
+    if not (epochs > 1).any():
+        return []
+    text = f"each row was seen {_times(epochs)}: this law over tokens is not one of new tokens"
+    return [note("repeated_rows", "warning", text)]
+
+
+def _times(epochs: pd.Series) -> str:
+    low, high = (f"{end:.3g}" for end in (epochs.min(), epochs.max()))
+    return f"{high} times" if low == high else f"{low} to {high} times"
+
+
+def seen(table: RunTable) -> str:
+    """How often the runs saw each row of their source, as a sentence; "" if once."""
+    epochs = table.frame.get("epochs", pd.Series(dtype=float))
+    return f"Each row of the source was seen {_times(epochs)}." if (epochs > 1).any() else ""

@@ -1,10 +1,9 @@
-"""Sources of runs: a sweep directory, a CSV or Parquet table, a pandas frame, or W&B."""
+"""Sources of runs: a sweep directory, a table in a file or in memory, or W&B."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,45 +11,39 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.notes import note
+from analysis.runs.read_table import as_frame, read_file
 from analysis.runs.table import ROLES, SWEEP_ROLES, RunTable
+from analysis.runs.vocabulary import ended_well, is_ours
 from harness.errors import UserError
 from harness.record import metrics, names
-
-CELL_KEYS = (
-    "sae.n_latents",
-    "sae.k",
-    "sae.n_experts",
-    "sae.architecture",
-    "train.seed",
-    "train.lr",
-    "train.lr_factor",
-    "train.tokens",
-    "train.flops",
-)
-"""Configuration keys in which the cells of a sweep are meant to differ."""
 
 _ACTIVATION_COLUMNS = {"model": "activations.model", "hook": "activations.hook", "layer": "activations.layer"}
 
 
 def load(
-    source: str | os.PathLike[str] | pd.DataFrame | Sequence[str],
+    source: Any,
     roles: Mapping[str, str] | None = None,
 ) -> RunTable:
     """Read runs from a source and give them roles.
 
     Args:
-        source: A sweep directory, a run directory, a `.csv`, `.tsv` or `.parquet` file, `wandb:entity/project/group`,
-            a pandas frame, or a list of these (stacked).
+        source: A sweep directory, a run directory, a file that `read_table.read_file` reads (CSV, TSV, Parquet, JSON,
+            compressed or not), `wandb:entity/project/group`, a table that `read_table.as_frame` reads (of pandas,
+            polars, pyarrow, numpy; a dict of columns), or a list of these (stacked).
         roles: Role → column; overrides the defaults, which are those of a sweep directory. For other sources only
-            the named roles and those defaults are used whose column exists.
+            the named roles and those defaults are used whose column exists. What is used by its mere name excludes
+            no run before a law needs it.
 
     Raises `UserError` if the source cannot be read.
     """
-    if isinstance(source, pd.DataFrame):
-        return _with_roles(source, roles, "table")
+    if isinstance(source, RunTable) and not roles:
+        return source
+    frame = as_frame(source)
+    if frame is not None:
+        return _with_roles(frame, roles, "table")
     if not isinstance(source, str | os.PathLike):
-        tables = [load(part, roles) for part in source]
-        return tables[0] if len(tables) == 1 else _stack(tables)
+        return _stack([load(part, roles) for part in _parts(source)])
     text = str(source)
     if text.startswith("wandb:"):
         from analysis.runs.load_wandb import read_group
@@ -59,17 +52,32 @@ def load(
         frame = frame.drop(columns="lr", errors="ignore")  # the last rate that was logged; it may have decayed
         _spread(frame, configs)
         _learning_rate(frame)
-        table = _with_roles(frame, roles, text)
+        table = _with_roles(frame, roles, text, given=("run", "status"))
         table.histories = histories
         return table
-    path = Path(text)
+    path = Path(os.path.expandvars(text)).expanduser() if not Path(text).exists() else Path(text)
     if not path.exists():
         raise UserError(
             f"{path} does not exist; name a sweep directory, a CSV or Parquet file, or wandb:entity/project/group"
         )
     if path.is_dir():
         return read_sweep(path, roles)
-    return _with_roles(_read_file(path), roles, path.name)
+    frame, notes = read_file(path)
+    table = _with_roles(frame, roles, path.name)
+    table.notes = [*notes, *table.notes]
+    return table
+
+
+def _parts(source: Any) -> list[Any]:
+    """The sources in a list, a tuple or another iterable. Raises `UserError` if it is none."""
+    known = "a path, wandb:entity/project/group, a table of pandas, polars or pyarrow, a numpy array with named fields"
+    wrong = f"a {type(source).__name__} is no table of runs; give {known}, a dict of columns, or a list of these"
+    if isinstance(source, bytes | np.ndarray) or hasattr(source, "read") or not isinstance(source, Iterable):
+        raise UserError(wrong)
+    parts = list(source)
+    if not parts or any(isinstance(part, int | float | bytes) or part is None for part in parts):
+        raise UserError(wrong if parts else f"this {type(source).__name__} names no source of runs")
+    return parts
 
 
 def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTable:
@@ -83,6 +91,7 @@ def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTa
     _spread(frame, [row.pop("config", None) for row in rows])
     frame = frame.drop(columns="config", errors="ignore")
     _learning_rate(frame)
+    frame["epochs"] = _numbers(frame, "tokens") / _numbers(frame, "unique_tokens")
     for column in SWEEP_ROLES.values():
         if column not in frame:
             frame[column] = np.nan if column != "status" else None
@@ -94,7 +103,11 @@ def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTa
 
 def logged_lines(directory: Path) -> pd.DataFrame:
     """All lines of a run's `metrics.jsonl`, one row per line; damaged lines are skipped. Empty without the file."""
-    return pd.DataFrame(metrics.read(directory / names.METRICS, skip_damaged=True))
+    try:
+        lines = metrics.read(directory / names.METRICS, skip_damaged=True)
+    except OSError:  # a directory of that name, or not ours to read: the run counts by its result alone
+        lines = []
+    return pd.DataFrame([line for line in lines if isinstance(line, dict)])
 
 
 def _is_run(path: Path) -> bool:
@@ -102,17 +115,16 @@ def _is_run(path: Path) -> bool:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    """`result.json` of a run; if it is missing or damaged, a row that says so."""
-    result = path / names.RESULT
-    blank = {"run_id": path.name}
-    if not result.exists():
-        return blank | {"status": "unfinished", "error": f"no {names.RESULT} (still running, or interrupted)"}
+    """`result.json` of a run; if it is missing, damaged or of another run, a row that says so."""
+    from harness.record.result import read_result  # takes a tenth of a second: omegaconf
+
+    blank: dict[str, Any] = {"run_id": path.name}
     try:
-        content = json.loads(result.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        return blank | {"status": "unreadable", "error": f"{names.RESULT}: {problem}"}
-    if not isinstance(content, dict):
-        return blank | {"status": "unreadable", "error": f"{names.RESULT} is not an object"}
+        content = read_result(path)
+    except UserError as problem:
+        return blank | {"status": "unreadable", "error": str(problem)}
+    if content is None:
+        return blank | {"status": "unfinished", "error": f"no {names.RESULT} (still running, or interrupted)"}
     return blank | content
 
 
@@ -147,14 +159,6 @@ def _numbers(frame: pd.DataFrame, column: str) -> pd.Series:
     return pd.to_numeric(frame[column], errors="coerce").astype(float)
 
 
-def varied(table: RunTable) -> list[str]:
-    """Configuration keys other than `CELL_KEYS` in which usable runs of one architecture differ."""
-    frame = table.frame
-    keys = [column for column in frame.columns if "." in column and column not in CELL_KEYS]
-    kind = frame["sae"] if "sae" in frame else pd.Series("", index=frame.index)
-    return [key for key in keys if frame[key].astype(str).groupby(kind).nunique().gt(1).any()]
-
-
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
@@ -165,50 +169,53 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_file(path: Path) -> pd.DataFrame:
-    """A CSV, TSV or Parquet file as a frame. Raises `UserError` if the file is none of these or holds no table."""
-    suffix = path.suffix.lower()
-    if suffix not in (".csv", ".tsv", ".txt", ".parquet"):
-        raise UserError(f"{path}: unknown kind of table {suffix!r}; use .csv, .tsv or .parquet")
-    try:
-        if suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            frame = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", comment="#", skipinitialspace=True)
-    except pd.errors.EmptyDataError:
-        raise UserError(f"{path} is empty") from None
-    except pd.errors.ParserError as problem:
-        raise UserError(f"{path} cannot be read as a table: {str(problem).strip()}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8; save it as CSV in UTF-8, or as Parquet") from None
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path} cannot be read: {str(problem).splitlines()[0]}") from None
-    frame.columns = [str(column).strip() for column in frame.columns]
-    if frame.shape[1] == 1 and any(mark in str(frame.columns[0]) for mark in ";\t|"):
-        raise UserError(f"{path}: one column {frame.columns[0]!r}; columns must be separated by commas (or use .tsv)")
-    if frame.empty:
-        raise UserError(f"{path} has a header but no rows")
-    return frame
+def _with_roles(frame: pd.DataFrame, roles: Mapping[str, str] | None, name: str, given: Sequence[str] = ()) -> RunTable:
+    """A table with the given roles, and with each other role whose default column, or one of its name, exists.
 
-
-def _with_roles(frame: pd.DataFrame, roles: Mapping[str, str] | None, name: str) -> RunTable:
-    """A table with the given roles, and with each other role whose default column, or one of its name, exists."""
+    A mere name excludes no run: what is `done` or `converged` in a table of somebody else is not ours to say, unless
+    the words are ours. A note names the columns that were seen and not used.
+    """
     named_alike = {role: role for role in ROLES if role in frame.columns}
     chosen = named_alike | {role: column for role, column in SWEEP_ROLES.items() if column in frame.columns}
     taken = set((roles or {}).values())
-    chosen = {role: column for role, column in chosen.items() if column not in taken}
-    chosen |= roles or {}
-    return RunTable(frame, chosen, name=name)
+    guessed = {role: column for role, column in chosen.items() if column not in taken and role not in (roles or {})}
+    notes = []
+    words = frame[guessed["status"]] if "status" in guessed and frame.columns.is_unique else None
+    if words is not None and "status" not in given and not is_ours(words):
+        done, _ = ended_well(words)
+        text = f"the column {guessed['status']!r} ({_few(words)}) was seen and not used"
+        if not done.all():
+            text += f"; --status {guessed['status']} leaves out {int((~done).sum())} of {len(done)} runs"
+        notes.append(note("unused_column", "info" if done.all() else "warning", text))
+        del guessed["status"]
+    ours = {"n_latents", "k", "fvu", "run_id", "status"} <= {guessed.get(role) for role in guessed}
+    if "converged" in guessed and not ours:
+        column = guessed.pop("converged")
+        if frame.columns.is_unique and frame[column].nunique() > 1:
+            text = f"the column {column!r} ({_few(frame[column])}) was seen and not used; --converged {column} uses it"
+            notes.append(note("unused_column", "warning", text))
+    unchecked = frozenset() if ours else frozenset(set(guessed) - set(given))
+    return RunTable(frame, guessed | dict(roles or {}), notes, name, guessed=unchecked)
+
+
+def _few(column: pd.Series) -> str:
+    values = sorted(column.astype(object).map(str).unique())
+    return ", ".join(value[:30] for value in values[:4]) + (", …" if len(values) > 4 else "")
 
 
 def _stack(tables: list[RunTable]) -> RunTable:
-    """Several tables as one; their roles must agree."""
+    """Several tables as one; their roles must agree. Rows without names are numbered anew."""
     first = tables[0]
+    if len(tables) == 1:
+        return first
     for other in tables[1:]:
         if other.roles != first.roles:
             raise UserError(f"{first.name} and {other.name} name different columns; give --n, --k, --loss … explicitly")
-    frame = pd.concat([table.frame for table in tables], ignore_index=True)
-    out = RunTable(frame, dict(first.roles), name=" + ".join(t.name for t in tables))
+    frame, roles = pd.concat([table.frame for table in tables], ignore_index=True), dict(first.roles)
+    if any(table.nameless for table in tables):
+        frame = frame.drop(columns=roles.pop("run"))
+    guessed = frozenset[str]().union(*(table.guessed for table in tables))
+    out = RunTable(frame, roles, name=" + ".join(t.name for t in tables), guessed=guessed)
     out.excluded = pd.concat([t.excluded for t in (*tables, out) if len(t.excluded)] or [out.excluded])
     out.notes = [entry for table in (*tables, out) for entry in table.notes]
     for table in tables:

@@ -56,8 +56,7 @@ def converged_and_fixed(table: RunTable) -> tuple[np.ndarray, np.ndarray]:
     """Two masks (runs,): converged, and at fixed tokens. A run that converged without being asked to is both."""
     if not table.has("converged") or table.column("converged").isna().all():
         return np.zeros(len(table), dtype=bool), np.ones(len(table), dtype=bool)
-    flags = table.column("converged")
-    converged = flags.notna().to_numpy() & flags.astype(object).isin([True, 1, "True", "true"]).to_numpy()
+    converged = table.column("converged").eq(True).to_numpy()
     until = table.frame.get("train.until")
     fixed = ~converged if until is None else ~converged | (until.astype(str) == "budget").to_numpy()
     return converged, fixed

@@ -51,6 +51,14 @@ def read_study(directory: Path) -> Study:
     )
 
 
+def require_law(study: str, law: str) -> None:
+    """Raises `UserError` naming the study if its law is not known: before it trains, not in its report."""
+    try:
+        get(law)
+    except UserError as problem:
+        raise UserError(f"the study {study}: {problem}") from None
+
+
 def _read_handwritten(directory: Path) -> dict[str, Any] | None:
     import yaml  # nearly always there is a study.json
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.notes import Note, note
+from analysis.runs.read_table import plain_frame
+from analysis.runs.repeats import progress_column, repeats
+from analysis.runs.vocabulary import ended_well, truths
 from harness.errors import UserError
 
 SWEEP_ROLES = {
@@ -37,8 +41,10 @@ POSITIVE_ROLES = ("n", "k", "experts", "d", "flops", "x")
 
 ROLES = (*SWEEP_ROLES, "x")
 
-POPULATION = ("sae", "n_experts", "d_model", "model", "hook", "layer", "store_id", "normalize")
-"""Columns in which the runs of one fit must agree; each population is fitted on its own."""
+LARGEST = int(sys.float_info.max)
+
+Unusable = tuple[Any, Callable[[pd.DataFrame], Any] | str, str, str]
+"""Mask of rows, their reason, and the code and text of a note about them (no note without a code)."""
 
 
 @dataclass
@@ -50,13 +56,16 @@ class RunTable:
         roles: Role → column, e.g. {"n": "n_latents", "loss": "fvu"}. Known roles: see `ROLES`.
 
     The constructor checks every value that a role needs and moves unusable rows to `excluded`. It raises `UserError`
-    only for a wrong request: an unknown role, a role without its column, a column name that appears twice.
+    only for a wrong request: an unknown role, a role without its column, a column that appears twice with different
+    values, a column for `run` whose repeated names are not those of checkpoints.
     """
 
     frame: pd.DataFrame
     roles: dict[str, str] = field(default_factory=lambda: dict(SWEEP_ROLES))
     notes: list[Note] = field(default_factory=list)
     name: str = "table"
+    guessed: frozenset[str] = frozenset()
+    """Roles that only the name of a column suggests. They exclude no row before something uses them (`use`)."""
     excluded: pd.DataFrame = field(init=False)
     nameless: bool = field(init=False, default=False)
     """Whether the rows were numbered because no column holds their names."""
@@ -69,26 +78,23 @@ class RunTable:
         unknown = sorted(set(self.roles) - set(ROLES))
         if unknown:
             raise UserError(f"unknown role {unknown[0]!r}; known are: {', '.join(ROLES)}")
-        frame = self.frame.copy().reset_index(drop=True)
+        self.frame = plain_frame(self.frame)
         for role, column in self.roles.items():
-            if column not in frame.columns:
-                columns = ", ".join(map(str, frame.columns[:20])) or "none at all"
+            if column not in self.frame.columns:
+                columns = ", ".join(map(str, self.frame.columns[:20])) or "none at all"
                 raise UserError(f"{self.name}: no column {column!r} (for --{role}); it has: {columns}")
-        if frame.columns.duplicated().any():
-            twice = sorted({str(c) for c in frame.columns[frame.columns.duplicated()]})
-            raise UserError(f"{self.name}: the column {twice[0]!r} appears twice; rename one")
-        self.nameless = "run" not in self.roles
-        if self.nameless:
-            frame["run"] = [f"row {i + 1}" for i in range(len(frame))]
-            self.roles = {**self.roles, "run": "run"}
-        self.frame = frame
-        self.notes = list(self.notes)
-        reasons = self._reasons()
-        self.excluded = frame[reasons != ""].assign(reason=reasons[reasons != ""]).reset_index(drop=True)
-        self.frame = frame[reasons == ""].reset_index(drop=True)
-        for role in (*POSITIVE_ROLES, "loss"):
-            if role in self.roles:
-                self.frame[self.roles[role]] = self.frame[self.roles[role]].astype(float)
+        self.frame = _each_column_once(self.frame, self.name)
+        self.roles, self.notes = dict(self.roles), list(self.notes)
+        self.excluded = self.frame[:0].assign(reason=pd.Series(dtype=object))
+        if "run" in self.roles:
+            column = self.roles["run"]
+            names = self.frame[column].astype(object)
+            self.frame[column] = names.map(str).where(names.notna(), [f"row {i + 1}" for i in self.frame.index])
+        else:
+            self._number_rows()
+        self._understand_words()
+        self._exclude_repeats()
+        self._check_values(set(self.roles) - self.guessed)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -106,8 +112,8 @@ class RunTable:
         return self.frame[self.roles[role]]
 
     def values(self, role: str) -> np.ndarray:
-        """`column(role)` as float64 (runs,)."""
-        return self.column(role).to_numpy(dtype=float)
+        """`column(role)` as float64 (runs,); NaN for anything but a number."""
+        return _numbers(self.column(role))
 
     def history(self, run: str) -> pd.DataFrame:
         """All logged lines of a run, read now; empty if there are none."""
@@ -122,6 +128,15 @@ class RunTable:
         """Every excluded run: run, reason."""
         names, reasons = (self.excluded[column].astype(str) for column in (self.roles["run"], "reason"))
         return [{"run": run, "reason": reason} for run, reason in zip(names, reasons, strict=True)]
+
+    def use(self, *roles: str) -> RunTable:
+        """The table with these roles checked, also those that only the name of a column suggests."""
+        fresh = self.guessed & set(roles)
+        if not fresh:
+            return self
+        out = self.but(guessed=self.guessed - fresh)
+        out._check_values(fresh)
+        return out
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 
@@ -155,69 +170,120 @@ class RunTable:
 
     # -- checking -----------------------------------------------------------------------------------------------------
 
-    def _reasons(self) -> pd.Series:
-        """Why each row is unusable; "" for a usable one. Adds the notes about the data."""
+    def _exclude(self, unusable: Iterable[Unusable]) -> None:
+        """Move rows to `excluded`, each for the first reason that applies, and note what has a code."""
         frame = self.frame
         reasons = pd.Series("", index=frame.index, dtype=object)
+        for rows, reason, code, message in unusable:
+            rows = np.asarray(rows, dtype=bool) & (reasons == "").to_numpy()
+            if rows.any():
+                reasons[rows] = reason(frame[rows]) if callable(reason) else reason
+                if code:
+                    self.notes.append(note(code, "warning", f"{int(rows.sum())} {message}"))
+        out = (reasons != "").to_numpy()
+        if out.any():
+            parts = [self.excluded, frame[out].assign(reason=reasons[out])]
+            self.excluded = pd.concat([part for part in parts if len(part)])
+            self.frame = frame[~out]
 
-        def mark(mask: Any, text: Callable[[pd.DataFrame], Any] | str) -> np.ndarray:
-            free = np.asarray(mask, dtype=bool) & (reasons == "").to_numpy()
-            if free.any():
-                reasons[free] = text(frame[free]) if callable(text) else text
-            return free
+    def _check_values(self, roles: Iterable[str]) -> None:
+        """Leave out rows in which the value of a role is unusable; the columns become float64."""
+        for role in sorted(set(roles) & {*POSITIVE_ROLES, "loss"}, key=ROLES.index):
+            column = self.roles[role]
+            numbers = _numbers(self.frame[column])
+            checks = [("", ~np.isfinite(numbers) | (numbers <= 0), "a positive number")]
+            if role == "loss":
+                checks = [("nonfinite_loss", ~np.isfinite(numbers), "a finite number")]
+                checks.append(("nonpositive_loss", numbers <= 0, "positive"))
+                if all(self.roles.get(name) == SWEEP_ROLES[name] for name in ("loss", "status")):
+                    # a run of ours that was trained to its end, but blew up
+                    checks.append(("worse_than_mean", numbers >= 1, "below 1, so predicting the mean is as good"))
+            left = f"run(s) left out: {column} is not"
+            shown = self.frame[column].astype(object)
+            self.frame = self.frame.assign(**{column: numbers})
+            self._exclude((rows, _shown(shown, wanted), code, f"{left} {wanted}") for code, rows, wanted in checks)
+        self.frame, self.excluded = (part.reset_index(drop=True) for part in (self.frame, self.excluded))
 
+    def _understand_words(self) -> None:
+        """Leave out the runs that were not trained to their end; `converged` becomes True, False or None."""
+        if "converged" in self.roles:
+            column = self.roles["converged"]
+            self.frame[column], unknown = truths(self.frame[column])
+            self._note_words(column, unknown, "they count as missing")
         if "status" in self.roles:
             column = self.roles["status"]
-            mark(
-                frame[column].astype(object) != "done",
-                lambda rows: "status " + rows[column].astype(object).astype(str) + _details(rows),
+            done, unknown = ended_well(self.frame[column])
+            self._note_words(column, unknown, "they count as not done")
+            self._exclude([(~done, lambda rows: "status " + rows[column].map(str) + _details(rows), "", "")])
+
+    def _note_words(self, column: str, unknown: list[str], how: str) -> None:
+        if unknown:
+            shown = ", ".join(repr(word[:40]) for word in unknown[:5])
+            self.notes.append(
+                note("unknown_words", "warning", f"{column} has words that are not known: {shown}; {how}")
             )
-        for role in POSITIVE_ROLES:
-            if role in self.roles:
-                column = self.roles[role]
-                numbers = _numbers(frame[column])
-                mark(~np.isfinite(numbers) | (numbers <= 0), _shown(column, "a positive number"))
-                frame[column] = numbers
-        if "loss" in self.roles:
-            column = self.roles["loss"]
-            numbers = _numbers(frame[column])
-            for code, mask, wanted in (
-                ("nonfinite_loss", ~np.isfinite(numbers), "a finite number"),
-                ("nonpositive_loss", numbers <= 0, "positive"),
-            ):
-                marked = mark(mask, _shown(column, wanted))
-                if marked.any():
-                    text = f"{int(marked.sum())} run(s) left out: {column} is not {wanted}"
-                    self.notes.append(note(code, "warning", text))
-            if all(self.roles.get(role) == SWEEP_ROLES[role] for role in ("loss", "status")):
-                # a run of ours that was trained to its end, but blew up
-                useless = mark(numbers >= 1, _shown(column, "below 1, so predicting the mean is as good"))
-                if useless.any():
-                    text = (
-                        f"{int(useless.sum())} run(s) left out: {column} of at least 1 is worse than the mean predictor"
-                    )
-                    self.notes.append(note("worse_than_mean", "warning", text))
-            frame[column] = numbers
-        self._mark_repeats(reasons, mark)
-        return reasons
 
-    def _mark_repeats(self, reasons: pd.Series, mark: Callable[[Any, str], np.ndarray]) -> None:
-        """Leave out a run that appeared before: by its name, or by all of its values if the runs have no names."""
-        frame, named = self.frame, self.roles["run"] != "run" or not self.nameless
-        names = frame[self.roles["run"]].astype(str)
-        if named:
-            again, why = names.duplicated(keep="first"), "the same run name appears above"
-        else:
-            again, why = _same_rows(frame.drop(columns="run")), "identical to a row above"
-        marked = mark(again & (reasons == ""), why)
-        if marked.any():
-            text = f"{int(marked.sum())} row(s) repeat another, e.g. {names[marked].iloc[0]}: {why}"
-            self.notes.append(note("duplicate_run", "warning", text))
+    def _number_rows(self) -> None:
+        """Give the rows numbers for names, in a column of their own."""
+        self.nameless = True
+        column = next(name for name in ("run", "row", "number of the row") if name not in self.frame)
+        for part in (self.frame, self.excluded):
+            part[column] = [f"row {i + 1}" for i in part.index]
+        self.roles["run"] = column
+
+    def _exclude_repeats(self) -> None:
+        """Leave out repeated rows and earlier checkpoints of a run."""
+        if not self.nameless:
+            column = self.roles["run"]
+            names = self.frame[column]
+            if not names.duplicated().any():
+                return
+            found = repeats(self.frame, names, self.roles)
+            if not found.contradiction:
+                last = f"an earlier checkpoint of the same run (by {found.by})"
+                why = f"row(s) are earlier checkpoints of their run; the last of each by {found.by} was used"
+                same = _repeat(found.same, "the same run name appears above", names)
+                self._exclude([same, (found.earlier, last, "earlier_checkpoints", why)])
+                return
+            if "run" not in self.guessed:
+                hint = "add a column step, tokens or iteration that orders its checkpoints, or name another with --run"
+                raise UserError(f"{self.name}: the run {found.contradiction}; {hint}")
+            text = f"the column {column!r} does not name the runs ({found.contradiction}); every row counts as a run"
+            self.notes.append(note("unused_column", "info", text))
+            self._number_rows()
+        own = self.roles["run"]
+        self._exclude([_repeat(_same_rows(self.frame.drop(columns=own)), "identical to a row above", self.frame[own])])
+        progress = progress_column(self.frame, self.roles)
+        if progress is not None:
+            text = f"every row counts as a run of its own, but {progress!r} takes several values in one cell"
+            self.notes.append(note("checkpoints", "warning", text))
 
 
-def _shown(column: str, wanted: str) -> Callable[[pd.DataFrame], pd.Series]:
-    """The reason for rows whose value in `column` is not `wanted`; it shows that value."""
-    return lambda rows: f"{column} is " + rows[column].astype(object).map(lambda v: f"{v!r}"[:40]) + f", not {wanted}"
+def _repeat(rows: pd.Series, why: str, names: pd.Series) -> Unusable:
+    example = names[rows].iloc[0] if rows.any() else ""
+    return rows, why, "duplicate_run", f"row(s) repeat another, e.g. {example}: {why}"
+
+
+def _each_column_once(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The frame with one of each columns of equal names. Raises `UserError` if their values differ."""
+    repeated = frame.columns.duplicated()
+    for column in frame.columns[repeated].unique():
+        first, *others = (values.astype(str) for _, values in frame.loc[:, frame.columns == column].items())
+        if not all(first.equals(other) for other in others):
+            raise UserError(f"{name}: the column {column!r} appears twice with different values; rename or remove one")
+    return frame.loc[:, ~repeated]
+
+
+def _shown(values: pd.Series, wanted: str) -> Callable[[pd.DataFrame], pd.Series]:
+    """The reason for rows whose value is not `wanted`; it shows that value."""
+    return lambda rows: f"{values.name} is " + values[rows.index].map(_brief) + f", not {wanted}"
+
+
+def _brief(value: Any) -> str:
+    try:
+        return repr(value)[:40]
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a huge integer"
 
 
 def _same_rows(frame: pd.DataFrame) -> pd.Series:
@@ -229,10 +295,16 @@ def _same_rows(frame: pd.DataFrame) -> pd.Series:
 
 
 def _numbers(series: pd.Series) -> np.ndarray:
-    """The values as float64 (rows,); NaN for anything but a number."""
-    if series.dtype == bool:
+    """The values as float64 (rows,); NaN for anything but a real number, e.g. for a truth value or a date."""
+    if pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_bool_dtype(series):
+        numbers = series.to_numpy(dtype=complex if series.dtype.kind == "c" else float, na_value=np.nan)
+        return np.where(np.imag(numbers) == 0, np.real(numbers), np.nan) if series.dtype.kind == "c" else numbers
+    if not (series.dtype == object or isinstance(series.dtype, pd.StringDtype | pd.CategoricalDtype)):
         return np.full(len(series), np.nan)
-    return pd.to_numeric(series, errors="coerce").to_numpy(dtype=float)
+    values = series.astype(object)
+    values = values.where(~values.map(lambda value: isinstance(value, bool | np.bool_ | complex)), None)
+    values = values.map(lambda value: np.inf if isinstance(value, int) and abs(value) > LARGEST else value)
+    return pd.to_numeric(values, errors="coerce").to_numpy(dtype=float)
 
 
 def _equals(series: pd.Series, value: Any) -> np.ndarray:
@@ -249,8 +321,9 @@ def _details(frame: pd.DataFrame) -> pd.Series:
     """What the record says about unfinished and failed runs: the step of the divergence, the error."""
     text = pd.Series("", index=frame.index, dtype=object)
     if "diverged_at_step" in frame:
-        diverged = frame["diverged_at_step"].notna()
-        text[diverged] = frame.loc[diverged, "diverged_at_step"].astype(float).map(lambda step: f" at step {step:,.0f}")
+        step = pd.Series(_numbers(frame["diverged_at_step"]), frame.index)
+        diverged = step.notna()
+        text[diverged] = step[diverged].map(lambda step: f" at step {step:,.0f}")
     if "error" in frame:
         failed = frame["error"].notna() & (frame["error"].astype(str) != "")
         text[failed] = text[failed] + ": " + frame.loc[failed, "error"].astype(str).str.split("\n").str[0].str[:160]

@@ -18,7 +18,7 @@ from harness.activations.store.assemble import TornUnits, assemble, remove_scrat
 from harness.activations.store.harvest import OnRows, Plan, describe, forward_units, prepare, rows_done
 from harness.activations.store.identity import store_id
 from harness.activations.store.paths import MANIFEST, is_complete, store_name, store_path
-from harness.activations.store.read import Store
+from harness.activations.store.read import open_store
 from harness.activations.synthetic import Synthetic
 from harness.config import ActivationsConfig
 from harness.errors import UserError
@@ -27,7 +27,7 @@ from harness.process.claim import Owner, claim
 from harness.process.memory import return_freed
 from harness.process.signals import StopFlag
 from harness.process.together import together
-from harness.terminal import Progress
+from harness.progress import Progress, own_progress
 
 
 def open_source(
@@ -40,6 +40,7 @@ def open_source(
     cause (unknown model, unreadable text, full disk, damaged shard), `Interrupted` when `stop` is set.
     """
     if cfg.kind == "synthetic":
+        _require_id(cfg)
         return Synthetic(cfg, store_name(cfg))
     directory = store_path(cfg, out)
     shards = shards or Solo()
@@ -51,13 +52,22 @@ def open_source(
                 f"({local_id}); harvest it where the sweep was launched, or copy it here"
             )
         try:
-            _harvest_once(cfg, directory, Progress() if progress else Progress(io.StringIO()), stop, shards)
+            _harvest_once(cfg, directory, own_progress() if progress else Progress(io.StringIO()), stop, shards)
         except (OSError, SafetensorError) as error:
             if (explanation := _explain(error, directory.parent)) is not None:
                 raise explanation from error
             raise
         return_freed()
-    return Store(directory)
+    return open_store(directory, cfg, shards)
+
+
+def _require_id(cfg: ActivationsConfig) -> None:
+    """Raises `UserError` if a frozen id is not that of the settings, which are all that decides synthetic rows."""
+    if cfg.store and cfg.store != store_id(cfg):
+        raise UserError(
+            f"the settings under activations give the rows {store_id(cfg)}, but the run was named after {cfg.store}; "
+            "the configuration was edited or is of an earlier version: launch the cell anew"
+        )
 
 
 def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, stop: StopFlag, shards: Shards) -> None:

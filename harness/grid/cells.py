@@ -17,14 +17,13 @@ from hydra.core.override_parser.types import OverrideType
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import Config
+from harness.config import Config, nested_sections
 from harness.errors import UserError
 from harness.grid.compose import (
     checked_values,
     compose_settings,
     hydra_session,
     leaf_keys,
-    nested_sections,
     one_line,
     parse_overrides,
     swept_values,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import Config
+from harness.config import Config, nested_sections
 from harness.errors import UserError
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -49,13 +48,6 @@ def groups() -> dict[str, list[str]]:
         for folder in sorted(CONF_DIR.iterdir())
         if folder.is_dir()
     }
-
-
-@functools.cache
-def nested_sections(cls: type) -> dict[str, type]:
-    """Fields of a schema dataclass that are schema dataclasses themselves."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])}
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import threading
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from typing import Any, Protocol
 
 from harness.config import Config, TrackerConfig
 from harness.errors import UserError
+from harness.files import open_plain
+from harness.record.metrics import parse_line
 
 TITLES = {"wandb": "W&B", "tensorboard": "TensorBoard", "trackio": "trackio"}
 """Tracker -> its name in messages. The tracker is also the name of its package."""
@@ -81,10 +82,10 @@ class Tail:
         """The lines written since the last call. A torn last line is left for the next call.
 
         A resume cuts the record back and writes some steps again; those are not returned again.
-        Raises `ValueError` if a whole line is not JSON.
+        Raises `ValueError` if the file cannot be read or a whole line is damaged.
         """
         try:
-            file = self._path.open("rb")
+            file = open_plain(self._path)
         except FileNotFoundError:
             return []
         with file:
@@ -95,7 +96,9 @@ class Tail:
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         self._position += len(whole)
-        lines = [json.loads(text) for text in whole.split(b"\n")[:-1]]
+        lines = [parse_line(text) for text in whole.split(b"\n")[:-1]]
+        if any("step" not in line for line in lines):
+            raise ValueError("a line has no step")
         return [line for line in lines if self._is_new(line["step"])]
 
     def _is_new(self, step: int) -> bool:

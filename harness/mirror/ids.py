@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from pathlib import Path
 
 from harness.files import write_json_atomic
 from harness.record import names
+from harness.schema import TEXT, dict_of, read_json
 
 
 def copy_id(run_dir: Path, tracker: str) -> str:
@@ -17,7 +17,10 @@ def copy_id(run_dir: Path, tracker: str) -> str:
     W&B never accepts the id of a deleted run again.
     """
     path, key = run_dir / names.TRACKER, f"{tracker}_id"
-    ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        ids = read_json(path, dict_of(TEXT), "remove it; the tracker then gets a new copy")
+    except FileNotFoundError:
+        ids = {}
     if key not in ids:
         ids[key] = f"{run_dir.name}-{secrets.token_hex(3)}"
         write_json_atomic(path, ids)

@@ -18,6 +18,7 @@ from harness.config import Config, to_container
 from harness.files import open_own
 from harness.mirror.ids import copy_id
 from harness.mirror.messages import first_line, say_once
+from harness.mirror.offline import sync_command
 
 INIT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 4.0
@@ -57,7 +58,7 @@ class WandbRun:
         self._next_step_file.parent.mkdir(exist_ok=True)
         offline = mode == "offline"
         self.next_step = self._recorded_next_step() if offline else self._run.starting_step
-        self.note = f"offline; send it: wandb sync {run_dir}/wandb/offline-run-*" if offline else ""
+        self.note = f"offline; send it: {sync_command(run_dir.parent)}" if offline else ""
 
     def _recorded_next_step(self) -> int:
         try:
@@ -81,7 +82,7 @@ class WandbRun:
 def open_live(run_dir: Path, config: Config) -> WandbRun:
     """Open a run whose training goes on. Offline if the server cannot be reached; one line says so, once."""
     mode = chosen_mode()
-    how_to_sync = f"Send it later: wandb sync {run_dir.parent}/*/wandb/offline-run-*"
+    how_to_sync = f"Send it later: {sync_command(run_dir.parent)}"
     if mode == "offline":
         key = "" if has_api_key() else "no API key, "
         say_once("offline", f"W&B: {key}recording offline. {how_to_sync} (tracker=none: off)")

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from harness.errors import UserError
 from harness.parallel import collectives
 from harness.parallel.interface import Axis, Kind, Shards
+from harness.parallel.meeting import Waiting, meet, meeting_point
 from harness.parallel.solo import Solo
 
 START_TIMEOUT = timedelta(minutes=30)
@@ -146,12 +147,18 @@ class Mesh:
 
 @contextmanager
 def mesh(
-    dp: int, shard: int, device: torch.device, ranks: Ranks, *, even_alone: bool = False
+    dp: int,
+    shard: int,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    even_alone: bool = False,
+    on_wait: Waiting = lambda what: None,
 ) -> Generator[Shards, None, None]:
     """The mesh that this process is a rank of; `Solo` for one process. `device` decides between gloo and NCCL.
 
-    `even_alone` makes a mesh of one rank, to check that the backend works.
-    Raises `UserError` if the number of ranks is not dp·shard.
+    `even_alone` makes a mesh of one rank, to check that the backend works. `on_wait` is called again and again while
+    ranks are missing, and may raise. Raises `UserError` if the number of ranks is not dp·shard, or if they do not meet.
     """
     if dp * shard != ranks.world:
         raise UserError(
@@ -163,11 +170,15 @@ def mesh(
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if ranks.meeting_point is not None:
-        address, port = ranks.meeting_point
-        os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    store = None
+    if (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    ):  # else torchrun has started all ranks and holds the store
+        address, port = ranks.meeting_point or meeting_point()
+        store = meet(ranks.rank, ranks.world, address, port, START_TIMEOUT, on_wait)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
         rank=ranks.rank,
         world_size=ranks.world,
         timeout=START_TIMEOUT,

@@ -5,21 +5,25 @@ Rank 0 plans and writes the list of jobs; the others wait for it. Without this m
 
 from __future__ import annotations
 
-import json
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.files import write_json_atomic
-from harness.places.local import describe, ended_meanwhile, outcome_line
+from harness.places.lines import Lines
+from harness.places.local import ended_meanwhile
 from harness.process.signals import Interrupted
 from harness.process.slurm_task import SlurmTask, slurm_task
 from harness.record.job import Job, freeze_job
-from harness.record.result import read_result
+from harness.record.provenance import command_line
+from harness.schema import TEXT, fields, list_of, optional, read_json
 from harness.terminal import say
 
 POLL_S = 0.2
+ANNOUNCED_S = 60.0
+"""A plan that takes longer is announced by the ranks that wait for it."""
 PLAN_TIMEOUT_S = 1800.0
 
 
@@ -30,7 +34,9 @@ def joined_task() -> SlurmTask | None:
 
 
 def _list_path(out: Path, task: SlurmTask) -> Path:
-    return out / "_joined" / f"{task.step_name}.json"
+    """The same for all ranks of this launch, and another one for the next launch in the same step."""
+    command = hashlib.sha256(command_line().encode("utf-8", "surrogateescape")).hexdigest()
+    return out / "_joined" / f"{task.step_name}-{command[:8]}.json"
 
 
 def announce(out: Path, task: SlurmTask, jobs: Sequence[Job]) -> None:
@@ -58,24 +64,28 @@ def _write_list(out: Path, task: SlurmTask, homes: list[str] | None) -> None:
     write_json_atomic(path, {"jobs": homes})
 
 
-def lead(out: Path, task: SlurmTask, jobs: Sequence[Job]) -> int:
+def lead(out: Path, task: SlurmTask, jobs: Sequence[Job], lines: Lines) -> int:
     """Train the announced jobs as rank 0. Returns 0, or the exit code of an interruption."""
-    code = _train([job.home for job in jobs], _report)
+    code = _train([job.home for job in jobs], lines.job_has_ended)
     if jobs:  # then all ranks have read the list
         _list_path(out, task).unlink()
     if code == INTERRUPTED:
-        say("interrupted; the same command goes on where it stopped")
+        lines.stopped("a signal or the time limit", None)
     return code
 
 
 def follow(out: Path, task: SlurmTask) -> int:
     """Wait for the list of rank 0, then train with it. Returns the exit code of the contract."""
-    path, end = _list_path(out, task), time.monotonic() + PLAN_TIMEOUT_S
+    path, begun, said = _list_path(out, task), time.monotonic(), False
     while not path.exists():
-        if time.monotonic() > end:
+        waited = time.monotonic() - begun
+        if waited > PLAN_TIMEOUT_S:
             raise UserError(f"rank 0 has not written {path} within {PLAN_TIMEOUT_S:.0f} s; its output says why")
+        if waited > ANNOUNCED_S and not said:
+            say(f"rank {task.rank} is waiting for the plan of rank 0 of step {task.job_id}.{task.step_id}")
+            said = True
         time.sleep(POLL_S)
-    homes = json.loads(path.read_text(encoding="utf-8"))["jobs"]
+    homes = read_json(path, fields({"jobs": optional(list_of(TEXT))}), "launch the step again")["jobs"]
     if homes is None:
         return WRONG_REQUEST
     return _train([Path(home) for home in homes], lambda job: None)
@@ -91,9 +101,3 @@ def _train(homes: Sequence[Path], on_ended: Callable[[Job], None]) -> int:
     except Interrupted:
         return INTERRUPTED
     return 0
-
-
-def _report(job: Job) -> None:
-    for run in job.runs:
-        result = read_result(run.run_dir)
-        say(describe(run.config) if result is None else outcome_line(run.config, result, result.get("wall_s") or 0.0))

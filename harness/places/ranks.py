@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import signal
 import socket
@@ -16,36 +18,45 @@ from harness.config import Config
 from harness.errors import INTERRUPTED
 from harness.files import last_line, open_own
 from harness.process.signals import Interrupted, StopFlag
+from harness.progress import RELAY_FD, Progress, relay
+from harness.terminal import say
 
 POLL_S = 0.1
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that this process gets when its parent ends."""
 GRACE_S = 20.0
-"""How long the other ranks have to notice by themselves that one has failed."""
+"""How long the other ranks have to notice by themselves that one has failed, and all to save when asked twice."""
 
 
 class RankFailed(RuntimeError):
     """A rank ended before the training did."""
 
 
-def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag) -> None:
+def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag, progress: Progress) -> None:
     """Train the job in `home`, whose claims the caller holds, by dp·shard processes (`python -m harness.train home`).
 
-    Rank 0 shows its progress here; the output of rank r goes to `attempt_dir/rank<r>.log`. A stop is passed on as
-    SIGTERM, and `Interrupted` is raised when the ranks have saved. If a rank dies, the others are ended and
-    `RankFailed` names the rank and its log.
+    The output of rank r goes to `attempt_dir/rank<r>.log`; what rank 0 reports of its progress is shown on `progress`.
+    A stop is passed on as SIGTERM, and `Interrupted` is raised when the ranks have saved. A second request kills ranks
+    that have not saved `GRACE_S` seconds later. If a rank dies, the others are ended and `RankFailed` names the rank
+    and its log.
     """
     world = config.mesh.ranks
     environment = rank_environment(world)
     logs = [attempt_dir / f"rank{rank}.log" for rank in range(world)]
     with ExitStack() as stack:
         ranks = []
+        reports = stack.enter_context(relay(progress))
         for rank, log in enumerate(logs):
             output = stack.enter_context(open_own(log, "wb"))
             process = subprocess.Popen(
                 [sys.executable, "-m", "harness.train", "--claimed", str(home)],
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=environment
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                | ({RELAY_FD: str(reports)} if rank == 0 else {}),
+                pass_fds=(reports,) if rank == 0 else (),
                 stdin=subprocess.PIPE,  # never written to: see `end_with_starter`
                 stdout=output,
-                stderr=None if rank == 0 and sys.stderr.isatty() else output,
+                stderr=output,
                 start_new_session=True,  # Ctrl-C reaches this process only, which passes it on once
             )
             ranks.append(process)
@@ -71,8 +82,11 @@ def rank_environment(world: int) -> dict[str, str]:
 def end_with_starter() -> None:
     """In a rank: exit at once when the process that started it has ended; standard input ends then.
 
-    The starter of a training holds the claims; without them somebody else may train the runs.
+    The starter of a training holds the claims; without them somebody else may train the runs. On Linux the system
+    kills the rank, also one that is suspended.
     """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_leave_at_end_of_input, name="starter", daemon=True).start()
 
 
@@ -90,7 +104,7 @@ def free_port() -> int:
 
 
 def _watch(ranks: list[subprocess.Popen[bytes]], logs: list[Path], stop: StopFlag) -> None:
-    stopping = False
+    stopping, patience_ends = False, math.inf
     while True:
         codes = [process.poll() for process in ranks]
         if stopping and -signal.SIGTERM in codes:  # that rank did not listen yet, so it had nothing to save
@@ -112,6 +126,13 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: list[Path], stop: StopFla
             for process in ranks:
                 process.send_signal(signal.SIGTERM)
             stopping = True
+        if stop.urgent and patience_ends == math.inf:
+            say(f"asked twice: ranks that have not saved in {GRACE_S:.0f} s will be killed")
+            patience_ends = time.monotonic() + GRACE_S
+        if time.monotonic() > patience_ends:
+            late = [str(rank) for rank, code in enumerate(codes) if code is None]
+            say(f"killed the ranks that did not answer: {', '.join(late)}; what was saved before stays")
+            raise Interrupted
         time.sleep(POLL_S)
 
 

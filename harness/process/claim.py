@@ -20,13 +20,16 @@ from typing import NamedTuple
 
 import psutil
 
+from harness.errors import UserError
 from harness.process.signals import Interrupted, StopFlag
 from harness.process.slurm_task import slurm_task
+from harness.schema import TEXT, fields, number, optional, read_json, whole
 
 HEARTBEAT_S = 10.0
 STALE_S = 120.0
 POLL_S = 0.5
 _START_TOLERANCE_S = 2.0
+"""Between two readings of the start time of one process, where the system counts no ticks."""
 
 
 class Owner(NamedTuple):
@@ -37,14 +40,23 @@ class Owner(NamedTuple):
     """Boot id and process-id namespace, if the system tells: inside one, a process id can be looked up."""
     pid: int
     started: float
-    """Start time of the process in seconds since 1970: a process id alone may have been reused."""
+    """Start time of the process in seconds since 1970, for people."""
     token: str
     """Distinguishes two claims of one process."""
     job: str = ""
     """Job of a batch system, as its commands name it; empty outside one."""
+    ticks: int | None = None
+    """Clock ticks from the start of the machine to that of the process, on Linux: a process id alone may have been
+    reused, and a time of day moves when somebody sets the clock."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f", job {self.job}" if self.job else "")
+
+
+_OWNER = fields(
+    {"host": TEXT, "machine": TEXT, "pid": whole(1), "started": number(), "token": TEXT, "job?": TEXT}
+    | {"ticks?": optional(whole())}
+)
 
 
 class Claimed(OSError):
@@ -72,13 +84,13 @@ class Claim:
     def release(self) -> None:
         self._end.set()
         self._thread.join()
-        if _read(self._path) == self._owner:
+        if read_owner(self._path) == self._owner:
             self._path.unlink(missing_ok=True)
 
     def _renew(self) -> None:
         while not self._end.wait(HEARTBEAT_S):
             try:
-                if _read(self._path) != self._owner:
+                if read_owner(self._path) != self._owner:
                     self.lost = True
                     if self._on_lost is not None:
                         self._on_lost(self._path)
@@ -106,7 +118,7 @@ def claim(
     owner = _this_process()
     announced = False
     while not _try(path, owner):
-        holder = _read(path)
+        holder = read_owner(path)
         if not wait:
             raise Claimed(path, holder)
         if not announced and on_wait is not None:
@@ -123,8 +135,11 @@ def claim(
 
 
 def holder(path: Path) -> Owner | None:
-    """The live owner of a claim; None when nobody holds it or its owner is dead."""
-    owner = _read(path)
+    """The live owner of a claim; None when nobody holds it, its owner is dead, or we may not read it."""
+    try:
+        owner = read_owner(path)
+    except PermissionError:
+        return None
     return None if owner is None or _is_dead(path) else owner
 
 
@@ -159,19 +174,24 @@ def _create(path: Path, owner: Owner) -> bool:
     return True
 
 
-def _read(path: Path) -> Owner | None:
-    """The owner; None when there is no claim or it is only partly written."""
+def read_owner(path: Path) -> Owner | None:
+    """The owner; None when there is no claim, or when it is partly written, damaged or none of ours."""
     try:
-        return Owner(**json.loads(path.read_text()))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return Owner(**read_json(path, _OWNER, ""))
+    except (FileNotFoundError, UserError, TypeError):
         return None
 
 
 def _is_dead(path: Path) -> bool:
-    owner = _read(path)
-    if owner is not None and owner.host == socket.gethostname() and owner.machine == _machine():
+    owner = read_owner(path)
+    if owner is not None and is_here(owner):
         return not _runs(owner)
-    return _age(path) > STALE_S
+    return abs(_age(path)) > STALE_S  # renewed in the future: before the clock was set back, and not since
+
+
+def is_here(owner: Owner) -> bool:
+    """Whether the owner's process id means a process that this one can look up: not in another container."""
+    return owner.host == socket.gethostname() and owner.machine == _machine()
 
 
 def _runs(owner: Owner) -> bool:
@@ -179,11 +199,22 @@ def _runs(owner: Owner) -> bool:
         process = psutil.Process(owner.pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
+        if owner.ticks is not None and (ticks := _ticks(owner.pid)) is not None:
+            return ticks == owner.ticks
         return abs(process.create_time() - owner.started) < _START_TOLERANCE_S
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def _ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since the machine did; None where the system does not tell (proc(5))."""
+    try:
+        line = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(line.rpartition(")")[2].split()[19])  # the 22nd field; the second is a name, in brackets
 
 
 def _age(path: Path) -> float:
@@ -205,7 +236,13 @@ def _this_process() -> Owner:
     process = psutil.Process()
     token, task = uuid.uuid4().hex, slurm_task()
     return Owner(
-        socket.gethostname(), _machine(), process.pid, process.create_time(), token, "" if task is None else task.name
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=process.pid,
+        started=process.create_time(),
+        token=token,
+        job="" if task is None else task.name,
+        ticks=_ticks(process.pid),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import traceback
@@ -11,14 +10,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.errors import INTERRUPTED
-from harness.files import open_own, write_json_atomic
+from harness.errors import INTERRUPTED, UserError
+from harness.files import open_own, remove_left_behind, write_json_atomic
 from harness.process.claim import claim
 from harness.process.signals import Interrupted
 from harness.record import names
 from harness.record.provenance import collect, command_line, now
 from harness.record.rundir import attempts, claim_path
+from harness.schema import FLAG, TEXT, fields, optional, read_json, whole
 from harness.terminal import say
+
+_ENDED = fields({"outcome": TEXT, "reason": TEXT, "step": optional(whole()), "requeued": FLAG})
 
 END_TIME = "HARNESS_END_TIME"
 """Environment variable of the ranks: when their job will be killed, in seconds since 1970."""
@@ -37,6 +39,7 @@ def claimed(run_dirs: Sequence[Path]) -> Iterator[None]:
     with ExitStack() as stack:
         for run_dir in run_dirs:
             stack.enter_context(claim(claim_path(run_dir), on_lost=_leave))
+            remove_left_behind(run_dir)
         yield
 
 
@@ -107,10 +110,10 @@ def write_ended(attempt_dirs: Sequence[Path], *, outcome: str, reason: str, step
 
 def read_ended(attempt_dir: Path) -> dict[str, Any] | None:
     """How an attempt that was stopped ended: `outcome`, `reason`, `step`, `requeued`, `time`. None when it was killed
-    before it could write that."""
+    before it could write that, or when that is damaged."""
     try:
-        return json.loads((attempt_dir / names.ENDED).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return read_json(attempt_dir / names.ENDED, _ENDED, "")
+    except (FileNotFoundError, UserError):
         return None
 
 

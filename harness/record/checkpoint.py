@@ -1,14 +1,12 @@
 """Checkpoints: torch.distributed.checkpoint with safetensors storage (nothing is unpickled), on any mesh.
 
 `checkpoints/step-0000001234/` holds one safetensors file per rank and `marker.json` (step, format, run, mesh, versions,
-size and hash of every file). The marker is written last, and the directory is then renamed into place: a directory with
-its final name is whole. The previous checkpoint is removed only after that.
+size and hash of every file, and its own hash). The marker is written last, and the directory is then renamed into
+place: a directory with its final name is whole. The previous checkpoint is removed only after that.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,16 +17,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from harness.files import fsync_directory, fsync_file, write_json_atomic
+from harness.files import fsync_directory, fsync_file, sha256_of, write_json_atomic
 from harness.parallel import Shards
 from harness.process.together import together
+from harness.record.rundir import STEP
+from harness.schema import (
+    FILE_NAME,
+    OBJECT,
+    SHA256,
+    TEXT,
+    Check,
+    dict_of,
+    fields,
+    read_json,
+    sealed,
+    whole,
+    with_seal,
+)
 
 FORMAT = 3
 """Raise it when older checkpoints can no longer be continued."""
+
+_FILE = fields({"bytes": whole(), "sha256": SHA256})
+_MARKER = fields({"format": whole(), "step": whole(), "run_id": TEXT, "files": dict_of(_FILE, FILE_NAME)})
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,17 @@ class Checkpoint:
 
 def _directories(root: Path) -> list[Path]:
     """Checkpoint directories, newest first."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True) if root.is_dir() else []
+    if not root.is_dir():
+        return []
+    return sorted((path for path in root.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()), reverse=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, or whatever stands in its place; of a symbolic link only the link."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 @contextmanager
@@ -52,7 +78,11 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         # it assumes a single process, which is what we want
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:  # it is no `Exception`, so nothing else would catch it
+            cause, _ = next(iter(error.failures.values()))
+            raise cause if isinstance(cause, OSError) else OSError(str(cause)) from error
 
 
 def save_checkpoint(
@@ -68,23 +98,28 @@ def save_checkpoint(
     stands = False
     with together(shards):
         if shards.rank == 0:
-            stands = _problem(final, run_id) is None
+            stands = _problem(final, run_id, OBJECT) is None
             if not stands:
                 _prepare(root, beside, views)
     if int(shards.sum_(torch.tensor(int(stands)), "all", "scalars")):
         return  # this attempt began from it; replacing it would leave a moment without any checkpoint
-    with together(shards):
-        with _quietly():
-            writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
-            save(dict(views), storage_writer=writer, no_dist=shards.size == 1)
+    try:
+        with together(shards):
+            with _quietly():
+                writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+                save(dict(views), storage_writer=writer, no_dist=shards.size == 1)
+            if shards.rank == 0:
+                _commit(root, beside, final, step, extra, run_id, shards)
+    except BaseException:
         if shards.rank == 0:
-            _commit(root, beside, final, step, extra, run_id, shards)
+            shutil.rmtree(beside, ignore_errors=True)  # on a full disk it is in the way
+        raise
 
 
 def _prepare(root: Path, beside: Path, views: Mapping[str, Tensor]) -> None:
     root.mkdir(exist_ok=True)
     for torn in root.glob(".step-*.tmp"):  # left by kills
-        shutil.rmtree(torn)
+        _remove(torn)
     needed = sum(view.numel() * view.element_size() for view in views.values())
     free = shutil.disk_usage(root).free
     if free < 1.05 * needed + (1 << 20):
@@ -107,29 +142,23 @@ def _commit(
         "run_id": run_id,
         "mesh": {"dp": shards.dp, "shard": shards.shard},
         "torch": torch.__version__,
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files},
+        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files},
         "extra": extra,
     }
-    write_json_atomic(beside / "marker.json", marker)
-    if final.exists():
-        shutil.rmtree(final)
+    write_json_atomic(beside / "marker.json", with_seal(marker))
+    _remove(final)
     beside.rename(final)
     fsync_directory(root)
     for older in _directories(root):
         if older != final:
-            shutil.rmtree(older)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+            _remove(older)
 
 
 def _read_marker(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "marker.json").read_text())
+    return read_json(directory / "marker.json", _MARKER, "it is not continued")
 
 
-def _problem(directory: Path, run_id: str) -> str | None:
+def _problem(directory: Path, run_id: str, extra: Check) -> str | None:
     """Why the checkpoint cannot be continued, or None."""
     try:
         marker = _read_marker(directory)
@@ -137,28 +166,32 @@ def _problem(directory: Path, run_id: str) -> str | None:
             return f"format {marker['format']}, this version reads {FORMAT}"
         if marker["run_id"] != run_id:
             return f"it belongs to run {marker['run_id']}"
+        sealed(fields({"extra": extra}))(marker, "")
+        if directory.name != f"step-{marker['step']:010d}":
+            return f"its marker tells of step {marker['step']}"
         for name, expected in marker["files"].items():
             file = directory / name
             if file.stat().st_size != expected["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-            if _sha256(file) != expected["sha256"]:
+            if sha256_of(file) != expected["sha256"]:
                 return f"the content of {name} is not what was written"
     except FileNotFoundError as missing:
         return f"{Path(missing.filename).name} is missing"
-    except (OSError, ValueError, KeyError) as problem:
+    except (OSError, ValueError) as problem:
         return str(problem)
     return None
 
 
-def find_checkpoint(root: Path, run_id: str, shards: Shards) -> Checkpoint | None:
-    """The newest whole checkpoint of this format and this run; None if there is no checkpoint at all.
+def find_checkpoint(root: Path, run_id: str, shards: Shards, extra: Check = OBJECT) -> Checkpoint | None:
+    """The newest whole checkpoint of this format and this run whose `extra` is accepted; None if there is no checkpoint
+    at all.
 
     Rank 0 decides for all.
     """
     refused: list[str] = []
     chosen = -1
     for directory in _directories(root) if shards.rank == 0 else ():
-        problem = _problem(directory, run_id)
+        problem = _problem(directory, run_id, extra)
         if problem is None:
             chosen = _read_marker(directory)["step"]
             break

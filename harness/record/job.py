@@ -7,9 +7,9 @@ directory with its own metrics, weights and result.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from harness.files import write_json_atomic
 from harness.record import names
 from harness.record.run import Run, read_run
 from harness.record.rundir import freeze, saved_step
+from harness.schema import FILE_NAME, fields, list_of, read_json
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,8 @@ def read_job(home: Path) -> Job:
 
 
 def _run_ids(home: Path) -> list[str]:
-    path = home / names.PACK
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["runs"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove {home}, its runs then begin anew") from error
+    schema = fields({"runs": list_of(FILE_NAME)})
+    return read_json(home / names.PACK, schema, f"remove {home}, its runs then begin anew")["runs"]
 
 
 def begun_packs(sweep_dir: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -108,10 +106,13 @@ def begun_packs(sweep_dir: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def pack_sizes(sweep_dir: Path) -> dict[str, int]:
-    """run_id → size of its newest pack."""
-    packs = sorted(packs_root(sweep_dir).glob(f"*/{names.PACK}"), key=lambda path: path.stat().st_mtime)
-    members = [_run_ids(path.parent) for path in packs]
-    return {run_id: len(run_ids) for run_ids in members for run_id in run_ids}
+    """run_id → size of its newest pack. Packs whose list is damaged are left out; a launch names them."""
+    sizes = {}
+    for path in sorted(packs_root(sweep_dir).glob(f"*/{names.PACK}"), key=lambda path: path.lstat().st_mtime):
+        with contextlib.suppress(UserError, FileNotFoundError):
+            run_ids = _run_ids(path.parent)
+            sizes |= dict.fromkeys(run_ids, len(run_ids))
+    return sizes
 
 
 def begun_alone(run_dir: Path) -> bool:

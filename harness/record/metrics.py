@@ -8,7 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.files import open_own, representable, write_text_atomic
+from harness.errors import UserError
+from harness.files import open_own, open_plain, replacing, representable
+from harness.schema import dict_of, number, optional, parse_json
+
+LINE = dict_of(optional(number()))
+"""A line of the record: names and numbers."""
+
+
+def parse_line(line: str | bytes) -> dict[str, Any]:
+    """A line of the record. Raises `ValueError` if it is not one."""
+    content = parse_json(line)
+    LINE(content, "")
+    return content
 
 
 class MetricsFile:
@@ -62,29 +74,33 @@ class NullMetrics:
 def read(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
     """All lines of a record; empty when there is none. A torn last line (from a kill) is left out.
 
-    Raises `ValueError` naming the line when a line before the last is not JSON; `skip_damaged` leaves such lines out.
+    Raises `UserError` when it cannot be read, and naming the line when a line before the last is damaged;
+    `skip_damaged` leaves such lines out.
     """
-    if not path.exists():
+    try:
+        with open_plain(path) as file:
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     content = []
-    for number, line in enumerate(lines, start=1):
+    for place, line in enumerate(lines, start=1):
         try:
-            content.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if skip_damaged or number == len(lines):
+            content.append(parse_line(line))
+        except ValueError as error:
+            if skip_damaged or place == len(lines):
                 continue
-            raise ValueError(f"{path}, line {number} is damaged ({error}); the record cannot be read") from error
+            raise UserError(f"{path}, line {place} is damaged ({error}); the record cannot be read") from error
     return content
 
 
 def last(path: Path, tail_bytes: int = 8192) -> dict[str, Any]:
-    """The newest value of every key in the last few kilobytes of a record; empty when there is none.
+    """The newest value of every key in the last few kilobytes of a record; empty when there is none. Raises
+    `UserError` when it cannot be read.
 
     Cheap enough to ask of thousands of runs.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             file.seek(0, os.SEEK_END)
             start = max(file.tell() - tail_bytes, 0)
             file.seek(start)
@@ -94,9 +110,9 @@ def last(path: Path, tail_bytes: int = 8192) -> dict[str, Any]:
     newest: dict[str, Any] = {}
     for line in lines[1 if start else 0 :]:
         try:
-            newest.update(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # being written this moment
+            newest.update(parse_line(line))
+        except ValueError:
+            continue  # damaged, or being written this moment
     return newest
 
 
@@ -105,9 +121,12 @@ def cut_back(path: Path, position: int) -> None:
 
     `position` is what `MetricsFile.position` returned when the checkpoint was saved from which the run goes on.
     """
-    if not path.exists():
+    try:
+        with open_plain(path) as file:
+            content = file.read()
+    except FileNotFoundError:
         return
-    content = path.read_bytes()[:position]
-    whole = content[: content.rfind(b"\n") + 1]
-    if path.stat().st_size != len(whole):
-        write_text_atomic(path, whole.decode("utf-8"))
+    whole = content[: content.rfind(b"\n", 0, position) + 1]
+    if len(content) != len(whole):
+        with replacing(path) as temporary:
+            temporary.write_bytes(whole)

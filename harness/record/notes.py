@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from harness.errors import UserError
 from harness.files import write_text_atomic
 from harness.record import names
 from harness.record.provenance import now
+from harness.schema import read_text
 
 
 def add_note(run_dir: Path, text: str) -> None:
@@ -16,6 +18,10 @@ def add_note(run_dir: Path, text: str) -> None:
 
 
 def read_notes(run_dir: Path) -> list[str]:
-    """All notes of a run, oldest first."""
-    path = run_dir / names.NOTES
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    """All notes of a run, oldest first. A file that cannot be read is a note itself: it must not end a training."""
+    try:
+        return read_text(run_dir / names.NOTES).splitlines()
+    except FileNotFoundError:
+        return []
+    except UserError as error:
+        return [str(error)]

@@ -2,22 +2,58 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.config import to_container
-from harness.errors import UserError
 from harness.files import write_json_atomic
 from harness.record import names
 from harness.record.notes import read_notes
 from harness.record.provenance import now
 from harness.record.run import Run
-from harness.record.rundir import attempts
+from harness.record.rundir import attempts, require_own
+from harness.schema import (
+    FILE_NAME,
+    FLAG,
+    OBJECT,
+    SHA256,
+    TEXT,
+    dict_of,
+    fields,
+    list_of,
+    number,
+    one_of,
+    optional,
+    read_json,
+    text,
+    whole,
+)
 
 FINAL = ("done", "diverged")
 """Statuses that are results. `failed` is not: a later launch tries again."""
+
+
+_RESULT = fields(
+    {
+        "status": one_of("done", "diverged", "failed"),
+        "run_id?": TEXT,
+        "sae?": TEXT,
+        "weights?": dict_of(SHA256, FILE_NAME),
+        "notes?": list_of(TEXT),
+        "config?": OBJECT,
+        "error?": optional(TEXT),
+        "store_id?": TEXT,
+        "converged?": FLAG,
+        "pca_fvu?": dict_of(optional(number()), text(r"\d+(\.\d+)?", "a number of latents")),
+        "started?": TEXT,
+        "finished?": TEXT,
+        **{f"{name}?": whole(1) for name in ("n_latents", "n_experts", "d_model", "attempts", "trained_together")},
+        **{f"{name}?": whole() for name in ("k", "seed", "steps", "diverged_at_step", "peak_memory_bytes")},
+        **{f"{name}?": number(0) for name in ("tokens", "unique_tokens", "flops", "params", "wall_s", "tokens_per_s")},
+        **{f"{name}?": optional(number(0)) for name in ("fvu", "fvu_se", "mse", "l0", "dead_frac", "fvu_raw")},
+    }
+)
 
 
 def unfinished(runs: Sequence[Run]) -> list[Run]:
@@ -26,14 +62,15 @@ def unfinished(runs: Sequence[Run]) -> list[Run]:
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """The content of `result.json`; None when the run has not ended. Raises `UserError` when it is not JSON."""
+    """The content of `result.json`; None when the run has not ended. Raises `UserError` when it is damaged or belongs
+    to another run."""
     path = run_dir / names.RESULT
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path, _RESULT, "remove it to run this cell again")
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it to run this cell again") from error
+    require_own(path, run_dir, result.get("run_id", run_dir.name))
+    return result
 
 
 def write_result(run: Run, outcome: Mapping[str, Any], started: str) -> dict[str, Any]:
@@ -76,4 +113,5 @@ def describe(error: BaseException) -> str:
 def set_failure_aside(run_dir: Path) -> None:
     """Move the `result.json` of a failed run to the attempt that wrote it, so that the run counts as unfinished."""
     aside = run_dir / names.ATTEMPTS / str(max(attempts(run_dir), 1))
+    aside.mkdir(parents=True, exist_ok=True)
     (run_dir / names.RESULT).replace(aside / names.RESULT)

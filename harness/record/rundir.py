@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,25 +10,47 @@ from typing import Any
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import Config, from_container, science, to_container
+from harness.config import Config, from_container, run_id, science, to_container
 from harness.errors import UserError
 from harness.files import write_text_atomic
 from harness.record import names
+from harness.schema import read_text
+
+RUN_ID = re.compile(r".+-s\d+-[0-9a-f]{10}")
+"""A directory with such a name must hold the run of this name. Under another name anybody may keep a copy of a run."""
+
+STEP = re.compile(r"step-(\d{1,18})")
+"""Name of the directory of a checkpoint."""
 
 
 def run_directory(config: Config, run_id: str) -> Path:
     return Path(config.out) / config.sweep / run_id
 
 
+def require_own(path: Path, run_dir: Path, owner: str) -> None:
+    """Raises `UserError` if `path`, a file in `run_dir`, tells of another run than the directory's name says."""
+    if owner != run_dir.name and RUN_ID.fullmatch(run_dir.name):
+        raise UserError(
+            f"{path} belongs to run {owner}, not to the run {run_dir.name} in whose directory it is; "
+            "it was edited or moved here: put the right one back, or move the directory away and train the run again"
+        )
+
+
 def read_config(run_dir: Path) -> Config:
-    """The frozen configuration of a run. Raises `UserError` when it is missing or not one."""
+    """The frozen configuration of a run. Raises `UserError` when it is missing, not one, or that of another run."""
     path = run_dir / names.CONFIG
     try:
-        return from_container(yaml.safe_load(path.read_text(encoding="utf-8")))
+        config = from_container(yaml.safe_load(read_text(path)))
     except FileNotFoundError:
         raise UserError(f"{run_dir} is not a run directory: it has no config.yaml") from None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not the configuration of a run: {' '.join(str(error).split())}") from error
+    store = config.activations.store
+    if store and config.train.precision != "auto":  # else it was not frozen by a launch and has no name yet
+        require_own(path, run_dir, run_id(config, store))
+    return config
 
 
 def freeze(run_dir: Path, config: Config) -> None:
@@ -73,11 +96,10 @@ def attempts(run_dir: Path) -> int:
     folder = run_dir / names.ATTEMPTS
     if not folder.is_dir():
         return 0
-    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
+    return max((int(path.name) for path in folder.iterdir() if re.fullmatch(r"[0-9]{1,9}", path.name)), default=0)
 
 
 def saved_step(home: Path) -> int | None:
     """Step of the newest checkpoint of a run or a pack; None before the first."""
-    return max(
-        (int(path.name.removeprefix("step-")) for path in (home / names.CHECKPOINTS).glob("step-*")), default=None
-    )
+    found = (STEP.fullmatch(path.name) for path in (home / names.CHECKPOINTS).glob("step-*"))
+    return max((int(step[1]) for step in found if step), default=None)

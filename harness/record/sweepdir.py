@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
 from harness.files import write_json_atomic
 from harness.record import names
+from harness.schema import FILE_NAME, OBJECT, TEXT, dict_of, fields, list_of, number, optional, read_json
+
+_AGAIN = "remove it and launch the sweep again"
+
+_STUDY = fields(
+    {
+        "runs?": list_of(FILE_NAME),
+        **{f"{name}?": TEXT for name in ("name", "question", "title", "study", "command", "time")},
+        "overrides?": list_of(TEXT),
+    }
+)
+
+_EXPECTED = ("seconds", "train_s", "tokens", "memory_bytes")
+_PLAN = fields(
+    {
+        "calibrations": list_of(OBJECT),
+        "runs": dict_of(fields({f"{name}?": optional(number(0)) for name in _EXPECTED}), FILE_NAME),
+    }
+)
 
 
 def require_sweep(sweep_dir: Path) -> None:
@@ -22,12 +40,9 @@ def read_study(sweep_dir: Path) -> dict[str, Any] | None:
     `runs`, a list of run_ids. None when the directory has no `study.json`. Raises `UserError` when it is damaged."""
     path = sweep_dir / names.STUDY
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {**content, "runs": list(content.get("runs", []))}
+        return {"runs": [], **read_json(path, _STUDY, _AGAIN)}
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and launch the sweep again") from error
 
 
 def write_study(sweep_dir: Path, content: dict[str, Any]) -> None:
@@ -41,16 +56,15 @@ def read_plan(sweep_dir: Path) -> dict[str, Any]:
 
     A run has `seconds` (start included), `train_s` (what the record calls `wall_s`, of its share in a pack), `tokens`,
     `flops` by part, `memory_bytes` of a rank that trains it alone (mapped rows of the store included, as the system
-    counts them), and `calibration`, the number of the calibration that the times come from.
+    counts them), `calibration`, the number of the calibration that the times come from, and `settings`
+    (`config.science`). Plans of earlier versions have no settings.
     """
     path = sweep_dir / names.PLAN
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {"calibrations": list(content["calibrations"]), "runs": dict(content["runs"])}
+        content = read_json(path, _PLAN, _AGAIN)
     except FileNotFoundError:
         return {"calibrations": [], "runs": {}}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and launch the sweep again") from error
+    return {"calibrations": content["calibrations"], "runs": content["runs"]}
 
 
 def write_plan(sweep_dir: Path, content: dict[str, Any]) -> None:

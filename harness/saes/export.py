@@ -8,11 +8,14 @@ normalisation is no linear map: the user of the exported SAE has to apply it.
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
+from safetensors import SafetensorError
 from torch import Tensor
 
 from harness.errors import UserError
@@ -72,15 +75,25 @@ def export(run_dir: Path, form: str, out: Path) -> list[str]:
     writers = {"saelens": _saelens, "sparsify": _sparsify, "dictionary_learning": _dictionary_learning}
     if form not in writers:
         raise UserError(f"--format {form} is not known; choose one of: {', '.join(FORMATS)}")
-    sae = fold(load(run_dir, ops="reference"))  # no kernel runs
+    trained = load(run_dir, ops="reference")  # no kernel runs
+    sae = fold(trained)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        writers[form](sae, out)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+        with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as beside:
+            writers[form](sae, Path(beside))
+            for path in sorted(Path(beside).rglob("*")):  # a directory comes before what is in it
+                place = out / path.relative_to(beside)
+                place.mkdir(exist_ok=True) if path.is_dir() else path.replace(place)
+    except (OSError, SafetensorError, RuntimeError) as error:  # the libraries wrap the system's errors
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        free = f" ({shutil.disk_usage(out).free / 1e6:.1f} MB free)" if out.is_dir() else ""
+        raise UserError(f"cannot write to {out}{free}: {reason}") from error
+    warnings: list[str] = []
+    if not trained.origin.hashed:
+        warnings.append(f"{run_dir} has no hash of its weights (an earlier version wrote it): damage cannot be noticed")
     if sae.per_token:
-        return ["this SAE expects inputs normalised per token (subtract the mean over d, scale to unit norm)"]
-    return []
+        warnings.append("this SAE expects inputs normalised per token (subtract the mean over d, scale to unit norm)")
+    return warnings
 
 
 def _note(sae: LinearSae) -> str:

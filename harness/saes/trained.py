@@ -11,7 +11,6 @@ without ranks.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,35 @@ from torch import Tensor
 
 from harness.config import SaeConfig
 from harness.errors import UserError
+from harness.files import sha256_of
 from harness.ops import Codes, Groups, Ops, choose_ops
 from harness.process.runtime import alone
 from harness.record import names
+from harness.record.result import read_result
+from harness.record.rundir import require_own
 from harness.saes.normalize import Normalizer, TokenUnits
 from harness.saes.sae import Params, Sae
 from harness.saes.step import encode
+from harness.schema import OBJECT, TEXT, fields, number, one_of, read_json, whole
 
 FORMAT = 1
 """Of `sae/config.json`: the one this program reads."""
 _AGAIN = "copy the run directory again, or delete it and train the run again"
+_VERSION = fields({"format": whole()})
+_SETTINGS = fields(
+    {
+        "run_id": TEXT,
+        "store_id": TEXT,
+        "sae": OBJECT,
+        "d_model": whole(1),
+        "aux_k": whole(),
+        "balance_weight": number(0),
+        "normalizer": fields({"rule": one_of("scale", "layernorm", "none"), "scale": number(above=0)}),
+        "variance": number(above=0),
+        "tokens": whole(),
+        "activations": fields({"kind": TEXT}),
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +83,8 @@ class Origin:
     """Tokens it was trained on, repeats included."""
     activations: dict[str, Any]
     """Description of the activations: kind, model, hook, layer, context, text …"""
+    hashed: bool
+    """Whether the weights were compared with the hash in `result.json`; earlier versions wrote none."""
 
     @property
     def model(self) -> str | None:
@@ -175,8 +195,9 @@ def load(
 ) -> TrainedSae:
     """The SAE of a finished run, from `sae/` in its directory. `ops` as in the configuration.
 
-    Raises `UserError` when the run has no weights yet, or when a file is missing, damaged, of another version or does
-    not fit the settings. Raises `ValueError` for a kernel set that does not run on `device`.
+    Raises `UserError` when the run has no weights yet, or when a file is missing, damaged, of another version, of
+    another run, does not fit the settings or is not the one whose hash stands in `result.json`. Raises `ValueError` for
+    a kernel set that does not run on `device`.
     """
     device = torch.device(device)
     config_path, weights_path = run_dir / names.SAE / names.WEIGHTS_CONFIG, run_dir / names.SAE / names.WEIGHTS
@@ -184,36 +205,55 @@ def load(
         raise UserError(
             f"{run_dir} has no finished weights ({names.SAE}/{names.WEIGHTS_CONFIG}); let the run end first"
         )
-    sae, normalizer, config, origin = _read_settings(config_path)
+    expected = _recorded_hashes(run_dir)
+    sae, normalizer, config, origin = _read_settings(config_path, run_dir, hashed=bool(expected))
     tensors = _read_weights(weights_path, sae)
+    _compare(run_dir / names.SAE, expected)
     params = {name: tensors[name].to(device, dtype) for name in sae.layout()}
     fire_counts = tensors["fire_counts"].to(device)
     return TrainedSae(sae, params, normalizer, config, origin, fire_counts, choose_ops(ops, device))
 
 
-def _read_settings(path: Path) -> tuple[Sae, Normalizer, SaeConfig, Origin]:
+def _recorded_hashes(run_dir: Path) -> dict[str, str]:
+    """File in `sae/` → its sha256; empty for a run of an earlier version, or one whose result is not written yet."""
+    return (read_result(run_dir) or {}).get("weights", {})
+
+
+def _compare(folder: Path, expected: dict[str, str]) -> None:
+    for name, sha256 in expected.items():
+        path = folder / name
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error}); {_AGAIN}") from error
+        if found != sha256:
+            raise UserError(f"{path} is damaged or of another run (its sha256 is not that in {names.RESULT}); {_AGAIN}")
+
+
+def _read_settings(path: Path, run_dir: Path, *, hashed: bool) -> tuple[Sae, Normalizer, SaeConfig, Origin]:
+    version = read_json(path, _VERSION, _AGAIN)["format"]
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}, this program reads {FORMAT}: use the version that wrote it")
+    about = read_json(path, _SETTINGS, _AGAIN)
+    require_own(path, run_dir, about["run_id"])
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']}, this program reads {FORMAT}: use the version that wrote it")
         config = SaeConfig(**about["sae"])
         sae = Sae(
             architecture=config.architecture,
-            d_model=int(about["d_model"]),
+            d_model=about["d_model"],
             n_latents=config.n_latents,
             k=config.k,
             n_experts=config.n_experts,
             enc_bias=config.enc_bias,
             variance=float(about["variance"]),
             aux_alpha=config.aux_alpha,
-            aux_k=int(about["aux_k"]),
+            aux_k=about["aux_k"],
             balance_weight=float(about["balance_weight"]),
         )
         normalizer = Normalizer(about["normalizer"]["rule"], float(about["normalizer"]["scale"]))
-        origin = Origin(about["run_id"], about["store_id"], int(about["tokens"]), about["activations"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = f"no entry {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason}); {_AGAIN}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); {_AGAIN}") from error
+    origin = Origin(about["run_id"], about["store_id"], about["tokens"], about["activations"], hashed)
     return sae, normalizer, config, origin
 
 

@@ -12,14 +12,19 @@ from harness.cost.jobs import cut_into_jobs
 from harness.cost.table import plan_text
 from harness.errors import FAILED, INTERRUPTED
 from harness.places import joined
+from harness.places.lines import Lines
 from harness.process.slurm_task import SlurmTask
 from harness.record.result import FINAL, unfinished
 from harness.record.run import Run
 from harness.record.state import state_of
 from harness.sweep.intent import record_intent
 from harness.sweep.request import Request, plan_runs, requested_cells
+from harness.sweep.rows import sweep_rows
 from harness.sweep.runs import sweep_dirs_of
-from harness.terminal import say
+from harness.terminal import python_command, say, this_command
+
+TOLD = 10
+"""Runs that are named when a sweep that was waited for has ended."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,10 @@ class Outcome:
     """Whether the runs were left to a cluster."""
 
 
-def launch(request: Request, *, dry_run: bool = False, wait: bool = False) -> Outcome:
+def launch(request: Request, *, dry_run: bool = False, wait: bool = False, command: str = "") -> Outcome:
     """Do what `request` asks for; with `dry_run` only show it. Raises `UserError` for a wrong request.
 
+    `command` is what to type to go on after a stop, by default the command of this process.
     On a cluster the runs are submitted; with `wait` the call returns when they have ended. Ctrl-C counts as an
     interruption from the start, also while libraries load.
     """
@@ -42,9 +48,9 @@ def launch(request: Request, *, dry_run: bool = False, wait: bool = False) -> Ou
         if task is not None and not dry_run:
             return _join(request, task)
         runs = plan_runs(requested_cells(request), dry_run=dry_run)
-        return carry_out(runs, request.about(), dry_run=dry_run, wait=wait)
+        return carry_out(runs, request.about(), dry_run=dry_run, wait=wait, command=command)
     except KeyboardInterrupt:
-        say("interrupted before anything was trained; the same command begins again")
+        say(f"interrupted before anything was trained; to begin again: {command or this_command()}")
         return Outcome(INTERRUPTED, ())
 
 
@@ -53,8 +59,7 @@ def _join(request: Request, task: SlurmTask) -> Outcome:
     cells = requested_cells(request)
     out = Path(cells[0].config.out)
     if task.rank != 0:
-        sweep_dirs = tuple(dict.fromkeys(Path(cell.config.out) / cell.config.sweep for cell in cells))
-        return Outcome(joined.follow(out, task), sweep_dirs)
+        return Outcome(joined.follow(out, task), ())  # the first rank speaks for all
     try:
         runs = plan_runs(cells, dry_run=False)
         estimates = estimate(runs)
@@ -64,13 +69,15 @@ def _join(request: Request, task: SlurmTask) -> Outcome:
     except BaseException:
         joined.give_up(out, task)
         raise
-    code = joined.lead(out, task, jobs)
+    lines = Lines(jobs, [run for run in runs if run.status in FINAL], estimates.job_seconds, this_command())
+    lines.begin(harvest=False)
+    code = joined.lead(out, task, jobs, lines)
     return Outcome(code or _judge(runs), sweep_dirs_of(runs))
 
 
-def carry_out(runs: list[Run], about: Mapping[str, Any], *, dry_run: bool, wait: bool) -> Outcome:
+def carry_out(runs: list[Run], about: Mapping[str, Any], *, dry_run: bool, wait: bool, command: str = "") -> Outcome:
     """Train named runs, here or on a cluster. `about` describes the request; it is empty for runs that the sweep
-    knows."""
+    knows. `command`: what to type to go on after a stop, by default the command of this process."""
     sweep_dirs = sweep_dirs_of(runs)
     estimates = estimate(runs)
     if dry_run:
@@ -82,7 +89,8 @@ def carry_out(runs: list[Run], about: Mapping[str, Any], *, dry_run: bool, wait:
     from harness.places.local import run_jobs
 
     jobs = cut_into_jobs(unfinished(runs), estimates)
-    return Outcome(run_jobs(jobs, [run for run in runs if run.status in FINAL]), sweep_dirs)
+    ended = [run for run in runs if run.status in FINAL]
+    return Outcome(run_jobs(jobs, ended, estimates.job_seconds, command), sweep_dirs)
 
 
 def _submit(runs: list[Run], estimates: Estimates, wait: bool) -> Outcome:
@@ -92,11 +100,27 @@ def _submit(runs: list[Run], estimates: Estimates, wait: bool) -> Outcome:
 
     jobs, sweep_dirs = submit_runs(runs, estimates), sweep_dirs_of(runs)
     for directory in sweep_dirs if jobs else ():
-        say(f"submitted; to follow it: python -m harness.status {directory} --watch")
+        say(f"submitted; to follow it: {python_command('harness.status', directory, '--watch')}")
     if not wait:
         return Outcome(0, sweep_dirs, submitted=True)
-    wait_for(runs)
+    try:
+        wait_for(runs)
+    except KeyboardInterrupt:
+        say("no longer waiting; the jobs go on")
+        return Outcome(INTERRUPTED, sweep_dirs, submitted=True)
+    _say_what_went_wrong(runs)
     return Outcome(_judge(runs), sweep_dirs)
+
+
+def _say_what_went_wrong(runs: list[Run]) -> None:
+    """A line per run that is not done, with the path of its log."""
+    own = {run.run_id for run in runs}
+    rows = [row for directory in sweep_dirs_of(runs) for row in sweep_rows(directory) if row["run_id"] in own]
+    wrong = [row for row in rows if row["status"] != "done" and row["error"]]
+    for row in wrong[:TOLD]:
+        say(f"{row['run_id']}: {row['error']}" + (f" (log: {row['log']})" if row["log"] else ""))
+    if len(wrong) > TOLD:
+        say(f"… and {len(wrong) - TOLD} more; python -m harness.status tells")
 
 
 def _judge(runs: list[Run]) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.config import science
 from harness.cost.estimate import Estimates
 from harness.errors import UserError
 from harness.record.provenance import command_line, now
@@ -73,4 +74,5 @@ def _expected(run: Run, estimates: Estimates, calibration: int) -> dict[str, Any
         "flops": estimate.flops,
         "memory_bytes": None if memory is None else memory + estimate.mapped_bytes,
         "calibration": calibration,
+        "settings": science(run.config),
     }

@@ -8,7 +8,7 @@ import torch
 
 from harness import budget
 from harness.config import to_container
-from harness.files import write_json_atomic, write_tensors_atomic
+from harness.files import sha256_of, write_json_atomic, write_tensors_atomic
 from harness.parallel import Shards
 from harness.process.memory import peak_bytes
 from harness.process.runtime import Runtime
@@ -21,7 +21,7 @@ from harness.training.member import Member
 def finish(member: Member, runtime: Runtime, started: str) -> None:
     """Write the weights and the result; called by all ranks, the first one writes. `started`: ISO 8601."""
     shards, state, run = runtime.shards, member.state, member.run
-    _save_weights(member, shards)
+    weights = _save_weights(member, shards)
     summary = _summary(member, shards)
     if shards.rank != 0:
         return
@@ -31,6 +31,7 @@ def finish(member: Member, runtime: Runtime, started: str) -> None:
         "d_model": state.sae.d_model,
         **summary,
         "store_id": member.source.id,
+        "weights": weights,
         "pca_fvu": {str(k): pca_fvu(member.source, state.normalizer, k)},
         "ops": runtime.ops.NAME,
         "peak_memory_bytes": _peak_memory(runtime.device),
@@ -42,14 +43,17 @@ def finish(member: Member, runtime: Runtime, started: str) -> None:
     write_result(run, outcome, started)
 
 
-def _save_weights(member: Member, shards: Shards) -> None:
-    """`sae/`: the final weights with their counters, whole, and all that is needed to use them."""
+def _save_weights(member: Member, shards: Shards) -> dict[str, str]:
+    """`sae/`: the final weights with their counters, whole, and all that is needed to use them.
+
+    Returns the sha256 of each file, on the rank that writes.
+    """
     state, folder = member.state, member.run.run_dir / names.SAE
     counters = {"tokens_since_fired": state.silent, "fire_counts": state.fire_counts}
     tensors = {name: shards.gather(value) if state.is_cut(name) else value for name, value in member.weights().items()}
     tensors |= {name: shards.gather(value) for name, value in counters.items()}
     if shards.rank != 0:
-        return
+        return {}
     folder.mkdir(exist_ok=True)
     write_tensors_atomic(folder / names.WEIGHTS, tensors)
     write_json_atomic(
@@ -69,6 +73,7 @@ def _save_weights(member: Member, shards: Shards) -> None:
             "store_id": member.source.id,
         },
     )
+    return {name: sha256_of(folder / name) for name in (names.WEIGHTS, names.WEIGHTS_CONFIG)}
 
 
 def _summary(member: Member, shards: Shards) -> dict[str, Any]:

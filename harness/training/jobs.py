@@ -17,14 +17,14 @@ from harness.errors import UserError
 from harness.parallel import Shards
 from harness.parallel.mesh import mesh
 from harness.process.device import pick_device
-from harness.process.rank import ranks_from_environment
+from harness.process.rank import ranks_from_environment, wait_for_ranks
 from harness.process.signals import Interrupted, StopFlag, stop_on_signals
 from harness.process.together import together
+from harness.progress import Progress, own_progress
 from harness.record.attempt import END_TIME, attempt, attempt_dirs, claimed, write_ended, write_provenance
 from harness.record.job import Job, read_job
 from harness.record.result import read_result
 from harness.record.rundir import attempts, saved_step
-from harness.terminal import Progress
 from harness.training.run import train_job
 
 
@@ -51,7 +51,8 @@ def train_jobs(
     deadline = float(os.environ[END_TIME]) if END_TIME in os.environ else None
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals(deadline, config.cluster.lead_s))
-        shards = stack.enter_context(mesh(config.mesh.dp, config.mesh.shard, device, ranks))
+        shape, on_wait = config.mesh, wait_for_ranks(stop)
+        shards = stack.enter_context(mesh(shape.dp, shape.shard, device, ranks, on_wait=on_wait))
         for job in jobs:
             _train_claimed(job, store_dir, stop, shards, claim_here)
             on_ended(job)
@@ -90,4 +91,4 @@ def _train_unfinished(job: Job, store_dir: str, stop: StopFlag, shards: Shards, 
     if writer and claim_here:
         mesh_shape = {"dp": config.mesh.dp, "shard": config.mesh.shard}
         write_provenance(job.run_dirs, store_id=source.id, ops=config.ops, mesh=mesh_shape)
-    train_job(job, source, stop, Progress(None if writer else io.StringIO()), shards)
+    train_job(job, source, stop, own_progress() if writer else Progress(io.StringIO()), shards)

@@ -14,13 +14,22 @@ from harness.activations.synthetic import recovered
 from harness.config import Config
 from harness.parallel import Shards
 from harness.process.runtime import Runtime
+from harness.progress import Progress
 from harness.record.metrics import MetricsFile, NullMetrics
 from harness.record.run import Run
 from harness.saes import Params
-from harness.terminal import Progress
+from harness.schema import TEXT, fields, list_of, number, optional, whole
 from harness.training.evaluate import Evaluation, evaluate
 from harness.training.schedule import evaluation_steps, has_converged
 from harness.training.state import TrainState
+
+_SCALARS = fields(
+    {"done": whole(), "summed_steps": whole(), "wall_s": number(0), "eval_s": number(0), "flops_executed": number(0)}
+)
+COUNTERS = fields(
+    {"scalars": _SCALARS, "evaluations": list_of(list_of(optional(number()))), "metrics": whole(), "ops": TEXT}
+)
+"""What `Member.counters` returns, read from a checkpoint."""
 
 
 @dataclass
@@ -140,4 +149,4 @@ class Member:
     def restore(self, counters: dict[str, Any], shards: Shards) -> None:
         """Go on from a checkpoint; its tensors have been read into the state already."""
         self.state.restore(counters["scalars"], shards)
-        self.evaluations = dict(counters["evaluations"])
+        self.evaluations = {step: math.nan if fvu is None else fvu for step, fvu in counters["evaluations"]}

@@ -16,6 +16,7 @@ from harness.process.device import pick_device
 from harness.process.memory import reset_peak
 from harness.process.runtime import Runtime
 from harness.process.signals import StopFlag
+from harness.progress import Progress
 from harness.record import names
 from harness.record.checkpoint import Checkpoint, find_checkpoint, remove_checkpoints
 from harness.record.job import Job
@@ -23,10 +24,10 @@ from harness.record.metrics import MetricsFile, NullMetrics, cut_back
 from harness.record.notes import add_note
 from harness.record.provenance import now
 from harness.record.run import Run
-from harness.terminal import Progress
+from harness.schema import fields
 from harness.training.checkpoints import Checkpoints
 from harness.training.loop import train
-from harness.training.member import Member
+from harness.training.member import COUNTERS, Member
 from harness.training.state import make_state
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def train_job(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     reset_peak()
-    checkpoint = find_checkpoint(job.checkpoints, job.home.name, shards)
+    counters = fields({run.run_id: COUNTERS for run in job.runs})
+    checkpoint = find_checkpoint(job.checkpoints, job.home.name, shards, counters)
     if checkpoint is not None:
         for line in checkpoint.refused:
             log.warning(line)
@@ -66,9 +68,8 @@ def train_job(
         checkpoints = Checkpoints(job.checkpoints, members, runtime)
         if checkpoint is not None:
             checkpoints.restore(members, checkpoint)
-        label = members[0].run.run_id if len(members) == 1 else f"{len(members)} runs ({job.home.name})"
         longest = max(members, key=lambda member: member.state.last).state
-        progress.start(label, longest.last * config.train.batch_tokens, longest.tokens)
+        progress.start(job.home.name, longest.last * config.train.batch_tokens, longest.tokens)
         try:
             train(members, checkpoints, runtime, started)
         finally:

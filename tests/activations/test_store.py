@@ -4,16 +4,20 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from harness.activations.open import open_source
+from harness.activations.store import manifest, stage
 from harness.activations.store.identity import store_id
 from harness.activations.store.read import Store
 from harness.config import ActivationsConfig
 from harness.errors import UserError
+from harness.files import sha256_of
 from harness.process.signals import StopFlag
+from harness.schema import with_seal
 
 
 @pytest.fixture
@@ -53,8 +57,8 @@ def test_a_wrong_file_is_named_and_never_used(
 
 
 def test_a_store_of_another_schema_is_refused(store: Path) -> None:
-    manifest = json.loads((store / "manifest.json").read_text())
-    (store / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    content = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps({**content, "schema_version": 99}))
     with pytest.raises(UserError, match="schema version 99, this program reads 1"):
         Store(store)
 
@@ -66,14 +70,18 @@ def test_a_directory_without_manifest_in_the_way_is_not_overwritten(tiny: Activa
         open_source(tiny, tmp_path, progress=False, stop=StopFlag())
 
 
-def test_hashes_are_checked_once_and_again_after_a_change(store: Path) -> None:
+def test_hashes_are_checked_once_and_again_after_a_change(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when whoever changed a file put its time back."""
+    hashed: list[str] = []
+    monkeypatch.setattr(manifest, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
     Store(store)
+    hashed.clear()
+    Store(store)
+    assert hashed == []
     shard = store / "train-00000.safetensors"
     times = shard.stat()
     flip_a_byte(shard)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    Store(store)  # same size, same time: was verified before
-    os.utime(shard)
     with pytest.raises(UserError, match="is damaged"):
         Store(store)
 
@@ -96,3 +104,105 @@ def test_a_damaged_store_is_not_harvested_over(tiny: ActivationsConfig, store: P
     for cfg in (tiny, dataclasses.replace(tiny, shard_rows=500)):
         with pytest.raises(UserError, match="is damaged"):
             open_source(cfg, tmp_path, progress=False, stop=StopFlag())
+
+
+def edit(store: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = True) -> None:
+    content = json.loads((store / "manifest.json").read_text())
+    change(content)
+    (store / "manifest.json").write_text(
+        json.dumps(with_seal(content) if seal else content).replace("Infinity", "1e999")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["shards"].pop("train"), "shards.train is missing"),
+        (lambda m: m.pop("rows"), "rows is missing"),
+        (lambda m: m.update(shards=[]), "shards must be an object, not list"),
+        (
+            lambda m: m["shards"]["train"][1].update(file="../../x"),
+            r"shards.train\[1\].file must be the name of a file",
+        ),
+        (lambda m: m["shards"]["train"][0].update(file="/etc/passwd"), r"shards.train\[0\].file must be the name"),
+        (lambda m: m["shards"]["train"][0].update(sha256=""), r"shards.train\[0\].sha256 must be a sha256"),
+        (lambda m: m["shards"]["heldout"][0].update(rows=10**9), "rows.heldout is not the sum over shards.heldout"),
+        (lambda m: m.update(d_model=10**30), "d_model must be a number from 1"),
+        (lambda m: m.update(d_model=True), "d_model must be a number, not True"),
+        (lambda m: m.update(dtype="int8"), "dtype must be one of fp16, bf16, fp32"),
+        (lambda m: m["statistics"]["raw"].update(variance=0.0), "statistics.raw.variance must be a number above 0"),
+        (lambda m: m["statistics"]["raw"].update(variance=-1), "statistics.raw.variance must be a number above 0"),
+        (lambda m: m["statistics"]["raw"].update(mean_sq_norm=float("inf")), "mean_sq_norm must be a number above 0"),
+        (lambda m: m["statistics"].pop("file"), "statistics.file is missing"),
+        (lambda m: m.update(recipe={}), "id is not the hash of its recipe"),
+        (lambda m: m["recipe"].update(layer=7), "id is not the hash of its recipe"),
+        (lambda m: m.update(description="x"), "description must be an object"),
+    ],
+)
+def test_a_manifest_of_the_wrong_shape_is_named_by_its_key(
+    store: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    edit(store, change)
+    with pytest.raises(
+        UserError, match=rf"manifest\.json is damaged \(.*{message}.*\); delete .* to harvest"
+    ) as caught:
+        Store(store)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_does_not_fit_its_tensors(store: Path) -> None:
+    edit(store, lambda m: m.update(d_model=m["d_model"] * 2))
+    with pytest.raises(UserError, match=r"mean_raw is .* instead of .* as the manifest says"):
+        Store(store)
+
+
+def test_a_changed_number_in_the_manifest_is_found(store: Path) -> None:
+    edit(store, lambda m: m["statistics"]["raw"].update(variance=1.5), seal=False)
+    with pytest.raises(UserError, match="it was changed after it was written"):
+        Store(store)
+
+
+def test_a_manifest_of_an_earlier_version_has_no_hash_of_its_own(store: Path) -> None:
+    edit(store, lambda m: m.pop("sha256"), seal=False)
+    assert Store(store).train_rows == 3000
+
+
+def test_exchanged_stores_are_not_read_under_each_others_name(tiny: ActivationsConfig, tmp_path: Path) -> None:
+    other = dataclasses.replace(tiny, hook="mlp_out")
+    for cfg in (tiny, other):
+        open_source(cfg, tmp_path, progress=False, stop=StopFlag())
+    root = tmp_path / "_activations"
+    (root / store_id(tiny)).rename(root / "between")
+    (root / store_id(other)).rename(root / store_id(tiny))
+    (root / "between").rename(root / store_id(other))
+    for cfg in (tiny, other):
+        with pytest.raises(UserError, match=f"{store_id(cfg)} holds another store, "):
+            open_source(cfg, tmp_path, progress=False, stop=StopFlag())
+    assert stage.main([str(root / store_id(tiny)), str(tmp_path / "node")]) == 0
+    assert not (tmp_path / "node").exists()
+
+
+def test_an_edited_configuration_does_not_open_the_store_it_names(tiny: ActivationsConfig, tmp_path: Path) -> None:
+    frozen = dataclasses.replace(tiny, store=store_id(tiny))
+    open_source(frozen, tmp_path, progress=False, stop=StopFlag())
+    open_source(frozen, tmp_path, progress=False, stop=StopFlag())
+    with pytest.raises(UserError, match=r"activations\.hook is mlp_out, but the store .* was made with resid_post"):
+        open_source(dataclasses.replace(frozen, hook="mlp_out"), tmp_path, progress=False, stop=StopFlag())
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"train-00000.safetensors": 3}', "[" * 100_000, "\0"])
+def test_a_damaged_record_of_what_was_verified_is_written_anew(store: Path, content: str) -> None:
+    Store(store)
+    (store / "verified.json").write_text(content)
+    flip_a_byte(store / "train-00000.safetensors")
+    with pytest.raises(UserError, match="is damaged"):
+        Store(store)
+
+
+def test_a_damaged_copy_on_a_node_is_made_anew(store: Path, tmp_path: Path) -> None:
+    assert stage.main([str(store), str(tmp_path / "node")]) == 0
+    copy = tmp_path / "node" / store.name
+    Store(copy)
+    flip_a_byte(copy / "train-00000.safetensors")
+    assert stage.main([str(store), str(tmp_path / "node")]) == 0
+    assert Store(copy).train_rows == 3000

@@ -1,5 +1,8 @@
 """Every note has a case that provokes it and one that does not."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -44,6 +47,23 @@ def _loss(row, value):
         return frame
 
     return edit
+
+
+def _named(frame, by=1.0, **columns):
+    names = [f"r{i}" for i in range(len(frame))]
+    return frame.assign(run=names, fvu=frame["fvu"] * by, **columns)
+
+
+def _commented(line):
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "t.csv"
+        path.write_text(f"n,k,loss\n1,8,0.4\n{line}4,8,0.2\n")
+        return load(path).notes
+
+
+def _line_over_tokens(epochs):
+    frame = pd.DataFrame({"tokens": X, "loss": 0.1 + 2.0 * X**-0.35, "epochs": epochs})
+    return fit(RunTable(frame, {"x": "tokens", "d": "tokens", "loss": "loss"}), "power_floor", ci="wald").notes
 
 
 def _frontier(ends_only):
@@ -112,8 +132,29 @@ CASES = {
         lambda: _grid(lambda f: _loss(3, 0.99)(f).assign(status="done"), roles={"status": "status"}),
     ),
     "duplicate_run": (
-        lambda: _grid(_set("run", lambda f: ["same", "same", *map(str, range(len(f) - 2))]), roles={"run": "run"}),
+        lambda: _grid(lambda f: pd.concat([_named(f), _named(f)[:1]]), roles={"run": "run"}),
         lambda: _grid(_set("run", lambda f: list(map(str, range(len(f))))), roles={"run": "run"}),
+    ),
+    "earlier_checkpoints": (
+        lambda: _grid(lambda f: pd.concat([_named(f, step=1, by=2.0), _named(f, step=2)]), roles={"run": "run"}),
+        lambda: _grid(lambda f: _named(f, step=2), roles={"run": "run"}),
+    ),
+    "checkpoints": (
+        lambda: _grid(lambda f: pd.concat([_named(f, step=1, by=2.0), _named(f, step=2)])),
+        lambda: _grid(lambda f: _named(f, step=2)),
+    ),
+    "unused_column": (
+        lambda: fit(load(_named(grid_frame(N_GRID, K_GRID, 0.005), status="FINISHED")), starts=4, ci="wald").notes,
+        lambda: fit(load(_named(grid_frame(N_GRID, K_GRID, 0.005), status="done")), starts=4, ci="wald").notes,
+    ),
+    "unknown_words": (
+        lambda: _grid(lambda f: _named(f, status=["splendid"] + ["ok"] * (len(f) - 1)), roles={"status": "status"}),
+        lambda: _grid(lambda f: _named(f, status="COMPLETED"), roles={"status": "status"}),
+    ),
+    "commented_rows": (lambda: _commented("#2,8,0.3\n"), lambda: _commented("# a second batch\n")),
+    "repeated_rows": (
+        lambda: _line_over_tokens(epochs=100.0),
+        lambda: _line_over_tokens(epochs=1.0),
     ),
     "unconverged_run": (
         lambda: _grid(_set("converged", lambda f: f["n_latents"] < 1e5), roles={"converged": "converged"}),

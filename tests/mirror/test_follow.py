@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -306,7 +307,7 @@ def test_a_finished_record_can_be_sent_later(run_dir: Path, capsys: pytest.Captu
     mirror.close(0.1)  # too short to start
     assert not list(run_dir.glob("wandb/offline-run-*"))
     assert replay.main([str(run_dir)]) == 0
-    assert "sent (offline; send it: wandb sync" in capsys.readouterr().out
+    assert re.search(r"sent \(offline; send it: \S*wandb sync", capsys.readouterr().out)
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
 
 

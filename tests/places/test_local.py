@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -76,7 +78,11 @@ def test_the_run_directory_is_complete(launch: Launch, tmp_path: Path) -> None:
 def test_cheap_cells_come_first(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("sae.n_latents=128,32,64") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "fvu 0." in line]
-    assert [line.split()[1] for line in lines] == ["n=32", "n=64", "n=128"]
+    assert [re.sub(r"\[(\d of 3).*\] (n=\d+): .*", r"\1 \2", line) for line in lines] == [
+        "1 of 3 n=32",
+        "2 of 3 n=64",
+        "3 of 3 n=128",
+    ]
 
 
 def test_a_dry_run_writes_nothing(launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,9 +206,11 @@ def test_interrupt_and_resume(tmp_path: Path) -> None:
     broken.send_signal(signal.SIGINT)
     _, error = broken.communicate(timeout=120)
     assert broken.returncode == 75, error
-    assert error.strip().splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+    stopped, again = error.strip().splitlines()[-2:]
+    assert re.fullmatch(r"stopped by Ctrl-C: topk n=32 k=2 is saved at step [\d,]+; 0 of 1 cells done", stopped)
+    assert again == "to go on: " + shlex.join([*command, f"out={tmp_path}/a"])
     (row,) = sweep_rows(tmp_path / "a/t")
-    assert row["status"] == "interrupted"
+    assert row["status"] == "interrupted" and row["error"].startswith("saved at step"), "not taken for a kill"
 
     for out in ("a", "b"):
         finished = subprocess.run([*command, f"out={tmp_path}/{out}"], capture_output=True, text=True, timeout=300)

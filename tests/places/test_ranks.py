@@ -112,6 +112,55 @@ def test_sigterm_while_the_ranks_are_starting_is_an_interruption(tmp_path: Path)
     assert not list(tmp_path.glob("s/*/result.json"))
 
 
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_rank_that_does_not_answer_is_killed_when_asked_twice(tmp_path: Path) -> None:
+    process = launch(tmp_path, "sae=topk", "mesh.shard=2", "train.tokens=1e9", "train.checkpoint_every_steps=50")
+    ranks = [wait_for_rank(process, rank) for rank in (0, 1)]
+    wait_for_checkpoint(tmp_path, beyond=0)
+    ranks[1].suspend()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert "asked twice: ranks that have not saved in 20 s will be killed" in output
+    assert "killed the ranks that did not answer: 0, 1" in output
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+    assert newest_checkpoint(tmp_path) > 0 and not list(tmp_path.glob("s/*/result.json"))
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_suspended_rank_ends_with_the_launcher(tmp_path: Path) -> None:
+    process = launch(tmp_path, "sae=topk", "mesh.shard=2", "train.tokens=1e9")
+    ranks = [wait_for_rank(process, rank) for rank in (0, 1)]
+    wait_for_metrics(tmp_path)
+    ranks[1].suspend()
+    process.kill()
+    process.communicate(timeout=60)
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+
+
+STEP = {
+    **{"SLURM_JOB_ID": "78", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+    **{"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "OMP_NUM_THREADS": "1"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_wait_for_ranks_is_announced_and_ends_when_asked(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "harness.launch", *CELL, "sae=topk", "mesh.dp=2", f"out={tmp_path}", "sweep=s"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | STEP)
+    assert process.stderr is not None
+    said = next(line for line in process.stderr if line.startswith("waiting"))
+    assert said == "waiting for 1 of 2 ranks of step 78.0\n"
+    process.send_signal(number)
+    assert process.wait(30) == 75
+
+
 def newest_checkpoint(out: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in out.glob("s/*/checkpoints/step-*")), default=0)
 

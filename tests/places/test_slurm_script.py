@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from harness.config import ClusterConfig, MeshConfig
+from harness.errors import UserError
 from harness.places.slurm.script import job_script
 from harness.places.slurm.submit import lead_s
 
@@ -75,3 +77,29 @@ def test_a_line_break_in_the_comment_is_no_command(tmp_path: Path) -> None:
     text = job_script(tmp_path, cluster, MeshConfig(), 1, 90, harvest=False, about="x\ntouch planted\r\u2028y")
     assert "# x?touch planted??y\n" in text
     assert not [line for line in text.splitlines() if line.startswith("touch")]
+
+
+@pytest.mark.parametrize("name", ["50%j", "%", "%%A", "it's", 'a "b"', "ü #1", "$HOME;&|", "(x)"])
+def test_the_path_of_the_output_reaches_slurm_as_it_is(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / name / "s-cells-0"
+    text = job_script(directory, ClusterConfig(name="slurm"), MeshConfig(), 1, 90, harvest=False, about="for a test")
+    (line,) = (line for line in text.splitlines() if "--output" in line)
+    (flag,) = shlex.split(line.removeprefix("#SBATCH "))
+    assert flag == f"--output={str(directory).replace('%', '%%')}/log/%A_%a.out"
+
+
+@pytest.mark.parametrize(
+    ("directory", "changes"),
+    [
+        ("/x/a\\b", {}),
+        ("/x/a\nb", {}),
+        ("/x/a\x1bb", {}),
+        ("/x", {"flags": ["--exclude=n1\ntouch planted"]}),
+        ("/x", {"partition": "a\rb"}),
+        ("/x", {"account": "a\u2028b"}),
+    ],
+)
+def test_what_slurm_would_read_in_another_way_is_refused(directory: str, changes: dict) -> None:
+    cluster = ClusterConfig(**{"name": "slurm", **changes})
+    with pytest.raises(UserError):
+        job_script(Path(directory), cluster, MeshConfig(), 1, 90, harvest=False, about="for a test")

@@ -146,7 +146,53 @@ def test_who_only_looks_needs_to_write_nothing(path: Path, monkeypatch: pytest.M
 
 
 def test_a_reused_process_id_is_not_the_owner(path: Path) -> None:
-    write_owner(path, age=0, started=claims._this_process().started - 1000)
+    this = claims._this_process()
+    assert this.ticks is not None
+    write_owner(path, age=0, ticks=this.ticks - 1)
+    with claim(path):
+        pass
+    write_owner(path, age=0, started=this.started - 1000, ticks=None)  # of a system or a version without ticks
+    with claim(path):
+        pass
+
+
+@pytest.mark.parametrize("step_s", [-86400.0, -2.5, 2.5, 3600.0, 1e9])
+def test_a_living_owner_outlives_a_step_of_the_clock(path: Path, step_s: float) -> None:
+    write_owner(path, age=step_s, started=claims._this_process().started + step_s)
+    with pytest.raises(Claimed), claim(path):
+        pass
+    assert claims.holder(path) is not None
+
+
+def test_a_claim_from_the_future_is_not_renewed_any_more(path: Path) -> None:
+    """The clock of the file system was set back, and the owner elsewhere has not renewed its claim since."""
+    write_owner(path, age=-claims.STALE_S - 60, host="elsewhere")
+    with claim(path):
+        pass
+
+
+DAMAGED = {
+    "a byte that is no UTF-8": b'{"host": "\xff"}',
+    "cut": b'{"host": "el',
+    "empty": b"",
+    "a list": b"[]",
+    "a number of five thousand digits": b"1" * 5000,
+    "deep": b"[" * 100_000,
+    "a key of another version": b'{"host": "h", "machine": "m", "pid": 1, "started": 0, "token": "t", "new": 1}',
+    "a process id that means everybody": b'{"host": "h", "machine": "m", "pid": -1, "started": 0, "token": "t"}',
+    "a process id that means our group": b'{"host": "h", "machine": "m", "pid": 0, "started": 0, "token": "t"}',
+    "a text for a number": b'{"host": "h", "machine": "m", "pid": "7", "started": 0, "token": "t"}',
+    "a number for a text": b'{"host": 5, "machine": "m", "pid": 7, "started": 0, "token": "t"}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_claim_is_respected_until_it_is_stale_and_stops_nobody(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    assert claims.holder(path) is None
+    with pytest.raises(Claimed, match="another process"), claim(path):
+        pass
+    os.utime(path, (0, 0))
     with claim(path):
         pass
 
@@ -190,7 +236,7 @@ def _contend(path: Path, inside: Path, rounds: int) -> None:
 
 
 def test_many_contenders_for_a_dead_claim_enter_one_at_a_time(path: Path, tmp_path: Path) -> None:
-    write_owner(path, age=0, started=0.0)
+    write_owner(path, age=0, ticks=0)
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_contend, args=(path, tmp_path / "inside", 3)) for _ in range(3)]
     for worker in workers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from harness.parallel import Solo
 from harness.record import checkpoint
 from harness.record.checkpoint import Checkpoint, load_tensors
+from harness.record.rundir import saved_step
+from harness.schema import with_seal
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7), "flags": torch.tensor([True, False])}
 
@@ -85,10 +88,32 @@ def damaged(kind: str, directory: Path) -> None:
         file_of(directory).write_bytes(content)
     elif kind == "missing file":
         file_of(directory).unlink()
+    elif kind == "an edited marker":
+        content = json.loads(marker.read_text())
+        content["extra"]["run"] = {"scalars": {"done": 1}}
+        marker.write_text(json.dumps(content))
+    elif kind == "a marker of another step":
+        marker.write_text(json.dumps(with_seal(json.loads(marker.read_text()) | {"step": 9})))
+    elif kind == "a file outside":
+        content = json.loads(marker.read_text())
+        content["files"] = {"../../x": {"bytes": 1, "sha256": "0" * 64}}
+        marker.write_text(json.dumps(with_seal(content)))
+    elif kind == "a directory as marker":
+        marker.unlink()
+        marker.mkdir()
+    else:
+        marker.write_text(kind)
+
+
+MARKERS = ("[]", "{}", "null", "3", "NaN", '{"format": 3}', '{"format": ' + "9" * 5000 + "}", "[" * 100_000, "\0")
 
 
 @pytest.mark.parametrize(
-    "kind", ["truncated", "no marker", "torn marker", "older format", "garbled header", "one bit", "missing file"]
+    "kind",
+    [
+        *("truncated", "no marker", "torn marker", "older format", "garbled header", "one bit", "missing file"),
+        *("an edited marker", "a marker of another step", "a file outside", "a directory as marker", *MARKERS),
+    ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_previous_one_used(kind: str, tmp_path: Path) -> None:
     root = tmp_path / "c"
@@ -100,6 +125,51 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_used(kind: str, tm
     found = load_checkpoint(root, "run")
     assert found is not None and found.step == 3
     assert len(found.refused) == 1 and "step-0000000012" in found.refused[0]
+    assert len(found.refused[0].splitlines()) == 1
+    save_checkpoint(root, 12, TENSORS, {}, "run")
+    found = load_checkpoint(root, "run")
+    assert found is not None and found.step == 12 and not found.refused
+
+
+def test_a_marker_of_an_earlier_version_has_no_hash_of_its_own(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 3, TENSORS, {"x": 1}, "run")
+    (marker,) = tmp_path.glob("*/marker.json")
+    content = json.loads(marker.read_text())
+    del content["sha256"]
+    marker.write_text(json.dumps(content))
+    found = load_checkpoint(tmp_path, "run")
+    assert found is not None and found.step == 3 and not found.refused
+
+
+def test_a_linked_checkpoint_is_continued_and_only_the_link_removed(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "c", tmp_path / "elsewhere"
+    save_checkpoint(root, 3, TENSORS, {}, "run")
+    (root / "step-0000000003").rename(elsewhere)
+    (root / "step-0000000003").symlink_to(elsewhere)
+    (root / ".step-0000000007.tmp").symlink_to(elsewhere)
+    (root / "step-9999999999").symlink_to("nowhere")
+    (root / "step-final").mkdir()
+    found = load_checkpoint(root, "run")
+    assert found is not None and found.step == 3
+    assert saved_step(root) is None
+    save_checkpoint(root, 12, TENSORS, {}, "run")
+    assert (elsewhere / "marker.json").is_file()
+    assert sorted(path.name for path in root.glob("step-*")) == ["step-0000000012", "step-9999999999", "step-final"]
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library raises an exception that is no `Exception`."""
+    save_checkpoint(tmp_path, 3, TENSORS, {}, "run")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left") as caught:
+        patched.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
+        save_checkpoint(tmp_path, 12, TENSORS, {}, "run")
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000000003"]
+    save_checkpoint(tmp_path, 12, TENSORS, {}, "run")
 
 
 def test_a_foreign_checkpoint_is_refused_by_name(tmp_path: Path) -> None:

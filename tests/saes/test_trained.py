@@ -152,10 +152,15 @@ def test_other_dtypes_and_kernels_agree(run_dir: Path) -> None:
 
 
 def rewrite_config(run_dir: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = run_dir / "sae/config.json"
-    about = json.loads(path.read_text())
-    change(about)
-    path.write_text(json.dumps(about))
+    """Change `sae/config.json` of a run without hashes, as an earlier version wrote it."""
+    rewrite_json(run_dir / "result.json", lambda result: result.pop("weights", None))
+    rewrite_json(run_dir / "sae/config.json", change)
+
+
+def rewrite_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def rewrite_weights(run_dir: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -163,6 +168,12 @@ def rewrite_weights(run_dir: Path, change: Callable[[dict[str, Tensor]], Any]) -
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
 
 
 def truncate(path: Path) -> None:
@@ -173,10 +184,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not finished": (lambda run: shutil.rmtree(run / "sae"), r"no finished weights .*; let the run end first"),
     "no weights": (lambda run: (run / "sae/sae.safetensors").unlink(), r"sae\.safetensors is missing; copy"),
     "cut weights": (lambda run: truncate(run / "sae/sae.safetensors"), r"sae\.safetensors cannot be read .*; copy"),
-    "cut settings": (lambda run: truncate(run / "sae/config.json"), r"config\.json cannot be read .*; copy"),
+    "cut settings": (lambda run: truncate(run / "sae/config.json"), r"config\.json is damaged .*; copy"),
     "settings without an entry": (
         lambda run: rewrite_config(run, lambda about: about.pop("variance")),
-        r"config\.json cannot be read \(no entry 'variance'\)",
+        r"config\.json is damaged \(variance is missing\)",
     ),
     "unknown setting": (
         lambda run: rewrite_config(run, lambda about: about["sae"].update(colour=1)),
@@ -186,7 +197,32 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda run: rewrite_config(run, lambda about: about.update(format=2)),
         r"format 2, this program reads 1: use the version that wrote it",
     ),
-    "a list": (lambda run: (run / "sae/config.json").write_text("[]"), r"config\.json cannot be read"),
+    "a list": (
+        lambda run: (run / "sae/config.json").write_text("[]"),
+        r"config\.json is damaged \(the content must be an object, not list\)",
+    ),
+    "a scale of zero": (
+        lambda run: rewrite_config(run, lambda about: about["normalizer"].update(scale=0.0)),
+        r"normalizer\.scale must be a number above 0, not 0",
+    ),
+    "a flipped byte in the weights": (
+        lambda run: flip(run / "sae/sae.safetensors", -5),
+        r"sae\.safetensors is damaged or of another run \(its sha256 is not that in result\.json\); copy",
+    ),
+    "another scale": (
+        lambda run: rewrite_json(run / "sae/config.json", lambda about: about["normalizer"].update(scale=1.25)),
+        r"config\.json is damaged or of another run",
+    ),
+    "settings of another run": (
+        lambda run: rewrite_json(
+            run / "sae/config.json", lambda about: about.update(run_id="topk-n8-k2-s0-0123456789")
+        ),
+        r"config\.json belongs to run topk-n8-k2-s0-0123456789, not to the run topk-n32",
+    ),
+    "a result of another run": (
+        lambda run: rewrite_json(run / "result.json", lambda result: result.update(run_id="topk-n8-k2-s0-0123456789")),
+        r"result\.json belongs to run topk-n8",
+    ),
     "no b_dec": (lambda run: rewrite_weights(run, lambda t: t.pop("b_dec")), r"has no tensor b_dec; copy"),
     "another width": (
         lambda run: rewrite_weights(run, lambda t: t.update(W_dec=torch.zeros(32, 8))),

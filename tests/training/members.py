@@ -15,10 +15,10 @@ from harness.ops import Ops, choose_ops
 from harness.parallel import Shards, Solo
 from harness.process.runtime import Runtime
 from harness.process.signals import StopFlag
+from harness.progress import Progress
 from harness.record.job import Job
 from harness.record.result import read_result
 from harness.record.run import frozen_run
-from harness.terminal import Progress
 from harness.training.run import train_job
 
 OUT = Path("unused")

@@ -12,9 +12,9 @@ import torch
 
 from harness.config import Config
 from harness.process.signals import Interrupted, StopFlag
+from harness.progress import Progress
 from harness.record.job import Job
 from harness.record.run import frozen_run
-from harness.terminal import Progress
 from harness.training.run import train_job
 from tests.training.members import run, small_config, source_of
 from tests.training.test_run import lines_without_clock, weights

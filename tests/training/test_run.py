@@ -16,6 +16,7 @@ from harness import status
 from harness.config import Config, to_container
 from harness.process.signals import Interrupted, StopFlag
 from harness.record import metrics
+from harness.schema import with_seal
 from harness.training.state import TrainState
 from tests.training.members import run, runtime, small_config, source_of
 
@@ -99,6 +100,7 @@ def test_kernels_that_do_not_run_here_are_named(tmp_path: Path, monkeypatch: pyt
     content = json.loads(marker.read_text())
     assert content["extra"]["run"]["ops"] == "cpu"
     content["extra"]["run"]["ops"] = "triton"
+    content = with_seal(content)
     marker.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"made with ops=triton, which does not run here.*ops=reference"):
         run(tmp_path / "run", config)

@@ -6,6 +6,7 @@ white. Each value of k has its own marker as well.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -72,7 +73,9 @@ def log_axes(
 ) -> Axes:
     """Axes with a logarithmic abscissa, plain numbers, a light grid and no box."""
     ax.set_xscale("log")
-    ax.set_yscale(y_scale)
+    with warnings.catch_warnings():  # equal losses: matplotlib widens the axis and says so
+        warnings.filterwarnings("ignore", "Attempting to set identical low and high", UserWarning)
+        ax.set_yscale(y_scale)
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     ax.grid(True, which="major", color="0.9", linewidth=0.8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,9 @@ from harness.activations.source import DTYPES
 from harness.activations.statistics import Moments
 from harness.activations.store.harvest import OLD_PLAN_FILE, PLAN_FILE, Plan, unit_path
 from harness.activations.store.paths import MANIFEST, MANIFEST_VERSION
-from harness.files import write_json_atomic, write_tensors_atomic
+from harness.files import sha256_of, write_json_atomic, write_tensors_atomic
 from harness.process.signals import Interrupted, StopFlag
+from harness.schema import with_seal
 
 PASS_BYTES = 512 * 2**20
 """Size of the rows that are shuffled in memory at once; at least one shard."""
@@ -71,7 +71,7 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
             },
         },
     }
-    write_json_atomic(directory / MANIFEST, manifest)
+    write_json_atomic(directory / MANIFEST, with_seal(manifest))
 
 
 def remove_scratch(directory: Path) -> None:
@@ -85,9 +85,7 @@ def remove_scratch(directory: Path) -> None:
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write a file of the store; return its entry in the manifest."""
     write_tensors_atomic(path, tensors)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _remove_torn(directory: Path) -> None:

@@ -9,7 +9,6 @@ they were killed. A harvest has three steps, each safe to repeat: `prepare` (tex
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from harness.activations.lm.location import locate
 from harness.activations.lm.model import HookedModel, load_model, load_tokenizer, resolve_precision
 from harness.activations.shuffle import permute
 from harness.activations.source import DTYPES
-from harness.activations.store.identity import recipe, recipe_hash
+from harness.activations.store.identity import recipe, recipe_hash, store_id
 from harness.budget import HARVEST_COPIES
 from harness.config import ActivationsConfig
 from harness.errors import UserError
@@ -41,6 +40,7 @@ from harness.files import write_json_atomic, write_tensors_atomic
 from harness.parallel import Shards, Solo
 from harness.process.device import pick_device
 from harness.process.signals import STOP, Interrupted, StopFlag
+from harness.schema import FLAG, OBJECT, TEXT, fields, list_of, number, read_json, whole
 
 UNIT_TOKENS = 32_768
 """Tokens of a unit: a kill loses at most these."""
@@ -83,12 +83,29 @@ class Plan(NamedTuple):
         return max(32, UNIT_TOKENS // self.context)
 
 
+_SPLITS = fields({split: whole(1) for split in SPLITS})
+_PLAN = fields(
+    {
+        **dict.fromkeys(("id", "precision", "dtype", "model_class"), TEXT),
+        **{name: whole(1) for name in ("d_model", "lm_batch", "context")},
+        **{name: whole() for name in ("seed", "prefix_tokens", "suffix_tokens")},
+        "recipe": OBJECT,
+        "drop_first": FLAG,
+        "dropped_ids": list_of(whole()),
+        "rows": _SPLITS,
+        "contexts": _SPLITS,
+        "text": OBJECT,
+        "flops_per_token": number(0),
+    }
+)
+
+
 def read_plan(directory: Path) -> Plan | None:
-    """The plan of an unfinished harvest; None if none was written."""
+    """The plan of an unfinished harvest; None if none was written. Raises `UserError` when it is damaged."""
     for name in (PLAN_FILE, OLD_PLAN_FILE):
         path = directory / name
         if path.is_file():
-            return Plan(**json.loads(path.read_text(encoding="utf-8")))
+            return Plan(**read_json(path, _PLAN, f"delete {directory} to harvest it again"))
     return None
 
 
@@ -100,6 +117,8 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
     location = locate(cfg)
     device = pick_device("auto")
     plan = read_plan(directory)
+    if plan is not None and plan.id != store_id(cfg):
+        raise UserError(f"{directory} is the unfinished harvest of another store ({plan.id}); delete it to begin anew")
     precision = plan.precision if plan else resolve_precision(cfg, device)
     hooked = load_model(cfg, location, precision, device)
     if plan:

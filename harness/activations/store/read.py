@@ -8,50 +8,57 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from harness.activations.source import SAMPLE_ROWS
+from harness.activations.source import DTYPES, SAMPLE_ROWS
 from harness.activations.statistics import Statistics
-from harness.activations.store.paths import MANIFEST, MANIFEST_VERSION
+from harness.activations.store.manifest import identity, read_manifest, require_recipe, verify
 from harness.activations.stream import Rows, StoreBatches, Stream
+from harness.config import ActivationsConfig
 from harness.errors import UserError
-from harness.files import write_json_atomic
-
-VERIFIED = "verified.json"
-"""Size and modification time of every file when its hash was last checked."""
+from harness.parallel import Shards
+from harness.process.together import together
 
 
 class Store:
     """An `ActivationSource` backed by a directory of shards.
 
-    Opening checks the size of every file, and its hash unless that was checked before and the file has not been written
-    since. Raises `UserError` that names the wrong file.
+    Opening checks the manifest, the name of the directory, the size of every file, and its hash unless that was checked
+    before and the file has not been touched since. Raises `UserError` that names the wrong file.
     """
 
     dictionary = None
 
-    def __init__(self, directory: Path) -> None:
-        manifest = _read_manifest(directory)
-        _verify(directory, manifest)
+    def __init__(self, directory: Path, verified_manifest: dict[str, Any] | None = None) -> None:
+        """`verified_manifest`: what `read_manifest` returned if the files were compared with it already."""
+        manifest = verified_manifest
+        if manifest is None:
+            manifest = read_manifest(directory)
+            verify(directory, manifest)
         self.id: str = manifest["id"]
         self.d_model: int = manifest["d_model"]
         self.train_rows: int | None = manifest["rows"]["train"]
         self.heldout_rows: int = manifest["rows"]["heldout"]
         self.description: dict[str, Any] = manifest["description"]
         self._statistics = manifest["statistics"]
-        self._means = safetensors.torch.load_file(directory / self._statistics["file"]["file"])
-        files = {split: [directory / shard["file"] for shard in shards] for split, shards in manifest["shards"].items()}
-        self._train = Rows([_mapped(path, "x") for path in files["train"]])
-        self._heldout = Rows([_mapped(path, "x") for path in files["heldout"]])
-        self._documents = torch.cat([_mapped(path, "document") for path in files["heldout"]])
+        d, dtype, shards = self.d_model, DTYPES[manifest["dtype"]], manifest["shards"]
+        means = directory / self._statistics["file"]["file"]
+        self._means = {rule: _tensor(means, f"mean_{rule}", (d,), torch.float64) for rule in ("raw", "layernorm")}
+
+        def rows(split: str) -> Rows:
+            return Rows([_tensor(directory / each["file"], "x", (each["rows"], d), dtype) for each in shards[split]])
+
+        self._train, self._heldout = rows("train"), rows("heldout")
+        documents = [(directory / each["file"], each["rows"]) for each in shards["heldout"]]
+        self._documents = torch.cat([_tensor(path, "document", (count,), torch.int64) for path, count in documents])
 
     def statistics(self, layernorm: bool) -> Statistics:
         rule = "layernorm" if layernorm else "raw"
-        return Statistics(mean=self._means[f"mean_{rule}"], **self._statistics[rule])
+        numbers = {name: self._statistics[rule][name] for name in ("count", "mean_sq_norm", "variance")}
+        return Statistics(mean=self._means[rule], **numbers)
 
     def sample(self) -> Float[Tensor, "rows d"]:
         # the store is shuffled, so its beginning is a fair sample
@@ -67,51 +74,42 @@ class Store:
             yield self._heldout.read(start, end), self._documents[start:end]
 
 
-def _mapped(path: Path, name: str) -> Tensor:
+def open_store(directory: Path, cfg: ActivationsConfig, shards: Shards) -> Store:
+    """The store of `cfg` in `directory`, opened by all ranks of `shards`. Raises `UserError` as `Store` does, and when
+    the store was made with other settings.
+
+    Only the first rank hashes files. Another one hashes if it sees other files, such as a copy on its own node.
+    """
+    manifest, seen = {}, 0
+    with together(shards):
+        manifest = read_manifest(directory)
+        require_recipe(directory, manifest, cfg)
+        if shards.rank == 0:
+            seen = _fingerprint(verify(directory, manifest))
+    verified = int(shards.sum_(torch.tensor(seen), "all", "scalars"))
+    with together(shards):
+        if _fingerprint(identity(directory, manifest)) != verified:
+            verify(directory, manifest)
+        store = Store(directory, manifest)
+    return store
+
+
+def _fingerprint(files: dict[str, list[int]]) -> int:
+    """A number below 2⁵³ for what `identity` returned, so that ranks can compare it."""
+    return int.from_bytes(hashlib.sha256(json.dumps(files, sort_keys=True).encode()).digest()[:6])
+
+
+def _tensor(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor of a safetensors file, memory-mapped: rows are read when they are used."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        version = manifest["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete {directory} to harvest it again") from error
-    if version != MANIFEST_VERSION:
+        with safe_open(path, framework="pt") as file:
+            tensor = file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason}); delete {path.parent} to harvest it again") from error
+    if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
         raise UserError(
-            f"{path} has schema version {version}, this program reads {MANIFEST_VERSION}; "
-            f"use the version that wrote it, or delete {directory} to harvest it again"
+            f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} instead of {dtype} of {shape}, as the "
+            f"manifest says; delete {path.parent} to harvest it again"
         )
-    return manifest
-
-
-def _verify(directory: Path, manifest: dict[str, Any]) -> None:
-    files = [*manifest["shards"]["train"], *manifest["shards"]["heldout"], manifest["statistics"]["file"]]
-    again = f"delete {directory} to harvest it again"
-    sidecar = directory / VERIFIED
-    try:
-        earlier = json.loads(sidecar.read_text())
-    except (OSError, ValueError):
-        earlier = {}
-    verified = {}
-    for entry in files:
-        path = directory / entry["file"]
-        if not path.is_file():
-            raise UserError(f"the shard {path} is missing; {again}")
-        status = path.stat()
-        if status.st_size != entry["bytes"]:
-            raise UserError(f"the shard {path} has {status.st_size} bytes instead of {entry['bytes']}; {again}")
-        verified[entry["file"]] = [status.st_size, status.st_mtime_ns]
-        if earlier.get(entry["file"]) != verified[entry["file"]]:
-            with path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            if sha256 != entry["sha256"]:
-                raise UserError(f"the shard {path} is damaged (its sha256 is not the manifest's); {again}")
-    if verified != earlier:
-        try:
-            write_json_atomic(sidecar, verified)
-        except OSError:
-            return  # a store that this user may only read is verified at every opening
+    return tensor

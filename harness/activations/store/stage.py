@@ -13,22 +13,36 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.activations.store.manifest import read_manifest, verify
 from harness.activations.store.paths import is_complete
+from harness.errors import UserError
 from harness.files import fsync_directory
 from harness.process.claim import claim
 from harness.terminal import say
 
 
 def stage(store: Path, target: Path) -> Path:
-    """Copy `store` into `target` unless a copy exists, and return the copy. Raises `OSError` without room.
+    """Copy `store` into `target` unless a good copy exists, and return the copy.
 
-    The copy gets its name when it is whole. Opening it verifies it against the manifest.
+    The copy gets its name when it is whole. Opening it compares it with the hashes in its manifest. Raises `OSError`
+    without room, and `UserError` when the manifest of `store` is damaged or that of another store.
     """
+    manifest = read_manifest(store)
     copy = target / store.name
     target.mkdir(parents=True, exist_ok=True)
     with claim(target / f"{store.name}.lock", wait=True):
         if is_complete(copy):
-            return copy
+            try:
+                if read_manifest(copy) == manifest:
+                    verify(copy, manifest)
+                    return copy
+                problem = "it is not that of the shared store"
+            except UserError as error:
+                problem = str(error)
+            say(f"note: the copy {copy} is made anew: {problem}")
+            shutil.rmtree(copy)
+        for left_behind in target.glob(f"{store.name}.*.tmp"):  # by killed processes; we hold the lock
+            shutil.rmtree(left_behind)
         size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
         free = shutil.disk_usage(target).free
         if free < 1.02 * size:
@@ -55,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         stage(arguments.store, arguments.target)
-    except OSError as error:
+    except (OSError, UserError) as error:
         say(f"note: the store is not copied to this node: {error}; reading the shared one")
     return 0
 

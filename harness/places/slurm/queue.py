@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from harness.record import names
 from harness.record.result import FINAL
 from harness.record.run import Run
 from harness.record.state import state_of
+from harness.schema import FILE_NAME, list_of, read_json
+from harness.terminal import say
 
 POLL_S = 15.0
 """Between two looks at a sweep that is waited for."""
@@ -32,14 +33,26 @@ def live_elements(sweep_dir: Path) -> Iterator[tuple[client.Element, list[str]]]
     read: dict[str, list[list[str]]] = {}
     for element in client.elements(list(tables)):
         if element.name not in read:
-            read[element.name] = json.loads((tables[element.name] / "runs.json").read_text(encoding="utf-8"))
-        yield element, read[element.name][element.index]
+            read[element.name] = read_table(tables[element.name])
+        if element.index < len(read[element.name]):
+            yield element, read[element.name][element.index]
+
+
+def read_table(array: Path) -> list[list[str]]:
+    """The run_ids of each element of an array. Raises `UserError` when the file is damaged."""
+    advice = f"cancel its jobs with scancel and remove {array}"
+    return read_json(array / "runs.json", list_of(list_of(FILE_NAME)), advice)
 
 
 def wait_for(runs: Sequence[Run]) -> None:
-    """Wait until no run is queued or running."""
-    sweep_dirs = {run.sweep_dir for run in runs}
+    """Wait until no run is queued or running, also while the controller does not answer."""
+    sweep_dirs, said = {run.sweep_dir for run in runs}, False
     while not all(state_of(run.run_dir).status in (*FINAL, "failed") for run in runs):
-        if not any(True for sweep_dir in sweep_dirs for _ in live_elements(sweep_dir)):
-            return
+        try:
+            if not any(True for sweep_dir in sweep_dirs for _ in live_elements(sweep_dir)):
+                return
+        except client.SlurmError as error:
+            if not said:
+                say(f"Slurm does not answer ({error}); the jobs are not affected, still waiting")
+            said = True
         time.sleep(POLL_S)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from harness.config import ClusterConfig, MeshConfig
+from harness.errors import UserError
 
 IGNORE_EARLY = """bash -c 'trap "" USR1; exec "$@"' --"""
 """A signal would end the rank while Python loads; later its own handler takes over."""
@@ -38,7 +39,8 @@ def resources(cluster: ClusterConfig, ranks: int) -> list[str]:
 def job_script(
     directory: Path, cluster: ClusterConfig, mesh: MeshConfig, count: int, lead_s: int, *, harvest: bool, about: str
 ) -> str:
-    """The script of an array of `count` jobs whose tables lie in `directory`; `about` is a line for people."""
+    """The script of an array of `count` jobs whose tables lie in `directory`; `about` is a line for people. Raises
+    `UserError` for flags and paths that Slurm would not read as they are meant."""
     ranks = mesh.dp * mesh.shard
     python = quoted([*cluster.container, cluster.python or sys.executable])
     here = shlex.quote(str(directory))
@@ -46,7 +48,7 @@ def job_script(
     flags = [
         f"--job-name={directory.name}",
         f"--array=0-{count - 1}{throttle}",
-        f"--output={directory}/log/%A_%a.out",
+        f"--output={str(directory).replace('%', '%%')}/log/%A_%a.out",
         "--open-mode=append",
         f"--time={cluster.harvest_time if harvest else cluster.time}",
         *resources(cluster, ranks),
@@ -54,6 +56,15 @@ def job_script(
         "--requeue" if cluster.requeue else "--no-requeue",
         *cluster.flags,
     ]
+    for flag in flags:
+        if not flag.isprintable():
+            raise UserError(
+                f"{flag!r} has a line break or another control character, and Slurm reads flags line by line"
+            )
+    if "\\" in str(directory):
+        raise UserError(
+            f"{directory} has a backslash, after which Slurm reads paths in another way; choose another out="
+        )
     srun = [
         "srun",
         "--kill-on-bad-exit=1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from harness.cost.limits import time_limit
 from harness.errors import UserError
 from harness.files import fsync_directory, write_json_atomic, write_text_atomic
 from harness.places.slurm import client
+from harness.places.slurm.environment import ignored_defaults
 from harness.places.slurm.queue import arrays, arrays_root, live_elements
 from harness.places.slurm.script import job_script
 from harness.process.claim import claim
@@ -39,6 +41,8 @@ class Submitted:
     directory: Path
     job_id: str
     jobs: int
+    throttled: bool
+    """Whether `cluster.max_running` limits it."""
 
 
 def submit_runs(runs: Sequence[Run], estimates: Estimates) -> int:
@@ -47,6 +51,8 @@ def submit_runs(runs: Sequence[Run], estimates: Estimates) -> int:
     Returns the number of jobs. Raises `UserError` when Slurm refuses; then it cancels what it has submitted.
     """
     submitted: list[Submitted] = []
+    if ignored := ignored_defaults(os.environ):
+        say(f"{', '.join(ignored)} do not count here; what a job asks for is set by cluster.*=…")
     try:
         for sweep_dir in dict.fromkeys(run.run_dir.parent for run in runs):
             own = [run for run in runs if run.run_dir.parent == sweep_dir]
@@ -54,10 +60,12 @@ def submit_runs(runs: Sequence[Run], estimates: Estimates) -> int:
             # a second launch waits here, and then sees the jobs of the first
             with claim(arrays_root(sweep_dir) / "submit.lock", wait=True):
                 _submit_sweep(sweep_dir, own, estimates, submitted)
-    except client.SlurmError as refused:
+    except (client.SlurmError, UserError) as refused:
         for array in submitted:
             client.insist("scancel", array.job_id)
             shutil.rmtree(array.directory)
+        if isinstance(refused, UserError):
+            raise
         message = f"Slurm refused: {refused}; nothing was submitted; what a job asks for is set by cluster.*=…"
         raise UserError(message) from refused
     return sum(array.jobs for array in submitted)
@@ -90,7 +98,9 @@ def _submit_sweep(sweep_dir: Path, runs: Sequence[Run], estimates: Estimates, su
     for harvest, jobs in groups.values():
         for start in range(0, len(jobs), size):
             part = jobs[start : start + size]
-            submitted.append(_submit_array(sweep_dir, part, estimates, harvest))
+            # Slurm limits each array by itself: to limit the launch, a second one waits until the first has ended
+            before = next((array.job_id for array in reversed(submitted) if array.throttled), None)
+            submitted.append(_submit_array(sweep_dir, part, estimates, harvest, before))
 
 
 def _drop_unsubmitted(sweep_dir: Path, live: set[str]) -> None:
@@ -120,8 +130,11 @@ def _submit_harvests(sweep_dir: Path, runs: Sequence[Run], submitted: list[Submi
     return ids
 
 
-def _submit_array(sweep_dir: Path, jobs: Sequence[Job], estimates: Estimates, after: str | None) -> Submitted:
-    """Freeze the configurations of the elements, then submit the array."""
+def _submit_array(
+    sweep_dir: Path, jobs: Sequence[Job], estimates: Estimates, harvest: str | None, before: str | None
+) -> Submitted:
+    """Freeze the configurations of the elements, then submit the array, to start after its harvest has made the store
+    and after the throttled array `before` has ended."""
     directory = _array_directory(sweep_dir, "cells")
     write_json_atomic(directory / "runs.json", [[run.run_id for run in job.runs] for job in jobs])
     frozen = ({run.run_id: to_container(run.config) for run in job.runs} for job in jobs)
@@ -131,6 +144,9 @@ def _submit_array(sweep_dir: Path, jobs: Sequence[Job], estimates: Estimates, af
     cells = sum(len(job.runs) for job in jobs)
     ranks, lead = config.mesh.ranks, lead_s(config.cluster, size)
     about = f"{cells} cells of {sweep_dir} in {len(jobs)} jobs of {ranks} ranks; {command_line()}"
+    after = [f"afterok:{harvest}"] if harvest else []
+    if before is not None and config.cluster.max_running:
+        after.append(f"afterany:{before}")
     array = _sbatch(directory, config, len(jobs), lead, harvest=False, about=about, after=after)
     say(f"job {array.job_id}: {cells} cells in {len(jobs)} jobs ({directory / 'job.sh'})")
     return array
@@ -157,18 +173,25 @@ def _array_directory(sweep_dir: Path, what: str) -> Path:
 
 
 def _sbatch(
-    directory: Path, config: Config, count: int, lead: int, *, harvest: bool, about: str, after: str | None = None
+    directory: Path,
+    config: Config,
+    count: int,
+    lead: int,
+    *,
+    harvest: bool,
+    about: str,
+    after: Sequence[str] = (),
 ) -> Submitted:
     script = directory / "job.sh"
-    text = job_script(directory.resolve(), config.cluster, config.mesh, count, lead, harvest=harvest, about=about)
-    write_text_atomic(script, text)
-    fsync_directory(directory)
     # a harvest that fails must not leave its dependents waiting for ever
-    flags = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    flags = [f"--dependency={','.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     try:
+        text = job_script(directory.resolve(), config.cluster, config.mesh, count, lead, harvest=harvest, about=about)
+        write_text_atomic(script, text)
+        fsync_directory(directory)
         job_id = client.submit(str(script), *flags)
     except (client.SlurmError, UserError):
         shutil.rmtree(directory)
         raise
     write_json_atomic(directory / "submitted.json", {"job_id": job_id, "jobs": count, "time": now()})
-    return Submitted(directory, job_id, count)
+    return Submitted(directory, job_id, count, throttled=not harvest and config.cluster.max_running > 0)

@@ -11,10 +11,12 @@ import shlex
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from harness.activations.store.paths import is_complete, store_path
 from harness.config import Config, from_container
+from harness.errors import UserError
 from harness.files import last_line, write_json_atomic, write_text_atomic
 from harness.places.ranks import free_port
 from harness.places.slurm import client
@@ -26,6 +28,7 @@ from harness.record.provenance import now
 from harness.record.result import read_result, write_failure
 from harness.record.run import frozen_run, read_run
 from harness.record.rundir import attempts, read_config, saved_step
+from harness.schema import fields, optional, read_json, whole
 
 SAME_STEP_FAILURES = 3
 """After this many failures at one saved step the job is given up."""
@@ -64,9 +67,9 @@ def begin(directory: Path, index: int) -> str:
     settings = {"JOB": str(home) if todo else "", "STORE": str(store), BEGUN: str(attempts(home))}
     task = _task()
     settings |= _meeting_point(config, task)
-    ends = client.state(task.job_id).ends
-    if ends is not None:
-        settings[END_TIME] = str(ends)
+    with suppress(client.SlurmError):  # a controller that does not answer now: Slurm's signal tells of the limit too
+        if (ends := client.state(task.job_id).ends) is not None:
+            settings[END_TIME] = str(ends)
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items())
 
 
@@ -166,7 +169,10 @@ def _log_end(home: Path, exit_code: int) -> str:
 def _count_failures(directory: Path, index: int, step: int | None) -> int:
     """How often in a row element `index` has failed at this saved step, this failure included."""
     path = directory / f"failures-{index}.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"step": step, "count": 0}
+    try:
+        earlier = read_json(path, fields({"step": optional(whole()), "count": whole()}), "")
+    except (FileNotFoundError, UserError):
+        earlier = {"step": step, "count": 0}
     count = earlier["count"] + 1 if earlier["step"] == step else 1
     write_json_atomic(path, {"step": step, "count": count})
     return count
