@@ -21,7 +21,13 @@ FIRST = (ARCHITECTURE, "sae.n_latents", *ACTIVE, "sae.n_experts")
 
 LAST = ("train.seed",)
 
-SYMBOLS = {ARCHITECTURE: "", "sae.n_latents": "n", "sae.n_experts": "E", "sae.target_l0": "L0", "activations.synthetic.seed": "data_seed"}
+SYMBOLS = {
+    ARCHITECTURE: "",
+    "sae.n_latents": "n",
+    "sae.n_experts": "E",
+    "sae.target_l0": "L0",
+    "activations.synthetic.seed": "data_seed",
+}
 """Setting -> its name in front of the equals sign; others are called by the last part of their key."""
 
 

@@ -79,8 +79,8 @@ class SaeConfig:
     target_l0: float = 0.0
     """Architectures with a penalty: L0 that its coefficient is steered to; 0: `sparsity` is the coefficient."""
     sparsity: float = 0.0
-    """Architectures with a penalty: its coefficient λ of the penalty in a loss in units of fvu. A published coefficient belongs
-    to a loss that is not divided by V, so it is λ·V here."""
+    """Architectures with a penalty: its coefficient λ in a loss in units of fvu. A published coefficient belongs to a
+    loss that is not divided by V: divide it by V."""
     sparsity_warmup_tokens: float = 0.0
     """Tokens over which the coefficient grows linearly from 0."""
     prefixes: list[float] = field(default_factory=lambda: [1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0])

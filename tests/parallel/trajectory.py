@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from harness.architectures import ARCHITECTURES
 from harness.config import Config
 from harness.ops import choose_ops
 from harness.parallel import Shards
@@ -25,11 +26,29 @@ _COMMON: dict[str, Any] = {
 _AUXK = {"sae__aux_alpha": 1 / 32, "sae__dead_after_tokens": 200, "sae__aux_k": 6}
 _SWITCH = {"sae__architecture": "switch", "sae__n_experts": 4, "sae__balance_weight": 0.1}
 
+_PENALISED: dict[str, Any] = {"sae__k": 0, "sae__aux_alpha": 0.0, "sae__target_l0": 6.0}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "jumprelu": {"sae__bandwidth": 0.05, "sae__threshold_init": 0.0},
+    "jumprelu_tanh": {"sae__bandwidth": 0.1, "sae__threshold_init": 0.02},
+}
+
+CATALOGUE = {
+    name: {
+        "sae__architecture": name,
+        **(_AUXK if traits.aux else _PENALISED),
+        **_SETTINGS.get(name, {}),
+    }
+    for name, traits in ARCHITECTURES.items()
+    if name not in ("topk", "switch")
+}
+"""All other architectures, with AuxK or with a steered penalty."""
+
 CASES = {
     "topk": {"sae__aux_alpha": 0.0},
     "topk_auxk": _AUXK,
     "switch": {"sae__aux_alpha": 0.0, **_SWITCH},
     "switch_auxk": {**_AUXK, **_SWITCH},
+    **CATALOGUE,
 }
 
 
