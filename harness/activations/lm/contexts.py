@@ -47,8 +47,9 @@ class Special(NamedTuple):
 def special_tokens(tokenizer: Any) -> Special:
     """The special tokens of any tokenizer, read off the encoding of a word.
 
-    The id for unknown words stands for content, so it is dropped only if it is also another special token. Raises
-    `UserError` for a tokenizer that encodes the word differently with special tokens.
+    Dropped are all tokens that the tokenizer calls special, markers of a chat included. The id for unknown words stands
+    for content, so it is dropped only if it is also another special token. Raises `UserError` for a tokenizer that
+    encodes the word differently with special tokens.
     """
     probe = "word"
     bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
@@ -59,7 +60,10 @@ def special_tokens(tokenizer: Any) -> Special:
     prefix, suffix = full[: starts[0]], full[starts[0] + len(bare) :]
     names = ("bos", "eos", "cls", "sep", "pad", "mask")
     named = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
-    return Special(prefix, suffix, sorted({*prefix, *suffix, *(token for token in named if token is not None)}))
+    others = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return Special(
+        prefix, suffix, sorted({*prefix, *suffix, *others, *(token for token in named if token is not None)})
+    )
 
 
 @dataclass(frozen=True, eq=False)
