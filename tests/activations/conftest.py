@@ -27,7 +27,7 @@ WIDE = {"num_key_value_heads": 1, "head_dim": 8}
 MOE: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
 GPT: dict[str, Any] = {"n_embd": 16, "n_head": 2, "n_layer": 3}
 OPT: dict[str, Any] = {"ffn_dim": 32, "word_embed_proj_dim": 16}
-FALCON: dict[str, Any] = {**TINY, "num_kv_heads": 1, "multi_query": False}
+FALCON: dict[str, Any] = {**TINY, "num_kv_heads": 2}
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**TINY, **WIDE}),
     "mistral": ("Mistral", {**TINY, **WIDE}),
@@ -46,7 +46,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm parallel": ("StableLm", {**TINY, "num_key_value_heads": 2, "use_parallel_residual": True}),
     "cohere parallel": ("Cohere", TINY),
     "falcon parallel": ("Falcon", {**FALCON, "parallel_attn": True}),
-    "falcon sequential": ("Falcon", {**FALCON, "parallel_attn": False, "alibi": True}),
+    "falcon sequential": ("Falcon", {**FALCON, "parallel_attn": False, "alibi": True, "multi_query": False}),
     "falcon two norms": ("Falcon", {**FALCON, "new_decoder_architecture": True}),
     "gemma": ("Gemma", {**TINY, **WIDE}),
     "gemma2": ("Gemma2", {**TINY, **WIDE}),
