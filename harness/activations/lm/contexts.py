@@ -145,8 +145,9 @@ def cut_contexts(
     for split, name in (("heldout", "held-out"), ("train", "training")):
         if not writers[split].total_rows:
             raise UserError(
-                f"activations.text={cfg.text}: the text is too small, {used} documents leave no {name} rows; "
-                f"give more or longer text"
+                f"activations.text={cfg.text}: the text is too small, {used} documents leave no {name} rows "
+                f"({writers['train'].total_rows:,} training and {writers['heldout'].total_rows:,} held-out rows were "
+                f"found, {wanted['train']:,} and {wanted['heldout']:,} are wanted); give more or longer text"
             )
     exhausted = any(not writer.full for writer in writers.values())
     return Cut(share, used, exhausted, max(writer.largest_id for writer in writers.values()))

@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.activations.lm.hub import resolve_commit
 from harness.activations.lm.location import Location, locate, read_settings, special_markers, weight_files
-from harness.activations.lm.text import file_digest, text_files
+from harness.activations.lm.text import file_digest, read_otherwise_before, text_files
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 
@@ -141,7 +141,10 @@ def _text_identity(cfg: ActivationsConfig) -> dict[str, str]:
     if cfg.text != "hub":
         contents = sorted(file_digest(path) for path in text_files(cfg))
         hashed = hashlib.sha256("\n".join(contents).encode()).hexdigest()
-        return {"source": cfg.text, "sha256": hashed, "field": cfg.text_field if cfg.text == "files" else ""}
+        identity = {"source": cfg.text, "sha256": hashed, "field": cfg.text_field if cfg.text == "files" else ""}
+        if cfg.text == "files" and any(map(read_otherwise_before, text_files(cfg))):
+            identity["documents"] = "without BOM, long rows cut"
+        return identity
     directory = Path(cfg.dataset).expanduser()
     settings = {"source": "hub", "config": cfg.dataset_config, "split": cfg.split, "field": cfg.text_field}
     if directory.is_dir():
