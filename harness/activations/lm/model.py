@@ -145,13 +145,11 @@ def _where(location: Location) -> dict[str, Any]:
 @contextmanager
 def _loading(location: Location, what: str) -> Iterator[None]:
     """Turn the errors of `transformers` for a wrong or damaged model into one-line `UserError`s."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except UserError:
         raise
-    except (*HUB_ERRORS, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # damaged, pickled or unknown files raise errors of many classes
         if not location.is_local and isinstance(error, HUB_ERRORS) and not online():
             raise unreachable(f"the {what} of {location.source!r}", error) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -159,4 +157,6 @@ def _loading(location: Location, what: str) -> Iterator[None]:
             reason = (
                 "it needs Python code from the model's own files, which is never run; choose a built-in architecture"
             )
+        if "Weights only load failed" in str(error):
+            reason = "its pickled weights need code to be loaded, which is never run; convert them to safetensors"
         raise UserError(f"cannot load the {what} of {location.source}: {reason}") from error

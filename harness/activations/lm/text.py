@@ -229,8 +229,9 @@ def _dataset_texts(cfg: ActivationsConfig, revision: str) -> Iterator[str]:
             raise
         except HUB_ERRORS as error:
             raise unreachable(where, error) from error
-        except (ValueError, DatasetsError) as error:
-            # the first line of what `datasets` raises for a wrong split, configuration or directory
+        except (ValueError, RuntimeError, ImportError, DatasetsError) as error:
+            # the first line of what `datasets` raises for a wrong split, configuration or directory, or for a dataset
+            # that is a script
             raise UserError(f"{where} (split {cfg.split!r}): {str(error).splitlines()[0]}") from error
 
 

@@ -102,5 +102,5 @@ def note_on_norms(norms: dict[str, float]) -> str | None:
     ratio = f"{largest / median:,.0f} times the median norm" if median else f"a norm of {largest:g}, the median is 0"
     return (
         f"1 % of the training rows hold {share:.1%} of the sum of squared norms (the largest has {ratio}): fvu "
-        f"measures mostly these rows. activations.max_norm_ratio=10 drops rows above 10 times the median"
+        f"measures mostly these rows"
     )
