@@ -84,7 +84,7 @@ def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, s
                 stack.enter_context(claim(directory.with_suffix(".lock"), wait=True, stop=stop, on_wait=on_wait))
                 missing = _is_missing(directory, partial)
                 if missing:
-                    with _nothing_left_of_a_refusal(partial):
+                    with _nothing_left_of_a_refusal(partial, loading=True):
                         prepared = _begin(cfg, partial, progress, stop)
         missing = bool(shards.sum_(torch.tensor(int(missing)), "all", "scalars"))
         if missing:
@@ -107,14 +107,13 @@ def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, s
 
 
 @contextmanager
-def _nothing_left_of_a_refusal(partial: Path | None) -> Iterator[None]:
-    """Remove a half-made store that no later attempt could finish: one that is refused, or that has no plan yet. One
-    that was stopped stays."""
-    continued = partial is not None and read_plan(partial) is not None
+def _nothing_left_of_a_refusal(partial: Path | None, *, loading: bool = False) -> Iterator[None]:
+    """Remove a half-made store that no later attempt can finish: one without a plan, or whose rows are refused. One that
+    was stopped stays, and so does one whose model cannot be loaded (`loading`) this time. None: not this rank's task."""
     try:
         yield
     except BaseException as error:
-        refused = isinstance(error, UserError) and not continued
+        refused = isinstance(error, UserError) and not loading
         if partial is not None and (refused or read_plan(partial) is None):
             shutil.rmtree(partial, ignore_errors=True)
         raise
