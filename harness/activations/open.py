@@ -108,8 +108,11 @@ def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, s
 
 @contextmanager
 def _nothing_left_of_a_refusal(partial: Path | None, *, loading: bool = False) -> Iterator[None]:
-    """Remove a half-made store that no later attempt can finish: one without a plan, or whose rows are refused. One that
-    was stopped stays, and so does one whose model cannot be loaded (`loading`) this time. None: not this rank's task."""
+    """Remove a half-made store that no later attempt can finish: one without a plan, or whose rows are refused.
+
+    One that was stopped stays, and so does one whose model cannot be loaded (`loading`) this time. None as `partial`:
+    another rank does it.
+    """
     try:
         yield
     except BaseException as error:

@@ -83,7 +83,7 @@ def export(run_dir: Path, form: str, out: Path) -> list[str]:
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise UserError(f"cannot write to {out}: {reason}") from error
-    warnings = []
+    warnings: list[str] = []
     if sae.per_token:
         warnings.append("this SAE expects inputs normalised per token (subtract the mean over d, scale to unit norm)")
     if sae.activations["kind"] == "lm" and "module" not in sae.activations:
