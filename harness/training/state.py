@@ -13,6 +13,7 @@ from torch import Tensor
 from harness import budget
 from harness.activations.source import ActivationSource
 from harness.config import Config
+from harness.errors import UserError
 from harness.parallel import Shards
 from harness.process.gpus import peak_flops
 from harness.process.runtime import Runtime
@@ -271,6 +272,11 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
     train = config.train
     layernorm = config.sae.normalize == "layernorm"
     raw, statistics = source.statistics(False), source.statistics(layernorm)
+    if not statistics.variance > 0:
+        raise UserError(
+            f"the training rows do not vary (their variance is {statistics.variance:g} with "
+            f"sae.normalize={config.sae.normalize}), so there is nothing to learn; choose other activations"
+        )
     normalizer = make_normalizer(config.sae.normalize, source.d_model, raw.mean_sq_norm)
     sae = resolve_sae(config.sae, source.d_model, statistics.variance / normalizer.scale**2, raw.variance)
     dtype = MASTER[train.precision]
