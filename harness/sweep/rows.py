@@ -108,7 +108,15 @@ def _row_or_problem(run_dir: Path, planned: Mapping[str, Any], begun: bool, pack
     blank = dict.fromkeys(("host", "ends", "took_s", "peak_memory_bytes", "log", *FACTS))
     known = {"planned_s": planned.get("train_s"), "planned_memory_bytes": planned.get("memory_bytes")}
     counted = {"attempts": 0, "restarts": 0, "together": packed, "notes": []}
-    return {"run_id": run_dir.name, "status": "failed", **blank, **known, **counted, "error": problem}
+    return {
+        "run_id": run_dir.name,
+        _SETTINGS: planned.get("settings", {}),
+        "status": "failed",
+        **blank,
+        **known,
+        **counted,
+        "error": problem,
+    }
 
 
 def _row(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) -> Row:
