@@ -211,7 +211,9 @@ class StreamConfig:
     """The order of the training rows."""
 
     seed: int = 0
-    """Seed of the order in which rows are read. Cells that are compared or packed must share it."""
+    """Seed of the order in which rows are read (a store) or of the rows themselves (synthetic). With 0 the first epoch
+    reads a store in its own, shuffled order; any other seed permutes every epoch. Cells that are packed must share it;
+    repeats that measure noise vary it together with `train.seed`."""
 
 
 @dataclass
