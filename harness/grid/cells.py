@@ -31,7 +31,6 @@ from harness.grid.compose import (
     swept_values,
 )
 
-
 _COPY = re.compile(r"([\w.]+)=\$\{([\w.]+)\}")
 """An override that copies the value of another key."""
 
