@@ -20,6 +20,7 @@ REMEDIES = {
     "worse_than_mean": "such runs blew up: lower their learning rate, then train them again",
     "duplicate_run": "only the first was kept; check how the table was put together",
     "unconverged_run": "train longer (train.until=convergence), or read the law as one at fixed tokens",
+    "not_monotone": "look at the learning rates and dead latents of these sizes before reading the law",
     "mixed_dead_latents": "dead latents bend the law: lower the learning rate or strengthen AuxK where many die",
     "mixed_population": "fit one population at a time (--where COLUMN=VALUE)",
     # fit

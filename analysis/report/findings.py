@@ -21,8 +21,10 @@ from analysis.questions.convergence import Convergence, tokens_to_convergence
 from analysis.questions.frontier import frontier, frontier_law
 from analysis.questions.isoflop import IsoFlop, isoflop
 from analysis.questions.learning_rate import BestRates, at_best_rate, best_rates
-from analysis.questions.multiplier import Multiplier, multiplier
+from analysis.questions.multiplier import Multiplier, multiplier, on_every_axis
+from analysis.questions.paired import PairedErrors, paired_errors, rises
 from analysis.questions.versus import equal_n_and_flops
+from analysis.runs.axes import at_equal_flops
 from analysis.runs.curves import evaluations
 from analysis.runs.load import read_sweep, varied
 from analysis.runs.regime import one_regime
@@ -43,6 +45,8 @@ class Comparison:
     x: str
     """`flops` or `n`: the axis of the comparison."""
     multiplier: Multiplier
+    by_axis: list[tuple[str, Multiplier]] = field(default_factory=list)
+    """For `flops`: the same comparison on every axis of `analysis.runs.axes.AXES` that the runs have."""
 
 
 @dataclass
@@ -70,6 +74,8 @@ class Findings:
     isoflops: list[tuple[float, IsoFlop]] = field(default_factory=list)
     convergence: Convergence | None = None
     versus: list[dict[str, Any]] = field(default_factory=list)
+    paired: PairedErrors | None = None
+    """None if the runs keep no sums per held-out document."""
     comparisons: list[Comparison] = field(default_factory=list)
     rates: BestRates | None = None
     """Best learning rates, if several were tried at some n and k."""
@@ -78,16 +84,16 @@ class Findings:
 
 def gather(directory: Path, law: str | None = None) -> Findings:
     """Read a sweep and fit everything that it allows. Raises `UserError` if the directory holds no run."""
-    table = read_runs(directory)
+    table = at_equal_flops(read_runs(directory))
     study = read_study(directory)
     if law is not None:
         study.law = law
     chosen = get(study.law)
     regime = one_regime(table, "auto", lambda part: _fits(part, chosen))
     compared = at_best_rate(regime)
-    findings = Findings(table, first_population(compared, chosen), study)
+    findings = Findings(table, first_population(compared, chosen), study, paired=paired_errors(table))
     if len(compared) < len(regime):
-        findings.rates = best_rates(first_population(regime, chosen))
+        findings.rates = best_rates(first_population(regime, chosen), findings.paired)
     _fit_laws(findings, chosen)
     findings.forecasts = [row for k, result in findings.fits for row in _forecasts(findings.main, k, result)]
     findings.curves = evaluations(table)
@@ -99,7 +105,7 @@ def gather(directory: Path, law: str | None = None) -> Findings:
     if table.has("converged") and table.column("converged").eq(True).any():
         findings.convergence = tokens_to_convergence(table)
     findings.comparisons = _comparisons(compared)
-    findings.versus = equal_n_and_flops(compared)
+    findings.versus = equal_n_and_flops(compared, findings.paired)
     findings.notes = _notes(findings)
     return findings
 
@@ -117,6 +123,10 @@ def _notes(findings: Findings) -> list[Note]:
     notes += findings.convergence.notes if findings.convergence is not None and findings.convergence.laws else []
     if findings.front_fit is not None:
         notes += [entry for entry in findings.front_fit.notes if entry.code == "frontier_owned_by_end"]
+    higher = rises(findings.main, findings.paired)
+    if higher:
+        text = f"{len(higher)} larger SAE(s) are worse than the next smaller one, e.g. {higher[0]}"
+        notes.append(note("not_monotone", "warning", text))
     differing = varied(findings.table)
     if differing:
         notes.append(note("mixed_population", "warning", f"the runs also differ in {', '.join(differing[:6])}"))
@@ -211,5 +221,7 @@ def _comparisons(table: RunTable) -> list[Comparison]:
             for x in ("flops", "n"):
                 with suppress(UserError):  # too few sizes of one of them at this k
                     part = table.where("another k", k=k)
-                    comparisons.append(Comparison(k, float(count), x, multiplier(part, second=switch, x=x)))
+                    found = multiplier(part, second=switch, x=x)
+                    by_axis = on_every_axis(part, switch, found.at_loss) if x == "flops" else []
+                    comparisons.append(Comparison(k, float(count), x, found, by_axis))
     return comparisons

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.runs.axes import add_axes
 from analysis.runs.table import ROLES, SWEEP_ROLES, RunTable
 from harness.errors import UserError
 from harness.record import metrics, names
@@ -60,6 +61,7 @@ def load(
         frame = frame.drop(columns="lr", errors="ignore")  # the last rate that was logged; it may have decayed
         _spread(frame, configs)
         _learning_rate(frame)
+        add_axes(frame, configs)
         table = _with_roles(frame, roles, text)
         table.histories = histories
         return table
@@ -81,9 +83,11 @@ def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTa
         raise UserError(f"{directory} holds no run (no folder with {names.CONFIG} or {names.RESULT} in it)")
     rows = [_row(path) for path in runs]
     frame = pd.DataFrame(rows)
-    _spread(frame, [row.pop("config", None) for row in rows])
+    configs = [row.pop("config", None) for row in rows]
+    _spread(frame, configs)
     frame = frame.drop(columns="config", errors="ignore")
     _learning_rate(frame)
+    add_axes(frame, configs)
     for column in SWEEP_ROLES.values():
         if column not in frame:
             frame[column] = np.nan if column != "status" else None

@@ -83,6 +83,7 @@ def _summary(member: Member, shards: Shards) -> dict[str, Any]:
         "unique_tokens": tokens if rows is None else min(tokens, rows),
         "steps": state.done,
         "flops": state.flops(),
+        "flops_core": state.flops(auxk=False),
         "flops_executed": state.flops_executed,
         "params": budget.params(member.config.sae, state.sae.d_model),
         "fvu": None,

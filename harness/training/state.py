@@ -164,10 +164,10 @@ class TrainState:
         executed = budget.flops_executed_per_token(self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense)
         self.flops_executed += sum(executed.values()) * train.batch_tokens
 
-    def flops(self) -> float:
-        """Closed-form FLOPs so far."""
-        train = self.config.train
-        return self.tokens * sum(budget.flops_per_token(self.config.sae, self.sae.d_model, train.batch_tokens).values())
+    def flops(self, auxk: bool = True) -> float:
+        """Closed-form FLOPs so far, with or without the nominal AuxK."""
+        parts = budget.flops_per_token(self.config.sae, self.sae.d_model, self.config.train.batch_tokens)
+        return self.tokens * sum(flops for part, flops in parts.items() if auxk or part != "auxk")
 
     def position(self) -> dict[str, Any]:
         """The axes on every line of the record."""
