@@ -104,7 +104,7 @@ def gather(directory: Path, law: str | None = None) -> Findings:
     findings.isoflops = _isoflops(findings.main)
     if table.has("converged") and table.column("converged").eq(True).any():
         findings.convergence = tokens_to_convergence(table)
-    findings.comparisons = _comparisons(compared)
+    findings.comparisons = compared_architectures(compared)
     findings.versus = equal_n_and_flops(compared, findings.paired)
     findings.notes = _notes(findings)
     return findings
@@ -209,7 +209,7 @@ def _isoflops(table: RunTable) -> list[tuple[float, IsoFlop]]:
     return isoflops
 
 
-def _comparisons(table: RunTable) -> list[Comparison]:
+def compared_architectures(table: RunTable, at_loss: float | None = None) -> list[Comparison]:
     """TopK against Switch in FLOPs and in n, for every k and number of experts at which both have enough sizes."""
     if "sae" not in table.frame or not {"topk", "switch"} <= set(table.frame["sae"]):
         return []
@@ -221,7 +221,7 @@ def _comparisons(table: RunTable) -> list[Comparison]:
             for x in ("flops", "n"):
                 with suppress(UserError):  # too few sizes of one of them at this k
                     part = table.where("another k", k=k)
-                    found = multiplier(part, second=switch, x=x)
+                    found = multiplier(part, second=switch, x=x, at_loss=at_loss)
                     by_axis = on_every_axis(part, switch, found.at_loss) if x == "flops" else []
                     comparisons.append(Comparison(k, float(count), x, found, by_axis))
     return comparisons

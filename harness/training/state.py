@@ -275,7 +275,7 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
     sae = resolve_sae(config.sae, source.d_model, statistics.variance / normalizer.scale**2, raw.variance)
     dtype = MASTER[train.precision]
     sample = normalizer(source.sample(), torch.float64)
-    params = initial_params(sae, geometric_median(sample), train.seed, shards, device, dtype)
+    params = initial_params(sae, geometric_median(sample), train.seed, shards, device, dtype, config.sae.init == "tied")
     if config.sae.match_init_norm:
         match_norm(sae, params, sample[:INIT_ROWS].to(device, dtype), runtime)
     rows = params["W_enc"].shape[0]
