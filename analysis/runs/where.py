@@ -21,46 +21,56 @@ def choose(table: RunTable, conditions: list[str]) -> RunTable:
     A condition is a column, or the name of a role, then `=`, `!=`, `<`, `<=`, `>` or `>=`, then a value. A run whose
     value is missing satisfies none. Raises `UserError` for anything else.
     """
-    for condition in conditions:
-        table = _chosen(table, condition)
-    return table
-
-
-def _chosen(table: RunTable, condition: str) -> RunTable:
-    match = _CONDITION.fullmatch(condition)
-    if match is None or not match[3]:
-        raise UserError(f"--where {condition!r} is not COLUMN=VALUE or a comparison such as 'k<=160'")
-    name, sign, value = match.groups()
+    if not conditions:
+        return table
     before = [part for part in (table.frame, table.excluded) if len(part)]
     rows = pd.concat(before, ignore_index=True) if before else table.frame
-    column = name if name in rows else table.roles.get(name, name)
-    if column not in rows:
-        columns = ", ".join(map(str, table.frame))
-        raise UserError(f"{table.name}: no column {name!r} to choose by; it has: {columns}")
-    inside = _satisfied(rows[column], sign, value, condition)
-    reasons = rows["reason"] if "reason" in rows else pd.Series(np.nan, rows.index)
-    rows = rows.drop(columns="reason", errors="ignore")
-    # an unfinished run has no value; why it was left out says more
-    outside = rows.assign(reason=reasons.where(reasons.notna() & rows[column].isna(), f"not {condition}"))[~inside]
-    kept = RunTable(rows[inside], dict(table.roles), name=table.name)
-    kept.directories, kept.histories, kept.nameless = table.directories, table.histories, table.nameless
-    parts = [part for part in (kept.excluded, outside) if len(part)]
+    reasons = rows.pop("reason").fillna("") if "reason" in rows else pd.Series("", rows.index)
+    inside = pd.Series(True, rows.index)
+    for condition in conditions:
+        column, satisfied = _satisfied(table, rows, condition)
+        # an unfinished run has no value; why it was left out says more
+        reasons = reasons.mask(inside & ~satisfied & ~(column.isna() & (reasons != "")), f"not {condition}")
+        inside &= satisfied
+    kept = _checked_anew(table, rows[inside])
+    parts = [part for part in (kept.excluded, rows.assign(reason=reasons)[~inside]) if len(part)]
     kept.excluded = pd.concat(parts, ignore_index=True) if parts else kept.excluded
     return kept
 
 
-def _satisfied(column: pd.Series, sign: str, text: str, condition: str) -> np.ndarray:
-    """Whether each value satisfies the comparison with `text`; numbers are compared as numbers."""
-    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=float)
+def _checked_anew(table: RunTable, rows: pd.DataFrame) -> RunTable:
+    """The table of these rows alone, with the notes about them."""
+    if not table.nameless:
+        kept = RunTable(rows, dict(table.roles), name=table.name)
+    else:
+        # rows without names are compared by their values, and keep the numbers that they have in their file
+        roles = {role: column for role, column in table.roles.items() if role != "run"}
+        kept = RunTable(rows.drop(columns="run"), roles, name=table.name)
+        numbers = {f"row {i}": name for i, name in enumerate(rows["run"], start=1)}
+        kept.frame["run"], kept.excluded["run"] = (part["run"].map(numbers) for part in (kept.frame, kept.excluded))
+    kept.directories, kept.histories = table.directories, table.histories
+    return kept
+
+
+def _satisfied(table: RunTable, rows: pd.DataFrame, condition: str) -> tuple[pd.Series, pd.Series]:
+    """The column that a condition names, and whether each row satisfies it; numbers are compared as numbers."""
+    match = _CONDITION.fullmatch(condition)
+    if match is None or not match[3]:
+        raise UserError(f"--where {condition!r} is not COLUMN=VALUE or a comparison such as 'k<=160'")
+    name, sign, text = match.groups()
+    name = name if name in rows else table.roles.get(name, name)
+    if name not in rows:
+        columns = ", ".join(map(str, table.frame))
+        raise UserError(f"{table.name}: no column {name!r} to choose by; it has: {columns}")
+    column = rows[name]
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
     try:
         value = float(text)
     except ValueError:
-        value = None
+        value = np.nan
     if sign in _COMPARE:
-        if value is None or np.isnan(value):
+        if np.isnan(value):
             raise UserError(f"--where {condition!r}: {text!r} is not a number")
-        return _COMPARE[sign](numbers, value)
-    equal = (column.astype(str) == text).to_numpy()
-    if value is not None:
-        equal = equal | (numbers == value)
-    return equal if sign in ("=", "==") else ~equal & column.notna().to_numpy()
+        return column, _COMPARE[sign](numbers, value)
+    equal = (column.astype(str) == text) | (numbers == value)
+    return column, equal if sign in ("=", "==") else ~equal & column.notna()

@@ -65,7 +65,7 @@ def initial_params(
     tied: bool = True,
 ) -> Params:
     """Decoder rows random with norm 1; encoder rows equal to them if `tied`, else of their own; b_dec and b_r at
-    `center`, the geometric median of the normalised sample, as two tensors; router rows uniform in ±1/√d; b_enc zero."""
+    `center`, the geometric median of the normalised sample, as two tensors; router rows uniform in ±1/√d; b_enc 0."""
     directions = _unit_rows(seed, shards.rows(sae.n_latents), sae.d_model).to(device, dtype)
     encoder = directions.clone()
     if not tied:
