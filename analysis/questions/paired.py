@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -128,7 +129,7 @@ def rises(table: RunTable, errors: PairedErrors | None) -> list[str]:
     keys = [name for name in ("sae", table.roles.get("experts", ""), table.roles["k"]) if name in frame]
     found = []
     for _, part in frame.groupby(keys):
-        sizes = [(float(size), cell) for size, cell in part.groupby(n)]
+        sizes = [(float(cast(Any, size)), cell) for size, cell in part.groupby(n)]
         for (small, fewer), (large, more) in itertools.pairwise(sizes):
             weights = contrast(more[run].astype(str).tolist(), fewer[run].astype(str).tolist())
             ends = errors.interval(weights, float(more["_log"].mean() - fewer["_log"].mean()))

@@ -68,7 +68,8 @@ def test_intervals_of_differences_cover_and_are_narrow(tmp_path, own):
         inside.append(ends[0] <= np.log(1.03) <= ends[1])
         sd, one = paired.sd(contrast(["b"], ["a"])), paired.sd({"a": 1.0})
         assert sd is not None and one is not None
-        widths.append(sd), apart.append(one)
+        widths.append(sd)
+        apart.append(one)
     assert 0.92 <= np.mean(inside) <= 0.98
     assert np.mean(widths) < (0.1 if own < 0.1 else 0.9) * np.mean(apart)
 
@@ -76,7 +77,7 @@ def test_intervals_of_differences_cover_and_are_narrow(tmp_path, own):
 def test_repeats_widen_the_interval(tmp_path):
     variance, errors = heldout([0.2, 0.202, 0.21, 0.212], np.random.default_rng(1))
     paired = paired_errors(table_of(tmp_path, cells([64, 64, 128, 128]), variance, errors))
-    assert paired is not None and paired.repeat_dof == 2
+    assert paired is not None and paired.repeat_dof == 2 and paired.repeat_sd is not None
     assert paired.repeat_sd == pytest.approx(0.01 / np.sqrt(2), rel=0.1)
     weights = contrast(["a2", "a3"], ["a0", "a1"])
     ends = paired.interval(weights, 0.0)
