@@ -14,6 +14,7 @@ from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.format import interval, number
 from analysis.laws.catalogue import get
+from analysis.questions.paired import paired_errors
 from analysis.questions.plan import cost_of, need, plan
 from analysis.report.words import refuse
 from analysis.runs.study import read_study
@@ -55,6 +56,9 @@ def run_compare(args: argparse.Namespace, table: RunTable) -> int:
     if all(refused):
         return 1
     print(as_text(compare(fits), digits=5))
+    errors = paired_errors(table)
+    if errors is not None:
+        print(errors.sentence())
     return 0
 
 
