@@ -18,6 +18,7 @@ import pandas as pd
 
 from analysis.fits.intervals import wald
 from analysis.laws.law import Array
+from analysis.notes import Note, note
 from analysis.runs.heldout import influences
 from analysis.runs.table import RunTable
 
@@ -117,8 +118,8 @@ def _repeats(table: RunTable) -> tuple[float | None, int]:
     return (math.sqrt(square / dof), dof) if dof > 0 else (None, 0)
 
 
-def rises(table: RunTable, errors: PairedErrors | None) -> list[str]:
-    """Pairs of neighbouring sizes of one cell kind where the larger n has the higher loss, beyond its 95 % interval.
+def rises(table: RunTable, errors: PairedErrors | None) -> list[Note]:
+    """A note if, of two neighbouring sizes, the larger n has the higher loss beyond the 95 % interval; else no note.
 
     Only pairs that can be paired count, so that noise of the held-out sample is not called a rise.
     """
@@ -136,7 +137,10 @@ def rises(table: RunTable, errors: PairedErrors | None) -> list[str]:
             if ends is not None and ends[0] > 0:
                 kind = ", ".join(str(part[key].iloc[0]) for key in keys)
                 found.append(f"{kind}: n = {large:,.0f} against {small:,.0f}")
-    return found
+    if not found:
+        return []
+    text = f"{len(found)} larger SAE(s) are worse than the next smaller one, e.g. {found[0]}"
+    return [note("not_monotone", "warning", text)]
 
 
 def contrast(first: list[str], second: list[str]) -> dict[str, float]:

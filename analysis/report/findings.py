@@ -123,10 +123,7 @@ def _notes(findings: Findings) -> list[Note]:
     notes += findings.convergence.notes if findings.convergence is not None and findings.convergence.laws else []
     if findings.front_fit is not None:
         notes += [entry for entry in findings.front_fit.notes if entry.code == "frontier_owned_by_end"]
-    higher = rises(findings.main, findings.paired)
-    if higher:
-        text = f"{len(higher)} larger SAE(s) are worse than the next smaller one, e.g. {higher[0]}"
-        notes.append(note("not_monotone", "warning", text))
+    notes += rises(findings.main, findings.paired)
     differing = varied(findings.table)
     if differing:
         notes.append(note("mixed_population", "warning", f"the runs also differ in {', '.join(differing[:6])}"))

@@ -78,7 +78,7 @@ def comparison_sentences(rows: Sequence[dict], errors: PairedErrors | None = Non
         axis: What the FLOPs count, in words.
     """
     sentences = []
-    for name, text in (("n", "the same n and k"), ("flops", f"the same {axis or 'training FLOPs'} and k")):
+    for name, text in (("n", "the same n and k"), ("flops", f"the same k and {axis or 'training FLOPs'}")):
         found = mean_ratio(list(rows), name, errors)
         if found is None:
             continue
