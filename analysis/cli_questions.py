@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from analysis.cli_forecast import as_text
 from analysis.fits.status import Status
@@ -98,7 +99,9 @@ def run_best_rates(args: argparse.Namespace, runs: RunTable) -> int:
     return 0
 
 
-def add_questions(commands: argparse._SubParsersAction) -> list[tuple[argparse.ArgumentParser, object]]:
+def add_questions(
+    commands: argparse._SubParsersAction,
+) -> list[tuple[argparse.ArgumentParser, Callable[[argparse.Namespace, RunTable], int]]]:
     """Add the commands; returns each parser with its function, to be given sources and a handler."""
     isoflops = commands.add_parser("isoflop", help="the best n at each compute budget, for every k")
     isoflops.add_argument("--budgets", type=int, default=8, help="number of budgets to read training curves at")
