@@ -20,6 +20,8 @@ from analysis.runs.table import RunTable
 from harness.errors import UserError
 from harness.terminal import say, table
 
+Command = Callable[[argparse.Namespace, RunTable], int]
+
 
 def run_isoflop(args: argparse.Namespace, runs: RunTable) -> int:
     """Print the best n at each budget, for every k; 1 if no k allows it."""
@@ -101,7 +103,7 @@ def run_best_rates(args: argparse.Namespace, runs: RunTable) -> int:
 
 def add_questions(
     commands: argparse._SubParsersAction,
-) -> list[tuple[argparse.ArgumentParser, Callable[[argparse.Namespace, RunTable], int]]]:
+) -> list[tuple[argparse.ArgumentParser, Command]]:
     """Add the commands; returns each parser with its function, to be given sources and a handler."""
     isoflops = commands.add_parser("isoflop", help="the best n at each compute budget, for every k")
     isoflops.add_argument("--budgets", type=int, default=8, help="number of budgets to read training curves at")
