@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 ARCHITECTURES = ("topk", "switch")
+INITS = ("tied", "untied")
 NORMALIZATIONS = ("scale", "layernorm", "none")
 PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -59,6 +60,9 @@ class SaeConfig:
     normalize: str = "scale"
     """`scale`: divide all rows by one constant of the store so that E‖x‖² = d. `layernorm`: per token, subtract the
     mean over d and scale to unit norm (Gao et al.). `none`: leave rows unchanged."""
+    init: str = "tied"
+    """Initial encoder: `tied`, equal to the decoder and free to leave it, or `untied`, random directions of its own
+    with norm 1 (the dead-latent ablation of Gao et al., Fig. 15)."""
     match_init_norm: bool = False
     """Scale the initial encoder so that reconstructions have the same norm as the inputs (Gao et al. §A.1)."""
     aux_alpha: float = 1 / 32
@@ -77,6 +81,7 @@ class SaeConfig:
     def __post_init__(self) -> None:
         _one_of("sae.architecture", self.architecture, ARCHITECTURES)
         _one_of("sae.normalize", self.normalize, NORMALIZATIONS)
+        _one_of("sae.init", self.init, INITS)
         for name in ("n_latents", "k", "n_experts"):
             value = getattr(self, name)
             _require(value >= 1, f"sae.{name}={value} must be at least 1")
@@ -213,7 +218,9 @@ class StreamConfig:
     """The order of the training rows."""
 
     seed: int = 0
-    """Seed of the order in which rows are read. Cells that are compared or packed must share it."""
+    """Seed of the order in which rows are read (a store) or of the rows themselves (synthetic). With 0 the first epoch
+    reads a store in its own, shuffled order; any other seed permutes every epoch. Cells that are packed must share it;
+    repeats that measure noise vary it together with `train.seed`."""
 
 
 @dataclass

@@ -44,10 +44,10 @@ def _generator(seed: int, purpose: int, block: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def _unit_rows(seed: int, rows: slice, d_model: int) -> Float[Tensor, "rows d"]:
+def _unit_rows(seed: int, rows: slice, d_model: int, purpose: int = 1) -> Float[Tensor, "rows d"]:
     first, last = rows.start // _ROWS_PER_SEED, -(-rows.stop // _ROWS_PER_SEED)
     blocks = [
-        torch.randn(_ROWS_PER_SEED, d_model, dtype=torch.float64, generator=_generator(seed, 1, block))
+        torch.randn(_ROWS_PER_SEED, d_model, dtype=torch.float64, generator=_generator(seed, purpose, block))
         for block in range(first, last)
     ]
     start = rows.start - first * _ROWS_PER_SEED
@@ -56,12 +56,21 @@ def _unit_rows(seed: int, rows: slice, d_model: int) -> Float[Tensor, "rows d"]:
 
 
 def initial_params(
-    sae: Sae, center: Float[Tensor, " d"], seed: int, shards: Shards, device: torch.device, dtype: torch.dtype
+    sae: Sae,
+    center: Float[Tensor, " d"],
+    seed: int,
+    shards: Shards,
+    device: torch.device,
+    dtype: torch.dtype,
+    tied: bool = True,
 ) -> Params:
-    """Encoder rows equal to decoder rows, which are random with norm 1; b_dec and b_r at `center`, the geometric
-    median of the normalised sample, as two tensors; router rows uniform in ±1/√d; b_enc zero."""
+    """Decoder rows random with norm 1; encoder rows equal to them if `tied`, else of their own; b_dec and b_r at
+    `center`, the geometric median of the normalised sample, as two tensors; router rows uniform in ±1/√d; b_enc 0."""
     directions = _unit_rows(seed, shards.rows(sae.n_latents), sae.d_model).to(device, dtype)
-    params = {"W_enc": directions, "W_dec": directions.clone(), "b_dec": center.to(device, dtype, copy=True)}
+    encoder = directions.clone()
+    if not tied:
+        encoder = _unit_rows(seed, shards.rows(sae.n_latents), sae.d_model, purpose=3).to(device, dtype)
+    params = {"W_enc": encoder, "W_dec": directions, "b_dec": center.to(device, dtype, copy=True)}
     if sae.enc_bias:
         params["b_enc"] = torch.zeros(directions.shape[0], device=device, dtype=dtype)
     if sae.routed:

@@ -165,10 +165,10 @@ class TrainState:
         executed = budget.flops_executed_per_token(self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense)
         self.flops_executed += sum(executed.values()) * train.batch_tokens
 
-    def flops(self) -> float:
-        """Closed-form FLOPs so far."""
-        train = self.config.train
-        return self.tokens * sum(budget.flops_per_token(self.config.sae, self.sae.d_model, train.batch_tokens).values())
+    def flops(self, auxk: bool = True) -> float:
+        """Closed-form FLOPs so far, with or without the nominal AuxK."""
+        parts = budget.flops_per_token(self.config.sae, self.sae.d_model, self.config.train.batch_tokens)
+        return self.tokens * sum(flops for part, flops in parts.items() if auxk or part != "auxk")
 
     def position(self) -> dict[str, Any]:
         """The axes on every line of the record."""
@@ -281,7 +281,7 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
     sae = resolve_sae(config.sae, source.d_model, statistics.variance / normalizer.scale**2, raw.variance)
     dtype = MASTER[train.precision]
     sample = normalizer(source.sample(), torch.float64)
-    params = initial_params(sae, geometric_median(sample), train.seed, shards, device, dtype)
+    params = initial_params(sae, geometric_median(sample), train.seed, shards, device, dtype, config.sae.init == "tied")
     if config.sae.match_init_norm:
         match_norm(sae, params, sample[:INIT_ROWS].to(device, dtype), runtime)
     rows = params["W_enc"].shape[0]
