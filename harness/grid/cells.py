@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config import Config
 from harness.errors import UserError
-from harness.grid.compose import (
-    checked_values,
-    compose_settings,
-    hydra_session,
-    leaf_keys,
-    nested_sections,
-    one_line,
-    parse_overrides,
-    swept_values,
-)
+from harness.grid.compose import checked_values, compose_settings, hydra_session, one_line, parse_overrides
+from harness.grid.grammar import MOST_CELLS, swept_values
+from harness.grid.schema import leaf_keys, nested_sections, typed
 
 
 @dataclass(frozen=True)
@@ -89,6 +83,9 @@ def _expand(overrides: Sequence[str]) -> list[_Combination]:
             structural.append([(f"{name}={text}", f"{name}={text}") for text in texts])
         else:
             plain.append((override.key_or_group, texts, values))
+    count = math.prod([*map(len, structural), *(len(values) for _, _, values in plain)])
+    if count > MOST_CELLS:
+        raise UserError(f"the sweeps have {count:,} combinations, and a launch has at most {MOST_CELLS:,} cells")
     combinations: list[_Combination] = []
     for choice in itertools.product(*structural):
         settings = compose_settings([text for text, _ in choice])
@@ -131,6 +128,7 @@ def _keep_only(combinations: Sequence[_Combination], only: Mapping[str, Sequence
     for key in only:
         if key not in leaf_keys():
             raise UserError(f"only: there is no key '{key}'; the keys are in harness/config.py")
+    only = {key: [typed(key, value) for value in values] for key, values in only.items()}
     return [
         (label, settings)
         for label, settings in combinations

@@ -15,6 +15,8 @@ import yaml
 
 from harness.errors import UserError
 from harness.grid.cells import Grid
+from harness.grid.schema import is_text
+from harness.grid.yaml_text import check_texts, read_text
 
 STUDY_DIR = Path(__file__).resolve().parents[2] / "sweeps"
 
@@ -44,12 +46,9 @@ def load_study(name_or_path: str) -> Study:
             raise UserError(
                 f"there is no study '{name_or_path}'; available: {', '.join(study_names())}, or a path to a .yaml file"
             )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the study file {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"the study file {path} is not YAML: {' '.join(str(error).split())}") from error
+    text = read_text(path, "study file")
+    check_texts(text, path, _is_text)
+    content = yaml.safe_load(text)
     _check(content, path, {"question", "title", "law", "sweep", "overrides", "grids"}, "study")
     common = _strings(content.get("overrides"), path, "overrides")
     grids = content.get("grids")
@@ -64,6 +63,11 @@ def load_study(name_or_path: str) -> Study:
         grids=tuple(_grid(entry, common, path, number) for number, entry in enumerate(grids, start=1)),
         source=name_or_path,
     )
+
+
+def _is_text(key: str) -> bool:
+    """Whether a value in a study file must be a text; the keys under `only` are settings."""
+    return key in ("question", "title", "law", "sweep", "grids.name") or is_text(key.removeprefix("grids.only."))
 
 
 def _grid(entry: Any, common: tuple[str, ...], path: Path, number: int) -> Grid:
