@@ -9,11 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
+
+from harness.errors import UserError
 
 ARCHITECTURES = ("topk", "switch")
 NORMALIZATIONS = ("scale", "layernorm", "none")
@@ -33,6 +37,18 @@ def _service(default: Any) -> Any:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def user_path(text: str) -> str:
+    """A path as the user means it: `~` and environment variables are filled in, in every setting alike.
+
+    Raises `UserError` for a variable that is not set, unless a file with just this name exists.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 (an empty path stays empty)
+    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
+    if unset and not Path(expanded).exists():
+        raise UserError(f"the path {text!r} contains {unset[0]}, and no such environment variable is set")
+    return expanded
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -250,6 +266,7 @@ class ActivationsConfig:
 
     def __post_init__(self) -> None:
         _check_values(self, "activations.")
+        self.dir = user_path(self.dir)
         _one_of("activations.kind", self.kind, ("lm", "synthetic"))
         if self.kind == "lm":
             _require(bool(self.model), "activations.model is empty; name a transformers model or directory")
@@ -442,6 +459,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         _check_values(self, "cluster.")
+        self.python = user_path(self.python)
         _one_of("cluster", self.name, ("local", "slurm"))
         for name in ("time", "harvest_time"):
             value = getattr(self, name)
@@ -458,12 +476,12 @@ class TrackerConfig:
     name: str = "wandb"
     """Where the record is copied to: `wandb` (offline without a key), `tensorboard`, `trackio` or `none`. The record in
     the run directory is always complete."""
-    project: str = "sae-scaling"
-    """W&B project."""
+    project: str = ""
+    """Project at W&B or trackio; empty: WANDB_PROJECT if it is set (for W&B), else sae-scaling."""
     entity: str = ""
-    """W&B entity; empty: the account's default."""
+    """W&B entity; empty: WANDB_ENTITY if it is set, else the account's default."""
     tags: list[str] = field(default_factory=list)
-    """W&B tags of every run."""
+    """W&B tags of every run; empty: those of WANDB_TAGS, separated by commas."""
 
     def __post_init__(self) -> None:
         _check_values(self, "tracker.")
@@ -491,6 +509,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_values(self)
+        self.out = user_path(self.out)
         _require(
             "/" not in self.sweep and not self.sweep.startswith((".", "_")) and self.sweep != "",
             f"sweep={self.sweep!r} is not a plain name; a sweep is a directory inside out=, and out= may be any path",
@@ -511,12 +530,27 @@ class Config:
         _one_of("ops", self.ops, ("auto", "reference", "cpu", "triton"))
 
 
+def _literal(value: Any) -> Any:
+    """`value` with all interpolations in its texts escaped."""
+    if isinstance(value, dict):
+        return {key: _literal(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_literal(part) for part in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: f"{found[1]}{found[1]}\\${{", value)
+    return value
+
+
 def from_container(container: Any) -> Config:
     """Build and check a `Config` from a DictConfig or from a plain nested dict (a frozen `config.yaml`).
+
+    Texts of a plain dict mean themselves: `${…}` in it is not an interpolation.
 
     Raises `omegaconf.errors.OmegaConfBaseException` for unknown keys and wrong types, and `ValueError` for missing and
     impossible values.
     """
+    if not OmegaConf.is_config(container):
+        container = _literal(container)
     merged = OmegaConf.merge(OmegaConf.structured(Config), container)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:

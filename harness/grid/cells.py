@@ -23,6 +23,7 @@ from harness.errors import UserError
 from harness.grid.compose import checked_values, compose_settings, hydra_session, one_line, parse_overrides
 from harness.grid.grammar import MOST_CELLS, swept_values
 from harness.grid.schema import leaf_keys, nested_sections, typed
+from harness.grid.secrets import refuse_secrets
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def _check(combinations: Sequence[_Combination]) -> list[Cell]:
             cells.append(Cell(label, _build(Config, settings, "", shared)))
         except ValueError as error:
             refused.append((label, str(error)))
+    refuse_secrets(cell.config for cell in cells)
     if refused:
         raise UserError(_refusal(refused, len(combinations)))
     return cells

@@ -19,10 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from harness.config import Config
+from harness.config import Config, from_container, to_container
 from harness.errors import UserError
 from harness.grid.grammar import read_override, swept_values
 from harness.grid.schema import CONF_DIR, groups, leaf_keys
+from harness.grid.secrets import refuse_secrets
 from harness.grid.yaml_text import check_conf
 
 
@@ -137,3 +138,28 @@ def checked_values(settings: DictConfig, key: str, values: Sequence[Any]) -> lis
             raise UserError(f"{key}={value}: {one_line(error).removeprefix(f'{key}: ')}") from error
         converted.append(OmegaConf.to_object(chosen) if OmegaConf.is_config(chosen) else chosen)
     return converted
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with single settings changed. Raises `UserError`."""
+    if not overrides:
+        return config
+    container = to_container(config)
+    with hydra_session():
+        for override in parse_overrides(overrides):
+            key = override.key_or_group
+            if override.is_sweep_override() or key not in leaf_keys():
+                raise UserError(f"'{override.input_line}': one setting and one value are changed at a time: KEY=VALUE")
+            section, *rest = key.split(".")
+            place = container
+            while rest:
+                place, (section, *rest) = place[section], rest
+            place[section] = override.value()
+    try:
+        changed = from_container(container)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    refuse_secrets([changed])
+    return changed

@@ -101,13 +101,18 @@ def _key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~")
 
 
+def overridden(overrides: Sequence[str]) -> set[str]:
+    """The keys and groups that overrides name."""
+    return {_key(text) for text in overrides}
+
+
 def _replace_overrides(grids: Sequence[Grid], overrides: Sequence[str]) -> list[Grid]:
     """Put overrides of the command line into the grids of a study.
 
     An override replaces the same key in the grids that set it, so `sae.n_experts=4` reaches the Switch grid only. A key
     that no grid sets goes to all grids.
     """
-    set_by = [{_key(text) for text in grid.overrides} for grid in grids]
+    set_by = [overridden(grid.overrides) for grid in grids]
     anywhere = set().union(*set_by)
     result = []
     for grid, keys in zip(grids, set_by, strict=True):

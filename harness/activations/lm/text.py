@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from harness.activations.lm.hub import HUB_ERRORS, quiet, unreachable
 from harness.activations.shuffle import digest64
-from harness.config import ActivationsConfig
+from harness.config import ActivationsConfig, user_path
 from harness.errors import UserError
 
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
@@ -117,7 +117,7 @@ def _stdlib_texts(path: Path) -> Iterator[str]:
 def _matching_files(patterns: Iterable[str]) -> list[Path]:
     paths: set[Path] = set()
     for pattern in patterns:
-        expanded = str(Path(pattern).expanduser())
+        expanded = user_path(pattern)
         matches = [Path(name) for name in glob.glob(expanded, recursive=True)]  # noqa: PTH207 (absolute patterns)
         files = [path for path in matches if path.is_file()]
         if not files:

@@ -17,7 +17,7 @@ from typing import Any
 from harness.activations.lm.hub import resolve_commit
 from harness.activations.lm.location import Location, locate, weight_files
 from harness.activations.lm.text import file_digest, text_files
-from harness.config import ActivationsConfig
+from harness.config import ActivationsConfig, user_path
 from harness.errors import UserError
 
 RECIPE_VERSION = 1
@@ -93,7 +93,7 @@ def _text_identity(cfg: ActivationsConfig) -> dict[str, str]:
         contents = sorted(file_digest(path) for path in text_files(cfg))
         hashed = hashlib.sha256("\n".join(contents).encode()).hexdigest()
         return {"source": cfg.text, "sha256": hashed, "field": cfg.text_field if cfg.text == "files" else ""}
-    directory = Path(cfg.dataset).expanduser()
+    directory = Path(user_path(cfg.dataset))
     settings = {"source": "hub", "config": cfg.dataset_config, "split": cfg.split, "field": cfg.text_field}
     if directory.is_dir():
         files = sorted(path for path in directory.rglob("*") if path.is_file())
