@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cost.estimate import Estimates
+from harness.cost.repeats import repeats
 from harness.errors import UserError
 from harness.record.provenance import command_line, now
 from harness.record.result import unfinished
@@ -71,6 +72,7 @@ def _expected(run: Run, estimates: Estimates, calibration: int) -> dict[str, Any
         "train_s": estimate.train_s,
         "tokens": estimate.tokens,
         "flops": estimate.flops,
+        "repeats": repeats(run),
         "memory_bytes": None if memory is None else memory + estimate.mapped_bytes,
         "calibration": calibration,
     }
