@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.laws.catalogue import get as law
 from harness.config import ARCHITECTURES
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.grid.study import load_study
@@ -47,6 +48,7 @@ def request(arguments: argparse.Namespace) -> Request:
                 raise UserError(f"--arch {name} (ARCH) is not known; choose from: {', '.join(ARCHITECTURES)}")
         only["sae.architecture"] = architectures
     study = load_study(arguments.study.strip() or DEFAULT_STUDY)
+    law(study.law)  # refused before anything is trained
     return Request([*overrides, *arguments.overrides], study, only)
 
 
