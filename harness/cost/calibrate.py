@@ -47,7 +47,7 @@ START_BYTES_PER_NUMBER = 28
 """Memory of the sample that sets the normalisation and the initial centre: once in float32, three times in float64."""
 
 PROBE_SHARE = 0.5
-"""A plan uses at most this share of the memory that is free here."""
+"""A plan uses at most this share of the memory of this machine."""
 
 MOST_DRAWN = 1e8
 """A plan does not draw from dictionaries with more numbers than this."""
@@ -190,7 +190,7 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     load = os.getloadavg()[0]
     shapes = [(config, d_model) for config, d_model in probes(runs) if _fits_here(config, d_model)]
     if not shapes:
-        raise MemoryError("they do not fit into the memory that is free")
+        raise MemoryError("they need more than half of the memory of this machine")
     flops = sum(
         step_flops(run.config, run.store.d_model or 0) * budget.total_steps(run.config, run.store.d_model or 1)
         for run in runs
@@ -252,10 +252,10 @@ def probes(runs: Iterable[Run]) -> list[tuple[Config, int]]:
 
 
 def _fits_here(config: Config, d_model: int) -> bool:
-    """Whether the steps of a configuration, and the sample that it starts with, fit into the free memory here."""
+    """Whether this machine has the memory to time a configuration: its steps, and the sample that it starts with."""
     needed = sum(budget.memory_bytes(config, d_model, 0, 0).values())
     needed += START_BYTES_PER_NUMBER * d_model * sample_rows(config)
-    return needed <= PROBE_SHARE * psutil.virtual_memory().available
+    return needed <= PROBE_SHARE * psutil.virtual_memory().total
 
 
 def _smaller(config: Config, d_model: int) -> Config:
