@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config import Config, nested_sections
 from harness.errors import UserError
-from harness.grid.compose import (
-    checked_values,
-    compose_settings,
-    hydra_session,
-    leaf_keys,
-    one_line,
-    parse_overrides,
-    swept_values,
-)
+from harness.grid.compose import checked_values, compose_settings, hydra_session, one_line, parse_overrides
+from harness.grid.grammar import MOST_CELLS, swept_values
+from harness.grid.schema import leaf_keys, typed
+from harness.grid.secrets import refuse_secrets
 
 _COPY = re.compile(r"([\w.]+)=\$\{([\w.]+)\}")
 """An override that copies the value of another key."""
@@ -94,6 +90,9 @@ def _expand(overrides: Sequence[str]) -> list[_Combination]:
             structural.append([(f"{name}={text}", f"{name}={text}") for text in texts])
         else:
             plain.append((override.key_or_group, texts, values))
+    count = math.prod([*map(len, structural), *(len(values) for _, _, values in plain)])
+    if count > MOST_CELLS:
+        raise UserError(f"the sweeps have {count:,} combinations, and a launch has at most {MOST_CELLS:,} cells")
     combinations: list[_Combination] = []
     copied: dict[tuple[str, str], Any] = {}  # the value as the type of the key that copies it
     for choice in itertools.product(*structural):
@@ -165,6 +164,7 @@ def _keep_only(combinations: Sequence[_Combination], only: Mapping[str, Sequence
     for key in only:
         if key not in leaf_keys():
             raise UserError(f"only: there is no key '{key}'; the keys are in harness/config.py")
+    only = {key: [typed(key, value) for value in values] for key, values in only.items()}
     return [
         (label, settings)
         for label, settings in combinations
@@ -190,6 +190,7 @@ def _check(combinations: Sequence[_Combination]) -> list[Cell]:
             cells.append(Cell(label, _build(Config, settings, "", shared)))
         except ValueError as error:
             refused.append((label, str(error)))
+    refuse_secrets(cell.config for cell in cells)
     if refused:
         raise UserError(_refusal(refused, len(combinations)))
     return cells

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.activations.lm.hub import repository_file, resolve_commit
-from harness.config import ActivationsConfig
+from harness.config import ActivationsConfig, user_path
 from harness.errors import UserError
 
 _ROLES = ("bos", "eos", "cls", "sep", "pad", "mask", "unk")
@@ -34,7 +34,7 @@ def locate(cfg: ActivationsConfig) -> Location:
     """
     if cfg.model.startswith("package:"):
         return Location(str(_package_directory(cfg.model.removeprefix("package:"))), "")
-    directory = Path(cfg.model).expanduser()
+    directory = Path(user_path(cfg.model))
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise UserError(f"activations.model={cfg.model}: the directory has no config.json of a transformers model")

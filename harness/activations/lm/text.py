@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from harness.activations.lm.hub import HUB_ERRORS, quiet, unreachable
 from harness.activations.shuffle import digest64
-from harness.config import ActivationsConfig
+from harness.config import ActivationsConfig, user_path
 from harness.errors import UserError
 
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
@@ -124,7 +124,7 @@ def _stdlib_texts(path: Path) -> Iterator[str]:
 def _matching_files(patterns: Iterable[str]) -> list[Path]:
     paths: set[Path] = set()
     for pattern in patterns:
-        literal = Path(pattern).expanduser()
+        literal = Path(user_path(pattern))
         if literal.is_dir():
             raise UserError(
                 f"activations.text_paths: {pattern!r} is a directory; name the files in it, "

@@ -17,7 +17,7 @@ from typing import Any
 from harness.activations.lm.hub import resolve_commit
 from harness.activations.lm.location import Location, locate, read_settings, special_markers, weight_files
 from harness.activations.lm.text import file_digest, read_otherwise_before, text_files
-from harness.config import ActivationsConfig
+from harness.config import ActivationsConfig, user_path
 from harness.errors import UserError
 
 RECIPE_VERSION = 1
@@ -145,7 +145,7 @@ def _text_identity(cfg: ActivationsConfig) -> dict[str, str]:
         if cfg.text == "files" and any(map(read_otherwise_before, text_files(cfg))):
             identity["documents"] = "without BOM, long rows cut"
         return identity
-    directory = Path(cfg.dataset).expanduser()
+    directory = Path(user_path(cfg.dataset))
     settings = {"source": "hub", "config": cfg.dataset_config, "split": cfg.split, "field": cfg.text_field}
     if directory.is_dir():
         files = sorted(path for path in directory.rglob("*") if path.is_file())
