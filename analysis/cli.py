@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from analysis.cli_forecast import run_ask, run_compare, run_plan, run_predict
+from analysis.cli_questions import add_questions
 from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.laws.catalogue import LAWS, OLD_NAMES
 from analysis.questions.convergence import TOKENS, convergence_table
+from analysis.questions.paired import paired_errors
 from analysis.report.words import refuse, used
 from analysis.runs.load import load
 from analysis.runs.regime import REGIMES
 from analysis.runs.table import ROLES, RunTable
+from analysis.runs.where import choose
 from harness.errors import UserError
 from harness.terminal import say
 
@@ -63,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--law", help="default: that of the study, or what the grid allows")
     report.set_defaults(handler=_report)
     _add_forecasts(commands)
+    for question, run in add_questions(commands):
+        _add_sources(question)
+        question.set_defaults(law="", handler=lambda args, run=run: run(args, table_from(args)))
     return parser
 
 
@@ -111,7 +117,9 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     for role in ROLES:
         derived = f"; {TOKENS} is derived from the runs" if role == "loss" else ""
         parser.add_argument(f"--{role}", metavar="COLUMN", help=f"column that holds {role}{derived}")
-    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="only these runs")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="CONDITION", help="only these runs: sae=topk, 'k<=160', n!=256"
+    )
     parser.add_argument(
         "--drop-largest-loss", type=int, default=0, metavar="N", help="leave out the N runs with the largest loss"
     )
@@ -138,11 +146,7 @@ def table_from(args: argparse.Namespace) -> RunTable:
     derived = args.loss == TOKENS
     roles = {role: column for role in ROLES if (column := getattr(args, role)) is not None}
     table = load(args.source, {role: column for role, column in roles.items() if role != "loss" or not derived})
-    for condition in args.where:
-        column, mark, value = condition.partition("=")
-        if not mark:
-            raise UserError(f"--where {condition!r} is not COLUMN=VALUE")
-        table = table.where("", **{column: value})
+    table = choose(table, args.where)
     if args.drop_largest_loss < 0:
         raise UserError(f"--drop-largest-loss {args.drop_largest_loss} must not be negative")
     if args.drop_largest_loss:
@@ -178,6 +182,9 @@ def _fit(args: argparse.Namespace) -> int:
     if refuse(result, table):
         return 1
     print("\n".join([*used(result), result.summary()]))
+    errors = paired_errors(table)
+    if errors is not None:
+        print(errors.sentence())
     print(f"written: {args.out}" if args.out else json.dumps(result.as_dict()["params"]))
     return 0
 

@@ -14,6 +14,7 @@ from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.format import interval, number
 from analysis.laws.catalogue import get
+from analysis.questions.paired import paired_errors
 from analysis.questions.plan import cost_of, need, plan
 from analysis.report.words import refuse
 from analysis.runs.study import read_study
@@ -38,7 +39,7 @@ def parse_point(text: str) -> dict[str, float]:
     return point
 
 
-def _text(frame: pd.DataFrame, digits: int) -> str:
+def as_text(frame: pd.DataFrame, digits: int) -> str:
     """A frame as a table for standard output; floats have `digits` significant digits."""
     rows = [
         [f"{value:.{digits}g}" if isinstance(value, float) else str(value) for value in row]
@@ -54,7 +55,10 @@ def run_compare(args: argparse.Namespace, table: RunTable) -> int:
     refused = [refuse(result, table) for result in fits]
     if all(refused):
         return 1
-    print(_text(compare(fits), digits=5))
+    print(as_text(compare(fits), digits=5))
+    errors = paired_errors(table)
+    if errors is not None:
+        print(errors.sentence())
     return 0
 
 
@@ -66,7 +70,7 @@ def run_predict(args: argparse.Namespace, result: FitResult) -> int:
         raise UserError(f"{result.law.name} needs {missing[0]}=… in every --at")
     inputs = {name: np.array([point[name] for point in points]) for name in result.law.inputs}
     band = result.predict(inputs, args.kind)
-    print(_text(band, digits=6))
+    print(as_text(band, digits=6))
     for entry in [*result.band_notes(band), *result.extrapolation_notes(inputs)]:
         print(entry)
     if not np.isfinite(band["value"]).all():
@@ -88,7 +92,7 @@ def run_plan(args: argparse.Namespace, table: RunTable, result: FitResult) -> in
     further = plan(result, target, args.budget, cost, list(n), list(k), args.cap)
     for name, (value, low, high) in (("now", further.before), ("after the planned runs", further.after)):
         print(f"forecast at {args.target} {name}: {number(value)} {interval(low, high)}")
-    print(_text(further.cells, digits=4))
+    print(as_text(further.cells, digits=4))
     print(f"in all {number(further.flops)} FLOPs")
     seeds = table.values("seed") if table.has("seed") else np.array([0.0])
     first_seed = int(np.nanmax(seeds)) + 1

@@ -26,6 +26,7 @@ REMEDIES = {
     "commented_rows": "remove the # if they are rows, or put the value in quotes",
     "unconverged_run": "train longer (train.until=convergence), or read the law as one at fixed tokens",
     "repeated_rows": "harvest more rows (activations.tokens), or read the law as one of repeated rows",
+    "not_monotone": "look at the learning rates and dead latents of these sizes before reading the law",
     "mixed_dead_latents": "dead latents bend the law: lower the learning rate or strengthen AuxK where many die",
     "mixed_population": "fit one population at a time (--where COLUMN=VALUE)",
     # fit

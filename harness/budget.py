@@ -115,6 +115,23 @@ def total_steps(config: Config, d_model: int) -> int:
     return max(1, int(tokens // train.batch_tokens))
 
 
+def schedule_problem(config: Config, tokens: float | None = None) -> str:
+    """Why warm-up and decay of the learning rate do not fit into the budget; empty if they do, or if it is unknown.
+
+    `tokens`: the budget, where it comes from `train.flops`.
+    """
+    train = config.train
+    budget = tokens or train.tokens
+    decay = train.decay_fraction * budget
+    if not budget or train.warmup_tokens + decay <= budget * (1 + 1e-9):
+        return ""
+    return (
+        f"train.warmup_tokens={train.warmup_tokens:g} and the decay over {decay:g} tokens "
+        f"(train.decay_fraction={train.decay_fraction:g}) exceed the budget of {budget:g} tokens; "
+        "lower them or raise train.tokens"
+    )
+
+
 def memory_bytes(config: Config, d_model: int, tile_bytes: float, kernel_bytes_per_token: float) -> dict[str, int]:
     """Bytes of one rank by part; on a GPU the device's. Compared with the CPU kernels in docs/lab-log.md.
 

@@ -97,7 +97,7 @@ def _applies(key: str, cell: Mapping[str, Any]) -> bool:
         traits = ARCHITECTURES.get(cell[ARCHITECTURE])
         return traits is not None and traits.routed
     # 0: not of this architecture
-    return key not in (ACTIVE + ("sae.sparsity",)) or bool(cell[key])
+    return key not in (*ACTIVE, "sae.sparsity") or bool(cell[key])
 
 
 def _word(symbol: str, value: Any) -> str:

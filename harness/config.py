@@ -10,16 +10,19 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
+import os
 import re
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
 from harness.architectures import ARCHITECTURES, Traits
+from harness.errors import UserError
 
+INITS = ("tied", "untied")
 NORMALIZATIONS = ("scale", "layernorm", "none")
 PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -39,8 +42,107 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def user_path(text: str) -> str:
+    """A path as the user means it: `~` and environment variables are filled in, in every setting alike.
+
+    Raises `UserError` for a variable that is not set, unless a file with just this name exists.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 (an empty path stays empty)
+    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
+    if unset and not Path(expanded).exists():
+        raise UserError(f"the path {text!r} contains {unset[0]}, and no such environment variable is set")
+    return expanded
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, f"{name}={value!r} is not known; choose one of: {', '.join(allowed)}")
+
+
+MOST_TOKENS = 1e15
+MOST_SEED = 2**63 - 1
+BELOW_ONE = 1 - 1e-9
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "sae.n_latents": (1, 10**9),
+    "sae.k": (0, 10**6),
+    "sae.n_experts": (1, 10**6),
+    "sae.aux_alpha": (0, 1e6),
+    "sae.aux_k": (0, 10**9),
+    "sae.dead_after_tokens": (1, MOST_TOKENS),
+    "sae.aux_refresh_steps": (1, 10**9),
+    "sae.balance_weight": (0, 1e9),
+    "sae.balance_alpha": (0, 1e9),
+    "sae.target_l0": (0, 10**6),
+    "sae.sparsity": (0, 1e9),
+    "sae.sparsity_warmup_tokens": (0, MOST_TOKENS),
+    "sae.prefixes": (1e-9, 1),
+    "sae.bandwidth": (1e-9, 1e3),
+    "sae.threshold_init": (0, 1e3),
+    "sae.preactivation_penalty": (0, 1e9),
+    "activations.synthetic.d_model": (1, 10**6),
+    "activations.synthetic.n_features": (1, 10**7),
+    "activations.synthetic.zipf_exponent": (0, 100),
+    "activations.synthetic.active_features": (1e-6, 1e7),
+    "activations.synthetic.noise": (0, 1e6),
+    "activations.layer": (0, 10**5),
+    "activations.context": (1, 10**7),
+    "activations.tokens": (1, MOST_TOKENS),
+    "activations.heldout_tokens": (1, 1e12),
+    "activations.seed": (0, MOST_SEED),
+    "activations.shard_rows": (1, 10**9),
+    "activations.lm_batch": (1, 10**6),
+    "stream.seed": (0, MOST_SEED),
+    "train.tokens": (0, MOST_TOKENS),
+    "train.flops": (0, 1e28),
+    "train.convergence_epsilon": (1e-9, 1),
+    "train.batch_tokens": (1, 10**9),
+    "train.lr_factor": (1e-12, 1e12),
+    "train.lr": (0, 1e30),
+    "train.warmup_tokens": (0, MOST_TOKENS),
+    "train.decay_fraction": (0, 1),
+    "train.clip_norm": (0, 1e12),
+    "train.adam_beta1": (0, BELOW_ONE),
+    "train.adam_beta2": (0, BELOW_ONE),
+    "train.adam_eps": (1e-30, 1),
+    "train.ema": (0, BELOW_ONE),
+    "train.seed": (0, MOST_SEED),
+    "train.dead_window_tokens": (1, MOST_TOKENS),
+    "train.eval_points": (0, 1000),
+    "train.eval_rows": (1, 10**12),
+    "train.threads": (0, 1024),
+    "train.log_every_steps": (1, 10**12),
+    "train.checkpoint_every_s": (0, 1e9),
+    "train.checkpoint_every_steps": (0, 10**12),
+    "mesh.dp": (1, 4096),
+    "mesh.shard": (1, 4096),
+    "cluster.pack": (0, 10**4),
+    "cluster.pack_minutes": (1e-3, 1e6),
+    "cluster.tasks_per_node": (0, 1024),
+    "cluster.cpus_per_task": (1, 1024),
+    "cluster.gpus_per_task": (0, 1),
+    "cluster.max_running": (0, 10**6),
+    "cluster.lead_s": (0, 10**6),
+    "cluster.backoff_s": (0, 1e6),
+}
+"""Every number of the schema: its smallest and its largest value. Some combinations of values are refused as well."""
+
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Characters that could end a line of a job script or of the record, and bytes that are not UTF-8."""
+
+
+def _check_values(section: Any, where: str = "") -> None:
+    """Raises `ValueError` for a number outside `BOUNDS` and for a text with control characters, in `section` itself."""
+    for name, value in vars(section).items():
+        key = f"{where}{name}"
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, int | float) and not isinstance(item, bool):
+                lowest, highest = BOUNDS[key]
+                # no `_require`: ten thousand cells would format a message for each of their values
+                if not lowest <= item <= highest:
+                    raise ValueError(f"{key}={value} must be at least {lowest:.12g} and at most {highest:.12g}")
+            # `cluster.setup` is lines of a script
+            if isinstance(item, str) and UNSAFE.search(item) and key != "cluster.setup":
+                raise ValueError(f"{key}={item!r} has control characters, such as a line break; remove them")
 
 
 @dataclass
@@ -61,6 +163,9 @@ class SaeConfig:
     normalize: str = "scale"
     """`scale`: divide all rows by one constant of the store so that E‖x‖² = d. `layernorm`: per token, subtract the
     mean over d and scale to unit norm (Gao et al.). `none`: leave rows unchanged."""
+    init: str = "tied"
+    """Initial encoder: `tied`, equal to the decoder and free to leave it, or `untied`, random directions of its own
+    with norm 1 (the dead-latent ablation of Gao et al., Fig. 15)."""
     match_init_norm: bool = False
     """Scale the initial encoder so that reconstructions have the same norm as the inputs (Gao et al. §A.1)."""
     aux_alpha: float = 1 / 32
@@ -104,12 +209,12 @@ class SaeConfig:
         return self.k or self.target_l0 or self.n_latents / 2
 
     def __post_init__(self) -> None:
+        _check_values(self, "sae.")
         _one_of("sae.architecture", self.architecture, tuple(ARCHITECTURES))
         _one_of("sae.normalize", self.normalize, NORMALIZATIONS)
+        _one_of("sae.init", self.init, INITS)
         name = self.architecture
-        for key, least in (("n_latents", 1), ("k", 1 if self.traits.has_k else 0), ("n_experts", 1)):
-            value = getattr(self, key)
-            _require(value >= least, f"sae.{key}={value} must be at least {least}")
+        _require(self.k >= 1 or not self.traits.has_k, f"sae.k={self.k} must be at least 1 for a {name} SAE")
         n, k, experts = self.n_latents, self.k, self.n_experts
         _require(
             self.traits.routed or experts == 1,
@@ -126,14 +231,6 @@ class SaeConfig:
             f"sae.k={k} is larger than one expert's latents n_latents/n_experts={n // experts}; "
             f"lower k or n_experts, or raise n_latents",
         )
-        _require(self.aux_alpha >= 0, f"sae.aux_alpha={self.aux_alpha} must not be negative")
-        _require(self.aux_k >= 0, f"sae.aux_k={self.aux_k} must not be negative (0 chooses by d_model)")
-        _require(self.dead_after_tokens > 0, f"sae.dead_after_tokens={self.dead_after_tokens} must be positive")
-        _require(self.aux_refresh_steps >= 1, f"sae.aux_refresh_steps={self.aux_refresh_steps} must be at least 1")
-        _require(
-            min(self.balance_weight, self.balance_alpha) >= 0,
-            "sae.balance_weight and sae.balance_alpha must not be negative",
-        )
         _require(
             self.traits.aux or self.aux_alpha == 0,
             f"sae.aux_alpha={self.aux_alpha:g}: AuxK is not defined for {name}; set sae.aux_alpha=0",
@@ -144,17 +241,11 @@ class SaeConfig:
             f"sae.match_init_norm=true is for architectures with k active latents per token, not for {name}",
         )
         _one_of("sae.prolu", self.prolu, ("ste", "relu"))
-        _require(
-            bool(self.prefixes) and all(0 < share <= 1 for share in self.prefixes),
-            f"sae.prefixes={self.prefixes} must be shares of the latents, above 0 and at most 1",
-        )
-        _require(self.bandwidth > 0, f"sae.bandwidth={self.bandwidth} must be positive")
+        _require(bool(self.prefixes), "sae.prefixes is empty; give shares of the latents, e.g. [0.25,1]")
         _require(
             self.threshold_init > 0 or self.target_l0 > 0 or "log_threshold" not in self.traits.vectors,
             "sae.threshold_init=0 needs sae.target_l0, to which the first threshold is set",
         )
-        for key in ("threshold_init", "preactivation_penalty", "sparsity_warmup_tokens"):
-            _require(getattr(self, key) >= 0, f"sae.{key}={getattr(self, key)} must not be negative")
 
     def _check_sparsity(self) -> None:
         """k for some architectures, a penalty for the others."""
@@ -170,7 +261,7 @@ class SaeConfig:
             (target > 0) != (fixed > 0),
             f"a {name} SAE needs either sae.target_l0=NUMBER or sae.sparsity=COEFFICIENT, and not both",
         )
-        _require(0 <= target <= self.n_latents, f"sae.target_l0={target} must lie between 0 and n_latents")
+        _require(target <= self.n_latents, f"sae.target_l0={target:g} is larger than sae.n_latents={self.n_latents}")
 
 
 @dataclass
@@ -189,18 +280,10 @@ class SyntheticConfig:
     """Standard deviation of the Gaussian noise on every coordinate, relative to that of the signal."""
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_features"):
-            value = getattr(self, name)
-            _require(value >= 1, f"activations.synthetic.{name}={value} must be at least 1")
-        for name in ("zipf_exponent", "noise"):
-            value = getattr(self, name)
-            _require(
-                value >= 0 and math.isfinite(value),
-                f"activations.synthetic.{name}={value} must be finite and not negative",
-            )
+        _check_values(self, "activations.synthetic.")
         _require(
-            0 < self.active_features <= self.n_features,
-            f"activations.synthetic.active_features={self.active_features} must be above 0 and at most "
+            self.active_features <= self.n_features,
+            f"activations.synthetic.active_features={self.active_features} must be at most "
             f"n_features={self.n_features}",
         )
 
@@ -258,10 +341,11 @@ class ActivationsConfig:
     """Name of the store, a hash of its recipe. The launcher sets it, so that a node without a hub finds the store."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "activations.")
+        self.dir = user_path(self.dir)
         _one_of("activations.kind", self.kind, ("lm", "synthetic"))
         if self.kind == "lm":
             _require(bool(self.model), "activations.model is empty; name a transformers model or directory")
-            _require(self.layer >= 0, f"activations.layer={self.layer} must not be negative (blocks count from 0)")
         _one_of("activations.hook", self.hook, HOOKS)
         _one_of("activations.text", self.text, TEXTS)
         _one_of("activations.dtype", self.dtype, STORE_DTYPES)
@@ -271,9 +355,10 @@ class ActivationsConfig:
             "activations.text=files needs activations.text_paths=[…]",
         )
         _require(self.text != "hub" or bool(self.dataset), "activations.text=hub needs activations.dataset=NAME")
-        for name in ("tokens", "heldout_tokens", "context", "shard_rows", "lm_batch"):
-            value = getattr(self, name)
-            _require(value >= 1, f"activations.{name}={value} must be at least 1")
+        _require(
+            self.context > 1 or not self.drop_first_position or self.kind == "synthetic",
+            "activations.context=1 with activations.drop_first_position=true leaves no row; raise activations.context",
+        )
 
 
 @dataclass
@@ -281,7 +366,12 @@ class StreamConfig:
     """The order of the training rows."""
 
     seed: int = 0
-    """Seed of the order in which rows are read. Cells that are compared or packed must share it."""
+    """Seed of the order in which rows are read (a store) or of the rows themselves (synthetic). With 0 the first epoch
+    reads a store in its own, shuffled order; any other seed permutes every epoch. Cells that are packed must share it;
+    repeats that measure noise vary it together with `train.seed`."""
+
+    def __post_init__(self) -> None:
+        _check_values(self, "stream.")
 
 
 @dataclass
@@ -348,26 +438,14 @@ class TrainConfig:
     """Keep the last checkpoint of a finished run. It holds the state of the optimiser; `sae/` holds the weights."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "train.")
         _one_of("train.until", self.until, ("budget", "convergence"))
         _one_of("train.precision", self.precision, PRECISIONS)
         _one_of("train.device", self.device, ("auto", "cpu", "cuda"))
-        _require(self.batch_tokens >= 1, f"train.batch_tokens={self.batch_tokens} must be at least 1")
-        _require(0 <= self.decay_fraction <= 1, f"train.decay_fraction={self.decay_fraction} must lie between 0 and 1")
         _require(
             self.until == "budget" or self.decay_fraction == 0,
             "train.until=convergence needs a constant learning rate: set train.decay_fraction=0",
         )
-        _require(0 <= self.ema < 1, f"train.ema={self.ema} must be at least 0 and below 1")
-        _require(
-            0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1,
-            f"train.adam_beta1={self.adam_beta1} and train.adam_beta2={self.adam_beta2} must lie in [0, 1)",
-        )
-        for name in ("lr_factor", "convergence_epsilon", "adam_eps"):
-            value = getattr(self, name)
-            _require(value > 0 and math.isfinite(value), f"train.{name}={value} must be positive and finite")
-        for name in ("tokens", "flops", "lr", "warmup_tokens", "clip_norm", "checkpoint_every_s", "threads"):
-            value = getattr(self, name)
-            _require(value >= 0 and math.isfinite(value), f"train.{name}={value} must be finite and not negative")
         _require(
             self.tokens > 0 or self.flops > 0,
             "no budget: set train.tokens or train.flops (with train.until=convergence it is the cap)",
@@ -377,12 +455,6 @@ class TrainConfig:
             f"train.tokens={self.tokens:g} is less than one step of train.batch_tokens={self.batch_tokens}; "
             f"raise train.tokens or lower train.batch_tokens",
         )
-        for name in ("log_every_steps", "eval_rows", "dead_window_tokens"):
-            value = getattr(self, name)
-            _require(value >= 1, f"train.{name}={value} must be at least 1")
-        for name in ("eval_points", "checkpoint_every_steps", "seed"):
-            value = getattr(self, name)
-            _require(value >= 0, f"train.{name}={value} must not be negative")
 
 
 @dataclass
@@ -395,7 +467,7 @@ class MeshConfig:
     """Number of ranks in a replica. Each holds its own part of the latents."""
 
     def __post_init__(self) -> None:
-        _require(self.dp >= 1 and self.shard >= 1, f"mesh.dp={self.dp} and mesh.shard={self.shard} must be at least 1")
+        _check_values(self, "mesh.")
 
     @property
     def ranks(self) -> int:
@@ -464,13 +536,9 @@ class ClusterConfig:
     the job, e.g. `$TMPDIR`."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "cluster.")
+        self.python = user_path(self.python)
         _one_of("cluster", self.name, ("local", "slurm"))
-        for name in ("pack", "tasks_per_node", "gpus_per_task", "max_running", "lead_s", "backoff_s"):
-            value = getattr(self, name)
-            _require(value >= 0, f"cluster.{name}={value} must not be negative")
-        _require(self.gpus_per_task <= 1, f"cluster.gpus_per_task={self.gpus_per_task} must be 0 or 1")
-        _require(self.cpus_per_task >= 1, f"cluster.cpus_per_task={self.cpus_per_task} must be at least 1")
-        _require(self.pack_minutes > 0, f"cluster.pack_minutes={self.pack_minutes} must be positive")
         for name in ("time", "harvest_time"):
             value = getattr(self, name)
             _require(
@@ -486,36 +554,16 @@ class TrackerConfig:
     name: str = "wandb"
     """Where the record is copied to: `wandb` (offline without a key), `tensorboard`, `trackio` or `none`. The record in
     the run directory is always complete."""
-    project: str = "sae-scaling"
-    """W&B project."""
+    project: str = ""
+    """Project at W&B or trackio; empty: WANDB_PROJECT if it is set (for W&B), else sae-scaling."""
     entity: str = ""
-    """W&B entity; empty: the account's default."""
+    """W&B entity; empty: WANDB_ENTITY if it is set, else the account's default."""
     tags: list[str] = field(default_factory=list)
-    """W&B tags of every run."""
+    """W&B tags of every run; empty: those of WANDB_TAGS, separated by commas."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "tracker.")
         _one_of("tracker", self.name, ("wandb", "tensorboard", "trackio", "none"))
-
-
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
-
-def _check_values(section: Any, where: str) -> None:
-    """Raises `ValueError` for a number that is not finite and for a text with control characters.
-
-    Such a text could end a line of a job script or of the record; `cluster.setup` is lines of a script.
-    """
-    for name, value in vars(section).items():
-        key = f"{where}{name}"
-        if dataclasses.is_dataclass(value):
-            _check_values(value, f"{key}.")
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            # no `_require`: ten thousand cells would format a message for each of their values
-            if isinstance(item, float) and not math.isfinite(item):
-                raise ValueError(f"{key}={item} must be a finite number")
-            if isinstance(item, str) and CONTROL.search(item) and key != "cluster.setup":
-                raise ValueError(f"{key}={item!r} has control characters, such as a line break; remove them")
 
 
 @dataclass
@@ -538,6 +586,8 @@ class Config:
     """Output directory. Nothing is written outside it."""
 
     def __post_init__(self) -> None:
+        _check_values(self)
+        self.out = user_path(self.out)
         _require(
             "/" not in self.sweep and not self.sweep.startswith((".", "_")) and self.sweep != "",
             f"sweep={self.sweep!r} is not a plain name; a sweep is a directory inside out=, and out= may be any path",
@@ -556,7 +606,17 @@ class Config:
                 f"choose a mesh.dp that divides it",
             )
         _one_of("ops", self.ops, ("auto", "reference", "cpu", "triton"))
-        _check_values(self, "")
+
+
+def _literal(value: Any) -> Any:
+    """`value` with all interpolations in its texts escaped."""
+    if isinstance(value, dict):
+        return {key: _literal(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_literal(part) for part in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: f"{found[1]}{found[1]}\\${{", value)
+    return value
 
 
 @functools.cache
@@ -569,9 +629,13 @@ def nested_sections(cls: type) -> dict[str, type]:
 def from_container(container: Any) -> Config:
     """Build and check a `Config` from a DictConfig or from a plain nested dict (a frozen `config.yaml`).
 
+    Texts of a plain dict mean themselves: `${…}` in it is not an interpolation.
+
     Raises `omegaconf.errors.OmegaConfBaseException` for unknown keys and wrong types, and `ValueError` for missing and
     impossible values.
     """
+    if not OmegaConf.is_config(container):
+        container = _literal(container)
     merged = OmegaConf.merge(OmegaConf.structured(Config), container)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:

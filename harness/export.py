@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.config import user_path
 from harness.errors import UserError
 from harness.saes.export import FORMATS, export
 from harness.terminal import run_command, say
@@ -17,16 +18,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR")
     arguments = parser.parse_args(argv)
     try:
-        warnings = export(arguments.run_dir, arguments.format, arguments.out)
+        out = Path(user_path(arguments.out))
+        warnings = export(arguments.run_dir, arguments.format, out)
     except UserError as error:
         say(f"error: {error}")
         return 2
     for warning in warnings:
         say(f"warning: {warning}")
-    print(f"wrote {arguments.out}")
+    print(f"wrote {out}")
     return 0
 
 

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
 
 from harness.config import Config, to_container
 from harness.errors import WRONG_REQUEST, UserError
-from harness.grid.compose import CONF_DIR, groups
+from harness.grid.schema import CONF_DIR, groups
 from harness.grid.study import load_study, study_names
 from harness.sweep.execute import launch
 from harness.sweep.request import Request, requested_cells
 from harness.terminal import python_command, run_command, say
 
 
-def parse_only(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """`KEY=A,B` filters of the command line, values read as YAML scalars."""
-    only: dict[str, list[Any]] = {}
+def parse_only(texts: Sequence[str]) -> dict[str, list[str]]:
+    """`KEY=A,B` filters of the command line; the schema gives the values their types."""
+    only: dict[str, list[str]] = {}
     for text in texts:
         key, equals, values = text.partition("=")
         if not equals or not values:
             raise UserError(f"--only {text}: write KEY=VALUE or KEY=A,B")
-        only[key] = [yaml.safe_load(value) for value in values.split(",")]
+        only[key] = values.split(",")
     return only
 
 

@@ -11,13 +11,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from harness.config import Config, from_container, to_container
+from harness.config import Config
 from harness.errors import WRONG_REQUEST, UserError
 from harness.grid.cells import Cell
-from harness.grid.compose import one_line
+from harness.grid.compose import with_overrides
 from harness.record import names
 from harness.record.rundir import read_config
 from harness.record.state import state_of
@@ -56,11 +53,9 @@ def _changed(config: Config, overrides: Sequence[str]) -> Config:
         # the frozen store is that of the old settings
         config = dataclasses.replace(config, activations=dataclasses.replace(config.activations, store=""))
     try:
-        return from_container(OmegaConf.merge(to_container(config), OmegaConf.from_dotlist(list(overrides))))
-    except OmegaConfBaseException as error:
-        raise UserError(f"cannot apply {' '.join(overrides)}: {one_line(error)}") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        return with_overrides(config, overrides)
+    except UserError as error:
+        raise UserError(f"cannot apply {' '.join(overrides)}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

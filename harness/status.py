@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from harness.cost.repeats import repeats_line
 from harness.errors import UserError
 from harness.places.slurm.explain import harvests_that_never_began
 from harness.record.causes import cause_of
@@ -62,6 +63,7 @@ def text(rows: Sequence[Row], whole: bool = False, harvests: Sequence[str] = ())
     if not whole and len(problems) > PROBLEMS:
         lines.append(f"… and {len(problems) - PROBLEMS} more lines (--all shows them)")
     lines.append(f"{len(rows)} runs: {_counts(Counter(row['status'] for row in rows))}")
+    lines += repeats_line((row["repeats"] for row in rows), "runs")
     return "\n".join([*lines, *_against_the_plan(rows)])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness.config import Config, from_container, to_container
+from harness.config import BOUNDS, Config, from_container, to_container
 from tests.training.members import small_config
 
 
@@ -52,6 +52,24 @@ def test_every_number_is_finite(key: str, value: float) -> None:
 def test_no_text_has_control_characters(key: str, text: str) -> None:
     with pytest.raises(ValueError, match="|".join(key.split("."))):
         with_value(key, text)
+
+
+def test_every_number_has_its_bounds() -> None:
+    assert sorted(BOUNDS) == sorted([*fields(int), *fields(float)])
+
+
+@pytest.mark.parametrize("key", sorted(BOUNDS))
+def test_numbers_beyond_their_bounds_are_refused(key: str) -> None:
+    lowest, highest = BOUNDS[key]
+    whole = key in fields(int)
+    for value in (lowest - 1, -1, highest * 2 + 1, 10**300):
+        with pytest.raises(ValueError, match=rf"{key}=\S+ must be at least \S+ and at most"):
+            with_value(key, int(value) if whole else float(value))
+
+
+def test_a_frozen_text_means_itself() -> None:
+    for text in ("${oc.env:HOME}", "$HOME/${sae.k}", r"a\${b}", r"a\\${b}"):
+        assert with_value("tracker.entity", text).tracker.entity == text
 
 
 def test_the_lists_are_complete() -> None:

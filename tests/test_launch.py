@@ -44,6 +44,14 @@ WRONG = {
     "unknown precision": (["train.precision=fp8"], "choose one of: auto, fp32, bf16, fp64"),
     "less than a step": (["train.tokens=10"], "is less than one step of train.batch_tokens="),
     "nothing to draw": (["activations.synthetic.d_model=0"], "activations.synthetic.d_model=0 must be at least 1"),
+    "warm-up beyond the budget": (["train.warmup_tokens=10e6"], "exceed the budget of 4096 tokens"),
+    "warm-up and decay": (["train.warmup_tokens=3e3", "train.decay_fraction=0.9"], "exceed the budget of 4096 tokens"),
+    "schedule of a named file": (["train=quick", "train.warmup_tokens=20e3"], "exceed the budget"),
+    "warm-up beyond FLOPs": (["train.tokens=0", "train.flops=1e7", "train.warmup_tokens=1e9"], "exceed the budget"),
+    "no row left": ([MINILM, "activations.context=1"], "leaves no row"),
+    "too many latents": (["sae.n_latents=1000000000000"], "must be at least 1 and at most 1000000000"),
+    "too many threads": (["train.threads=100000"], "at most 1024"),
+    "too many cells": (["sae.n_latents=range(1,1000000000)"], "a launch has at most 100,000 cells"),
     "sweep outside": (["sweep=../../elsewhere"], "is not a plain name"),
     "uneven mesh": (["mesh.shard=7"], "cannot be cut over mesh.shard=7 ranks"),
     "uneven replicas": (["mesh.dp=7"], "cannot be cut over mesh.dp=7 replicas"),
@@ -156,6 +164,7 @@ def test_damaged_records_are_named(file: str, part: str, tmp_path: Path, capsys:
         (export.main, ["nowhere", "--format", "saelens", "--out", "x"], "no finished weights"),
         (replay.main, ["nowhere"], "not a run directory"),
         (sweeps, ["--arch", "tokp"], "choose from: topk, switch"),
+        (sweeps, ["--tokens", "10e3", "--dry-run"], "cells: train.warmup_tokens=20000"),
         (sweeps, ["--study", "quik"], "there is no study 'quik'"),
         (sweeps, ["--width", "256,x"], "could not be converted to Integer"),
         (sweeps, ["--activations", "minlm"], "did you mean minilm?"),
@@ -201,3 +210,35 @@ def test_ctrl_c_while_libraries_load_is_an_interruption(monkeypatch: pytest.Monk
     monkeypatch.setattr("harness.sweep.execute.plan_runs", interrupted)
     assert main(["sae=topk", "sae.n_latents=64", "sae.k=4"]) == 75
     assert "interrupted before anything was trained; to begin again: " in capsys.readouterr().err
+
+
+def test_the_schedule_of_the_default_file_is_only_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*(text for text in TINY if "warmup" not in text), "--cfg", "job"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: 1 of 1 cells never train at their full learning rate")
+
+
+def test_a_plan_says_how_often_each_row_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = ["activations=minilm", "activations.tokens=4000", "train.tokens=8e3,400e3", "--dry-run"]
+    assert main([*TINY, f"out={tmp_path}", *store]) == 0
+    assert "each row of the store 1.98 to 100 times, in 2 cells" in capsys.readouterr().out
+    assert main([*TINY, f"out={tmp_path}", "--dry-run"]) == 0
+    assert "each row" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sae.n_latents=999999999", "sae.k=1000000"],
+        ["activations.synthetic.d_model=1000000", "activations.synthetic.n_features=10000000"],
+        ["train.batch_tokens=1000000000", "train.tokens=1e15"],
+        ["activations.heldout_tokens=1e12", "train.eval_rows=1000000000000", "train.eval_points=1000"],
+    ],
+)
+def test_a_plan_does_not_allocate_what_it_plans(overrides: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "harness.launch", *TINY, f"out={tmp_path}", *overrides, "--dry-run"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -v 16000000; exec "$@"', "-", *command], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 cells: 1 pending" in done.stdout

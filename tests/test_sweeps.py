@@ -106,3 +106,12 @@ def test_a_missing_venv_module_is_one_clear_line(tmp_path: Path) -> None:
     fake.write_text("#!/bin/sh\nexit 1\n")
     done = subprocess.run(["make", "setup", f"PYTHON={fake}"], cwd=tmp_path, capture_output=True, text=True)
     assert "must be Python 3.11 to 3.13" in done.stderr.splitlines()[0]
+
+
+def test_a_law_that_is_not_known_is_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text("law: nope\ngrids: [{overrides: [sae=topk, sae.n_latents=32, sae.k=2]}]\n")
+    assert main(["--study", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), *SMALL]) == 2
+    assert "law 'nope' is not known" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

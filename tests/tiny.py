@@ -12,6 +12,7 @@ TINY = (
     "activations.heldout_tokens=512",
     "train.tokens=4096",
     "train.batch_tokens=256",
+    "train.warmup_tokens=0",
     "train.eval_points=2",
     "train.eval_rows=256",
     "train.log_every_steps=4",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,7 @@ from analysis.fits.problem import Problem, pose, starting_points
 from analysis.fits.solve import Optimum, minimise
 from analysis.laws.law import Array, Entry, Law
 from analysis.notes import Note, note
+from analysis.runs.axes import AXES, at_equal_flops, on_axis
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 
@@ -61,6 +63,8 @@ class Multiplier:
     floor_identified: bool = True
     """False if a floor of zero fits as well."""
     notes: list[Note] = field(default_factory=list)
+    axis: str = ""
+    """Column of x."""
 
 
 def multiplier(
@@ -72,7 +76,7 @@ def multiplier(
     level: float = 0.95,
     seed: int = 0,
 ) -> Multiplier:
-    """Compare two groups of runs of one k by the x (FLOPs by default) that they need for a loss.
+    """Compare two groups of runs of one k by the x (FLOPs by default, AuxK apart where it is known) that they need.
 
     Args:
         first: Column values that choose the first group; TopK by default.
@@ -82,6 +86,35 @@ def multiplier(
 
     Raises `UserError` if a group has fewer than three sizes or several k, or there are too few runs.
     """
+    part = at_equal_flops(table) if x == "flops" else table
+    return _multiplier(part, first, second, x, at_loss, level, seed)
+
+
+def on_every_axis(
+    table: RunTable, second: dict[str, object] | None = None, at_loss: float | None = None
+) -> list[tuple[str, Multiplier]]:
+    """(column, multiplier) for every axis of `analysis.runs.axes.AXES` that all runs have, the default one first.
+
+    Args:
+        second, at_loss: See `multiplier`.
+    """
+    found = []
+    for axis in AXES:
+        with suppress(UserError):  # too few sizes
+            if (part := on_axis(table, axis)) is not None:
+                found.append((axis, _multiplier(part, None, second, "flops", at_loss)))
+    return found
+
+
+def _multiplier(
+    table: RunTable,
+    first: dict[str, object] | None,
+    second: dict[str, object] | None,
+    x: str,
+    at_loss: float | None,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Multiplier:
     table = table.use("n", "k", x, "loss")
     groups = [first or {"sae": "topk"}, second or {"sae": "switch"}]
     parts = [table.where("another architecture", **conditions).frame for conditions in groups]
@@ -92,6 +125,7 @@ def multiplier(
             )
     if any(part[table.roles["k"]].nunique() > 1 for part in parts if "k" in table.roles):
         raise UserError(f"{table.name}: compare architectures at one k (e.g. table.where(k=32))")
+    axis = table.roles[x]
     values, y, group = _stacked(parts, table, x)
     inputs = {"x": values, "group": np.exp(group)}
     shared, at_shared = _solved(SHARED, inputs, y, seed)
@@ -110,7 +144,7 @@ def multiplier(
         notes.append(note("floor_not_identified", "warning", "the common floor may be zero"))
     if p >= 1 - level and at_loss is None:
         value, low, high = _shared_multiplier(shared, at_shared, level)
-        return Multiplier(value, low, high, None, p, exponents, raw["E"], crossing, *ends, not floor_open, notes)
+        return Multiplier(value, low, high, None, p, exponents, raw["E"], crossing, *ends, not floor_open, notes, axis)
     if at_loss is None:
         low_end, high_end = max(y[group == g].min() for g in (0, 1)), min(y[group == g].max() for g in (0, 1))
         at_loss = float(np.sqrt(low_end * high_end))
@@ -119,7 +153,7 @@ def multiplier(
     reached = [y[group == g].min() <= at_loss <= y[group == g].max() for g in (0, 1)]
     if not all(reached):
         notes.append(note("extrapolation", "warning", f"loss {at_loss:.4g} was not reached by both architectures"))
-    return Multiplier(value, low, high, at_loss, p, exponents, raw["E"], crossing, *ends, not floor_open, notes)
+    return Multiplier(value, low, high, at_loss, p, exponents, raw["E"], crossing, *ends, not floor_open, notes, axis)
 
 
 def _stacked(parts: list[pd.DataFrame], table: RunTable, x: str) -> tuple[Array, Array, Array]:

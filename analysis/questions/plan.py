@@ -54,7 +54,17 @@ LARGEST_LOG = 700.0
 """Logarithm of about the largest number in double precision."""
 
 PLANNED_KEYS = {
-    *("sae", "sae.architecture", "sae.n_latents", "sae.k", "sae.n_experts", "train.seed", "sweep", "out"),
+    *(
+        "sae",
+        "sae.architecture",
+        "sae.n_latents",
+        "sae.k",
+        "sae.n_experts",
+        "train.seed",
+        "stream.seed",
+        "sweep",
+        "out",
+    ),
 }
 """Overrides of a sweep that a plan replaces with its own."""
 
@@ -96,6 +106,7 @@ class Plan:
                 lines.append(" ".join(["make sweep", *line]))
             else:
                 cell = ["sae=topk", f"sae.n_latents={widths}", f"sae.k={k:.0f}", f"train.seed={numbers}"]
+                cell.append("stream.seed=${train.seed}")
                 where = [f"sweep={sweep.name}", f"out={sweep.parent}"]
                 lines.append(shlex.join(["python", "-m", "harness.launch", *kept, *cell, *where]))
         return lines
@@ -118,6 +129,7 @@ class Plan:
         for _, cell in self.cells.iterrows():
             seeds = ",".join(str(first_seed + i) for i in range(int(cell["seeds"])))
             settings = f'sae=topk, sae.n_latents={cell["n"]:.0f}, sae.k={cell["k"]:.0f}, "train.seed={seeds}"'
+            settings += ', "stream.seed=${train.seed}"'
             lines.append(f"  - {{name: n{cell['n']:.0f} k{cell['k']:.0f}, overrides: [{settings}]}}")
         return "\n".join(lines) + "\n"
 

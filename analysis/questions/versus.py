@@ -2,48 +2,94 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 
+from analysis.questions.paired import PairedErrors, contrast
 from analysis.runs.table import RunTable
 
 
-def equal_n_and_flops(table: RunTable) -> list[dict[str, Any]]:
+def equal_n_and_flops(table: RunTable, errors: PairedErrors | None = None) -> list[dict[str, Any]]:
     """One row per Switch cell (n, k, experts): its loss over that of TopK at the same n, and at the same FLOPs.
 
     Seeds are averaged (geometric mean). The loss of TopK at the FLOPs of Switch is interpolated log-log between the two
     nearest TopK sizes of the same k. It is not extrapolated: outside their range it is None.
+
+    Args:
+        errors: Paired errors of the table; then `ends_n` and `ends_flops` are the 95 % intervals of the ratios.
+
+    `weights_n` and `weights_flops` say which runs make the ratio: ln ratio = Σ weight·ln(loss).
     """
     frame = table.frame
     if "sae" not in frame or not {"topk", "switch"} <= set(frame["sae"]):
         return []
-    n, k, loss, flops = (table.roles[role] for role in ("n", "k", "loss", "flops"))
-    logs = frame.assign(log_loss=np.log(frame[loss]), log_flops=np.log(frame[flops]))
-    dense = logs[logs["sae"] == "topk"].groupby([k, n])[["log_loss", "log_flops"]].mean()
-    at_size = dict(dense.iterrows())
+    n, k, loss, flops, run = (table.roles[role] for role in ("n", "k", "loss", "flops", "run"))
+    logs = frame.assign(log_loss=np.log(frame[loss]), log_flops=np.log(frame[flops]), run=frame[run].astype(str))
+    dense = {key: _Cell(part) for key, part in logs[logs["sae"] == "topk"].groupby([k, n])}
     rows = []
-    switch = logs[logs["sae"] == "switch"].groupby([k, n, "n_experts"])[["log_loss", "log_flops"]].mean()
-    for key, cell in switch.iterrows():
+    for key, part in logs[logs["sae"] == "switch"].groupby([k, n, "n_experts"]):
         k_value, n_value, experts = cast("tuple[float, float, float]", key)
-        row: dict[str, Any] = {
-            "k": k_value,
-            "n": n_value,
-            "experts": experts,
-            "switch": float(np.exp(cell["log_loss"])),
-        }
-        row |= {"flops": float(np.exp(cell["log_flops"])), "topk_n": None, "ratio_n": None, "flops_saved": None}
-        row |= {"topk_flops": None, "ratio_flops": None}
-        same = at_size.get((k_value, n_value))
+        cell = _Cell(part)
+        row: dict[str, Any] = {"k": k_value, "n": n_value, "experts": experts, "switch": math.exp(cell.log_loss)}
+        row |= {"flops": math.exp(cell.log_flops), "flops_saved": None}
+        same = dense.get((k_value, n_value))
         if same is not None:
-            row["topk_n"] = float(np.exp(same["log_loss"]))
-            row["ratio_n"] = float(np.exp(cell["log_loss"] - same["log_loss"]))
-            row["flops_saved"] = float(np.exp(same["log_flops"] - cell["log_flops"]))
-        series = dense[dense.index.get_level_values(0) == k_value].sort_values("log_flops")
-        x, y = series["log_flops"].to_numpy(), series["log_loss"].to_numpy()
-        if len(x) > 1 and x[0] <= cell["log_flops"] <= x[-1]:
-            at = float(np.interp(cell["log_flops"], x, y))
-            row["topk_flops"] = float(np.exp(at))
-            row["ratio_flops"] = float(np.exp(cell["log_loss"] - at))
+            row["flops_saved"] = math.exp(same.log_flops - cell.log_flops)
+        row |= _against(cell, [] if same is None else [(1.0, same)], "n", errors)
+        series = sorted((other for (level, _), other in dense.items() if level == k_value), key=lambda c: c.log_flops)
+        row |= _against(cell, _around(series, cell.log_flops), "flops", errors)
         rows.append(row)
     return rows
+
+
+class _Cell:
+    """The repeats of one cell: mean logarithms, and the names of the runs."""
+
+    def __init__(self, part: pd.DataFrame) -> None:
+        self.log_loss, self.log_flops = float(part["log_loss"].mean()), float(part["log_flops"].mean())
+        self.runs = list(part["run"])
+
+
+def _around(series: list[_Cell], log_flops: float) -> list[tuple[float, _Cell]]:
+    """The weights with which the cells of `series`, by rising FLOPs, interpolate at `log_flops`; empty outside."""
+    for low, high in itertools.pairwise(series):
+        if low.log_flops <= log_flops <= high.log_flops:
+            width = high.log_flops - low.log_flops
+            share = (log_flops - low.log_flops) / width if width > 0 else 0.0
+            return [(1 - share, low), (share, high)]
+    return []
+
+
+def _against(cell: _Cell, others: list[tuple[float, _Cell]], name: str, errors: PairedErrors | None) -> dict[str, Any]:
+    """The ratio of a cell's loss to a weighted mean of other cells; all values are None without others."""
+    row: dict[str, Any] = dict.fromkeys((f"topk_{name}", f"ratio_{name}", f"weights_{name}", f"ends_{name}"))
+    if others:
+        at = sum(weight * other.log_loss for weight, other in others)
+        weights = contrast(cell.runs, [])
+        for weight, other in others:
+            for run in other.runs:
+                weights[run] = weights.get(run, 0.0) - weight / len(other.runs)
+        ends = errors.interval(weights, cell.log_loss - at) if errors is not None else None
+        row |= {f"topk_{name}": math.exp(at), f"ratio_{name}": math.exp(cell.log_loss - at), f"weights_{name}": weights}
+        row[f"ends_{name}"] = None if ends is None else (math.exp(ends[0]), math.exp(ends[1]))
+    return row
+
+
+def mean_ratio(
+    rows: list[dict[str, Any]], name: str, errors: PairedErrors | None = None
+) -> tuple[float, tuple[float, float] | None] | None:
+    """Geometric mean of `ratio_<name>` over the rows that have it, with its interval; None if no row has it."""
+    chosen = [row for row in rows if row.get(f"ratio_{name}") is not None]
+    if not chosen:
+        return None
+    value = float(np.mean([math.log(row[f"ratio_{name}"]) for row in chosen]))
+    weights: dict[str, float] = {}
+    for row in chosen:
+        for run, weight in (row.get(f"weights_{name}") or {}).items():
+            weights[run] = weights.get(run, 0.0) + weight / len(chosen)
+    ends = errors.interval(weights, value) if errors is not None and weights else None
+    return math.exp(value), None if ends is None else (math.exp(ends[0]), math.exp(ends[1]))

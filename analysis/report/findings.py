@@ -21,8 +21,10 @@ from analysis.questions.convergence import Convergence, tokens_to_convergence
 from analysis.questions.frontier import frontier, frontier_law
 from analysis.questions.isoflop import IsoFlop, isoflop
 from analysis.questions.learning_rate import BestRates, best_rates
-from analysis.questions.multiplier import Multiplier, multiplier
+from analysis.questions.multiplier import Multiplier, multiplier, on_every_axis
+from analysis.questions.paired import PairedErrors, paired_errors, rises
 from analysis.questions.versus import equal_n_and_flops
+from analysis.runs.axes import at_equal_flops
 from analysis.runs.curves import evaluations, repeated_rows
 from analysis.runs.load import read_sweep
 from analysis.runs.populations import at_best_rate, one_architecture, settings, varied
@@ -44,6 +46,8 @@ class Comparison:
     x: str
     """`flops` or `n`: the axis of the comparison."""
     multiplier: Multiplier
+    by_axis: list[tuple[str, Multiplier]] = field(default_factory=list)
+    """For `flops`: the same comparison on every axis of `analysis.runs.axes.AXES` that the runs have."""
 
 
 @dataclass
@@ -78,6 +82,8 @@ class Findings:
     isoflops: list[tuple[float, IsoFlop]] = field(default_factory=list)
     convergence: Convergence | None = None
     versus: list[dict[str, Any]] = field(default_factory=list)
+    paired: PairedErrors | None = None
+    """None if the runs keep no sums per held-out document."""
     comparisons: list[Comparison] = field(default_factory=list)
     rates: BestRates | None = None
     """Best learning rates, if several were tried at some n and k."""
@@ -86,7 +92,7 @@ class Findings:
 
 def gather(directory: Path, law: str | None = None) -> Findings:
     """Read a sweep and fit everything that it allows. Raises `UserError` if the directory holds no run."""
-    table = read_runs(directory)
+    table = at_equal_flops(read_runs(directory))
     study = read_study(directory)
     if law is not None:
         study.law = law
@@ -101,10 +107,11 @@ def gather(directory: Path, law: str | None = None) -> Findings:
     for each in everything:
         _fit_laws(each, chosen)
     findings, *findings.others = everything
+    findings.paired = paired_errors(table)
     part = parts[findings.setting]
     compared = at_best_rate(part)
     if len(compared) < len(part):
-        findings.rates = best_rates(one_architecture(part, chosen))
+        findings.rates = best_rates(one_architecture(part, chosen), findings.paired)
     shown = findings.shown
     findings.forecasts = [row for k, result in findings.fits for row in _forecasts(findings.main, k, result)]
     findings.curves = evaluations(shown)
@@ -115,8 +122,8 @@ def gather(directory: Path, law: str | None = None) -> Findings:
     findings.isoflops = _isoflops(findings.main)
     if shown.has("converged") and shown.column("converged").eq(True).any():
         findings.convergence = tokens_to_convergence(shown)
-    findings.comparisons = _comparisons(compared)
-    findings.versus = equal_n_and_flops(compared)
+    findings.comparisons = compared_architectures(compared)
+    findings.versus = equal_n_and_flops(compared, findings.paired)
     findings.notes = _notes(findings)
     return findings
 
@@ -137,6 +144,7 @@ def _notes(findings: Findings) -> list[Note]:
     if findings.front_fit is not None:
         notes += [entry for entry in findings.front_fit.notes if entry.code == "frontier_owned_by_end"]
         notes += repeated_rows(findings.shown)
+    notes += rises(findings.main, findings.paired)
     also = varied(findings.main) if findings.others else varied(findings.table)
     if also:
         notes.append(note("mixed_population", "warning", f"the runs also differ in {', '.join(also[:6])}"))
@@ -219,7 +227,7 @@ def _isoflops(table: RunTable) -> list[tuple[float, IsoFlop]]:
     return isoflops
 
 
-def _comparisons(table: RunTable) -> list[Comparison]:
+def compared_architectures(table: RunTable, at_loss: float | None = None) -> list[Comparison]:
     """TopK against Switch in FLOPs and in n, for every k and number of experts at which both have enough sizes."""
     if "sae" not in table.frame or not {"topk", "switch"} <= set(table.frame["sae"]):
         return []
@@ -231,5 +239,7 @@ def _comparisons(table: RunTable) -> list[Comparison]:
             for x in ("flops", "n"):
                 with suppress(UserError):  # too few sizes of one of them at this k
                     part = table.where("another k", k=k)
-                    comparisons.append(Comparison(k, float(count), x, multiplier(part, second=switch, x=x)))
+                    found = multiplier(part, second=switch, x=x, at_loss=at_loss)
+                    by_axis = on_every_axis(part, switch, found.at_loss) if x == "flops" else []
+                    comparisons.append(Comparison(k, float(count), x, found, by_axis))
     return comparisons

@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis.fits.result import FitResult
 from analysis.format import interval, number
+from analysis.questions.multiplier import Multiplier
 from analysis.report.cells import cell_rows
 from analysis.report.findings import Comparison, Findings, gather
 from analysis.report.pictures import all_pictures
@@ -25,6 +26,7 @@ from analysis.report.words import (
     multiplier_sentences,
     rate_sentences,
 )
+from analysis.runs.axes import AXES, axis_words
 from analysis.runs.curves import seen
 from analysis.runs.populations import differing
 from analysis.runs.table import RunTable
@@ -79,6 +81,8 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
         "versus": findings.versus,
         "forecasts": [_forecast_row(row) for row in findings.forecasts],
         "comparisons": [_comparison_row(entry) for entry in findings.comparisons],
+        "axes": [_axis_row(entry, *found) for entry in findings.comparisons for found in entry.by_axis],
+        "axis": axis_words(findings.table.roles),
         "convergence": _convergence_rows(findings),
         "rates": findings.rates.rates.to_dict("records") if findings.rates is not None else [],
         "cells": cell_rows(table),
@@ -122,12 +126,14 @@ def _lead(findings: Findings) -> list[str]:
             what = f"the runs with {each.setting}" if each.setting else "these runs"
             lines.append(f"No law can be fitted to {what}; the section “What could not be fitted” says why.")
     lines.extend(forecast_sentences(findings.forecasts))
-    lines.extend(comparison_sentences(findings.versus))
+    lines.extend(comparison_sentences(findings.versus, findings.paired, axis_words(main.roles)))
     lines.extend(multiplier_sentences(findings.comparisons))
     if findings.convergence is not None:
         lines.extend(convergence_sentences(findings.convergence))
     if findings.rates is not None:
         lines.extend(rate_sentences(findings.rates))
+    if findings.paired is not None:
+        lines.append(findings.paired.sentence())
     if "topk" not in set(table.frame.get("sae", pd.Series(dtype=object)).astype(str)):
         lines.append("There is no TopK run, so architectures cannot be compared.")
     return lines
@@ -188,7 +194,7 @@ def _law_rows(setting: str, k: float | None, result: FitResult) -> dict[str, Any
 
 def _comparison_row(entry: Comparison) -> dict[str, str]:
     result = entry.multiplier
-    unit = "FLOPs" if entry.x == "flops" else "latents"
+    unit = AXES.get(result.axis, "FLOPs") if entry.x == "flops" else "latents"
     crossing = f"{number(result.crossing)} {unit} {interval(result.crossing_lo, result.crossing_hi)}"
     return {
         "k": number(entry.k),
@@ -201,6 +207,19 @@ def _comparison_row(entry: Comparison) -> dict[str, str]:
         "exponents": f"{number(result.exponents[0])} / {number(result.exponents[1])}",
         "floor": number(result.floor) + ("" if result.floor_identified else " (may be zero)"),
         "crossing": "none in the data" if result.crossing is None else crossing,
+    }
+
+
+def _axis_row(entry: Comparison, axis: str, result: Multiplier) -> dict[str, Any]:
+    value, said = result.value, entry.multiplier.value
+    return {
+        "k": number(entry.k),
+        "experts": number(entry.experts),
+        "axis": AXES[axis],
+        "value": "–" if value is None else number(value),
+        "interval": interval(result.lo, result.hi),
+        "at": "every loss" if result.at_loss is None else f"fvu {number(result.at_loss)}",
+        "contradicts": value is not None and said is not None and (value - 1) * (said - 1) < 0,
     }
 
 

@@ -13,7 +13,10 @@ from analysis.format import interval, number
 from analysis.notes import has
 from analysis.questions.convergence import Convergence
 from analysis.questions.learning_rate import BestRates
+from analysis.questions.paired import PairedErrors
+from analysis.questions.versus import mean_ratio
 from analysis.report.findings import Comparison
+from analysis.runs.axes import AXES
 from analysis.runs.table import RunTable
 from harness.terminal import say
 
@@ -67,25 +70,39 @@ def _floor_sentence(result: FitResult, ks: Sequence[float]) -> str:
     return f"It falls towards a floor of {result.values['E']:.3g} {interval(low, high)}."
 
 
-def comparison_sentences(rows: Sequence[dict]) -> list[str]:
-    """TopK against Switch at equal n and at equal FLOPs: mean ratios of loss over the cells that allow them."""
+def comparison_sentences(rows: Sequence[dict], errors: PairedErrors | None = None, axis: str = "") -> list[str]:
+    """TopK against Switch at equal n and at equal FLOPs: mean ratios of loss over the cells that allow them.
+
+    Args:
+        errors: Paired errors of the runs, for intervals of the means.
+        axis: What the FLOPs count, in words.
+    """
     sentences = []
-    for key, text in (("ratio_n", "the same n and k"), ("ratio_flops", "the same training FLOPs and k")):
-        ratios = np.array([row[key] for row in rows if row.get(key) is not None])
-        if len(ratios):
-            change = 100 * (math.exp(np.mean(np.log(ratios))) - 1)
-            word = "higher" if change >= 0 else "lower"
-            spread = ""
-            if len(ratios) > 1:
-                ends = f"{100 * (ratios.min() - 1):+.1f} to {100 * (ratios.max() - 1):+.1f}".replace("-", "−")
-                spread = f" (from {ends} %)"
-            cells = f"{len(ratios)} cell{'s' if len(ratios) > 1 else ''}"
-            sentences.append(f"At {text}, Switch has {abs(change):.1f} % {word} fvu than TopK over {cells}{spread}.")
+    for name, text in (("n", "the same n and k"), ("flops", f"the same k and {axis or 'training FLOPs'}")):
+        found = mean_ratio(list(rows), name, errors)
+        if found is None:
+            continue
+        ratios = np.array([row[f"ratio_{name}"] for row in rows if row.get(f"ratio_{name}") is not None])
+        change, word = 100 * (found[0] - 1), "higher" if found[0] >= 1 else "lower"
+        if found[1] is None:
+            certain = ""
+        else:
+            ends = sorted(100 * (end - 1) * (1 if change >= 0 else -1) for end in found[1])
+            scope = "held-out documents" if errors is None or errors.repeat_sd is None else "documents and repeats"
+            certain = f" [{ends[0]:.2f}, {ends[1]:.2f}; {scope}]".replace("-", "−")
+        spread = ""
+        if len(ratios) > 1:
+            ends_text = f"{100 * (ratios.min() - 1):+.1f} to {100 * (ratios.max() - 1):+.1f}".replace("-", "−")
+            spread = f" (from {ends_text} %)"
+        cells = f"{len(ratios)} cell{'s' if len(ratios) > 1 else ''}"
+        sentences.append(
+            f"At {text}, Switch has {abs(change):.1f} %{certain} {word} fvu than TopK over {cells}{spread}."
+        )
     return sentences
 
 
 def multiplier_sentences(comparisons: Sequence[Comparison]) -> list[str]:
-    """How much compute Switch saves, for each k and number of experts."""
+    """How much compute Switch saves, for each k and number of experts, and whether that depends on the axis."""
     sentences = []
     for entry in comparisons:
         result = entry.multiplier
@@ -98,8 +115,20 @@ def multiplier_sentences(comparisons: Sequence[Comparison]) -> list[str]:
         if result.value < 1:
             times, word = number(1 / result.value), "more"
             ends = interval(_inverse(result.hi), _inverse(result.lo))
-        sentences.append(f"{who} {times} times {word} training FLOPs than TopK {where} {ends} ({why}).")
+        what = AXES.get(result.axis, "training FLOPs")
+        sentences.append(f"{who} {times} times {word} {what} than TopK {where} {ends} ({why}).")
+        other = [
+            f"{number(m.value)} in {AXES[axis]}" for axis, m in entry.by_axis if _contradicts(m.value, result.value)
+        ]
+        if other:
+            said = f"This claim depends on what is counted: TopK / Switch is {number(result.value)} in {what}, but"
+            sentences.append(f"{said} {_and(other)}.")
     return sentences
+
+
+def _contradicts(value: float | None, other: float) -> bool:
+    """Whether two multipliers say that different architectures need less."""
+    return value is not None and (value - 1) * (other - 1) < 0
 
 
 def convergence_sentences(convergence: Convergence) -> list[str]:
@@ -131,7 +160,14 @@ def rate_sentences(best: BestRates) -> list[str]:
     if best.law is None:
         return ["Too few cells bracket their best learning rate to give its slope in n."]
     low, high = best.law.intervals["p"]
-    return [f"The best learning rate goes as n^{number(best.law.values['p'])} {interval(low, high)}."]
+    sentences = [f"The best learning rate goes as n^{number(best.law.values['p'])} {interval(low, high)}."]
+    as_good = best.rates["as_good"].dropna()
+    if (as_good > 0).any():
+        sentences.append(
+            f"In {int((as_good > 0).sum())} of {len(as_good)} cells another rate is as good within the error "
+            f"of the difference."
+        )
+    return sentences
 
 
 def _inverse(value: float | None) -> float | None:

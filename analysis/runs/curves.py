@@ -21,11 +21,15 @@ def evaluations(table: RunTable) -> pd.DataFrame:
     parts: list[pd.DataFrame] = []
     for _, row in table.frame.iterrows():
         run = str(row[table.roles["run"]])
-        final = {key: row.get(key) for key in ("tokens", "flops")} | {"loss": row[loss]}
+        axis = table.roles.get("flops", "flops")
+        flops = row.get(axis)
+        final = {"tokens": row.get("tokens"), "flops": flops, "loss": row[loss]}
         lines = table.history(run)
         if loss in lines and {"tokens", "flops"} <= set(lines):
-            part = lines[["tokens", "flops", loss]].apply(pd.to_numeric, errors="coerce").dropna()
-            part = part.rename(columns={loss: "loss"})
+            if axis not in lines:  # a line has the FLOPs with a nominal AuxK; those of other counts grow alike
+                lines = lines.assign(**{axis: lines["flops"] * _ratio(flops, row.get("flops"))})
+            part = lines[["tokens", axis, loss]].apply(pd.to_numeric, errors="coerce").dropna()
+            part = part.rename(columns={loss: "loss", axis: "flops"})
             part = part[part["tokens"] < row.get("tokens", np.inf)]
             part = pd.concat([part, pd.DataFrame([final])], ignore_index=True)
         else:
@@ -35,6 +39,14 @@ def evaluations(table: RunTable) -> pd.DataFrame:
         empty = pd.DataFrame(columns=["tokens", "flops", "loss", "run", "constant_lr"])
         return empty.astype({"tokens": float, "flops": float, "loss": float, "constant_lr": bool})
     return pd.concat(parts, ignore_index=True).astype({"tokens": float, "flops": float, "loss": float})
+
+
+def _ratio(value: Any, other: Any) -> float:
+    try:
+        ratio = float(value) / float(other)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return 1.0
+    return ratio if np.isfinite(ratio) else 1.0
 
 
 def decays(row: pd.Series) -> bool:

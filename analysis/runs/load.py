@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.notes import note
+from analysis.runs.axes import add_axes
 from analysis.runs.read_table import as_frame, read_file
 from analysis.runs.table import ROLES, SWEEP_ROLES, RunTable
 from analysis.runs.vocabulary import ended_well, is_ours
@@ -52,6 +53,7 @@ def load(
         frame = frame.drop(columns="lr", errors="ignore")  # the last rate that was logged; it may have decayed
         _spread(frame, configs)
         _learning_rate(frame)
+        add_axes(frame, configs)
         table = _with_roles(frame, roles, text, given=("run", "status"))
         table.histories = histories
         return table
@@ -88,10 +90,12 @@ def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTa
         raise UserError(f"{directory} holds no run (no folder with {names.CONFIG} or {names.RESULT} in it)")
     rows = [_row(path) for path in runs]
     frame = pd.DataFrame(rows)
-    _spread(frame, [row.pop("config", None) for row in rows])
+    configs = [row.pop("config", None) for row in rows]
+    _spread(frame, configs)
     frame = frame.drop(columns="config", errors="ignore")
     _learning_rate(frame)
     frame["epochs"] = _numbers(frame, "tokens") / _numbers(frame, "unique_tokens")
+    add_axes(frame, configs)
     for column in SWEEP_ROLES.values():
         if column not in frame:
             frame[column] = np.nan if column != "status" else None

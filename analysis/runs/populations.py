@@ -26,6 +26,7 @@ CELL_KEYS = (
     "sae.n_experts",
     "sae.architecture",
     "train.seed",
+    "stream.seed",
     "train.lr",
     "train.lr_factor",
     "train.tokens",

@@ -6,7 +6,8 @@ import errno
 import io
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from safetensors import SafetensorError
 from harness.activations.lm.model import HookedModel
 from harness.activations.source import ActivationSource
 from harness.activations.store.assemble import TornUnits, assemble, remove_scratch
-from harness.activations.store.harvest import OnRows, Plan, describe, forward_units, prepare, rows_done
+from harness.activations.store.harvest import OnRows, Plan, describe, forward_units, prepare, read_plan, rows_done
 from harness.activations.store.identity import store_id
 from harness.activations.store.paths import MANIFEST, is_complete, store_name, store_path
 from harness.activations.store.read import open_store
+from harness.activations.store.values import check_once, note_on_norms
 from harness.activations.synthetic import Synthetic
 from harness.config import ActivationsConfig
 from harness.errors import UserError
@@ -45,7 +47,8 @@ def open_source(
     directory = store_path(cfg, out)
     shards = shards or Solo()
     complete = torch.tensor(int(shards.rank == 0 and is_complete(directory)))
-    if not int(shards.sum_(complete, "all", "scalars")):
+    made = bool(shards.sum_(complete, "all", "scalars"))
+    if not made:
         if (local_id := store_id(cfg)) != directory.name:
             raise UserError(
                 f"there is no store {directory}, and the model and text of this machine would give another one "
@@ -58,7 +61,12 @@ def open_source(
                 raise explanation from error
             raise
         return_freed()
-    return open_store(directory, cfg, shards)
+    store = open_store(directory, cfg, shards)
+    if made:
+        with together(shards):
+            if shards.rank == 0:
+                check_once(directory)
+    return store
 
 
 def _require_id(cfg: ActivationsConfig) -> None:
@@ -86,17 +94,19 @@ def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, s
                 stack.enter_context(claim(directory.with_suffix(".lock"), wait=True, stop=stop, on_wait=on_wait))
                 missing = _is_missing(directory, partial)
                 if missing:
-                    prepared = _begin(cfg, partial, progress, stop)
+                    with _nothing_left_of_a_refusal(partial, loading=True):
+                        prepared = _begin(cfg, partial, progress, stop)
         missing = bool(shards.sum_(torch.tensor(int(missing)), "all", "scalars"))
         if missing:
             with together(shards):
                 plan, hooked = prepared or prepare(cfg, partial, stop)
             try:
-                with together(shards):
+                with together(shards), _nothing_left_of_a_refusal(partial if writer else None):
                     forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress), shards)
                 with together(shards):
                     if writer:
-                        _assemble(cfg, plan, hooked, partial, progress, stop)
+                        with _nothing_left_of_a_refusal(partial):
+                            _assemble(cfg, plan, hooked, partial, progress, stop)
             except BaseException:
                 progress.finish("")
                 raise
@@ -104,6 +114,22 @@ def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, s
             if writer and not directory.exists():
                 remove_scratch(partial)
                 partial.rename(directory)
+
+
+@contextmanager
+def _nothing_left_of_a_refusal(partial: Path | None, *, loading: bool = False) -> Iterator[None]:
+    """Remove a half-made store that no later attempt can finish: one without a plan, or whose rows are refused.
+
+    One that was stopped stays, and so does one whose model cannot be loaded (`loading`) this time. None as `partial`:
+    another rank does it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        refused = isinstance(error, UserError) and not loading
+        if partial is not None and (refused or read_plan(partial) is None):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _is_missing(directory: Path, partial: Path) -> bool:
@@ -145,13 +171,15 @@ def _assemble(
     """Turn the units in `partial` into a complete store; damaged units are computed again."""
     while True:
         try:
-            assemble(plan, partial, cfg.shard_rows, describe(cfg, plan), stop)
+            norms = assemble(plan, partial, cfg.shard_rows, describe(cfg, plan), stop)
         except TornUnits as torn:
             progress.finish(f"computing units again that a crash damaged: {torn}")
             forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress))
             continue
         rows = plan.rows
         progress.finish(f"harvested {rows['train']:,} training and {rows['heldout']:,} held-out rows")
+        if (note := note_on_norms(norms)) is not None:
+            progress.note(note)
         return
 
 

@@ -45,7 +45,7 @@ class ActivationSource(Protocol):
         ...
 
     def stream(self, seed: int, batch_tokens: int, device: torch.device, dp_rank: int = 0, dp: int = 1) -> Stream:
-        """The share of replica `dp_rank` of `dp` in every batch; `seed` orders later epochs (store) or draws rows.
+        """The share of replica `dp_rank` of `dp` in every batch; `seed` orders the rows (store) or draws them.
 
         Raises `ValueError` if `dp` does not divide `batch_tokens`.
         """

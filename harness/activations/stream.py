@@ -19,7 +19,7 @@ from torch import Tensor
 from harness.activations.shuffle import permutation
 
 BLOCK_ROWS = 16_384
-"""Later epochs permute blocks of this many rows, then the rows in each block: one sequential read per block."""
+"""A permuted epoch permutes blocks of this many rows, then the rows in each block: one sequential read per block."""
 PREFETCHED = 4
 """Batches that are prepared ahead."""
 
@@ -50,8 +50,8 @@ class Rows:
 class Order:
     """The row of the store at each position of the endless stream.
 
-    Position p belongs to epoch p // total. Epoch 0 is the store in its own order, which is shuffled already. Later
-    epochs permute its blocks, and the rows in each block, by (seed, epoch, block).
+    Position p belongs to epoch p // total. An epoch permutes the blocks of the store, and the rows in each block, by
+    (seed, epoch, block). The store is shuffled already, so the first epoch of seed 0 is the store in its own order.
     """
 
     def __init__(self, total: int, seed: int) -> None:
@@ -65,17 +65,17 @@ class Order:
         sizes = np.minimum(BLOCK_ROWS, self._total - order * BLOCK_ROWS)
         return order, np.concatenate([[0], np.cumsum(sizes)])
 
-    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int | None, int, int]]:
         """Cut positions `start` … `end`−1 into pieces (epoch, block, first, last), each within one block of one epoch.
 
-        `first` and `last` count the permuted rows of the block, `last` excluded. Epoch 0 is not cut into blocks: its
-        piece is (0, −1, first row, last row) of the store.
+        `first` and `last` count the permuted rows of the block, `last` excluded. An epoch in the store's own order is
+        not cut into blocks: its piece is (epoch, None, first row, last row) of the store.
         """
         while start < end:
             epoch, at = divmod(start, self._total)
             until = min(end - start + at, self._total)
-            if epoch == 0:
-                yield 0, -1, at, until
+            if epoch == 0 and self._seed == 0:
+                yield epoch, None, at, until
             else:
                 order, begins = self._blocks(epoch)
                 number = int(np.searchsorted(begins, at, side="right")) - 1
@@ -84,7 +84,7 @@ class Order:
             start += until - at
 
     def within(self, epoch: int, block: int) -> Int[np.ndarray, " rows"]:
-        """Order of the rows of a block in a later epoch."""
+        """Order of the rows of a block in a permuted epoch."""
         rows = min(BLOCK_ROWS, self._total - block * BLOCK_ROWS)
         return permutation(rows, "rows", self._seed, epoch, block)
 
@@ -104,7 +104,8 @@ class StoreBatches:
     def __call__(self, start: int, end: int, out: Tensor) -> None:
         filled = 0
         for epoch, block, first, last in self._order.pieces(start, end):
-            pieces = [self._permuted(epoch, block)[first:last]] if epoch else self._rows.slices(first, last)
+            in_order = block is None
+            pieces = self._rows.slices(first, last) if in_order else [self._permuted(epoch, block)[first:last]]
             for rows in pieces:
                 out[filled : filled + len(rows)] = rows
                 filled += len(rows)

@@ -44,6 +44,15 @@ DEAD_SHARE = 0.02
 """Architecture -> assumed share of dead latents once a run has passed `sae.dead_after_tokens`; AuxK works on these. The
 values come from the default study (docs/lab-log.md); `DEAD_SHARE` is for the others."""
 
+START_BYTES_PER_NUMBER = 28
+"""Memory of the sample that sets the normalisation and the initial centre: once in float32, three times in float64."""
+
+PROBE_SHARE = 0.5
+"""A plan uses at most this share of the memory of this machine."""
+
+MOST_DRAWN = 1e8
+"""A plan does not draw from dictionaries with more numbers than this."""
+
 PROCESS_BYTES = 450_000_000
 """Memory of a process with interpreter, torch and compiled kernels."""
 
@@ -180,7 +189,9 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
     from harness.process.memory import reset_peak
 
     load = os.getloadavg()[0]
-    shapes = probes(runs)
+    shapes = [(config, d_model) for config, d_model in probes(runs) if _fits_here(config, d_model)]
+    if not shapes:
+        raise MemoryError("they need more than half of the memory of this machine")
     flops = sum(
         step_flops(run.config, run.store.d_model or 0) * budget.total_steps(run.config, run.store.d_model or 1)
         for run in runs
@@ -200,6 +211,9 @@ def _calibrate_here(runs: Sequence[Run], calibration: Calibration) -> str:
         calibration.evaluations.setdefault(kind, []).append(evaluation)
     drawn = {run.store.id: run.config for run in runs if run.config.activations.kind == "synthetic"}
     for store, config in drawn.items():
+        synthetic = config.activations.synthetic
+        if synthetic.n_features * max(synthetic.d_model, synthetic.active_features) > MOST_DRAWN:
+            continue
         enough = calibration.draws and time.perf_counter() > deadline
         calibration.draws[store] = max(calibration.draws.values()) if enough else measure_draw(config, seconds)
     for by_kind in (calibration.steps, calibration.dead_steps, calibration.evaluations):
@@ -238,19 +252,26 @@ def probes(runs: Iterable[Run]) -> list[tuple[Config, int]]:
     return list(chosen.values())
 
 
+def _fits_here(config: Config, d_model: int) -> bool:
+    """Whether this machine has the memory to time a configuration: its steps, and the sample that it starts with."""
+    needed = sum(budget.memory_bytes(config, d_model, 0, 0).values())
+    needed += START_BYTES_PER_NUMBER * d_model * sample_rows(config)
+    return needed <= PROBE_SHARE * psutil.virtual_memory().total
+
+
 def _smaller(config: Config, d_model: int) -> Config:
     """The configuration for one process, with the threads of the run and a step of at most `MOST_STEP_FLOPS`."""
     train = dataclasses.replace(config.train, threads=threads_of(config))
     config = dataclasses.replace(config, mesh=MeshConfig(), train=train)
     while step_flops(config, d_model) > MOST_STEP_FLOPS:
         sae, train = config.sae, config.train
+        least = sae.k or sae.target_l0 or 1
         if train.batch_tokens >= 2 * LEAST_BATCH:
             config = dataclasses.replace(config, train=dataclasses.replace(train, batch_tokens=train.batch_tokens // 2))
-        elif (
-            sae.n_latents // 2 >= 8 * (sae.k or sae.target_l0 or 1) * sae.n_experts
-            and sae.n_latents % (2 * sae.n_experts) == 0
-        ):
-            config = dataclasses.replace(config, sae=dataclasses.replace(sae, n_latents=sae.n_latents // 2))
+        elif (half := sae.n_latents // 2 // sae.n_experts * sae.n_experts) >= 8 * (
+            sae.k or sae.target_l0 or 1
+        ) * sae.n_experts:
+            config = dataclasses.replace(config, sae=dataclasses.replace(sae, n_latents=half))
         else:
             break
     return config

@@ -11,6 +11,7 @@ from harness import budget
 from harness.config import ActivationsConfig, Config
 from harness.cost.calibrate import (
     PROCESS_BYTES,
+    START_BYTES_PER_NUMBER,
     Calibration,
     calibrate,
     cores,
@@ -42,9 +43,6 @@ SAVE_COPIES = 2
 
 NUMBER_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """dtype of a store -> bytes of a number."""
-
-START_BYTES_PER_NUMBER = 28
-"""Memory of the sample that sets the normalisation and the initial centre: once in float32, three times in float64."""
 
 
 @dataclass(frozen=True)

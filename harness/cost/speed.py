@@ -24,6 +24,8 @@ from harness.training.state import make_state
 
 FEW_ROWS = 1024
 """Enough to initialise an SAE whose steps are timed."""
+MOST_DRAWN_ROWS = 4096
+"""Of synthetic activations, at a time."""
 LEAST_REPEATS, MOST_REPEATS = 4, 40
 
 
@@ -118,7 +120,7 @@ def measure_start(config: Config, d_model: int, sample_rows: int) -> float:
 
 def measure_draw(config: Config, seconds: float) -> float:
     """Seconds that this machine needs for a row of the synthetic activations of `config`."""
-    rows = config.train.batch_tokens
+    rows = min(config.train.batch_tokens, MOST_DRAWN_ROWS)
     with Synthetic(config.activations, "").stream(0, rows, torch.device("cpu")) as stream:
         steps = itertools.count()
         return _least_s(lambda: stream.batch(next(steps)), seconds, torch.device("cpu")) / rows

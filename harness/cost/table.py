@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.cost.estimate import Estimate, Estimates
 from harness.cost.limits import Disk, disk, longer_than_the_limit, would_not_fit
+from harness.cost.repeats import repeats, repeats_line
 from harness.record.job import Job
 from harness.record.result import unfinished
 from harness.record.run import Run
@@ -38,6 +39,7 @@ def plan_text(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) ->
         lines.append(f"… and {len(runs) - ROWS} more")
     counts = Counter(run.status for run in runs)
     lines.append(f"{len(runs)} cells: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    lines += repeats_line(map(repeats, runs))
     if any(estimates.of(run).flops for run in runs):
         lines += _summary(runs, jobs, estimates)
     return "\n".join(lines)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,15 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config import Config, nested_sections
 from harness.errors import UserError
-from harness.grid.compose import (
-    checked_values,
-    compose_settings,
-    hydra_session,
-    leaf_keys,
-    one_line,
-    parse_overrides,
-    swept_values,
-)
+from harness.grid.compose import checked_values, compose_settings, hydra_session, one_line, parse_overrides
+from harness.grid.grammar import MOST_CELLS, swept_values
+from harness.grid.schema import leaf_keys, typed
+from harness.grid.secrets import refuse_secrets
+
+_COPY = re.compile(r"([\w.]+)=\$\{([\w.]+)\}")
+"""An override that copies the value of another key."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ def _combinations(grid: Grid) -> list[_Combination]:
 
 def _expand(overrides: Sequence[str]) -> list[_Combination]:
     """All combinations of the sweeps in `overrides`, in the order in which they are written."""
+    copies = _copies(overrides)
+    overrides = [text for text in overrides if text.partition("=")[0] not in copies]
     interpolated = any("${" in text for text in overrides)
     structural: list[list[tuple[str, str]]] = []  # per axis: (override to compose with, label)
     plain: list[tuple[str, list[str], list[Any]]] = []
@@ -88,7 +90,11 @@ def _expand(overrides: Sequence[str]) -> list[_Combination]:
             structural.append([(f"{name}={text}", f"{name}={text}") for text in texts])
         else:
             plain.append((override.key_or_group, texts, values))
+    count = math.prod([*map(len, structural), *(len(values) for _, _, values in plain)])
+    if count > MOST_CELLS:
+        raise UserError(f"the sweeps have {count:,} combinations, and a launch has at most {MOST_CELLS:,} cells")
     combinations: list[_Combination] = []
+    copied: dict[tuple[str, str], Any] = {}  # the value as the type of the key that copies it
     for choice in itertools.product(*structural):
         settings = compose_settings([text for text, _ in choice])
         labels = [label for _, label in choice if label]
@@ -106,8 +112,36 @@ def _expand(overrides: Sequence[str]) -> list[_Combination]:
         plain_base = {str(name): value for name, value in base.items()} if isinstance(base, dict) else {}
         for point in itertools.product(*axes):
             label = " ".join([*labels, *(text for _, _, text in point)])
-            combinations.append((label, _with_values(plain_base, [(key, value) for key, value, _ in point])))
+            chosen = {key: value for key, value, _ in point}
+            for key, other in copies.items():
+                value = chosen[other] if other in chosen else _at(plain_base, other)
+                if (key, str(value)) not in copied:  # a check copies all settings
+                    copied[key, str(value)] = checked_values(settings, key, (value,))[0]
+                chosen[key] = copied[key, str(value)]
+            combinations.append((label, _with_values(plain_base, list(chosen.items()))))
     return combinations
+
+
+def _copies(overrides: Sequence[str]) -> dict[str, str]:
+    """Key → the key whose value it copies, from overrides like `stream.seed=${train.seed}`.
+
+    They need no composition of their own. Empty if there is any other interpolation, or if one of these keys is written
+    twice: then Hydra composes cell by cell.
+    """
+    keys = [text.partition("=")[0] for text in overrides]
+    copies = {}
+    for text in overrides:
+        if "${" not in text:
+            continue
+        match = _COPY.fullmatch(text)
+        if match is None or not set(match.groups()) <= leaf_keys() or max(map(keys.count, match.groups())) > 1:
+            return {}
+        copies[match[1]] = match[2]
+    return {} if set(copies) & set(copies.values()) else copies
+
+
+def _at(settings: Mapping[str, Any], key: str) -> Any:
+    return functools.reduce(operator.getitem, key.split("."), settings)
 
 
 def _with_values(base: dict[str, Any], values: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,10 +164,11 @@ def _keep_only(combinations: Sequence[_Combination], only: Mapping[str, Sequence
     for key in only:
         if key not in leaf_keys():
             raise UserError(f"only: there is no key '{key}'; the keys are in harness/config.py")
+    only = {key: [typed(key, value) for value in values] for key, values in only.items()}
     return [
         (label, settings)
         for label, settings in combinations
-        if all(functools.reduce(operator.getitem, key.split("."), settings) in values for key, values in only.items())
+        if all(_at(settings, key) in values for key, values in only.items())
     ]
 
 
@@ -155,6 +190,7 @@ def _check(combinations: Sequence[_Combination]) -> list[Cell]:
             cells.append(Cell(label, _build(Config, settings, "", shared)))
         except ValueError as error:
             refused.append((label, str(error)))
+    refuse_secrets(cell.config for cell in cells)
     if refused:
         raise UserError(_refusal(refused, len(combinations)))
     return cells

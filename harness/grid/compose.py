@@ -5,64 +5,53 @@ Hydra's own multirun is not used: it can neither skip finished runs nor resume (
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
-from harness.config import Config, nested_sections
+from harness.config import Config, from_container, to_container
 from harness.errors import UserError
-
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
-"""Absolute, so that the command works from any directory."""
+from harness.grid.grammar import read_override, swept_values
+from harness.grid.schema import CONF_DIR, groups, leaf_keys
+from harness.grid.secrets import refuse_secrets
+from harness.grid.yaml_text import check_conf
 
 
 @contextmanager
 def hydra_session() -> Iterator[None]:
-    """Initialise Hydra on `conf/`, with `Config` as the schema of everything composed in the block."""
+    """Initialise Hydra on `conf/`, with `Config` as the schema of everything composed in the block.
+
+    Raises `UserError` if `conf/` is missing or has a file that cannot be read as it was meant.
+    """
     if not CONF_DIR.is_dir():
         raise UserError(f"no configuration directory at {CONF_DIR}; install the project with `pip install -e .`")
+    check_conf()
     ConfigStore.instance().store(name="config_schema", node=Config)
     GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="launch"):
-        yield
+    OmegaConf.register_new_resolver("oc.env", _no_environment, replace=True)
+    try:
+        with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3", job_name="launch"):
+            yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
-@functools.cache
-def groups() -> dict[str, list[str]]:
-    """Config group → its options, from the files in `conf/`."""
-    return {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
-        for folder in sorted(CONF_DIR.iterdir())
-        if folder.is_dir()
-    }
-
-
-@functools.cache
-def leaf_keys() -> frozenset[str]:
-    """Every settable key of the schema, dotted: `sae.k`, `activations.synthetic.noise`, `sweep` …"""
-
-    def walk(cls: type, prefix: str) -> Iterator[str]:
-        sections = nested_sections(cls)
-        for spec in dataclasses.fields(cls):
-            if spec.name in sections:
-                yield from walk(sections[spec.name], f"{prefix}{spec.name}.")
-            else:
-                yield prefix + spec.name
-
-    return frozenset(walk(Config, ""))
+def _no_environment(variable: str, *_: str) -> str:
+    """Every setting is recorded, so no value of the environment may slip into one."""
+    raise ValueError(
+        f"${{oc.env:{variable}}} is not resolved, because all settings are recorded and a variable may hold a secret; "
+        f"let the shell fill in what may be seen (${variable}); paths may contain variables"
+    )
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
@@ -79,17 +68,11 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
     Call inside `hydra_session`. Raises `UserError`.
     """
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    loader = GlobalHydra.instance().config_loader()
     parsed: dict[str, Override] = {}
     for text in overrides:
-        try:
-            (override,) = parser.parse_overrides([text])
-        except (HydraException, OmegaConfBaseException) as error:
-            detail = next((line.strip() for line in str(error).splitlines()[1:] if line.strip(" ^")), "")
-            raise UserError(
-                f"cannot read the override '{text}'{f' ({detail})' if detail else ''}; "
-                "write KEY=VALUE, and several values as KEY=A,B"
-            ) from error
+        override = read_override(text)
+        override.config_loader = loader
         _check_name(override, text)
         key = override.key_or_group
         parsed.pop(key, None)
@@ -157,17 +140,26 @@ def checked_values(settings: DictConfig, key: str, values: Sequence[Any]) -> lis
     return converted
 
 
-def swept_values(override: Override) -> tuple[list[str], list[Any]]:
-    """The values of a sweep as texts in Hydra's grammar and as Python values. Raises `UserError`."""
-    if not override.is_discrete_sweep():
-        raise UserError(
-            f"'{override.input_line}': an interval has no list of values; write KEY=A,B or KEY=range(A,B,STEP)"
-        )
-    texts = [str(text) for text in override.sweep_string_iterator()]
-    if not texts:
-        raise UserError(f"'{override.input_line}' matches nothing; write KEY=A,B")
-    values = list(override.sweep_iterator())
-    if not all(isinstance(value, int | float) for value in values):  # quoted strings, lists, dicts, null
-        values = OverridesParser.create().parse_override(f"x=[{','.join(texts)}]").value()
-        assert isinstance(values, list)
-    return texts, values
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with single settings changed. Raises `UserError`."""
+    if not overrides:
+        return config
+    container = to_container(config)
+    with hydra_session():
+        for override in parse_overrides(overrides):
+            key = override.key_or_group
+            if override.is_sweep_override() or key not in leaf_keys():
+                raise UserError(f"'{override.input_line}': one setting and one value are changed at a time: KEY=VALUE")
+            section, *rest = key.split(".")
+            place = container
+            while rest:
+                place, (section, *rest) = place[section], rest
+            place[section] = override.value()
+    try:
+        changed = from_container(container)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    refuse_secrets([changed])
+    return changed

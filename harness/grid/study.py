@@ -15,6 +15,8 @@ import yaml
 
 from harness.errors import UserError
 from harness.grid.cells import Grid
+from harness.grid.schema import is_text
+from harness.grid.yaml_text import check_texts, read_text
 
 STUDY_DIR = Path(__file__).resolve().parents[2] / "sweeps"
 
@@ -44,12 +46,9 @@ def load_study(name_or_path: str) -> Study:
             raise UserError(
                 f"there is no study '{name_or_path}'; available: {', '.join(study_names())}, or a path to a .yaml file"
             )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the study file {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"the study file {path} is not YAML: {' '.join(str(error).split())}") from error
+    text = read_text(path, "study file")
+    check_texts(text, path, _is_text)
+    content = yaml.safe_load(text)
     _check(content, path, {"question", "title", "law", "sweep", "overrides", "grids"}, "study")
     common = _strings(content.get("overrides"), path, "overrides")
     grids = content.get("grids")
@@ -64,6 +63,11 @@ def load_study(name_or_path: str) -> Study:
         grids=tuple(_grid(entry, common, path, number) for number, entry in enumerate(grids, start=1)),
         source=name_or_path,
     )
+
+
+def _is_text(key: str) -> bool:
+    """Whether a value in a study file must be a text; the keys under `only` are settings."""
+    return key in ("question", "title", "law", "sweep", "grids.name") or is_text(key.removeprefix("grids.only."))
 
 
 def _grid(entry: Any, common: tuple[str, ...], path: Path, number: int) -> Grid:
@@ -97,13 +101,18 @@ def _key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~")
 
 
+def overridden(overrides: Sequence[str]) -> set[str]:
+    """The keys and groups that overrides name."""
+    return {_key(text) for text in overrides}
+
+
 def _replace_overrides(grids: Sequence[Grid], overrides: Sequence[str]) -> list[Grid]:
     """Put overrides of the command line into the grids of a study.
 
     An override replaces the same key in the grids that set it, so `sae.n_experts=4` reaches the Switch grid only. A key
     that no grid sets goes to all grids.
     """
-    set_by = [{_key(text) for text in grid.overrides} for grid in grids]
+    set_by = [overridden(grid.overrides) for grid in grids]
     anywhere = set().union(*set_by)
     result = []
     for grid, keys in zip(grids, set_by, strict=True):

@@ -40,7 +40,7 @@ class Follower(threading.Thread):
             title = copies.TITLES[config.tracker.name]
             self._copy(copies.open_copy(self._run_dir, config, live=True))
         except Exception as error:  # which ones, the tracker's package decides
-            text = f"{title} failed for {self._run_dir.name}, its own record is complete: {messages.first_line(error)}"
+            text = f"{title} failed for {self._run_dir.name}, its own record is complete: {messages.in_one_line(error)}"
             messages.say_once(f"{title} failed", f"warning: {text}")
 
     def _copy(self, copy: copies.Copy) -> None:

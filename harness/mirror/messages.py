@@ -14,5 +14,7 @@ def say_once(kind: str, line: str) -> None:
         say(line)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def in_one_line(error: Exception) -> str:
+    """All that an exception says, so that its advice is not cut off; very long texts lose their middle."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 800 else f"{text[:400]} … {text[-400:]}"

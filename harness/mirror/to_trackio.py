@@ -11,13 +11,14 @@ import trackio  # pyright: ignore[reportMissingImports] - an extra
 
 from harness.config import Config, to_container
 from harness.mirror.ids import copy_id
+from harness.mirror.wandb_settings import PROJECT
 
 
 class TrackioRun:
     """One run of trackio, open."""
 
     def __init__(self, run_dir: Path, config: Config) -> None:
-        project = config.tracker.project
+        project = config.tracker.project or PROJECT
         self.note = f"look at it: TRACKIO_DIR={trackio.utils.TRACKIO_DIR} trackio show --project {project}"
         self._run = trackio.init(
             project=project,

@@ -17,7 +17,7 @@ import wandb
 from harness.config import Config, to_container
 from harness.files import open_own
 from harness.mirror.ids import copy_id
-from harness.mirror.messages import first_line, say_once
+from harness.mirror.messages import in_one_line, say_once
 from harness.mirror.offline import sync_command
 
 INIT_TIMEOUT_S = 10.0
@@ -39,8 +39,8 @@ class WandbRun:
         self._run = wandb.init(
             id=copy_id(run_dir, "wandb"),
             name=run_dir.name,
-            group=config.sweep,
-            job_type="train",
+            group=os.environ.get("WANDB_RUN_GROUP") or config.sweep,
+            job_type=os.environ.get("WANDB_JOB_TYPE") or "train",
             project=config.tracker.project,
             entity=config.tracker.entity or None,
             tags=[*config.tracker.tags, config.sae.architecture],
@@ -92,7 +92,7 @@ def open_live(run_dir: Path, config: Config) -> WandbRun:
                 return WandbRun(run_dir, config, mode)
             reason = f"at {server()}"
         except Exception as error:  # wandb's own errors differ between its versions
-            reason = f"({first_line(error)})"
+            reason = f"({in_one_line(error)})"
         say_once("unreachable", f"warning: W&B cannot be reached {reason}; recording offline. {how_to_sync}")
         # at its end wandb would wait ten seconds to report to a server that hangs
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -102,7 +102,8 @@ def open_live(run_dir: Path, config: Config) -> WandbRun:
 
 def chosen_mode() -> str:
     """`WANDB_MODE` if it is set, else offline without a key."""
-    return os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
+    return {"dryrun": "offline", "run": "online"}.get(mode, mode)
 
 
 def has_api_key() -> bool:

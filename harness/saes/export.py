@@ -3,6 +3,8 @@
 All formats hold an SAE of raw activations x. A run that divided by a constant s computes on y = x/s. Decoder rows keep
 norm 1, so only the biases change: b_enc → s·b_enc, b_dec → s·b_dec, and activations come out s times larger. Per-token
 normalisation is no linear map: the user of the exported SAE has to apply it.
+
+The other tools hook a module and take its output u. Where the model multiplies it, x = c·u, the SAE of u is written.
 """
 
 from __future__ import annotations
@@ -24,8 +26,7 @@ from harness.saes.trained import TrainedSae, load
 
 FORMATS = ("saelens", "sparsify", "dictionary_learning")
 
-_SAELENS_HOOKS = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "hook_attn_out"}
-_MODULE_SUFFIX = {"resid_post": "", "mlp_out": ".mlp", "attn_out": ".attn"}
+_GUESSED_SUFFIX = {"resid_post": "", "mlp_out": ".mlp", "attn_out": ".attn"}
 
 
 class LinearSae(NamedTuple):
@@ -45,7 +46,7 @@ class LinearSae(NamedTuple):
 
 
 def fold(trained: TrainedSae) -> LinearSae:
-    """The same SAE for raw activations (or for activations normalised per token, if it was trained on those).
+    """The same SAE for the raw output of the hooked module (or normalised per token, if it was trained on that).
 
     Raises `UserError` for an SAE that is no linear encoder with a top k.
     """
@@ -54,7 +55,7 @@ def fold(trained: TrainedSae) -> LinearSae:
             f"{trained.origin.run_id} is a Switch SAE: no other tool can load one, and routing has no exact TopK "
             "equivalent; load it with harness.saes.trained.load"
         )
-    scale = trained.normalizer.scale
+    scale = trained.normalizer.scale / trained.origin.activations.get("module_scale", 1.0)
     return LinearSae(
         W_enc=trained.W_enc,
         W_dec=trained.W_dec,
@@ -70,7 +71,8 @@ def fold(trained: TrainedSae) -> LinearSae:
 def export(run_dir: Path, form: str, out: Path) -> list[str]:
     """Write the SAE of `run_dir` into `out` in one of `FORMATS`; return warnings for the user.
 
-    Raises `UserError` when the run is not finished, is a Switch SAE, `out` cannot be written, or the format is unknown.
+    Files of an earlier export in `out` are replaced. Raises `UserError` when the run is not finished, is a Switch SAE,
+    `out` cannot be written, or the format is unknown.
     """
     writers = {"saelens": _saelens, "sparsify": _sparsify, "dictionary_learning": _dictionary_learning}
     if form not in writers:
@@ -93,6 +95,11 @@ def export(run_dir: Path, form: str, out: Path) -> list[str]:
         warnings.append(f"{run_dir} has no hash of its weights (an earlier version wrote it): damage cannot be noticed")
     if sae.per_token:
         warnings.append("this SAE expects inputs normalised per token (subtract the mean over d, scale to unit norm)")
+    if sae.activations["kind"] == "lm" and "module" not in sae.activations:
+        warnings.append(
+            f"an earlier version harvested the activations and did not record the hooked module; {_module(sae)!r} is a "
+            f"guess, compare it with the names in the model"
+        )
     return warnings
 
 
@@ -103,7 +110,8 @@ def _note(sae: LinearSae) -> str:
 def _saelens(sae: LinearSae, out: Path) -> None:
     n, d = sae.W_enc.shape
     about = sae.activations
-    hook = _SAELENS_HOOKS.get(about.get("hook", ""))
+    prefix = about.get("base_model_prefix")
+    first = about.get("drop_first_position", False)
     write_json_atomic(
         out / "cfg.json",
         {
@@ -121,12 +129,14 @@ def _saelens(sae: LinearSae, out: Path) -> None:
                 "sae_lens_version": "6.54.12",
                 "sae_lens_training_version": f"sae-scaling {importlib.metadata.version('sae-scaling')}",
                 "model_name": about.get("model", about["kind"]),
-                "hook_name": f"blocks.{about['layer']}.{hook}" if hook else "synthetic",
+                "hook_name": f"{prefix}.{_module(sae)}" if prefix else _module(sae),
                 "hook_head_index": None,
                 "context_size": about.get("context"),
-                "prepend_bos": False,
-                "model_class_name": about.get("model_class", "AutoModel"),
-                "dataset_path": about.get("dataset", about.get("text")),
+                "prepend_bos": _prepend_bos(sae),
+                "seqpos_slice": [1, None] if first else [None],
+                "exclude_special_tokens": about.get("dropped_ids") or False,
+                "model_class_name": "AutoModelForCausalLM",  # its hooks are named like the modules of the model
+                "dataset_path": about.get("dataset"),
                 "note": _note(sae),
             },
         },
@@ -138,7 +148,7 @@ def _saelens(sae: LinearSae, out: Path) -> None:
 
 def _sparsify(sae: LinearSae, out: Path) -> None:
     n, d = sae.W_enc.shape
-    folder = out / _hookpoint(sae)
+    folder = out / _module(sae)
     folder.mkdir(exist_ok=True)
     write_json_atomic(
         folder / "cfg.json",
@@ -158,11 +168,17 @@ def _sparsify(sae: LinearSae, out: Path) -> None:
     write_tensors_atomic(folder / "sae.safetensors", tensors)
 
 
-def _hookpoint(sae: LinearSae) -> str:
+def _module(sae: LinearSae) -> str:
+    """The module that was hooked, relative to the base model, or what it probably was for an older harvest."""
     about = sae.activations
     if about["kind"] == "synthetic":
         return "synthetic"
-    return f"layers.{about['layer']}{_MODULE_SUFFIX[about['hook']]}"
+    return about.get("module") or f"layers.{about['layer']}{_GUESSED_SUFFIX[about['hook']]}"
+
+
+def _prepend_bos(sae: LinearSae) -> bool:
+    """Whether every context began with tokens of the tokenizer's own."""
+    return sae.activations.get("prefix_tokens", 0) > 0
 
 
 def _dictionary_learning(sae: LinearSae, out: Path) -> None:
@@ -192,7 +208,7 @@ def _dictionary_learning(sae: LinearSae, out: Path) -> None:
                 "lr": None,
                 "steps": None,
                 "seed": None,
-                "submodule_name": _hookpoint(sae),
+                "submodule_name": _module(sae),
                 "note": _note(sae),
             },
             "buffer": {"ctx_len": about.get("context"), "d_submodule": d},

@@ -46,10 +46,10 @@ def _generator(seed: int, purpose: int, block: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def _unit_rows(seed: int, rows: slice, d_model: int) -> Float[Tensor, "rows d"]:
+def _unit_rows(seed: int, rows: slice, d_model: int, purpose: int = 1) -> Float[Tensor, "rows d"]:
     first, last = rows.start // _ROWS_PER_SEED, -(-rows.stop // _ROWS_PER_SEED)
     blocks = [
-        torch.randn(_ROWS_PER_SEED, d_model, dtype=torch.float64, generator=_generator(seed, 1, block))
+        torch.randn(_ROWS_PER_SEED, d_model, dtype=torch.float64, generator=_generator(seed, purpose, block))
         for block in range(first, last)
     ]
     start = rows.start - first * _ROWS_PER_SEED
@@ -69,18 +69,27 @@ THRESHOLD_ROWS, SMALLEST_THRESHOLD = 64, 1e-6
 
 
 def initial_params(
-    sae: Sae, sample: Float[Tensor, "rows d"], seed: int, shards: Shards, device: torch.device, dtype: torch.dtype
+    sae: Sae,
+    sample: Float[Tensor, "rows d"],
+    seed: int,
+    shards: Shards,
+    device: torch.device,
+    dtype: torch.dtype,
+    tied: bool = True,
 ) -> Params:
     """`sample` are normalised rows in float64.
 
-    Encoder rows equal to decoder rows, which are random with norm 1; b_dec and b_r at the geometric median of the
-    sample, as two tensors; router rows uniform in ±1/√d; b_enc zero. A free decoder has rows of norm 0.1 and b_dec
-    zero; with the tanh penalty, see `_conerly2025`.
+    Decoder rows random with norm 1; encoder rows equal to them if `tied`, else of their own; b_dec and b_r at the
+    geometric median of the sample, as two tensors; router rows uniform in ±1/√d; b_enc zero. A free decoder has rows
+    of norm 0.1 and b_dec zero; with the tanh penalty, see `_conerly2025`.
     """
     directions = _unit_rows(seed, shards.rows(sae.n_latents), sae.d_model).to(device, dtype)
+    encoder = directions.clone()
+    if not tied:
+        encoder = _unit_rows(seed, shards.rows(sae.n_latents), sae.d_model, purpose=3).to(device, dtype)
     # without a bias before the encoder, biases begin at zero
     center = geometric_median(sample) if sae.traits.pre_bias else sample.new_zeros(sae.d_model)
-    params = {"W_enc": directions, "W_dec": directions.clone(), "b_dec": center.to(device, dtype, copy=True)}
+    params = {"W_enc": encoder, "W_dec": directions, "b_dec": center.to(device, dtype, copy=True)}
     if sae.enc_bias:
         params["b_enc"] = torch.zeros(directions.shape[0], device=device, dtype=dtype)
     if sae.routed:

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.cost.estimate import Estimates, estimate
 from harness.cost.jobs import cut_into_jobs
+from harness.cost.repeats import repeats, repeats_line
 from harness.cost.table import plan_text
 from harness.errors import FAILED, INTERRUPTED
 from harness.places import joined
@@ -84,6 +85,8 @@ def carry_out(runs: list[Run], about: Mapping[str, Any], *, dry_run: bool, wait:
         print(plan_text(runs, cut_into_jobs(unfinished(runs), estimates), estimates))
         return Outcome(0, sweep_dirs)
     record_intent(about, runs, estimates)
+    for line in repeats_line(map(repeats, unfinished(runs))):
+        say(f"note: {line}")
     if runs[0].config.cluster.name == "slurm":
         return _submit(runs, estimates, wait)
     from harness.places.local import run_jobs

@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.config import science
 from harness.cost.estimate import Estimates
+from harness.cost.repeats import repeats
 from harness.errors import UserError
 from harness.record.provenance import command_line, now
 from harness.record.result import unfinished
@@ -72,6 +73,7 @@ def _expected(run: Run, estimates: Estimates, calibration: int) -> dict[str, Any
         "train_s": estimate.train_s,
         "tokens": estimate.tokens,
         "flops": estimate.flops,
+        "repeats": repeats(run),
         "memory_bytes": None if memory is None else memory + estimate.mapped_bytes,
         "calibration": calibration,
         "settings": science(run.config),

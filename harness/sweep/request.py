@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness.budget import schedule_problem
+from harness.config import Config
 from harness.errors import UserError
 from harness.grid.cells import Cell, Grid, make_cells, narrow_cells
-from harness.grid.study import Study, study_grids
+from harness.grid.study import Study, overridden, study_grids
 from harness.mirror.copies import check as check_tracker
+from harness.mirror.wandb_settings import leave_agent, with_environment
 from harness.process.device import pick_device
 from harness.record.run import Run
 from harness.sweep.runs import UNRESOLVED, find_stores, make_runs, resolve_precision
@@ -35,11 +39,36 @@ def requested_cells(request: Request) -> list[Cell]:
     """Expand and check a request; `train.precision` is resolved. Raises `UserError`."""
     study, overrides = request.study, request.overrides
     grids = [Grid(tuple(overrides))] if study is None else study_grids(study, overrides)
-    cells = make_cells(grids, request.only)
+    cells = [cell._replace(config=_with_tracker(cell.config)) for cell in make_cells(grids, request.only)]
     _check_machine(cells)
+    _check_schedules(cells, {name for grid in grids for name in overridden(grid.overrides)})
     if len({cell.config.cluster.name for cell in cells}) > 1:
         raise UserError("one launch runs here or is submitted, not both; write cluster=local or cluster=slurm")
     return [Cell(cell.label, resolve_precision(cell.config)) for cell in cells]
+
+
+def _with_tracker(config: Config) -> Config:
+    tracker = with_environment(config.tracker)
+    return config if tracker == config.tracker else dataclasses.replace(config, tracker=tracker)
+
+
+def _check_schedules(cells: Sequence[Cell], named: Collection[str]) -> None:
+    """Raises `UserError` if a schedule that was asked for does not fit into its budget.
+
+    The warm-up and the decay of the default training file, which nobody named, are only warned about: small budgets are
+    for trying things out.
+    """
+    problems = [(cell.label, reason) for cell in cells if (reason := schedule_problem(cell.config))]
+    if not problems:
+        return
+    (_, first), *_ = problems
+    if not {"train", "train.warmup_tokens", "train.decay_fraction"} & set(named):
+        say(f"warning: {len(problems)} of {len(cells)} cells never train at their full learning rate: {first}")
+    elif len({reason for _, reason in problems}) == 1:
+        raise UserError(f"{len(problems)} of {len(cells)} cells: {first}" if len(cells) > 1 else first)
+    else:
+        lines = [f"  {label or 'the only cell'}: {reason}" for label, reason in problems]
+        raise UserError("\n".join([f"{len(problems)} of {len(cells)} schedules do not fit their budget:", *lines]))
 
 
 def _check_machine(cells: Sequence[Cell]) -> None:
@@ -71,6 +100,11 @@ def plan_runs(cells: Sequence[Cell], *, dry_run: bool) -> list[Run]:
         if store.id == UNRESOLVED:
             say(f"note: the activation store is unresolved here, names and states are provisional: {store.problem}")
     runs = make_runs(cells, stores)
+    for run in runs:
+        if run.config.train.flops and (reason := schedule_problem(run.config, run.tokens)):
+            raise UserError(f"{run.run_id}: {reason}")
+    if len(runs) > 1 and leave_agent():
+        say("note: a W&B agent started this, and its one run cannot hold several cells; they become runs of their own")
     if len(runs) < len(cells):
         say(f"{len(cells) - len(runs)} of {len(cells)} cells ask for the same run as another one")
     return runs

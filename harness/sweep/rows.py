@@ -36,9 +36,9 @@ def sweep_rows(sweep_dir: Path, final: dict[str, Row] | None = None) -> list[Row
 
     Keys: run_id, cell (what tells it from the others; None if its settings are unknown), status, progress (share of
     the budget), tokens, fvu, fvu_se, dead_frac, tokens_per_s, wall_s, attempts, restarts, host (while it runs), ends
-    (expected, ISO 8601, while it runs), together (runs of its job), log (path), error (what went wrong, in a line),
-    notes (a list), planned_s and took_s (steps and evaluations; in a pack its share), planned_memory_bytes,
-    peak_memory_bytes. What is not known is None.
+    (expected, ISO 8601, while it runs), together (runs of its job), repeats (times that each row of the store is read),
+    log (path), error (what went wrong, in a line), notes (a list), planned_s and took_s (steps and evaluations; in a
+    pack its share), planned_memory_bytes, peak_memory_bytes. What is not known is None.
 
     `final` keeps the rows of runs that have ended from one call to the next: they are not read again.
     """
@@ -108,7 +108,15 @@ def _row_or_problem(run_dir: Path, planned: Mapping[str, Any], begun: bool, pack
     blank = dict.fromkeys(("host", "ends", "took_s", "peak_memory_bytes", "log", *FACTS))
     known = {"planned_s": planned.get("train_s"), "planned_memory_bytes": planned.get("memory_bytes")}
     counted = {"attempts": 0, "restarts": 0, "together": packed, "notes": []}
-    return {"run_id": run_dir.name, "status": "failed", **blank, **known, **counted, "error": problem}
+    return {
+        "run_id": run_dir.name,
+        _SETTINGS: planned.get("settings", {}),
+        "status": "failed",
+        **blank,
+        **known,
+        **counted,
+        "error": problem,
+    }
 
 
 def _row(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) -> Row:
@@ -127,6 +135,7 @@ def _row(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) ->
         "host": state.host,
         "ends": _expected_end(facts) if state.status == "running" else None,
         "together": together,
+        "repeats": _repeats(facts) or planned.get("repeats"),
         "planned_s": planned.get("train_s"),
         "took_s": None if took_s is None else took_s / together,
         "planned_memory_bytes": planned.get("memory_bytes"),
@@ -143,6 +152,12 @@ def _row(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) ->
         row["log"] = None if log is None else str(log)
         row["error"] = _what_happened(state, facts, log)
     return row
+
+
+def _repeats(facts: Mapping[str, Any]) -> float | None:
+    """What a result says; None before there is one."""
+    tokens, unique = facts.get("tokens"), facts.get("unique_tokens")
+    return tokens / unique if tokens and unique else None
 
 
 def _live(run_dir: Path, state: RunState, tokens: float | None) -> dict[str, Any]:

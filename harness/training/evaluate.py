@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from harness.activations.source import ActivationSource
@@ -15,6 +16,9 @@ from harness.budget import EVALUATION_BATCH
 from harness.process.runtime import Runtime
 from harness.process.signals import STOP
 from harness.saes import Normalizer, Params, Sae, forward
+
+MOST_GROUPS = 8192
+"""Most lines of `HeldOutErrors.by_document`: half a megabyte in the record of a run."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,42 @@ def normalised_mean(normalizer: Normalizer, statistics: Statistics) -> Float[Ten
     return statistics.mean / normalizer.scale
 
 
+@dataclass(frozen=True)
+class HeldOutErrors:
+    """What one evaluation measured, row by row; complete on every rank."""
+
+    table: Float64[Tensor, "columns rows"]
+    """`_COLUMNS` of every held-out row."""
+    document: Int[Tensor, " rows"]
+    layernorm: bool
+    """Whether the normalised errors and those in the model's own units are different quantities."""
+
+    def evaluation(self, rows: int) -> Evaluation:
+        """Of the first `rows` rows; a number beyond the held-out rows means all of them."""
+        return _summary(self.table[:, :rows], self.document[:rows], self.layernorm)
+
+    def by_document(self) -> dict[str, np.ndarray]:
+        """Sums over the rows of each document, in the order of the documents' numbers, for `record.heldout`.
+
+        document: number of the (first) document. documents: how many. rows, error Σ‖x − x̂‖² and variance Σ‖x − μ‖² in
+        the normalised space; with layernorm also error_raw and variance_raw, in the model's own units. More than
+        `MOST_GROUPS` documents are summed in that many groups of neighbours, the same ones for every run of a store.
+        """
+        numbers, cluster = torch.unique(self.document, return_inverse=True)
+        groups = min(len(numbers), MOST_GROUPS)
+        of_document = torch.arange(len(numbers)) * groups // len(numbers)
+        of_row = of_document[cluster]
+        first = torch.searchsorted(of_document, torch.arange(groups))
+        names = {"error": 0, "variance": 1} | ({"error_raw": 2, "variance_raw": 3} if self.layernorm else {})
+        zeros = torch.zeros(groups, dtype=torch.float64)
+        return {
+            "document": numbers[first].numpy(),
+            "documents": torch.bincount(of_document, minlength=groups).numpy(),
+            "rows": torch.bincount(of_row, minlength=groups).numpy(),
+            **{name: zeros.index_add(0, of_row, self.table[column]).numpy() for name, column in names.items()},
+        }
+
+
 def evaluate(
     sae: Sae,
     params: Params,
@@ -46,13 +86,28 @@ def evaluate(
 ) -> list[Evaluation] | None:
     """One `Evaluation` per prefix of the held-out rows, from one pass; None if stopped.
 
-    `row_limits` are the lengths of the prefixes; a length beyond the held-out rows means all of them. The products run
-    in the precision of `params`.
+    `row_limits` are the lengths of the prefixes; a length beyond the held-out rows means all of them.
+    """
+    errors = heldout_errors(sae, params, source, normalizer, max(row_limits), runtime)
+    return None if errors is None else [errors.evaluation(rows) for rows in row_limits]
+
+
+def heldout_errors(
+    sae: Sae,
+    params: Params,
+    source: ActivationSource,
+    normalizer: Normalizer,
+    rows: int,
+    runtime: Runtime,
+) -> HeldOutErrors | None:
+    """The errors of the first `rows` held-out rows, or of all if there are fewer; None if stopped.
+
+    The products run in the precision of `params`.
     """
     shards, device, dtype = runtime.shards, runtime.device, params["W_dec"].dtype
     mean = normalised_mean(normalizer, source.statistics(normalizer.rule == "layernorm")).to(device, dtype)
     raw_mean = source.statistics(False).mean.to(device, dtype)
-    most = min(max(row_limits), source.heldout_rows)
+    most = min(rows, source.heldout_rows)
     table = torch.zeros(len(_COLUMNS), most, device=device, dtype=dtype)
     documents: list[Tensor] = []
     seen = 0
@@ -69,8 +124,7 @@ def evaluate(
         if seen == most:
             break
     table = shards.sum_(table, "all", "evaluation").double().cpu()
-    document = torch.cat(documents)
-    return [_summary(table[:, :limit], document[:limit], normalizer) for limit in row_limits]
+    return HeldOutErrors(table, torch.cat(documents), normalizer.rule == "layernorm")
 
 
 _COLUMNS = ("error", "baseline", "error_raw", "baseline_raw", "active")
@@ -103,9 +157,7 @@ def _fill(
         columns[3] = (raw.to(x.dtype) - raw_mean).square().sum(dim=1)
 
 
-def _summary(
-    table: Float[Tensor, "columns rows"], document: Int[Tensor, " rows"], normalizer: Normalizer
-) -> Evaluation:
+def _summary(table: Float[Tensor, "columns rows"], document: Int[Tensor, " rows"], layernorm: bool) -> Evaluation:
     errors, baselines, errors_raw, baselines_raw, active = table
     error, baseline = float(errors.sum()), float(baselines.sum())
     fvu = error / baseline
@@ -118,7 +170,7 @@ def _summary(
         rows=len(document),
         fvu=fvu,
         fvu_se=spread**0.5 / baseline,
-        fvu_raw=float(errors_raw.sum() / baselines_raw.sum()) if normalizer.rule == "layernorm" else None,
+        fvu_raw=float(errors_raw.sum() / baselines_raw.sum()) if layernorm else None,
         mse=float(errors_raw.mean()),
         l0=float(active.mean()),
     )

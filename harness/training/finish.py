@@ -1,4 +1,4 @@
-"""The end of a member: its weights, then its result. After that its run directory is complete."""
+"""The end of a member: its weights, its held-out sums, then its result. After that its run directory is complete."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from harness.parallel import Shards
 from harness.process.memory import peak_bytes
 from harness.process.runtime import Runtime
 from harness.record import names
+from harness.record.heldout import write_heldout
 from harness.record.result import write_result
 from harness.training.evaluate import pca_fvu
 from harness.training.member import Member
@@ -27,11 +28,13 @@ def finish(member: Member, runtime: Runtime, started: str) -> None:
         return
     # of penalised architectures the L0 that was reached
     k = run.config.sae.k or max(1, round(member.final.l0 if member.final else run.config.sae.active))
+    sums = member.final_sums
     outcome = {
         "d_model": state.sae.d_model,
         **summary,
         "store_id": member.source.id,
         "weights": weights,
+        "heldout_sha256": None if sums is None else write_heldout(run.run_dir, sums),
         "pca_fvu": {str(k): pca_fvu(member.source, state.normalizer, k)},
         "ops": runtime.ops.NAME,
         "peak_memory_bytes": _peak_memory(runtime.device),
@@ -86,6 +89,7 @@ def _summary(member: Member, shards: Shards) -> dict[str, Any]:
         "unique_tokens": tokens if rows is None else min(tokens, rows),
         "steps": state.done,
         "flops": state.flops(),
+        "flops_core": state.flops(auxk=False),
         "flops_executed": state.flops_executed,
         "params": budget.params(member.config.sae, state.sae.d_model),
         "fvu": None,

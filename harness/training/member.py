@@ -8,6 +8,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from harness.activations.source import ActivationSource
 from harness.activations.stream import Stream
 from harness.activations.synthetic import recovered
@@ -19,7 +21,7 @@ from harness.record.metrics import MetricsFile, NullMetrics
 from harness.record.run import Run
 from harness.saes import Params
 from harness.schema import TEXT, fields, list_of, number, optional, whole
-from harness.training.evaluate import Evaluation, evaluate
+from harness.training.evaluate import Evaluation, heldout_errors
 from harness.training.schedule import evaluation_steps, has_converged
 from harness.training.state import TrainState
 
@@ -48,6 +50,8 @@ class Member:
     diverged_at: int | None = None
     """Completed steps when the loss or the held-out error first was not finite."""
     final: Evaluation | None = None
+    final_sums: dict[str, np.ndarray] | None = None
+    """`HeldOutErrors.by_document` of the final evaluation."""
     converged: bool = False
 
     @property
@@ -92,6 +96,7 @@ class Member:
                 return
             if not math.isfinite(evaluation.fvu):
                 # no batch was affected, but a held-out row was
+                self.final_sums = None
                 self.status, self.diverged_at = "diverged", state.done
                 return
             self.final = evaluation
@@ -114,14 +119,17 @@ class Member:
         The error of the first rows goes into `evaluations` in both cases.
         """
         state, begun = self.state, time.monotonic()
-        limits = (self.config.train.eval_rows, self.source.heldout_rows) if whole else (self.config.train.eval_rows,)
-        result = evaluate(state.sae, self.weights(), self.source, state.normalizer, limits, runtime)
+        few = self.config.train.eval_rows
+        rows = max(few, self.source.heldout_rows) if whole else few
+        errors = heldout_errors(state.sae, self.weights(), self.source, state.normalizer, rows, runtime)
         state.eval_s += time.monotonic() - begun
         state.collect_sent(runtime.shards)
-        if result is None:
+        if errors is None:
             return None
-        self.evaluations[state.done] = result[0].fvu
-        return result[-1]
+        self.evaluations[state.done] = errors.evaluation(few).fvu
+        if whole:
+            self.final_sums = errors.by_document()
+        return errors.evaluation(rows)
 
     def weights(self) -> Params:
         """The weights to evaluate and save: the moving average if there is one."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from harness import budget
 from harness.activations.source import ActivationSource
 from harness.config import Config
+from harness.errors import UserError
 from harness.parallel import Shards
 from harness.process.gpus import peak_flops
 from harness.process.runtime import Runtime
@@ -187,10 +188,10 @@ class TrainState:
         executed = budget.flops_executed_per_token(self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense)
         self.flops_executed += sum(executed.values()) * train.batch_tokens
 
-    def flops(self) -> float:
-        """Closed-form FLOPs so far."""
-        train = self.config.train
-        return self.tokens * sum(budget.flops_per_token(self.config.sae, self.sae.d_model, train.batch_tokens).values())
+    def flops(self, auxk: bool = True) -> float:
+        """Closed-form FLOPs so far, with or without the nominal AuxK."""
+        parts = budget.flops_per_token(self.config.sae, self.sae.d_model, self.config.train.batch_tokens)
+        return self.tokens * sum(flops for part, flops in parts.items() if auxk or part != "auxk")
 
     def position(self) -> dict[str, Any]:
         """The axes on every line of the record."""
@@ -300,6 +301,11 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
     train = config.train
     layernorm = config.sae.normalize == "layernorm"
     raw, statistics = source.statistics(False), source.statistics(layernorm)
+    if not statistics.variance > 0:
+        raise UserError(
+            f"the training rows do not vary (their variance is {statistics.variance:g} with "
+            f"sae.normalize={config.sae.normalize}), so there is nothing to learn; choose other activations"
+        )
     normalizer = make_normalizer(config.sae.normalize, source.d_model, raw.mean_sq_norm)
     unit = normalizer.scale**2
     sae = resolve_sae(
@@ -307,7 +313,7 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
     )
     dtype = MASTER[train.precision]
     sample = normalizer(source.sample(), torch.float64)
-    params = initial_params(sae, sample, train.seed, shards, device, dtype)
+    params = initial_params(sae, sample, train.seed, shards, device, dtype, config.sae.init == "tied")
     if config.sae.match_init_norm:
         match_norm(sae, params, sample[:INIT_ROWS].to(device, dtype), runtime)
     rows, penalised = params["W_enc"].shape[0], not sae.traits.has_k

@@ -8,10 +8,12 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from harness.activations.lm.contexts import kept_positions, open_contexts
 from harness.activations.lm.location import locate
@@ -22,6 +24,7 @@ from harness.activations.statistics import layernorm_rows
 from harness.activations.store.assemble import assemble
 from harness.activations.store.harvest import Plan, _check_disk, describe, forward_units, prepare, unit_path
 from harness.activations.store.identity import store_id
+from harness.activations.store.values import Values, check_once, note_on_norms
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.process.signals import Interrupted, StopFlag
@@ -326,3 +329,57 @@ def test_a_tokenizer_of_another_model_is_refused(
         (tmp_path / "small" / name).write_bytes((models_on_disk["gpt2"] / name).read_bytes())
     with pytest.raises(UserError, match="do not belong together"):
         opened(dataclasses.replace(cfg, model=str(tmp_path / "small")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 7}, "has 3 blocks"),
+        ({"context": 2}, "no room beside the special tokens"),
+        ({"heldout_tokens": 1}, "the 1 held-out rows of activations are all equal"),
+        ({"tokens": 1, "heldout_tokens": 20}, "the 1 training rows of activations are all equal"),
+    ],
+)
+def test_a_refused_harvest_leaves_nothing_behind(
+    tiny: ActivationsConfig, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        opened(dataclasses.replace(tiny, **change), tmp_path)
+    assert list((tmp_path / "_activations").iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_shard_of_values_beyond_sense_is_refused_at_every_opening(
+    tiny: ActivationsConfig, tmp_path: Path, split: str, value: float
+) -> None:
+    opened(tiny, tmp_path)
+    shard = tmp_path / "_activations" / store_id(tiny) / f"{split}-00000.safetensors"
+    tensors = load_file(shard)
+    tensors["x"][7, 3] = value
+    save_file(tensors, shard)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{shard.name} holds activations of (nan|inf|1e\+30)"):
+            check_once(shard.parent)
+
+
+def test_values_are_checked_once(tiny: ActivationsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(tiny, tmp_path)
+    opened(tiny, tmp_path)
+    monkeypatch.setattr("harness.activations.store.values.Values.add", None)
+    opened(tiny, tmp_path)
+
+
+def test_norms_of_a_few_huge_rows_are_noted(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1000, 16, generator=generator)
+    even, sink = Values("train"), Values("train")
+    even.add(rows, tmp_path)
+    assert note_on_norms(even.norms()) is None
+    norm = rows.double().norm(dim=1)
+    assert even.norms()["median"] == pytest.approx(float(norm.quantile(0.5)), rel=1e-6)
+    rows[:10] *= 1000
+    sink.add(rows, tmp_path)
+    norm = rows.double().norm(dim=1).sort().values
+    assert sink.norms()["top_share"] == pytest.approx(float(norm[-10:].square().sum() / norm.square().sum()), rel=1e-6)
+    assert "1 % of the training rows hold 100.0% of the sum of squared norms" in str(note_on_norms(sink.norms()))

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from harness.activations.store.identity import recipe, store_id
+from harness.activations.lm.contexts import special_tokens
+from harness.activations.lm.location import locate
+from harness.activations.lm.model import load_tokenizer
+from harness.activations.store.identity import _recipe, recipe, store_id
 from harness.activations.store.paths import store_root
 from harness.config import ActivationsConfig, SyntheticConfig
 from harness.errors import UserError
+from tests.activations.conftest import decoder, save_tokenizer
 
 
 def test_the_same_content_elsewhere_is_the_same_store(tiny: ActivationsConfig, tmp_path: Path) -> None:
@@ -86,3 +90,51 @@ def test_a_pinned_commit_needs_no_hub() -> None:
 def test_store_root(tiny: ActivationsConfig) -> None:
     assert store_root(tiny, Path("runs")) == Path("runs/_activations")
     assert store_root(dataclasses.replace(tiny, dir="/data/acts"), Path("runs")) == Path("/data/acts")
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "changed"),
+    [
+        *(
+            (name, hook, True)
+            for name in ("bloom", "gemma2", "olmo2", "granite", "mpt")
+            for hook in ("mlp_out", "attn_out")
+        ),
+        *((name, "mlp_out", False) for name in ("llama", "gpt2", "phi", "falcon parallel", "gptj", "qwen3")),
+        *((name, "resid_post", False) for name in ("bloom", "gemma2", "granite")),
+    ],
+)
+def test_stores_of_wrong_modules_have_other_names(
+    tiny: ActivationsConfig, tmp_path: Path, name: str, hook: str, changed: bool
+) -> None:
+    decoder(name).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    assert ("hooked" in recipe(dataclasses.replace(tiny, model=str(tmp_path), hook=hook))) is changed
+
+
+def test_only_markers_of_a_chat_change_the_name_for_what_is_dropped(tiny: ActivationsConfig, tmp_path: Path) -> None:
+    shutil.copytree(tiny.model, tmp_path / "chat")
+    cfg = dataclasses.replace(tiny, model=str(tmp_path / "chat"))
+    assert "dropped_markers" not in recipe(cfg)
+    save_tokenizer(tmp_path / "chat", additional_special_tokens=["w3", "w5", "[SEP]"])
+    _recipe.cache_clear()
+    assert recipe(cfg)["dropped_markers"] == ["w3", "w5"]
+    tokenizer = load_tokenizer(locate(cfg))
+    assert special_tokens(tokenizer).dropped == [0, 2, 3, *tokenizer.convert_tokens_to_ids(["w3", "w5"])]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "changed"),
+    [
+        ("a.txt", b"plain", False),
+        ("a.txt", "with BOM".encode("utf-8-sig"), True),
+        ("a.jsonl", b'{"text": "short"}', False),
+        ("a.jsonl", b'{"text": "' + b"x" * 70_000 + b'"}', True),
+    ],
+)
+def test_texts_that_give_other_documents_now_change_the_name(
+    tiny: ActivationsConfig, tmp_path: Path, name: str, content: bytes, changed: bool
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    cfg = dataclasses.replace(tiny, text_paths=[str(tmp_path / name)])
+    assert ("documents" in recipe(cfg)["text"]) is changed

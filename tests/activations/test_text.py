@@ -1,5 +1,7 @@
 import dataclasses
+import gzip
 import json
+import os
 import time
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from harness.activations.lm.text import TXT_DOCUMENT_CHARACTERS, documents
+from harness.activations.lm.text import COMPRESSIONS, TXT_DOCUMENT_CHARACTERS, documents
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 
@@ -68,6 +70,41 @@ def test_a_long_file_becomes_several_documents_cut_at_line_ends(tmp_path: Path) 
     assert sorted("".join(parts).splitlines()) == sorted(text.splitlines())
 
 
+def test_a_long_row_is_cut_like_a_long_file(tmp_path: Path) -> None:
+    text = "".join(f"line {number}\n" for number in range(20_000))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "a.txt").write_text(text)
+    assert texts(files(f"{tmp_path}/a.jsonl")) == texts(files(f"{tmp_path}/a.txt"))
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".zst"])
+def test_compressed_files_give_the_same_documents(tmp_path: Path, compression: str) -> None:
+    write_all_formats(tmp_path)
+    plain, packed = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.parquet")], []
+    for path in plain:
+        packed.append(tmp_path / f"{path.name}{compression}")
+        with pa.output_stream(packed[-1], compression=COMPRESSIONS[compression]) as file:
+            file.write(path.read_bytes())
+    for path, other in zip(plain, packed, strict=True):
+        assert texts(files(str(other))) == texts(files(str(path)))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    line = "one" if name == "a.txt" else json.dumps({"text": "one"})
+    (tmp_path / name).write_text(line, encoding="utf-8-sig")
+    assert texts(files(str(tmp_path / name))) == ["one"]
+
+
+@pytest.mark.parametrize("name", ["corpus [2024-05] (v1)", "a*b", "what?", "[ab]"])
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path, name: str) -> None:
+    for directory, text in ((name, "right"), ("a1", "wrong"), ("b", "wrong"), ("aXb", "wrong"), ("whatX", "wrong")):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "a.txt").write_text(text)
+    assert texts(files(f"{tmp_path}/{name}/a.txt")) == ["right"]
+    assert set(texts(files(f"{tmp_path}/*/a.txt"))) == {"right", "wrong"}
+
+
 def test_a_lone_surrogate_does_not_stop_the_reading(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "broken \\ud800 pair"}')
     assert texts(files(f"{tmp_path}/a.jsonl")) == ["broken ? pair"]
@@ -91,6 +128,20 @@ def bad_text(tmp_path: Path, case: str) -> ActivationsConfig:
     if case == "not parquet":
         (tmp_path / "a.parquet").write_text("no parquet at all")
         return files(f"{tmp_path}/a.parquet")
+    if case == "directory":
+        return files(str(tmp_path))
+    if case == "digits":
+        (tmp_path / "a.jsonl").write_text('{"text": ' + "7" * 5000 + "}")
+        return files(f"{tmp_path}/a.jsonl")
+    if case == "nested":
+        (tmp_path / "a.jsonl").write_text("[" * 100_000)
+        return files(f"{tmp_path}/a.jsonl")
+    if case == "torn":
+        (tmp_path / "a.txt.gz").write_bytes(gzip.compress(os.urandom(10_000))[:2000])
+        return files(f"{tmp_path}/a.txt.gz")
+    if case == "not gzip":
+        (tmp_path / "a.jsonl.gz").write_text("plain text")
+        return files(f"{tmp_path}/a.jsonl.gz")
     write_all_formats(tmp_path)
     return files(f"{tmp_path}/{case}", text_field="body")
 
@@ -101,6 +152,11 @@ def bad_text(tmp_path: Path, case: str) -> ActivationsConfig:
         ("no match", "no file matches"),
         ("suffix", "is no .txt, .jsonl or .parquet file"),
         ("encoding", "is not UTF-8"),
+        ("directory", r"is a directory; name the files in it, e\.g\. .*/\*\.jsonl"),
+        ("digits", "line 1 is not JSON: Exceeds the limit"),
+        ("nested", "line 1 is not JSON: maximum recursion"),
+        ("torn", r"cannot read .*a\.txt\.gz"),
+        ("not gzip", r"cannot read .*a\.jsonl\.gz"),
         ("json", "line 2 is not JSON"),
         ("not text", "holds int, not text"),
         ("not parquet", "no readable Parquet"),

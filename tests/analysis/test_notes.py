@@ -13,6 +13,7 @@ from analysis.laws.catalogue import get
 from analysis.notes import REMEDIES, has
 from analysis.questions.frontier import frontier_law
 from analysis.questions.isoflop import isoflop
+from analysis.questions.paired import PairedErrors, rises
 from tests.analysis.generate import grid_frame, sae_nk, write_run
 from tests.analysis.test_comparisons import BUDGETS, _chinchilla_profiles, _curves
 
@@ -26,6 +27,14 @@ def _grid(edit=None, noise=0.005, roles=None, seeds=1, **options):
     if edit is not None:
         frame = edit(frame)
     return fit(RunTable(frame, {**ROLES, **(roles or {})}), starts=16, ci="wald", **options).notes
+
+
+def _rises(ratio):
+    """Two sizes, the larger with `ratio` times the loss; the difference has a standard error of 0.5 %."""
+    frame = pd.DataFrame({"n_latents": [64, 128], "k": 8, "fvu": [0.2, 0.2 * ratio], "run": ["a", "b"]})
+    own = np.tile([1.0, -1.0], 50) * 0.0005
+    errors = PairedErrors(("a", "b"), np.array([0 * own, own]), None, 0)
+    return rises(RunTable(frame, {**ROLES, "run": "run"}), errors)
 
 
 def _line(law="power_floor", floor=0.1, noise=0.003, seeds=1, x=X, edit=None, ci="profile", **options):
@@ -160,6 +169,7 @@ CASES = {
         lambda: _grid(_set("converged", lambda f: f["n_latents"] < 1e5), roles={"converged": "converged"}),
         lambda: _grid(_set("converged", True), roles={"converged": "converged"}),
     ),
+    "not_monotone": (lambda: _rises(1.02), lambda: _rises(1.005)),
     "mixed_dead_latents": (
         lambda: _grid(_set("dead", lambda f: np.linspace(0, 0.08, len(f))), roles={"dead": "dead"}),
         lambda: _grid(_set("dead", lambda f: np.linspace(0, 0.03, len(f))), roles={"dead": "dead"}),

@@ -68,6 +68,27 @@ def test_interpolation_refers_to_the_cell() -> None:
     assert [c.config.sae.aux_k for c in found] == [1, 2]
 
 
+@pytest.mark.parametrize("seed", ["train.seed=3,4", "train.seed=3", ""])
+@pytest.mark.parametrize("other", ["", "train.warmup_tokens=${train.batch_tokens}", "sweep=s${train.seed}"])
+def test_a_key_copies_another_in_every_cell(seed: str, other: str) -> None:
+    texts = ["sae=topk", "sae.n_latents=32,64", "sae.k=2", seed, other, "stream.seed=${train.seed}"]
+    found = cells(*filter(None, texts))
+    assert {c.config.stream.seed - c.config.train.seed for c in found} == {0}
+    assert len(found) == (4 if "," in seed else 2)
+    if "warmup" in other:
+        assert {c.config.train.warmup_tokens for c in found} == {float(found[0].config.train.batch_tokens)}
+
+
+def test_a_copy_of_a_wrong_type_is_refused() -> None:
+    with pytest.raises(UserError, match=r"stream\.seed"):
+        cells("sae=topk", "sae.n_latents=32", "sae.k=2", "train.lr=1e-3,2e-3", "stream.seed=${train.lr}")
+
+
+def test_a_later_override_of_the_copy_counts() -> None:
+    copy, texts = "stream.seed=${train.seed}", ("sae=topk", "sae.n_latents=32", "sae.k=2", "train.seed=1,2")
+    assert [c.config.stream.seed for c in cells(*texts, copy, "stream.seed=9")] == [9, 9]
+
+
 def test_the_last_override_of_a_key_counts() -> None:
     assert shapes(cells("sae.n_latents=64", "sae.k=2", "sae.n_latents=128")) == [("topk", 128, 2)]
 

@@ -10,7 +10,7 @@ from harness.architectures import ARCHITECTURES
 from harness.config import Config
 from harness.ops import choose_ops
 from harness.parallel import Shards
-from harness.training.evaluate import evaluate
+from harness.training.evaluate import heldout_errors
 from harness.training.state import TrainState, make_state
 from tests.training.members import runtime, small_config, source_of
 
@@ -74,9 +74,11 @@ def trajectory(config: Config, shards: Shards, steps: int) -> dict[str, torch.Te
     tensors["grad_norm"] = torch.tensor([line["grad_norm"] for line in lines], dtype=torch.float64)
     tensors |= {name: whole(member, name, value, shards) for name, value in member.tensors().items()}
     params = member.optimizer.averaged(member.done)
-    held = evaluate(member.sae, params, source, member.normalizer, (1500,), runtime(shards, ops))
+    held = heldout_errors(member.sae, params, source, member.normalizer, 1500, runtime(shards, ops))
     assert held is not None
-    tensors["fvu"] = torch.tensor([held[0].fvu, held[0].fvu_se, held[0].l0], dtype=torch.float64)
+    found = held.evaluation(1500)
+    tensors["fvu"] = torch.tensor([found.fvu, found.fvu_se, found.l0], dtype=torch.float64)
+    tensors |= {f"heldout.{name}": torch.from_numpy(sums) for name, sums in held.by_document().items()}
     return {name: value.clone().contiguous() for name, value in tensors.items()}
 
 

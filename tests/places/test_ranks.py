@@ -18,6 +18,7 @@ from harness.record.result import read_result
 
 CELL = [
     *("activations=synthetic", "activations.heldout_tokens=2048", "train=quick", "train.tokens=16384", "train.lr=1e-3"),
+    *("train.warmup_tokens=0",),
     *("sae.n_latents=64", "sae.k=4", "tracker=none", "train.eval_rows=1024", "train.log_every_steps=16"),
 ]
 

@@ -14,6 +14,8 @@ from harness import export as command
 from harness.errors import UserError
 from harness.saes.export import export, fold
 from harness.saes.trained import load
+from tests.activations.conftest import WORDS, decoder, save_tokenizer
+from tests.tiny import train_tiny
 
 
 def reference(run_dir: Path, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,6 +120,105 @@ with torch.no_grad():
     out = {"saelens": saelens(x), "sparsify": sparsify(x).sae_out, "dictionary_learning": learned(x)}
 save_file({name: value.float().contiguous() for name, value in out.items()}, root / "out.safetensors")
 """
+
+
+def lm_run(name: str, hook: str, root: Path) -> Path:
+    """A finished run on activations of a small decoder whose tokenizer puts a token before each context."""
+    model, text = root / "model", root / "text"
+    decoder(name).save_pretrained(model)
+    save_tokenizer(model, "[CLS] $A")
+    text.mkdir()
+    words = torch.randint(len(WORDS), (40, 100), generator=torch.Generator().manual_seed(1)).tolist()
+    for number, document in enumerate(words):
+        (text / f"{number}.txt").write_text(" ".join(WORDS[word] for word in document))
+    return train_tiny(
+        root / "runs",
+        *("activations=lm", f"activations.model={model}", "activations.layer=1", f"activations.hook={hook}"),
+        *("activations.text=files", f"activations.text_paths=[{text}/*.txt]", "activations.context=16"),
+        *("activations.tokens=2000", "activations.dtype=fp32", "activations.lm_precision=fp32"),
+    )
+
+
+LM_RUNS = {
+    ("gpt2", "resid_post"): "transformer.h.1",
+    ("bloom", "mlp_out"): "transformer.h.1.mlp.dense_4h_to_h",
+    ("gemma2", "attn_out"): "model.layers.1.post_attention_layernorm",
+    ("granite", "mlp_out"): "model.layers.1.mlp",
+    ("neox parallel", "attn_out"): "gpt_neox.layers.1.attention",
+}
+
+
+@pytest.mark.parametrize(("name", "hook"), LM_RUNS)
+def test_exports_name_the_hooked_module(name: str, hook: str, tmp_path: Path) -> None:
+    run = lm_run(name, hook, tmp_path)
+    expected = LM_RUNS[name, hook]
+    for form in ("saelens", "sparsify", "dictionary_learning"):
+        assert export(run, form, tmp_path / form) == []
+    metadata = json.loads((tmp_path / "saelens/cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == expected
+    assert (metadata["prepend_bos"], metadata["context_size"], metadata["seqpos_slice"]) == (True, 16, [1, None])
+    assert metadata["model_class_name"] == "AutoModelForCausalLM"
+    module = expected.partition(".")[2]
+    assert [path.name for path in (tmp_path / "sparsify").iterdir()] == [module]
+    learned = json.loads((tmp_path / "dictionary_learning/config.json").read_text())["trainer"]
+    assert learned["submodule_name"] == module
+    # the exported SAE of the module's output is that of the run, of what the block adds
+    trained, sae = load(run), fold(load(run))
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) * trained.normalizer.scale
+    factor = 0.22 if name == "granite" else 1.0
+    exported = dense(x / factor, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)[1]
+    torch.testing.assert_close(exported * factor, trained.forward(x), rtol=1e-4, atol=1e-4)
+
+
+IN_THE_MODEL = """
+import sys, torch
+from pathlib import Path
+from sae_lens import SAE
+from sae_lens.load_model import load_model
+from sparsify import SparseCoder
+from transformers import AutoModelForCausalLM
+root = Path(sys.argv[1])
+(folder,) = (root / "sparsify").iterdir()
+model = AutoModelForCausalLM.from_pretrained(root / "model").eval()
+ids, seen = torch.randint(4, 90, (2, 12)), []
+def hook(_module, _inputs, output):
+    seen.append(output[0] if isinstance(output, tuple) else output)
+model.base_model.get_submodule(folder.name).register_forward_hook(hook)
+sae, coder = SAE.load_from_disk(str(root / "saelens"), device="cpu"), SparseCoder.load_from_disk(folder)
+about = sae.cfg.metadata
+hooked = load_model(about.model_class_name, about.model_name, device="cpu")
+with torch.no_grad():
+    model(ids)
+    _, cache = hooked.run_with_cache(ids, names_filter=[about.hook_name])
+    torch.testing.assert_close(cache[about.hook_name], seen[0])
+    rows = seen[0].flatten(0, 1)
+    torch.testing.assert_close(sae(rows), coder(rows).sae_out, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "hook"), LM_RUNS)
+def test_the_other_tools_find_the_module_in_their_model(name: str, hook: str, tmp_path: Path) -> None:
+    """Needs INTEROP_PYTHON, see below."""
+    python = os.environ.get("INTEROP_PYTHON")
+    if not python:
+        pytest.skip("INTEROP_PYTHON names no Python with sae-lens and eai-sparsify")
+    run = lm_run(name, hook, tmp_path)
+    for form in ("saelens", "sparsify"):
+        export(run, form, tmp_path / form)
+    environment = {**os.environ, "SPARSIFY_DISABLE_TRITON": "1", "HF_HUB_OFFLINE": "1"}
+    command = [python, "-W", "ignore", "-c", IN_THE_MODEL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("form", ["saelens", "sparsify", "dictionary_learning"])
+def test_a_full_disk_is_one_line(
+    form: str, topk_run: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (small_disk / "filler").write_bytes(bytes(44_000))
+    assert command.main([str(topk_run), "--format", form, "--out", str(small_disk / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot write to {small_disk / 'out'}: ")
 
 
 @pytest.mark.slow

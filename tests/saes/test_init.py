@@ -32,16 +32,28 @@ def make_sae(n: int = 4096, routed: bool = False) -> Sae:
     return Sae("switch" if routed else "topk", 8, n, 4, 8 if routed else 1, True, 1.0, 1 / 32, 4, 0.0)
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("routed", [False, True])
-def test_init_does_not_depend_on_how_it_is_cut(routed: bool) -> None:
+def test_init_does_not_depend_on_how_it_is_cut(routed: bool, tied: bool) -> None:
     sae, center = make_sae(3000 if not routed else 3200, routed), torch.arange(8.0, dtype=torch.float64)
-    whole = initial_params(sae, center[None], 7, Solo(), CPU, torch.float32)
-    parts = [initial_params(sae, center[None], 7, Part(rank, 4), CPU, torch.float32) for rank in range(4)]
+    whole = initial_params(sae, center[None], 7, Solo(), CPU, torch.float32, tied)
+    parts = [initial_params(sae, center[None], 7, Part(rank, 4), CPU, torch.float32, tied) for rank in range(4)]
     for name, cut in sae.layout().items():
         if cut == "latent_rows":
             assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
         else:
             assert all(torch.equal(part[name], whole[name]) for part in parts)
+
+
+def test_an_untied_encoder_has_unit_directions_of_its_own_and_the_same_decoder() -> None:
+    sae, center = make_sae(routed=True), torch.arange(8.0, dtype=torch.float64)
+    tied, untied = (
+        initial_params(sae, center[None], 0, Solo(), CPU, torch.float32, choice) for choice in (True, False)
+    )
+    assert all(torch.equal(tied[name], untied[name]) for name in tied if name != "W_enc")
+    torch.testing.assert_close(untied["W_enc"].norm(dim=1), torch.ones(4096))
+    cosine = (untied["W_enc"] * untied["W_dec"]).sum(dim=1)
+    assert abs(float(cosine.mean())) < 0.03 and float(cosine.std()) == pytest.approx(8**-0.5, rel=0.05)
 
 
 def test_init_is_parallel_unit_norm_and_seeded() -> None:

@@ -12,7 +12,8 @@ from harness.ops import choose_ops
 from harness.parallel import Solo
 from harness.process.signals import StopFlag
 from harness.saes import forward
-from harness.training.evaluate import evaluate, pca_fvu
+from harness.training import evaluate as evaluation
+from harness.training.evaluate import HeldOutErrors, evaluate, pca_fvu
 from harness.training.state import make_state
 from tests.training.members import runtime, small_config, source_of
 
@@ -87,3 +88,22 @@ def test_pca_anchor_is_the_best_rank_k_reconstruction() -> None:
         assert pca_fvu(source, member.normalizer, rank) == pytest.approx(
             float(spectrum[rank:].sum() / spectrum.sum()), abs=1e-10
         )
+
+
+@pytest.mark.parametrize(("documents", "most"), [(1, 8192), (7, 8192), (150, 8192), (150, 40), (150, 149)])
+def test_sums_by_document(documents: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "MOST_GROUPS", most)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(5, 900, dtype=torch.float64, generator=generator)
+    document = 3 + 2 * torch.randint(documents, (900,), generator=generator)
+    sums = HeldOutErrors(table, document, layernorm=False).by_document()
+    present = document.unique()
+    assert len(sums["document"]) == min(len(present), most)
+    assert sums["documents"].sum() == len(present) and sums["rows"].sum() == 900
+    assert max(sums["documents"]) - min(sums["documents"]) <= 1
+    ends = [*sums["document"].tolist()[1:], 10**9]
+    for i, (first, end) in enumerate(zip(sums["document"].tolist(), ends, strict=True)):
+        mine = (document >= first) & (document < end)
+        assert int(mine.sum()) == sums["rows"][i] and len(document[mine].unique()) == sums["documents"][i]
+        assert sums["error"][i] == pytest.approx(float(table[0, mine].sum()), rel=1e-12)
+        assert sums["variance"][i] == pytest.approx(float(table[1, mine].sum()), rel=1e-12)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -76,6 +78,11 @@ def test_a_run_leaves_the_record_of_the_contract(tmp_path: Path) -> None:
     assert evaluations[-1]["eval_rows"] == 1500 and evaluations[0]["eval_rows"] == 512
     assert {"recovered", "mean_max_cosine"} <= set(evaluations[0])
     assert not (tmp_path / "run" / "checkpoints").exists()
+    file = tmp_path / "run" / "heldout.parquet"
+    assert result["heldout_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    sums = pd.read_parquet(file)
+    assert list(sums) == ["document", "documents", "rows", "error", "variance"] and len(sums) == 1500
+    assert sums["error"].sum() / sums["variance"].sum() == pytest.approx(result["fvu"], rel=1e-12)
     norms = weights(tmp_path / "run")["W_dec"].norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(64))
 
@@ -224,6 +231,8 @@ def test_synthetic_features_are_recovered(tmp_path: Path) -> None:
 def test_layernorm_reports_both_spaces(tmp_path: Path) -> None:
     result = run(tmp_path / "run", small_config(sae__normalize="layernorm", sae__match_init_norm=True))
     assert 0 < result["fvu"] < 1 and 0 < result["fvu_raw"] < 1
+    sums = pd.read_parquet(tmp_path / "run" / "heldout.parquet")
+    assert sums["error_raw"].sum() / sums["variance_raw"].sum() == pytest.approx(result["fvu_raw"], rel=1e-12)
 
 
 def test_precisions(tmp_path: Path) -> None:

@@ -47,8 +47,9 @@ class Special(NamedTuple):
 def special_tokens(tokenizer: Any) -> Special:
     """The special tokens of any tokenizer, read off the encoding of a word.
 
-    The id for unknown words stands for content, so it is dropped only if it is also another special token. Raises
-    `UserError` for a tokenizer that encodes the word differently with special tokens.
+    Dropped are all tokens that the tokenizer calls special, markers of a chat included. The id for unknown words stands
+    for content, so it is dropped only if it is also another special token. Raises `UserError` for a tokenizer that
+    encodes the word differently with special tokens.
     """
     probe = "word"
     bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
@@ -59,7 +60,10 @@ def special_tokens(tokenizer: Any) -> Special:
     prefix, suffix = full[: starts[0]], full[starts[0] + len(bare) :]
     names = ("bos", "eos", "cls", "sep", "pad", "mask")
     named = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
-    return Special(prefix, suffix, sorted({*prefix, *suffix, *(token for token in named if token is not None)}))
+    others = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return Special(
+        prefix, suffix, sorted({*prefix, *suffix, *others, *(token for token in named if token is not None)})
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +145,9 @@ def cut_contexts(
     for split, name in (("heldout", "held-out"), ("train", "training")):
         if not writers[split].total_rows:
             raise UserError(
-                f"activations.text={cfg.text}: the text is too small, {used} documents leave no {name} rows; "
-                f"give more or longer text"
+                f"activations.text={cfg.text}: the text is too small, {used} documents leave no {name} rows "
+                f"({writers['train'].total_rows:,} training and {writers['heldout'].total_rows:,} held-out rows were "
+                f"found, {wanted['train']:,} and {wanted['heldout']:,} are wanted); give more or longer text"
             )
     exhausted = any(not writer.full for writer in writers.values())
     return Cut(share, used, exhausted, max(writer.largest_id for writer in writers.values()))

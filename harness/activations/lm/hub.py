@@ -60,6 +60,14 @@ def resolve_commit(kind: str, name: str, revision: str) -> str:
         raise unreachable(f"{kind} {name!r}", error) from error
 
 
+def repository_file(name: str, commit: str, file: str) -> Path | None:
+    """A small file of a model at a commit, from the hub or the local cache; None if neither has it."""
+    try:
+        return Path(hf_hub_download(name, file, revision=commit, local_files_only=not online()))
+    except HUB_ERRORS:
+        return None
+
+
 def unreachable(what: str, error: BaseException) -> UserError:
     """The error for a model or dataset that the hub does not give, with what the user can do."""
     if not online():

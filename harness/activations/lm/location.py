@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from harness.activations.lm.hub import resolve_commit
-from harness.config import ActivationsConfig
+from harness.activations.lm.hub import repository_file, resolve_commit
+from harness.config import ActivationsConfig, user_path
 from harness.errors import UserError
+
+_ROLES = ("bos", "eos", "cls", "sep", "pad", "mask", "unk")
 
 
 class Location(NamedTuple):
@@ -32,7 +34,7 @@ def locate(cfg: ActivationsConfig) -> Location:
     """
     if cfg.model.startswith("package:"):
         return Location(str(_package_directory(cfg.model.removeprefix("package:"))), "")
-    directory = Path(cfg.model).expanduser()
+    directory = Path(user_path(cfg.model))
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise UserError(f"activations.model={cfg.model}: the directory has no config.json of a transformers model")
@@ -61,6 +63,42 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
 
 
+def read_settings(location: Location, name: str) -> dict[str, Any] | None:
+    """A JSON file of the model, e.g. `config.json`; None if it has none, or neither the hub nor the cache gives it.
+
+    Raises `UserError` for a file that is no JSON object.
+    """
+    path = (
+        Path(location.source) / name if location.is_local else repository_file(location.source, location.commit, name)
+    )
+    if path is None or not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); download the model again") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no JSON object; download the model again")
+    return settings
+
+
+def special_markers(location: Location) -> list[str]:
+    """Special tokens beyond those with a role (bos, eos, cls, sep, pad, mask, unk), e.g. the markers of a chat."""
+    markers: set[str] = set()
+    named: set[str] = set()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = read_settings(location, name) or {}
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            tokens = settings.get(key) or []
+            markers.update(map(_content, tokens.values() if isinstance(tokens, dict) else tokens))
+        named.update(_content(settings.get(f"{role}_token")) for role in _ROLES)
+    return sorted(markers - named)
+
+
+def _content(token: Any) -> str:
+    return str(token.get("content", "") if isinstance(token, dict) else token)
+
+
 def model_width(cfg: ActivationsConfig) -> int:
     """Width d of the activations, from the configuration of their model; no weights are loaded.
 
@@ -70,7 +108,7 @@ def model_width(cfg: ActivationsConfig) -> int:
         return cfg.synthetic.d_model
     location = locate(cfg)
     if location.is_local:
-        settings = json.loads((Path(location.source) / "config.json").read_text(encoding="utf-8"))
+        settings = read_settings(location, "config.json") or {}
         for name in ("hidden_size", "n_embd", "d_model"):
             if isinstance(settings.get(name), int):
                 return settings[name]

@@ -13,15 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from harness.activations.lm.hook import Hook, find_blocks, find_hook
 from harness.activations.lm.hub import HUB_ERRORS, online, quiet, unreachable
 from harness.activations.lm.location import Location
 from harness.config import ActivationsConfig
 from harness.errors import UserError
-
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "output.dense")
-"""Names of a block's MLP; `output.dense` is BERT's, before the residual and its LayerNorm."""
-ATTENTION_NAMES = ("self_attn", "attention.output.dense", "attn", "attention", "self_attention", "linear_attn")
-"""Names of a block's attention."""
 
 
 def load_tokenizer(location: Location) -> Any:
@@ -35,10 +31,10 @@ def load_tokenizer(location: Location) -> Any:
 
 
 class HookedModel(NamedTuple):
-    """A model and the module behind one of its hook points."""
+    """A model and one of its hook points."""
 
     model: nn.Module
-    module: nn.Module
+    hook: Hook
     device: torch.device
     precision: str
     """`fp32` or `bf16`: the precision of the forward."""
@@ -58,11 +54,13 @@ class HookedModel(NamedTuple):
         def stop_here(_module: nn.Module, _inputs: Any, output: Any) -> None:
             raise _Reached(output[0] if isinstance(output, tuple) else output)
 
-        handle = self.module.register_forward_hook(stop_here)
+        module = self.model.base_model.get_submodule(self.hook.module)  # pyright: ignore
+        handle = module.register_forward_hook(stop_here)
         try:
             self.model(input_ids=tokens, attention_mask=mask)
         except _Reached as reached:
-            return reached.value
+            value = reached.value.reshape(*tokens.shape, -1)  # some blocks flatten contexts and positions
+            return value if self.hook.module_scale == 1 else value * self.hook.module_scale
         finally:
             handle.remove()
         raise UserError(f"the forward of {self.name} does not pass the hooked module; choose another activations.hook")
@@ -107,13 +105,10 @@ def load_model(cfg: ActivationsConfig, location: Location, precision: str, devic
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and cfg.context > limit:
         raise UserError(f"activations.context={cfg.context} is longer than the model's {limit} positions; lower it")
-    block = blocks[cfg.layer]
-    module = block if cfg.hook == "resid_post" else _submodule(cfg, block)
+    hook = find_hook(cfg, model)
     weights = sum(p.numel() for b in blocks[: cfg.layer + 1] for p in b.parameters() if p.dim() >= 2)
     attention = 4 * cfg.context * model.config.get_text_config().hidden_size * (cfg.layer + 1)
-    return HookedModel(
-        model.to(device), module, device, precision, type(model).__name__, float(2 * weights + attention)
-    )
+    return HookedModel(model.to(device), hook, device, precision, type(model).__name__, float(2 * weights + attention))
 
 
 def resolve_precision(cfg: ActivationsConfig, device: torch.device) -> str:
@@ -130,33 +125,6 @@ def _cpu_computes_bf16() -> bool:
     if not cpuinfo.is_file():
         return False
     return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()) is not None
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the transformer blocks: the outermost ModuleList with one entry per hidden layer.
-
-    Raises `UserError` if there is none.
-    """
-    count = model.config.get_text_config().num_hidden_layers  # pyright: ignore
-    candidates = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if not candidates:
-        raise UserError(f"{type(model).__name__} has no list of {count} blocks; this architecture is not supported")
-    return min(candidates, key=lambda candidate: candidate[0].count("."))
-
-
-def _submodule(cfg: ActivationsConfig, block: nn.Module) -> nn.Module:
-    modules = dict(block.named_modules())
-    for name in MLP_NAMES if cfg.hook == "mlp_out" else ATTENTION_NAMES:
-        if name in modules:
-            return modules[name]
-    children = ", ".join(name for name, _ in block.named_children())
-    raise UserError(
-        f"activations.hook={cfg.hook}: block {cfg.layer} of {cfg.model} has none (parts: {children}); use resid_post"
-    )
 
 
 def _runs(key: str, blocks: str, layer: int) -> bool:
@@ -177,13 +145,11 @@ def _where(location: Location) -> dict[str, Any]:
 @contextmanager
 def _loading(location: Location, what: str) -> Iterator[None]:
     """Turn the errors of `transformers` for a wrong or damaged model into one-line `UserError`s."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except UserError:
         raise
-    except (*HUB_ERRORS, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # damaged, pickled or unknown files raise errors of many classes
         if not location.is_local and isinstance(error, HUB_ERRORS) and not online():
             raise unreachable(f"the {what} of {location.source!r}", error) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -191,4 +157,6 @@ def _loading(location: Location, what: str) -> Iterator[None]:
             reason = (
                 "it needs Python code from the model's own files, which is never run; choose a built-in architecture"
             )
+        if "Weights only load failed" in str(error):
+            reason = "its pickled weights need code to be loaded, which is never run; convert them to safetensors"
         raise UserError(f"cannot load the {what} of {location.source}: {reason}") from error

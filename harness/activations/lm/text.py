@@ -1,31 +1,38 @@
 """Text: documents of the Python standard library, of local files, or of a Hugging Face dataset.
 
-A document is one source file, one .txt file (a long one is cut at line ends), one line of a .jsonl file, or one row of
-a .parquet file or a dataset. It is identified by the hash of its content, so that neither the order nor the choice of
-held-out documents depends on the file system.
+A document is one source file, one .txt file, one line of a .jsonl file, or one row of a .parquet file or a dataset; in
+.txt and .jsonl files a long one is cut at line ends. Files may be compressed (.gz, .bz2, .zst). A document is
+identified by the hash of its content, so that neither the order nor the choice of held-out documents depends on the
+file system.
 """
 
 from __future__ import annotations
 
+import codecs
+import functools
 import glob
 import hashlib
+import io
 import json
 import os
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from harness.activations.lm.hub import HUB_ERRORS, quiet, unreachable
 from harness.activations.shuffle import digest64
-from harness.config import ActivationsConfig
+from harness.config import ActivationsConfig, user_path
 from harness.errors import UserError
 
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 """Directories that are not read: the standard library's tests, and what does not belong to it."""
 TXT_DOCUMENT_CHARACTERS = 65_536
-"""A longer .txt file is cut into several documents, so that one long book can be split for evaluation."""
+"""A longer text is cut into several documents, so that one long book can be split for evaluation."""
+FILE_KINDS = (".txt", ".jsonl", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+"""Endings of compressed files, and what pyarrow calls them."""
 WINDOW_CHARACTERS = 1 << 26
 """Documents are sorted by hash within windows of this size, so that memory stays bounded for any text."""
 
@@ -117,32 +124,56 @@ def _stdlib_texts(path: Path) -> Iterator[str]:
 def _matching_files(patterns: Iterable[str]) -> list[Path]:
     paths: set[Path] = set()
     for pattern in patterns:
-        expanded = str(Path(pattern).expanduser())
-        matches = [Path(name) for name in glob.glob(expanded, recursive=True)]  # noqa: PTH207 (absolute patterns)
-        files = [path for path in matches if path.is_file()]
+        literal = Path(user_path(pattern))
+        if literal.is_dir():
+            raise UserError(
+                f"activations.text_paths: {pattern!r} is a directory; name the files in it, "
+                f"e.g. {pattern.rstrip('/')}/*.jsonl"
+            )
+        # a name that exists is no pattern, whatever characters it has
+        found = [literal] if literal.exists() else map(Path, glob.glob(str(literal), recursive=True))  # noqa: PTH207
+        files = [path for path in found if path.is_file()]
         if not files:
             raise UserError(f"activations.text_paths: no file matches {pattern!r} (from {Path.cwd()})")
         paths.update(path.resolve() for path in files)
     for path in sorted(paths):
-        if path.suffix not in (".txt", ".jsonl", ".parquet"):
+        if _kind(path) not in FILE_KINDS:
             raise UserError(
-                f"activations.text_paths: {path} is no .txt, .jsonl or .parquet file; convert or exclude it"
+                f"activations.text_paths: {path} is no .txt, .jsonl or .parquet file (also compressed: "
+                f"{', '.join(COMPRESSIONS)}); convert or exclude it"
             )
     return sorted(paths)
 
 
+def _kind(path: Path) -> str:
+    """The ending of a file, without that of its compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
 def _file_texts(path: Path, field: str) -> Iterator[str]:
     try:
-        if path.suffix == ".txt":
-            yield from _cut(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".jsonl":
-            yield from _jsonl_texts(path, field)
-        else:
-            yield from _parquet_texts(path, field)
+        if _kind(path) == ".parquet":
+            with _opened(path) as file:
+                yield from _parquet_texts(path, file, field)
+            return
+        # Windows programs begin a file with a BOM
+        with io.TextIOWrapper(_opened(path), encoding="utf-8-sig") as lines:
+            yield from _cut(lines.read()) if _kind(path) == ".txt" else _jsonl_texts(path, lines, field)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A file to read, unpacked if it is compressed."""
+    if path.suffix not in COMPRESSIONS:
+        return path.open("rb")
+    import pyarrow
+
+    stream = pyarrow.input_stream(path, compression=COMPRESSIONS[path.suffix])
+    # a Parquet file is read from its end
+    return io.BytesIO(stream.read()) if _kind(path) == ".parquet" else cast("IO[bytes]", stream)
 
 
 def _cut(text: str) -> Iterator[str]:
@@ -155,24 +186,24 @@ def _cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _jsonl_texts(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON: {error.msg}; repair or remove the line") from error
-            yield _field(row, field, f"{path} line {number}")
+def _jsonl_texts(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits
+            reason = getattr(error, "msg", None) or str(error).split(";")[0]
+            raise UserError(f"{path} line {number} is not JSON: {reason}; repair or remove the line") from error
+        yield from _cut(_field(row, field, f"{path} line {number}"))
 
 
-def _parquet_texts(path: Path, field: str) -> Iterator[str]:
+def _parquet_texts(path: Path, data: IO[bytes], field: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(data) as file:
             if field not in file.schema_arrow.names:
                 raise _no_field(field, str(path), file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
@@ -198,8 +229,9 @@ def _dataset_texts(cfg: ActivationsConfig, revision: str) -> Iterator[str]:
             raise
         except HUB_ERRORS as error:
             raise unreachable(where, error) from error
-        except (ValueError, DatasetsError) as error:
-            # the first line of what `datasets` raises for a wrong split, configuration or directory
+        except (ValueError, RuntimeError, ImportError, DatasetsError) as error:
+            # the first line of what `datasets` raises for a wrong split, configuration or directory, or for a dataset
+            # that is a script
             raise UserError(f"{where} (split {cfg.split!r}): {str(error).splitlines()[0]}") from error
 
 
@@ -217,6 +249,19 @@ def _field(row: Any, field: str, where: str) -> str:
 def _no_field(field: str, where: str, present: list[str]) -> UserError:
     has = ", ".join(map(str, present)) or "no fields"
     return UserError(f"{where} has no field {field!r} (it has {has}); set activations.text_field")
+
+
+@functools.lru_cache(maxsize=4096)
+def read_otherwise_before(path: Path) -> bool:
+    """Whether earlier versions took other documents from the file: they kept the BOM of a .txt file, and did not cut a
+    long row of a .jsonl file. Raises `UserError`."""
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".txt":
+                return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+            return path.suffix == ".jsonl" and any(len(line) > TXT_DOCUMENT_CHARACTERS for line in file)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 _digests: dict[tuple[str, int, int], str] = {}

@@ -17,6 +17,7 @@ from harness.activations.source import DTYPES
 from harness.activations.statistics import Moments
 from harness.activations.store.harvest import OLD_PLAN_FILE, PLAN_FILE, Plan, unit_path
 from harness.activations.store.paths import MANIFEST, MANIFEST_VERSION
+from harness.activations.store.values import Values
 from harness.files import sha256_of, write_json_atomic, write_tensors_atomic
 from harness.process.signals import Interrupted, StopFlag
 from harness.schema import with_seal
@@ -29,25 +30,32 @@ class TornUnits(Exception):
     """A crash damaged unit files. They are removed and must be computed again."""
 
 
-def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str, Any], stop: StopFlag) -> None:
-    """Write shards, statistics and the manifest into `directory`, from its unit files.
+def assemble(
+    plan: Plan, directory: Path, shard_rows: int, description: dict[str, Any], stop: StopFlag
+) -> dict[str, float]:
+    """Write shards, statistics and the manifest into `directory`, from its unit files. Returns `Values.norms` of the
+    training rows.
 
     Row i of a split goes to its permuted place: that is the global shuffle. A pass over the units fills the places of a
     few shards, so memory stays bounded and writing is sequential. Raises `TornUnits`, and `Interrupted` when `stop` is
-    set.
+    set, and `UserError` for rows that cannot be trained on.
     """
     _remove_torn(directory)
     _check_units(plan, directory)
     shards: dict[str, list[dict[str, Any]]] = {}
+    norms: dict[str, dict[str, float]] = {}
     moments = {False: Moments(plan.d_model), True: Moments(plan.d_model)}
     for split in SPLITS:
         shards[split] = []
+        values = Values(split)
         for start, tensors in _shuffled(plan, directory, split, shard_rows, stop):
             path = directory / f"{split}-{start // shard_rows:05d}.safetensors"
+            values.add(tensors["x"], path)
             shards[split].append({**_write_shard(path, tensors), "rows": len(tensors["x"])})
             if split == "train":
                 for layernorm, moment in moments.items():
                     moment.add(tensors["x"], layernorm)
+        norms[split] = values.norms()
     statistics = {_rule(layernorm): moment.result() for layernorm, moment in moments.items()}
     means = {f"mean_{rule}": result.mean for rule, result in statistics.items()}
     described = _write_shard(directory / "statistics.safetensors", means)
@@ -57,7 +65,7 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
         "schema_version": MANIFEST_VERSION,
         "id": plan.id,
         "recipe": plan.recipe,
-        "description": {**description, "harvest_flops": plan.flops_per_token * forwarded},
+        "description": {**description, "norms": norms["train"], "harvest_flops": plan.flops_per_token * forwarded},
         "d_model": plan.d_model,
         "dtype": plan.dtype,
         "rows": plan.rows,
@@ -72,6 +80,7 @@ def assemble(plan: Plan, directory: Path, shard_rows: int, description: dict[str
         },
     }
     write_json_atomic(directory / MANIFEST, with_seal(manifest))
+    return norms["train"]
 
 
 def remove_scratch(directory: Path) -> None:

@@ -74,6 +74,8 @@ class Plan(NamedTuple):
     text: dict[str, Any]
     model_class: str
     flops_per_token: float
+    hook: dict[str, Any] | None = None
+    """The hooked module, see `lm.hook.Hook`; None in plans of earlier versions."""
 
     def units(self, split: str) -> int:
         return math.ceil(self.contexts[split] / self.contexts_per_unit)
@@ -122,7 +124,7 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
     precision = plan.precision if plan else resolve_precision(cfg, device)
     hooked = load_model(cfg, location, precision, device)
     if plan:
-        return plan, hooked
+        return plan._replace(hook=hooked.hook._asdict()), hooked
     tokenizer = load_tokenizer(location)
     special = special_tokens(tokenizer)
     settings = recipe(cfg)
@@ -155,6 +157,7 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
         text={name: value for name, value in cut._asdict().items() if name != "largest_id"},
         model_class=hooked.name,
         flops_per_token=hooked.flops_per_token,
+        hook=hooked.hook._asdict(),
     )
     _check_disk(plan, directory)
     (directory / "units").mkdir(exist_ok=True)
@@ -305,6 +308,7 @@ def describe(cfg: ActivationsConfig, plan: Plan) -> dict[str, Any]:
     return {
         **described,
         "model_class": plan.model_class,
+        **(plan.hook or {}),
         "precision": plan.precision,
         "lm_batch": plan.lm_batch,
         "prefix_tokens": plan.prefix_tokens,

@@ -15,15 +15,46 @@ from pathlib import Path
 from typing import Any
 
 from harness.activations.lm.hub import resolve_commit
-from harness.activations.lm.location import Location, locate, weight_files
-from harness.activations.lm.text import file_digest, text_files
-from harness.config import ActivationsConfig
+from harness.activations.lm.location import Location, locate, read_settings, special_markers, weight_files
+from harness.activations.lm.text import file_digest, read_otherwise_before, text_files
+from harness.config import ActivationsConfig, user_path
 from harness.errors import UserError
 
 RECIPE_VERSION = 1
 """Raise it when the same settings would give other rows of a language model (another order, another cut)."""
 SYNTHETIC_VERSION = 2
 """The same for synthetic rows."""
+MENDED_HOOKS = {
+    *("afmoe", "beam", "bloom", "cpmant", "deepseek_v4", "doge", "exaone4", "exaone_moe", "falcon_h1", "flex_olmo"),
+    *("gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified"),
+    *(
+        "gemma4_unified_text",
+        "glm4",
+        "glm4v",
+        "glm4v_text",
+        "gpt_neox_japanese",
+        "granite",
+        "granite_swa",
+        "granitemoe",
+        "granitemoe_swa",
+    ),
+    *("granitemoehybrid", "granitemoeshared", "hy_v4", "hyperclovax", "inkling_text", "inkling2_text", "kolibri1"),
+    *(
+        "lfm3",
+        "longcat_flash",
+        "minicpm3",
+        "minimax",
+        "mpt",
+        "olmo2",
+        "olmo3",
+        "olmo_hybrid",
+        "zamba",
+        "zamba2",
+        "zaya",
+    ),
+}
+"""Model types whose `mlp_out` or `attn_out` earlier versions took from a module that is not what the block adds. Their
+recipes say so, so that no store of theirs is used. Which module is right is found by `lm.hook`, not by this list."""
 TOKENIZER_FILES = re.compile(r"tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model")
 
 
@@ -58,9 +89,16 @@ def _recipe(settings: str) -> str:
         rows = {"heldout_tokens": round(cfg.heldout_tokens)}
         return json.dumps({**common, **rows, "synthetic": container["synthetic"]})
     location = locate(cfg)
+    markers = special_markers(location)
+    # what earlier versions did otherwise enters where it gives other rows: other stores keep their ids
+    changed = {
+        **({"hooked": "what the block adds"} if _hook_was_mended(cfg, location) else {}),
+        **({"dropped_markers": markers} if markers else {}),
+    }
     return json.dumps(
         {
             **common,
+            **changed,
             "model": _model_identity(location),
             "hook": cfg.hook,
             "layer": cfg.layer,
@@ -71,6 +109,17 @@ def _recipe(settings: str) -> str:
             "heldout_tokens": round(cfg.heldout_tokens),
         }
     )
+
+
+def _hook_was_mended(cfg: ActivationsConfig, location: Location) -> bool:
+    if cfg.hook == "resid_post":
+        return False
+    settings = read_settings(location, "config.json")
+    if settings is None:
+        raise UserError(f"activations.model={cfg.model}: its config.json is neither in the cache nor given by the hub")
+    nested = settings.get("text_config")
+    types = {settings.get("model_type"), nested.get("model_type") if isinstance(nested, dict) else None}
+    return not MENDED_HOOKS.isdisjoint(types)
 
 
 def _model_identity(location: Location) -> dict[str, str]:
@@ -92,8 +141,11 @@ def _text_identity(cfg: ActivationsConfig) -> dict[str, str]:
     if cfg.text != "hub":
         contents = sorted(file_digest(path) for path in text_files(cfg))
         hashed = hashlib.sha256("\n".join(contents).encode()).hexdigest()
-        return {"source": cfg.text, "sha256": hashed, "field": cfg.text_field if cfg.text == "files" else ""}
-    directory = Path(cfg.dataset).expanduser()
+        identity = {"source": cfg.text, "sha256": hashed, "field": cfg.text_field if cfg.text == "files" else ""}
+        if cfg.text == "files" and any(map(read_otherwise_before, text_files(cfg))):
+            identity["documents"] = "without BOM, long rows cut"
+        return identity
+    directory = Path(user_path(cfg.dataset))
     settings = {"source": "hub", "config": cfg.dataset_config, "split": cfg.split, "field": cfg.text_field}
     if directory.is_dir():
         files = sorted(path for path in directory.rglob("*") if path.is_file())

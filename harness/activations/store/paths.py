@@ -25,7 +25,7 @@ def store_name(cfg: ActivationsConfig) -> str:
 
 def store_root(cfg: ActivationsConfig, out: Path) -> Path:
     """The directory that holds the stores: `activations.dir`, or `_activations` in the output directory."""
-    return Path(cfg.dir).expanduser() if cfg.dir else out / "_activations"
+    return Path(cfg.dir) if cfg.dir else out / "_activations"
 
 
 def store_path(cfg: ActivationsConfig, out: Path) -> Path:

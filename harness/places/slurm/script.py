@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -109,7 +110,8 @@ def _staging(cluster: ClusterConfig, python: str, srun: list[str], harvest: bool
     if not cluster.stage_dir or harvest:
         return ["STAGED=()"]
     # in double quotes: the directory may name a variable of the job
-    target = '"' + cluster.stage_dir.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'
+    directory = re.sub(r"^~(?=/|$)", "$HOME", cluster.stage_dir)
+    target = '"' + directory.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'
     once = quoted([*srun[:1], "--ntasks-per-node=1"])
     return [
         "# one copy of the store per node; without room for it the shared one is read",
