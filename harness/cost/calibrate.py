@@ -268,9 +268,7 @@ def _smaller(config: Config, d_model: int) -> Config:
         least = sae.k or sae.target_l0 or 1
         if train.batch_tokens >= 2 * LEAST_BATCH:
             config = dataclasses.replace(config, train=dataclasses.replace(train, batch_tokens=train.batch_tokens // 2))
-        elif (half := sae.n_latents // 2 // sae.n_experts * sae.n_experts) >= 8 * (
-            sae.k or sae.target_l0 or 1
-        ) * sae.n_experts:
+        elif (half := sae.n_latents // 2 // sae.n_experts * sae.n_experts) >= 8 * least * sae.n_experts:
             config = dataclasses.replace(config, sae=dataclasses.replace(sae, n_latents=half))
         else:
             break

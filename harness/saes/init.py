@@ -20,6 +20,10 @@ _ROWS_PER_SEED = 1024
 """Each block of rows has its own generator, so that a shard draws only its own rows and gets the same numbers."""
 
 
+LEAST_DISTANCE = 1e-150
+"""A row at the median itself would have an infinite weight."""
+
+
 def geometric_median(
     x: Float[Tensor, "rows d"], tolerance: float = 1e-6, most_iterations: int = 200
 ) -> Float[Tensor, " d"]:
@@ -30,7 +34,7 @@ def geometric_median(
     x = x.double()
     median = x.mean(dim=0)
     for _ in range(most_iterations):
-        distance = norm(x - median, dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        distance = norm(x - median, dim=1).clamp_min(LEAST_DISTANCE)
         weight = 1 / distance
         moved = (weight @ x) / weight.sum()
         step = float(norm(moved - median))

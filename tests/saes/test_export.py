@@ -218,7 +218,7 @@ def test_a_full_disk_is_one_line(
 ) -> None:
     (small_disk / "filler").write_bytes(bytes(44_000))
     assert command.main([str(topk_run), "--format", form, "--out", str(small_disk / "out")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: cannot write to {small_disk / 'out'}: ")
+    assert capsys.readouterr().err.startswith(f"error: cannot write to {small_disk / 'out'} (0.0 MB free): ")
 
 
 @pytest.mark.slow
