@@ -34,25 +34,33 @@ FINAL = ("done", "diverged")
 """Statuses that are results. `failed` is not: a later launch tries again."""
 
 
+_NUMBERS = {
+    **dict.fromkeys(("n_latents", "n_experts", "d_model", "attempts", "trained_together"), whole(1)),
+    **dict.fromkeys(("k", "seed", "steps", "diverged_at_step", "peak_memory_bytes"), whole()),
+    **dict.fromkeys(("tokens", "unique_tokens", "flops", "flops_core", "params", "wall_s", "tokens_per_s"), number(0)),
+    **dict.fromkeys(("fvu", "fvu_se", "mse", "l0", "dead_frac", "fvu_raw"), number(0)),
+}
+
+_OTHERS = {
+    "run_id": TEXT,
+    "sae": TEXT,
+    "config": OBJECT,
+    "error": TEXT,
+    "store_id": TEXT,
+    "converged": FLAG,
+    "pca_fvu": dict_of(optional(number()), text(r"\d+(\.\d+)?", "a number of latents")),
+    "started": TEXT,
+    "finished": TEXT,
+}
+
 _RESULT = fields(
     {
         "status": one_of("done", "diverged", "failed"),
-        "run_id?": TEXT,
-        "sae?": TEXT,
         "weights?": dict_of(SHA256, FILE_NAME),
         "notes?": list_of(TEXT),
-        "config?": OBJECT,
-        "error?": optional(TEXT),
-        "store_id?": TEXT,
-        "converged?": FLAG,
-        "pca_fvu?": dict_of(optional(number()), text(r"\d+(\.\d+)?", "a number of latents")),
-        "started?": TEXT,
-        "finished?": TEXT,
-        **{f"{name}?": whole(1) for name in ("n_latents", "n_experts", "d_model", "attempts", "trained_together")},
-        **{f"{name}?": whole() for name in ("k", "seed", "steps", "diverged_at_step", "peak_memory_bytes")},
-        **{f"{name}?": number(0) for name in ("tokens", "unique_tokens", "flops", "params", "wall_s", "tokens_per_s")},
-        **{f"{name}?": optional(number(0)) for name in ("fvu", "fvu_se", "mse", "l0", "dead_frac", "fvu_raw")},
     }
+    # null stands for a number that is not finite or unknown
+    | {f"{name}?": optional(check) for name, check in (_NUMBERS | _OTHERS).items()}
 )
 
 

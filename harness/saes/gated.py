@@ -40,7 +40,7 @@ class Gated:
         _, d_gate, squared = batch.ops.reconstruct(
             Codes(gate, index), batch.compute["W_dec"], batch.target, None, batch.routing.groups, batch.reduce
         )
-        d_gate = batch.factor * d_gate + sparsity * (gate > 0)
+        d_gate = batch.factor * d_gate + sparsity * (gate > 0).to(gate.dtype)
         scale = params["r_mag"].exp()[index]
         scaled = self._products(batch, Codes(entries.pre, index)) * scale
         sums = batch.ops.latent_sums

@@ -24,7 +24,7 @@ class Relu:
         return Entries(codes.values, codes.index, codes.values.relu())
 
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
-        return Backward(dz + sparsity * (entries.z > 0), latent_loss=sparsity * entries.z.sum())
+        return Backward(dz + sparsity * (entries.z > 0).to(dz.dtype), latent_loss=sparsity * entries.z.sum())
 
 
 class ReluDecoderNorm(Relu):
@@ -61,7 +61,7 @@ class ProLu:
 
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
         z, rows = entries.z, batch.params["b_enc"].shape[0]
-        g = dz + sparsity * (z > 0)
+        g = dz + sparsity * (z > 0).to(z.dtype)
         dm, db = (g, g) if batch.sae.prolu == "relu" else (g * (1 + z), g * z)
         own = {"b_enc": batch.ops.latent_sums(db, entries.index, rows)}
         return Backward(dm, own, latent_loss=sparsity * z.sum())

@@ -105,7 +105,7 @@ def _row_or_problem(run_dir: Path, planned: Mapping[str, Any], begun: bool, pack
         problem = str(error)
     except OSError as error:
         problem = f"cannot read {error.filename or run_dir}: {error.strerror or error}"
-    blank = dict.fromkeys(("host", "ends", "took_s", "peak_memory_bytes", "log", *FACTS))
+    blank = dict.fromkeys(("host", "ends", "repeats", "took_s", "peak_memory_bytes", "log", *FACTS))
     known = {"planned_s": planned.get("train_s"), "planned_memory_bytes": planned.get("memory_bytes")}
     counted = {"attempts": 0, "restarts": 0, "together": packed, "notes": []}
     return {

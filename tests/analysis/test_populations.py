@@ -131,14 +131,14 @@ def test_equal_losses_have_a_report(tmp_path, fvu):
 
 
 DAMAGE = {
-    "text for a number": ({"fvu": "low"}, 'result.json: fvu is "low", not a number'),
-    "list for a number": ({"n_latents": [256]}, "result.json: n_latents is [256], not a number"),
-    "truth for a number": ({"tokens": True}, "result.json: tokens is true, not a number"),
-    "number for a text": ({"sae": 5}, "result.json: sae is 5, not a text"),
-    "text for a truth": ({"converged": "maybe"}, 'result.json: converged is "maybe", not true or false'),
-    "list for the configuration": ({"config": []}, "result.json: config is [], not an object"),
-    "words in pca_fvu": ({"pca_fvu": {"eight": 0.5}}, "result.json: pca_fvu has 'eight'"),
-    "a list for run_id": ({"run_id": []}, "result.json: run_id is [], not a text"),
+    "text for a number": ({"fvu": "low"}, "fvu must be a number"),
+    "list for a number": ({"n_latents": [256]}, "n_latents must be a"),
+    "truth for a number": ({"tokens": True}, "tokens must be a number"),
+    "number for a text": ({"sae": 5}, "sae must be a text"),
+    "text for a truth": ({"converged": "maybe"}, "converged must be true or false"),
+    "list for the configuration": ({"config": []}, "config must be an object"),
+    "words in pca_fvu": ({"pca_fvu": {"eight": 0.5}}, "pca_fvu.eight must be a number of latents"),
+    "a list for run_id": ({"run_id": []}, "run_id must be a text"),
 }
 
 
