@@ -54,7 +54,9 @@ class JumpRelu:
         threshold, near = batch.params["log_threshold"].exp(), self._near(batch, entries)
         pull = self._all_grads(batch, entries, dz, near) * threshold[entries.index] + sparsity
         to_threshold = batch.ops.latent_sums(near * pull, entries.index, rows) / -epsilon
-        return Backward(dz, {"log_threshold": threshold * to_threshold}, latent_loss=sparsity * (entries.z > 0).to(dz.dtype).sum())
+        return Backward(
+            dz, {"log_threshold": threshold * to_threshold}, latent_loss=sparsity * (entries.z > 0).to(dz.dtype).sum()
+        )
 
 
 class JumpReluTanh(JumpRelu):

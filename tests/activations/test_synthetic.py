@@ -125,11 +125,11 @@ def test_recovered_counts_true_features_with_a_close_latent() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"active_features": 0.0}, "active_features=0.0 must be above 0"),
+        ({"active_features": 0.0}, "active_features=0.0 must be at least 1e-06"),
         ({"active_features": 300.0}, "at most n_features=256"),
         ({"n_features": 0}, "n_features=0 must be at least 1"),
         ({"d_model": 0}, "d_model=0 must be at least 1"),
-        ({"noise": -1.0}, "noise=-1.0 must be finite"),
+        ({"noise": -1.0}, "noise=-1.0 must be at least 0"),
     ],
 )
 def test_impossible_settings_are_one_line(spec: dict[str, Any], message: str) -> None:
