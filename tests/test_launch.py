@@ -228,6 +228,7 @@ def test_a_plan_says_how_often_each_row_is_read(tmp_path: Path, capsys: pytest.C
     assert "each row" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

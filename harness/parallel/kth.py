@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from harness.ops.untyped import integers
 from harness.parallel.interface import Kind, Shards
 
 DIGIT_BITS = 8
@@ -31,7 +32,7 @@ def kth_largest(values: Float[Tensor, " count"], k: int, shards: Shards, kind: K
     for shift in range(width - DIGIT_BITS, -1, -DIGIT_BITS):
         digits = (bits >> shift) & ((1 << DIGIT_BITS) - 1)
         counts = torch.bincount(digits, minlength=1 << DIGIT_BITS)
-        larger = shards.sum_(counts, "all", kind).flip(0).cumsum(0).tolist()
+        larger = integers(shards.sum_(counts, "all", kind).flip(0).cumsum(0))
         place = next(place for place, reached in enumerate(larger) if reached >= left)
         left -= larger[place - 1] if place else 0
         digit = (1 << DIGIT_BITS) - 1 - place

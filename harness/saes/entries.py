@@ -92,7 +92,7 @@ class Backward:
 
     da: Float[Tensor, "own capacity"]
     """With respect to the product of the encoder's row with its input."""
-    own: Params = field(default_factory=dict)
+    own: Params = field(default_factory=dict[str, Tensor])
     """With respect to the parameters per latent, b_enc included where it is not Σ da."""
     token_loss: Float[Tensor, ""] | None = None
     """Further loss that every shard of a replica holds whole."""

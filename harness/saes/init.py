@@ -114,7 +114,7 @@ def initial_params(
 
 def _threshold_for(sae: Sae, params: Params, rows: Float[Tensor, "rows d"], shards: Shards) -> float:
     """What a pre-activation must exceed so that `target_l0` latents of a token are active."""
-    inputs = (rows - rows.new_tensor(params["b_dec"].tolist()) if sae.traits.pre_bias else rows).to(params["W_enc"])
+    inputs = (rows - params["b_dec"].to(rows) if sae.traits.pre_bias else rows).to(params["W_enc"])
     values = (inputs @ params["W_enc"].T).relu().flatten()
     wanted = max(1, min(round(sae.target_l0 * rows.shape[0]), sae.n_latents * rows.shape[0]))
     # the ranks of a replica hold different latents, replicas hold the same

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from harness.ops import Codes
+from harness.ops.untyped import norm
 from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.sae import Params, Sae
 
@@ -64,7 +65,7 @@ class JumpReluTanh(JumpRelu):
         sae, params, index, z = batch.sae, batch.params, entries.index, entries.z
         rows, tokens, sums = params["b_enc"].shape[0], batch.inputs.shape[0], batch.ops.latent_sums
         threshold, near = params["log_threshold"].exp(), self._near(batch, entries)
-        norms = params["W_dec"].norm(dim=1)
+        norms = norm(params["W_dec"], dim=1)
         reach = torch.tanh(TANH_SCALE * z * norms[index])
         slope = sparsity * TANH_SCALE * (1 - reach.square())
         active = (z > 0).to(z.dtype)

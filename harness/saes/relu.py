@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.ops.untyped import norm
 from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.sae import Params, Sae
 
@@ -31,11 +32,11 @@ class ReluDecoderNorm(Relu):
     """z = ReLU(a), penalty λ·Σ z·‖d‖, free decoder, no bias before the encoder (Conerly et al. 2024)."""
 
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
-        norms = batch.params["W_dec"].norm(dim=1)
-        z, norm = entries.z, norms[entries.index]
+        norms = norm(batch.params["W_dec"], dim=1)
+        z, own = entries.z, norms[entries.index]
         return Backward(
-            dz + sparsity * norm * (z > 0),
-            latent_loss=sparsity * (z * norm).sum(),
+            dz + sparsity * own * (z > 0),
+            latent_loss=sparsity * (z * own).sum(),
             decoder_norm=sparsity * batch.ops.latent_sums(z, entries.index, norms.shape[0]),
         )
 

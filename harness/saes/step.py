@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from harness.ops import Codes, Groups, Reduce
-from harness.ops.untyped import entr, integers
+from harness.ops.untyped import entr, integers, norm
 from harness.parallel import Axis, Kind, Shards
 from harness.process.runtime import Runtime
 from harness.saes.catalogue import ACTIVATIONS
@@ -222,9 +222,11 @@ def step(
         aux_loss = _aux(sae, params, compute, run, dead, global_tokens, own_tokens, runtime, grads)
 
     # the ranks of a replica hold the same residual unless it is routed, so one of them counts it
-    decoder_part = factor * run.pulls[0].sum(dim=0) if sae.routed or shards.shard_rank == 0 else 0.0
-    encoder_part = grads["b_enc"] @ params["W_enc"] if sae.traits.pre_bias else 0.0
-    grads["b_dec"].copy_(decoder_part - encoder_part)
+    counts = sae.routed or shards.shard_rank == 0
+    b_dec_grad = factor * run.pulls[0].sum(dim=0) if counts else torch.zeros_like(params["b_dec"])
+    if sae.traits.pre_bias:
+        b_dec_grad = b_dec_grad - grads["b_enc"] @ params["W_enc"]
+    grads["b_dec"].copy_(b_dec_grad)
     for name, grad in back.own.items():
         grads[name].copy_(grad)
     sums = torch.stack([run.squared.sum(), residual.new_zeros(())])
@@ -271,7 +273,9 @@ def _weight_grads(
         z = _scaled(entries.z.where(block.members, 0.0), batch.factor, None)
         da = back.da.where(block.members, 0.0)
         if block.rows is None:
-            part = out if number == 0 else tuple(torch.empty_like(grad) for grad in out)
+            part = (
+                out if number == 0 else (torch.empty_like(out[0]), torch.empty_like(out[1]), torch.empty_like(out[2]))
+            )
             ops.weight_grads(Codes(z, entries.index), da, inputs, pull, groups, part)
             if number:
                 for grad, more in zip(out, part, strict=True):
@@ -287,7 +291,7 @@ def _weight_grads(
         grads["b_enc"].add_(back.everywhere, alpha=inputs.shape[0])
     if back.decoder_norm is not None:
         W_dec = batch.params["W_dec"]
-        grads["W_dec"].addcmul_((back.decoder_norm / W_dec.norm(dim=1))[:, None], W_dec)
+        grads["W_dec"].addcmul_((back.decoder_norm / norm(W_dec, dim=1))[:, None], W_dec)
 
 
 def _further_loss(run: Forward, back: Backward, shards: Shards) -> Float[Tensor, ""] | float:

@@ -61,11 +61,17 @@ class NoTracker:
 
 
 def text(content: str) -> Callable[[Path], None]:
-    return lambda path: path.write_text(content) and None
+    def write(path: Path) -> None:
+        path.write_text(content)
+
+    return write
 
 
 def change(content: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content(path.read_bytes())) and None
+    def write(path: Path) -> None:
+        path.write_bytes(content(path.read_bytes()))
+
+    return write
 
 
 def instead(make: Callable[[Path], Any]) -> Callable[[Path], None]:
@@ -140,6 +146,7 @@ def read_everything(sweep: Sweep, out: Path) -> None:
     assert command(launch.main, *again, "--dry-run")[0] in (0, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_survived_or_named(damage: str, name: str, sweep: Sweep, tmp_path: Path) -> None:

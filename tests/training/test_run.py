@@ -215,7 +215,7 @@ def test_a_refused_checkpoint_is_in_the_record_and_shown_by_status(tmp_path: Pat
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         run(cut, config, StopAfterSteps(30, patch))
     assert status.main([str(tmp_path / "sweep")]) == 0
-    assert re.search(r"run: .* checkpoint step-0000000020 refused: .* bytes instead of", capsys.readouterr().out)
+    assert re.search(r": .*checkpoint step-0000000020 refused: .* bytes instead of", capsys.readouterr().out)
     result = run(cut, config)  # the note is of an earlier attempt
     assert len(result["notes"]) == 1 and "step-0000000020 refused" in result["notes"][0]
     whole = run(tmp_path / "whole", config)

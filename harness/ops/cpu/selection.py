@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.ops import reference
 from harness.ops.cpu import selection_kernels as kernels
 from harness.ops.cpu.arrays import TILE_ELEMENTS, array, blocks, floats, keep_freed_memory, scratch
+from harness.ops.cpu.compile import Floats, Longs
 from harness.ops.cpu.team import run
 from harness.ops.interface import Codes, Groups
 
@@ -74,7 +75,7 @@ def select_above(
     widest = max((rows.stop - rows.start for _, rows in spans), default=1)
     share = -(-tokens // torch.get_num_threads())
     tiles = list(blocks(spans, max(1, min(share, TILE_ELEMENTS // widest))))
-    lists: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [(np.empty(0),) * 3] * len(tiles)
+    lists: dict[int, tuple[Longs, Floats, Longs]] = {}
 
     def gather(item: int) -> None:
         span, rows = tiles[item]
@@ -90,7 +91,7 @@ def select_above(
         lists[item] = starts, values, index
 
     run(len(tiles), gather)
-    capacity = max(1, max((int(np.diff(starts).max(initial=0)) for starts, _, _ in lists), default=1))
+    capacity = max(1, max((int(np.diff(starts).max(initial=0)) for starts, _, _ in lists.values()), default=1))
     values, index = torch.full((tokens, capacity), -torch.inf), torch.zeros((tokens, capacity), dtype=torch.int64)
     for span, rows in groups.spans:
         if rows.start:
