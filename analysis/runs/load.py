@@ -93,6 +93,7 @@ def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTa
     configs = [row.pop("config", None) for row in rows]
     _spread(frame, configs)
     frame = frame.drop(columns="config", errors="ignore")
+    _active_latents(frame)
     _learning_rate(frame)
     frame["epochs"] = _numbers(frame, "tokens") / _numbers(frame, "unique_tokens")
     add_axes(frame, configs)
@@ -103,6 +104,16 @@ def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTa
     table.directories = {str(run): path for run, path in zip(frame["run_id"], runs, strict=True)}
     table.histories = {run: partial(logged_lines, path) for run, path in table.directories.items()}
     return table
+
+
+def _active_latents(frame: pd.DataFrame) -> None:
+    """Fill in k where it is not a setting: the target of L0, or without one what was measured."""
+    if "k" not in frame:
+        return
+    k = _numbers(frame, "k")
+    for column in ("sae.target_l0", "l0"):
+        k = k.where(k > 0, _numbers(frame, column))
+    frame["k"] = k
 
 
 def logged_lines(directory: Path) -> pd.DataFrame:

@@ -23,6 +23,8 @@ POPULATION = ("sae", "n_experts", *SETTING)
 CELL_KEYS = (
     "sae.n_latents",
     "sae.k",
+    "sae.target_l0",
+    "sae.sparsity",
     "sae.n_experts",
     "sae.architecture",
     "train.seed",

@@ -29,8 +29,22 @@ FORMATS = ("saelens", "sparsify", "dictionary_learning")
 _GUESSED_SUFFIX = {"resid_post": "", "mlp_out": ".mlp", "attn_out": ".attn"}
 
 
+_SAELENS = {
+    "topk": "topk",
+    "multi_topk": "topk",
+    "batchtopk": "jumprelu",
+    "matryoshka": "jumprelu",
+    "relu": "standard",
+    "relu_decoder_norm": "standard",
+    "gated": "gated",
+    "jumprelu": "jumprelu",
+    "jumprelu_tanh": "jumprelu",
+}
+"""Architecture -> that of SAELens which computes the same at inference."""
+
+
 class LinearSae(NamedTuple):
-    """A TopK SAE with its constant scale folded into the biases: float32, on the CPU."""
+    """An SAE with its constant scale folded into biases and thresholds: float32, on the CPU."""
 
     W_enc: Float[Tensor, "n d"]
     W_dec: Float[Tensor, "n d"]
@@ -38,7 +52,13 @@ class LinearSae(NamedTuple):
     b_dec: Float[Tensor, " d"]
     frequency: Float64[Tensor, " n"]
     """Share of the training tokens on which each latent fired."""
+    architecture: str
     k: int
+    """0 where no fixed number is active."""
+    further: dict[str, Tensor]
+    """`threshold` (n) of those that choose by one; `r_mag` and `b_mag` (n) of a Gated SAE."""
+    pre_bias: bool
+    """Whether the encoder sees x − b_dec."""
     activations: dict[str, Any]
     """Description of the activations it was trained on."""
     per_token: bool
@@ -48,7 +68,7 @@ class LinearSae(NamedTuple):
 def fold(trained: TrainedSae) -> LinearSae:
     """The same SAE for the raw output of the hooked module (or normalised per token, if it was trained on that).
 
-    Raises `UserError` for an SAE that is no linear encoder with a top k.
+    Raises `UserError` for an SAE with a router.
     """
     if trained.sae.routed:
         raise UserError(
@@ -62,23 +82,38 @@ def fold(trained: TrainedSae) -> LinearSae:
         b_enc=trained.b_enc * scale,
         b_dec=trained.b_dec * scale,
         frequency=trained.frequency,
+        architecture=trained.sae.architecture,
         k=trained.sae.k,
+        further=_further(trained, scale),
+        pre_bias=trained.sae.traits.pre_bias,
         activations=trained.origin.activations,
         per_token=trained.normalizer.per_token,
     )
 
 
+def _further(trained: TrainedSae, scale: float) -> dict[str, Tensor]:
+    params, n = trained.params, trained.sae.n_latents
+    if "threshold" in params:
+        return {"threshold": (params["threshold"] * scale).expand(n).contiguous()}
+    if "log_threshold" in params:
+        return {"threshold": params["log_threshold"].exp() * scale}
+    return {"r_mag": params["r_mag"], "b_mag": params["b_mag"] * scale} if "r_mag" in params else {}
+
+
 def export(run_dir: Path, form: str, out: Path) -> list[str]:
     """Write the SAE of `run_dir` into `out` in one of `FORMATS`; return warnings for the user.
 
-    Files of an earlier export in `out` are replaced. Raises `UserError` when the run is not finished, is a Switch SAE,
-    `out` cannot be written, or the format is unknown.
+    Files of an earlier export in `out` are replaced. Raises `UserError` when the run is not finished, the format is
+    unknown or has no such architecture, or `out` cannot be written.
     """
     writers = {"saelens": _saelens, "sparsify": _sparsify, "dictionary_learning": _dictionary_learning}
     if form not in writers:
         raise UserError(f"--format {form} is not known; choose one of: {', '.join(FORMATS)}")
     trained = load(run_dir, ops="reference")  # no kernel runs
     sae = fold(trained)
+    if sae.architecture not in (_SAELENS if form == "saelens" else ("topk", "multi_topk")):
+        forms = "--format saelens" if sae.architecture in _SAELENS else "harness.saes.trained.load"
+        raise UserError(f"{form} has no {sae.architecture} SAE that computes the same; use {forms}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as beside:
@@ -112,19 +147,19 @@ def _saelens(sae: LinearSae, out: Path) -> None:
     about = sae.activations
     prefix = about.get("base_model_prefix")
     first = about.get("drop_first_position", False)
+    architecture = _SAELENS[sae.architecture]
     write_json_atomic(
         out / "cfg.json",
         {
-            "architecture": "topk",
+            "architecture": architecture,
             "d_in": d,
             "d_sae": n,
-            "k": sae.k,
+            **({"k": sae.k, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}),
             "dtype": "float32",
             "device": "cpu",
-            "apply_b_dec_to_input": True,
+            "apply_b_dec_to_input": sae.pre_bias,
             "normalize_activations": "none",
             "reshape_activations": "none",
-            "rescale_acts_by_decoder_norm": False,
             "metadata": {
                 "sae_lens_version": "6.54.12",
                 "sae_lens_training_version": f"sae-scaling {importlib.metadata.version('sae-scaling')}",
@@ -141,7 +176,8 @@ def _saelens(sae: LinearSae, out: Path) -> None:
             },
         },
     )
-    tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    bias = "b_gate" if architecture == "gated" else "b_enc"
+    tensors = {"W_enc": sae.W_enc.T, bias: sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec, **sae.further}
     write_tensors_atomic(out / "sae_weights.safetensors", tensors)
     write_tensors_atomic(out / "sparsity.safetensors", {"sparsity": sae.frequency.clamp_min(1e-10).log10().float()})
 

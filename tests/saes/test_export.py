@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness import export as command
+from harness.architectures import ARCHITECTURES
 from harness.errors import UserError
 from harness.saes.export import export, fold
 from harness.saes.trained import load
@@ -98,6 +99,73 @@ def test_a_switch_sae_is_refused(form: str, switch_run: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="is a Switch SAE: no other tool can load one"):
         export(switch_run, form, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+ALL = [name for name, traits in ARCHITECTURES.items() if name not in ("topk", "switch")]
+
+
+def architecture_run(name: str, out: Path) -> Path:
+    has_k = ARCHITECTURES[name].has_k
+    active = ["sae.k=3"] if has_k else ["sae.k=0", "sae.target_l0=3"]
+    return train_tiny(out, f"sae={name}", *active, "train.tokens=20480", "train.lr=3e-3")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_architecture_is_exported_as_it_computes_or_refused(name: str, tmp_path: Path) -> None:
+    run = architecture_run(name, tmp_path)
+    trained, x = load(run), rows(run)
+    if name == "prolu":
+        with pytest.raises(UserError, match=r"saelens has no prolu SAE that computes the same; use harness\.saes"):
+            export(run, "saelens", tmp_path / "out")
+        return
+    export(run, "saelens", tmp_path / "out")
+    about, tensors = (
+        json.loads((tmp_path / "out/cfg.json").read_text()),
+        load_file(tmp_path / "out/sae_weights.safetensors"),
+    )
+    pre = (x - tensors["b_dec"] if about["apply_b_dec_to_input"] else x) @ tensors["W_enc"]
+    if about["architecture"] == "gated":
+        z = (pre + tensors["b_gate"] > 0) * (pre * tensors["r_mag"].exp() + tensors["b_mag"]).relu()
+    elif about["architecture"] == "topk":
+        values, index = (pre + tensors["b_enc"]).topk(about["k"], dim=1)
+        z = torch.zeros_like(pre).scatter(1, index, values.relu())
+    else:
+        z = (pre + tensors["b_enc"]).relu() * (pre + tensors["b_enc"] > tensors.get("threshold", torch.zeros(())))
+    torch.testing.assert_close(z @ tensors["W_dec"] + tensors["b_dec"], trained.forward(x), rtol=1e-4, atol=1e-4)
+    if name != "multi_topk":
+        with pytest.raises(UserError, match="use --format saelens"):
+            export(run, "sparsify", tmp_path / "other")
+
+
+ENCODERS = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from sae_lens import SAE
+sae = SAE.load_from_disk(sys.argv[1], device="cpu")
+x = load_file(sys.argv[2])["x"]
+with torch.no_grad():
+    save_file({"z": sae.encode(x), "x_hat": sae(x)}, sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ALL if name != "prolu"])
+def test_saelens_encodes_as_we_do(name: str, tmp_path: Path) -> None:
+    """Needs INTEROP_PYTHON, see below."""
+    python = os.environ.get("INTEROP_PYTHON")
+    if not python:
+        pytest.skip("INTEROP_PYTHON names no Python with sae-lens and eai-sparsify")
+    run = architecture_run(name, tmp_path)
+    export(run, "saelens", tmp_path / "out")
+    trained, x = load(run), rows(run)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    files = [str(tmp_path / part) for part in ("out", "x.safetensors", "z.safetensors")]
+    done = subprocess.run([python, "-W", "ignore", "-c", ENCODERS, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs, codes = load_file(files[2]), trained.encode(x)
+    ours = torch.zeros_like(theirs["z"]).scatter_add_(1, codes.index, codes.values * trained.normalizer.scale)
+    torch.testing.assert_close(theirs["z"], ours, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs["x_hat"], trained.forward(x), rtol=1e-5, atol=1e-4)
 
 
 LOADERS = """
