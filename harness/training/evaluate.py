@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.activations.source import ActivationSource
 from harness.activations.statistics import Statistics
 from harness.budget import EVALUATION_BATCH
+from harness.errors import UserError
 from harness.process.runtime import Runtime
 from harness.process.signals import STOP
 from harness.saes import Normalizer, Params, Sae, forward
@@ -160,6 +161,8 @@ def _fill(
 def _summary(table: Float[Tensor, "columns rows"], document: Int[Tensor, " rows"], layernorm: bool) -> Evaluation:
     errors, baselines, errors_raw, baselines_raw, active = table
     error, baseline = float(errors.sum()), float(baselines.sum())
+    if baseline == 0:
+        raise UserError("all held-out rows equal the mean of the training rows, so there is no fvu; harvest more rows")
     fvu = error / baseline
     _, cluster = torch.unique(document, return_inverse=True)
     count = int(cluster.max()) + 1

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from harness.errors import UserError
 from harness.ops import choose_ops
 from harness.parallel import Solo
 from harness.process.signals import StopFlag
@@ -107,3 +108,10 @@ def test_sums_by_document(documents: int, most: int, monkeypatch: pytest.MonkeyP
         assert int(mine.sum()) == sums["rows"][i] and len(document[mine].unique()) == sums["documents"][i]
         assert sums["error"][i] == pytest.approx(float(table[0, mine].sum()), rel=1e-12)
         assert sums["variance"][i] == pytest.approx(float(table[1, mine].sum()), rel=1e-12)
+
+
+def test_held_out_rows_that_all_equal_the_mean_are_refused() -> None:
+    table = torch.zeros(5, 3, dtype=torch.float64)
+    table[0] = 1.0
+    with pytest.raises(UserError, match="all held-out rows equal the mean"):
+        evaluation._summary(table, torch.arange(3), False)
