@@ -244,7 +244,7 @@ class SaeConfig:
         _require(bool(self.prefixes), "sae.prefixes is empty; give shares of the latents, e.g. [0.25,1]")
         _require(
             self.threshold_init > 0 or self.target_l0 > 0 or "log_threshold" not in self.traits.vectors,
-            "sae.threshold_init=0 needs sae.target_l0, to which the first threshold is set",
+            "sae.threshold_init=0 takes the first threshold from sae.target_l0; with sae.sparsity set it, e.g. to 0.05",
         )
 
     def _check_sparsity(self) -> None:
