@@ -21,9 +21,6 @@ from harness.record.run import Run
 from harness.record.rundir import attempts, saved_step
 from harness.terminal import counted, listed, python_command, rough_duration, say, shown_path
 
-SIGNALS = {"SIGINT": "Ctrl-C", "SIGHUP": "a closed terminal (SIGHUP)"}
-"""Reason of a stop -> what a person calls it."""
-
 USELESS_FVU = 1.0
 """fvu of the mean predictor."""
 
@@ -116,10 +113,9 @@ class Lines:
 
     def stopped(self, reason: str, job: Job | None) -> None:
         """A stop was asked for, and what can be saved is. `job`: what was in training."""
-        by = SIGNALS.get(reason, reason)
         step = None if job is None else saved_step(job.home)
-        saved = f": {self._several(job.runs)} is saved at step {step:,}" if job is not None and step is not None else ""
-        say(f"stopped by {by}{saved}; {self._so_far()}")
+        saved = f"; {self._several(job.runs)} is saved at step {step:,}" if job is not None and step is not None else ""
+        say(f"interrupted: {reason}{saved}; {self._so_far()}")
         say(f"to go on: {self._command}")
 
     def disk_full(self, place: Path) -> None:

@@ -207,7 +207,7 @@ def test_interrupt_and_resume(tmp_path: Path) -> None:
     _, error = broken.communicate(timeout=120)
     assert broken.returncode == 75, error
     stopped, again = error.strip().splitlines()[-2:]
-    assert re.fullmatch(r"stopped by Ctrl-C: topk n=32 k=2 is saved at step [\d,]+; 0 of 1 cells done", stopped)
+    assert re.fullmatch(r"interrupted: Ctrl-C; topk n=32 k=2 is saved at step [\d,]+; 0 of 1 cells done", stopped)
     assert again == "to go on: " + shlex.join([*command, f"out={tmp_path}/a"])
     (row,) = sweep_rows(tmp_path / "a/t")
     assert row["status"] == "interrupted" and row["error"].startswith("saved at step"), "not taken for a kill"
