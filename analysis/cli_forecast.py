@@ -14,8 +14,10 @@ from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.format import interval, number
 from analysis.laws.catalogue import get
+from analysis.questions.cost import cost_of
+from analysis.questions.need import need
 from analysis.questions.paired import paired_errors
-from analysis.questions.plan import cost_of, need, plan
+from analysis.questions.plan import plan
 from analysis.report.words import refuse
 from analysis.runs.study import read_study
 from analysis.runs.table import RunTable

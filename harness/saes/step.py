@@ -7,36 +7,22 @@ latents; for Switch they hold whole experts and so disjoint tokens. That is the 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.ops import Codes, Groups, Reduce
-from harness.ops.untyped import entr, integers, norm
+from harness.ops.untyped import entr, norm
 from harness.parallel import Axis, Kind, Shards
 from harness.process.runtime import Runtime
 from harness.saes.catalogue import ACTIVATIONS
+from harness.saes.dead import DeadLatents
 from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.router import Routing, route, router_grads
 from harness.saes.sae import Params, Sae
 from harness.saes.topk import active
-
-
-@dataclass(frozen=True)
-class DeadLatents:
-    """The latents AuxK may use, renewed every few steps."""
-
-    rows: Int[Tensor, " dead"]
-    """Local rows, ascending."""
-    row_offsets: tuple[int, ...]
-    """Where each local group's dead latents begin in `rows`."""
-    k: int
-    """min(configured k_aux, number of dead latents in the largest group, over all shards for TopK)."""
-    total: int
-    """Dead latents on all shards."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +43,6 @@ class Stats:
     expert_share: Float[Tensor, " experts"]
     fired: Int[Tensor, " rows"]
     """Tokens of the global batch that each local latent fired on."""
-
-
-def find_dead(sae: Sae, dead: Bool[Tensor, " rows"], shards: Shards) -> DeadLatents | None:
-    """The dead local latents by group; None if no shard has any, or if AuxK is off.
-
-    Waits for the device, so it is called only every few steps.
-    """
-    if sae.aux_alpha == 0:
-        return None
-    per_group = dead.view(-1, sae.latents_per_expert if sae.routed else dead.shape[0]).sum(dim=1)
-    # a token of TopK selects among the dead latents of all shards, a token of Switch among those of its expert
-    total = shards.sum_(per_group.sum(), "shard", "scalars")
-    available = per_group.max() if sae.routed else total
-    *counts, most, everywhere = integers(torch.cat([per_group, available[None], total[None]]))
-    if not everywhere:
-        return None
-    offsets = (0, *itertools.accumulate(counts))
-    return DeadLatents(dead.nonzero().squeeze(1), offsets, max(1, min(sae.aux_k, most)), everywhere)
 
 
 @dataclass(frozen=True)

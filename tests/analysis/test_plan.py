@@ -10,7 +10,9 @@ import yaml
 
 from analysis import RunTable, fit
 from analysis.cli import main
-from analysis.questions.plan import Plan, cost_of, need, plan
+from analysis.questions.cost import cost_of
+from analysis.questions.need import need
+from analysis.questions.plan import Plan, plan
 from harness.errors import UserError
 from tests.analysis.generate import GPT4, grid_frame, sae_nk, write_sweep
 
