@@ -20,6 +20,7 @@ from harness.process.signals import Interrupted, StopFlag
 from harness.record import metrics
 from harness.schema import with_seal
 from harness.training.state import TrainState
+from tests.parallel.trajectory import CATALOGUE
 from tests.training.members import run, runtime, small_config, source_of
 
 SWITCH = {
@@ -114,8 +115,15 @@ def test_kernels_that_do_not_run_here_are_named(tmp_path: Path, monkeypatch: pyt
     assert run(tmp_path / "run", dataclasses.replace(config, ops="reference"))["ops"] == "reference"
 
 
-@pytest.mark.parametrize("changes", [{}, SWITCH], ids=["topk", "switch"])
-@pytest.mark.parametrize("stopped_at", [1, 37, 50, 99, 100])
+RESUMED = [("topk", {}, step) for step in (1, 37, 50, 99, 100)] + [
+    ("switch", SWITCH, step) for step in (1, 37, 50, 99, 100)
+]
+RESUMED += [(name, changes, 37) for name, changes in CATALOGUE.items()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "stopped_at"), [case[1:] for case in RESUMED], ids=[f"{n}-{s}" for n, _, s in RESUMED]
+)
 def test_resume_is_bit_identical(changes, stopped_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(**changes)
     run(tmp_path / "whole", config)
