@@ -17,18 +17,21 @@ _LESS_MEMORY = "lower train.batch_tokens or sae.n_latents, or cut the latents ov
 
 _KNOWN = (
     (
-        r"killed by SIGKILL",
+        r"(rank \d+) was killed by SIGKILL",
         Cause(
-            "a rank was killed by SIGKILL, most likely by the system because memory ran out",
+            "{} was killed by SIGKILL, most likely by the system because memory ran out",
             f"`dmesg | tail` says whether memory ran out; if so, {_LESS_MEMORY}",
         ),
     ),
-    (r"killed by (SIGSEGV|SIGILL|SIGABRT)", Cause("a rank crashed ({})", "try ops=reference; please report the log")),
     (
-        r"killed by SIGBUS",
-        Cause("a rank was killed by SIGBUS: a file that it had mapped became shorter", "check the disk of the store"),
+        r"(rank \d+) was killed by (SIGSEGV|SIGILL|SIGABRT)",
+        Cause("{} crashed ({})", "try ops=reference; please report the log"),
     ),
-    (r"killed by (\w+)", Cause("a rank was killed from outside ({})")),
+    (
+        r"(rank \d+) was killed by SIGBUS",
+        Cause("{} was killed by SIGBUS: a file that it had mapped became shorter", "check the disk of the store"),
+    ),
+    (r"(rank \d+) was killed by (\w+)", Cause("{} was killed from outside ({})")),
     (
         r"CUDA out of memory|HIP out of memory",
         Cause("the GPU is out of memory", f"{_LESS_MEMORY}, or set cluster.pack=1"),
@@ -51,7 +54,7 @@ _KNOWN = (
         Cause("the activations cannot be normalised: they are constant or not finite", "check activations.*"),
     ),
 )
-"""Pattern of an error in one line (`result.describe`) -> what it means; `{}` stands for the first group."""
+"""Pattern of an error in one line (`result.describe`) -> what it means; `{}` stand for its groups."""
 
 
 def cause_of(error: str) -> Cause:

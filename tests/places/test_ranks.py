@@ -63,7 +63,9 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(tmp_path: Path) -> None:
     os.kill(victim.pid, signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1
-    assert "rank 1 was killed by SIGKILL" in output and "rank1.log" in output
+    assert "rank 1 was killed by SIGKILL" in output
+    (log,) = tmp_path.glob("s/*/attempts/1/log.txt")
+    assert f"(log: {log}" in output and "rank1.log" in log.read_text()
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
 
