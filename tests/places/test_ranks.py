@@ -156,12 +156,12 @@ STEP = {
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_wait_for_ranks_is_announced_and_ends_when_asked(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "harness.launch", *CELL, "sae=topk", "mesh.dp=2", f"out={tmp_path}", "sweep=s"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | STEP)
-    assert process.stderr is not None
-    said = next(line for line in process.stderr if line.startswith("waiting"))
-    assert said == "waiting for 1 of 2 ranks of step 78.0\n"
-    process.send_signal(number)
-    assert process.wait(30) == 75
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | STEP) as process:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if line.startswith("waiting"))
+        assert said == "waiting for 1 of 2 ranks of step 78.0\n"
+        process.send_signal(number)
+        assert process.wait(30) == 75
 
 
 def newest_checkpoint(out: Path) -> int:
