@@ -48,7 +48,7 @@ def wait_for_a_new_checkpoint(run_dir: Path, ranks: list[Any]) -> None:
     def names() -> set[str]:
         return {path.name for path in (run_dir / "checkpoints").glob("step-*")}
 
-    before, end = names(), time.monotonic() + 60
+    before, end = names(), time.monotonic() + 180
     while names() <= before and time.monotonic() < end and any(rank.is_alive() for rank in ranks):
         time.sleep(0.002)
 
