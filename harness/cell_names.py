@@ -21,6 +21,9 @@ FIRST = (ARCHITECTURE, "sae.n_latents", *ACTIVE, "sae.n_experts")
 
 LAST = ("train.seed",)
 
+SEEDS = ("stream.seed", "train.seed")
+"""Repeats vary both alike, so one of them tells enough."""
+
 SYMBOLS = {
     ARCHITECTURE: "",
     "sae.n_latents": "n",
@@ -45,6 +48,8 @@ def cell_names(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = [key for key, by_kind in values.items() if any(len(seen) > 1 for seen in by_kind.values())]
     if len(values.get(ARCHITECTURE, ())) > 1:
         keys.append(ARCHITECTURE)
+    if {*SEEDS} <= {*keys} and all(cell[SEEDS[0]] == cell[SEEDS[1]] for cell in cells):
+        keys.remove(SEEDS[0])
     if not keys:
         keys = [ARCHITECTURE, "sae.n_latents", *ACTIVE]
     keys = (

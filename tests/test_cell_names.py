@@ -17,6 +17,7 @@ BASE = ("sae=topk", "sae.n_latents=64", "sae.k=4", "activations=synthetic", "tra
         (("train.lr=1e-3,1e30",), ["lr=0.001", "lr=1e30"]),
         (("train.tokens=20e3,1e6,1234567",), ["tokens=20000", "tokens=1e6", "tokens=1234567.0"]),
         (("train.seed=0,1", "stream.seed=5"), ["seed=0", "seed=1"]),
+        (("train.seed=0,1", "stream.seed=${train.seed}"), ["seed=0", "seed=1"]),
         (("train.seed=1", "stream.seed=1,2"), ["seed=1", "seed=2"]),
         (
             ("train.seed=0,1", "stream.seed=1,2"),
