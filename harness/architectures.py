@@ -1,6 +1,6 @@
 """The names of the architectures and what the rest of the harness must know of each. The only list of names. No torch.
 
-The maths of each is in `harness/saes/`.
+The maths of each is in `harness/saes/`, its source in `conf/sae/`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ from typing import Literal
 class Traits:
     """What settings, formulas of cost and the analysis need to know of an architecture."""
 
-    title: str
-    """As it is written for people."""
-    source: str
-    """Paper."""
     chooses: Literal["per token", "per batch", "by threshold"]
     """Which latents are active: the k largest of each token, the k·B largest of a batch, or all above a threshold."""
     routed: bool = False
@@ -46,38 +42,17 @@ class Traits:
 
 
 ARCHITECTURES: dict[str, Traits] = {
-    "topk": Traits("TopK", "Gao et al. 2024, arXiv 2406.04093", "per token"),
-    "switch": Traits("Switch", "Mudide et al. 2024, arXiv 2410.08201", "per token", routed=True),
-    "multi_topk": Traits("Multi-TopK", "Gao et al. 2024, arXiv 2406.04093, section 5.3", "per token", passes=4),
-    "batchtopk": Traits("BatchTopK", "Bussmann et al. 2024, arXiv 2412.06410", "per batch"),
-    "matryoshka": Traits("Matryoshka", "Bussmann et al. 2025, arXiv 2503.17547", "per batch", uses=5),
-    "relu": Traits("ReLU", "Bricken et al. 2023", "by threshold", penalty="l1"),
-    "relu_decoder_norm": Traits(
-        "ReLU, free decoder", "Conerly et al. 2024", "by threshold", penalty="l1", unit_decoder=False, pre_bias=False
-    ),
-    "gated": Traits(
-        "Gated",
-        "Rajamanoharan et al. 2024, arXiv 2404.16014",
-        "by threshold",
-        penalty="l1",
-        uses=6,
-        vectors=("r_mag", "b_mag"),
-    ),
-    "prolu": Traits("ProLU", "Taggart 2024", "by threshold", penalty="l1"),
-    "jumprelu": Traits(
-        "JumpReLU",
-        "Rajamanoharan et al. 2024, arXiv 2407.14435",
-        "by threshold",
-        penalty="l0",
-        vectors=("log_threshold",),
-    ),
+    "topk": Traits("per token"),
+    "switch": Traits("per token", routed=True),
+    "multi_topk": Traits("per token", passes=4),
+    "batchtopk": Traits("per batch"),
+    "matryoshka": Traits("per batch", uses=5),
+    "relu": Traits("by threshold", penalty="l1"),
+    "relu_decoder_norm": Traits("by threshold", penalty="l1", unit_decoder=False, pre_bias=False),
+    "gated": Traits("by threshold", penalty="l1", uses=6, vectors=("r_mag", "b_mag")),
+    "prolu": Traits("by threshold", penalty="l1"),
+    "jumprelu": Traits("by threshold", penalty="l0", vectors=("log_threshold",)),
     "jumprelu_tanh": Traits(
-        "JumpReLU, tanh penalty",
-        "Conerly et al. 2025",
-        "by threshold",
-        penalty="l0",
-        unit_decoder=False,
-        pre_bias=False,
-        vectors=("log_threshold",),
+        "by threshold", penalty="l0", unit_decoder=False, pre_bias=False, vectors=("log_threshold",)
     ),
 }

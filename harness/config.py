@@ -235,7 +235,7 @@ class SaeConfig:
             self.traits.aux or self.aux_alpha == 0,
             f"sae.aux_alpha={self.aux_alpha:g}: AuxK is not defined for {name}; set sae.aux_alpha=0",
         )
-        _require(self.enc_bias or name in ("topk", "switch", "multi_topk"), f"a {name} SAE needs sae.enc_bias=true")
+        _require(self.enc_bias or self.traits.chooses == "per token", f"a {name} SAE needs sae.enc_bias=true")
         _require(
             self.traits.chooses == "per token" or not self.match_init_norm,
             f"sae.match_init_norm=true is for architectures with k active latents per token, not for {name}",

@@ -19,6 +19,11 @@ def ordered_bits(values: Float[Tensor, " count"]) -> Int[Tensor, " count"]:
     return torch.where(values.isnan(), torch.iinfo(whole).max, bits).to(torch.int64)
 
 
+def number_of(bits: Int[Tensor, ""], dtype: torch.dtype) -> Float[Tensor, " one"]:
+    """The number with these `ordered_bits`."""
+    return bits.to(torch.int64 if dtype is torch.float64 else torch.int32).view(1).view(dtype)
+
+
 def kth_largest(values: Float[Tensor, " count"], k: int, shards: Shards, kind: Kind) -> tuple[Int[Tensor, ""], int]:
     """(`ordered_bits` of the k-th largest of all ranks' values, how many of the values equal to it are among the k).
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from harness.ops import Codes
-from harness.parallel.kth import kth_largest, ordered_bits
+from harness.parallel.kth import kth_largest, number_of, ordered_bits
 from harness.saes.entries import Backward, Batch, Block, Entries
 from harness.saes.sae import Params, Sae
 
@@ -88,8 +88,7 @@ def _largest_of_batch(
     bits = ordered_bits(values.relu().flatten()).view(values.shape)
     equal = present & (bits == threshold)
     chosen = (present & (bits > threshold)) | (equal & (_place_of_equals(batch, equal) < spare))
-    whole = torch.int64 if values.dtype is torch.float64 else torch.int32
-    return chosen, threshold.to(whole).view(1).view(values.dtype)
+    return chosen, number_of(threshold, values.dtype)
 
 
 def _place_of_equals(batch: Batch, equal: Bool[Tensor, "own capacity"]) -> Tensor:

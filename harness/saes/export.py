@@ -111,8 +111,9 @@ def export(run_dir: Path, form: str, out: Path) -> list[str]:
         raise UserError(f"--format {form} is not known; choose one of: {', '.join(FORMATS)}")
     trained = load(run_dir, ops="reference")  # no kernel runs
     sae = fold(trained)
-    if sae.architecture not in (_SAELENS if form == "saelens" else ("topk", "multi_topk")):
-        forms = "--format saelens" if sae.architecture in _SAELENS else "harness.saes.trained.load"
+    equivalent = _SAELENS.get(sae.architecture)
+    if equivalent is None or (form != "saelens" and equivalent != "topk"):
+        forms = "--format saelens" if equivalent else "harness.saes.trained.load"
         raise UserError(f"{form} has no {sae.architecture} SAE that computes the same; use {forms}")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from harness.ops.untyped import norm
 from harness.parallel import Shards
-from harness.parallel.kth import kth_largest
+from harness.parallel.kth import kth_largest, number_of
 from harness.process.runtime import Runtime
 from harness.saes.catalogue import ACTIVATIONS
 from harness.saes.sae import Params, Sae
@@ -119,8 +119,7 @@ def _threshold_for(sae: Sae, params: Params, rows: Float[Tensor, "rows d"], shar
     wanted = max(1, min(round(sae.target_l0 * rows.shape[0]), sae.n_latents * rows.shape[0]))
     # the ranks of a replica hold different latents, replicas hold the same
     bits, _ = kth_largest(values, wanted * shards.dp, shards, "selection")
-    whole = torch.int64 if values.dtype is torch.float64 else torch.int32
-    return max(float(bits.to(whole).view(1).view(values.dtype)), SMALLEST_THRESHOLD)
+    return max(float(number_of(bits, values.dtype)), SMALLEST_THRESHOLD)
 
 
 def _conerly2025(sae: Sae, params: Params, sample: Float[Tensor, "rows d"], seed: int, shards: Shards) -> None:

@@ -17,6 +17,7 @@ from harness.saes.catalogue import ACTIVATIONS
 from harness.saes.step import forward
 from tests.ops.sets import FAST, kernel_set
 from tests.saes.dense_catalogue import catalogue_loss
+from tests.saes.test_step import assert_equal_to_autograd
 from tests.training.members import runtime
 
 NEW = [name for name in ARCHITECTURES if name not in ("topk", "switch")]
@@ -74,15 +75,7 @@ def assert_step_equals_dense(sae, params, x, silent, ops_name="reference", toler
         preactivation_penalty=sae.preactivation_penalty,
         prolu=sae.prolu,
     )
-    expected["loss"].backward()
-    for name in ("loss", "fvu", "aux_loss"):
-        torch.testing.assert_close(getattr(stats, name), expected[name].detach(), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(stats.fired, (expected["z"] > 0).sum(dim=0))
-    for name, leaf in leaves.items():
-        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        torch.testing.assert_close(
-            grads[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_equal_to_autograd(stats, grads, leaves, expected, tolerance)
 
 
 @st.composite

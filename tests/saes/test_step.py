@@ -28,6 +28,19 @@ def random_params(sae: Sae, generator: torch.Generator) -> dict[str, torch.Tenso
     return params
 
 
+def assert_equal_to_autograd(stats, grads, leaves, expected, tolerance: float) -> None:
+    """Losses, active latents and every gradient of a step, against `expected` and the gradients of its loss."""
+    expected["loss"].backward()
+    for name in ("loss", "fvu", "aux_loss"):
+        torch.testing.assert_close(getattr(stats, name), expected[name].detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(stats.fired, (expected["z"] > 0).sum(dim=0))
+    for name, leaf in leaves.items():
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        torch.testing.assert_close(
+            grads[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 def assert_step_equals_dense(sae: Sae, params, x, silent, ops_name="reference", tolerance=1e-9) -> None:
     ops = kernel_set(ops_name)
     dead = find_dead(sae, silent >= 10, Solo())
@@ -47,17 +60,9 @@ def assert_step_equals_dense(sae: Sae, params, x, silent, ops_name="reference", 
         dead=silent >= 10,
         balance_weight=sae.balance_weight,
     )
-    expected["loss"].backward()
-    for name in ("loss", "fvu", "aux_loss"):
-        torch.testing.assert_close(getattr(stats, name), expected[name].detach(), rtol=tolerance, atol=tolerance)
+    assert_equal_to_autograd(stats, grads, leaves, expected, tolerance)
     if sae.routed:
         torch.testing.assert_close(stats.balance, expected["balance"].detach(), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(stats.fired, (expected["z"] > 0).sum(dim=0))
-    for name, leaf in leaves.items():
-        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        torch.testing.assert_close(
-            grads[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 @st.composite

@@ -24,6 +24,14 @@ def _lanes(width: int, k: int) -> int:
     return lanes if 2 * lanes <= width else width
 
 
+def _tiles(groups: Groups, tokens: int) -> list[tuple[slice, slice]]:
+    """(tokens, rows) whose pre-activations a thread produces at a time, at least one tile for each thread."""
+    spans = [span for span in groups.spans if span[1].stop > span[1].start]
+    widest = max((rows.stop - rows.start for _, rows in spans), default=1)
+    share = -(-tokens // torch.get_num_threads())
+    return list(blocks(spans, max(1, min(share, TILE_ELEMENTS // widest))))
+
+
 def select(
     x: Float[Tensor, "tokens d"],
     W_enc: Float[Tensor, "rows d"],
@@ -42,10 +50,7 @@ def select(
             values[span], index[span] = -torch.inf, min(rows.start, max(0, W_enc.shape[0] - 1))
     bias = np.zeros(W_enc.shape[0], np.float32) if b_enc is None else floats(b_enc)
     out_values, out_index = values.numpy(), index.numpy()
-    spans = [span for span in groups.spans if span[1].stop > span[1].start]
-    widest = max((rows.stop - rows.start for _, rows in spans), default=1)
-    share = -(-tokens // torch.get_num_threads())
-    tiles = list(blocks(spans, max(1, min(share, TILE_ELEMENTS // widest))))
+    tiles = _tiles(groups, tokens)
 
     def work(item: int) -> None:
         span, rows = tiles[item]
@@ -71,10 +76,7 @@ def select_above(
     tokens = x.shape[0]
     bias = np.zeros(W_enc.shape[0], np.float32) if b_enc is None else floats(b_enc)
     limits = floats(theta)
-    spans = [span for span in groups.spans if span[1].stop > span[1].start]
-    widest = max((rows.stop - rows.start for _, rows in spans), default=1)
-    share = -(-tokens // torch.get_num_threads())
-    tiles = list(blocks(spans, max(1, min(share, TILE_ELEMENTS // widest))))
+    tiles = _tiles(groups, tokens)
     lists: dict[int, tuple[Longs, Floats, Longs]] = {}
 
     def gather(item: int) -> None:
