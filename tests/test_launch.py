@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from harness import export, replay, status
+from harness.errors import UserError
+from harness.grid.study import load_study
 from harness.launch import main
+from harness.sweep.request import Request, requested_cells
 from sweeps.__main__ import main as sweeps
 from tests.tiny import TINY
 
@@ -164,7 +167,7 @@ def test_damaged_records_are_named(file: str, part: str, tmp_path: Path, capsys:
         (export.main, ["nowhere", "--format", "saelens", "--out", "x"], "no finished weights"),
         (replay.main, ["nowhere"], "not a run directory"),
         (sweeps, ["--arch", "tokp"], "choose from: topk, switch"),
-        (sweeps, ["--tokens", "10e3", "--dry-run"], "cells: train.warmup_tokens=20000"),
+        (sweeps, ["--tokens", "10e3", "--dry-run", "train.warmup_tokens=20e3"], "cells: train.warmup_tokens=20000"),
         (sweeps, ["--study", "quik"], "there is no study 'quik'"),
         (sweeps, ["--width", "256,x"], "could not be converted to Integer"),
         (sweeps, ["--activations", "minlm"], "did you mean minilm?"),
@@ -218,6 +221,15 @@ def test_the_schedule_of_the_default_file_is_only_warned_about(capsys: pytest.Ca
     assert main([*(text for text in TINY if "warmup" not in text), "--cfg", "job"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: 1 of 1 cells never train at their full learning rate")
+
+
+def test_a_small_budget_typed_over_a_study_is_only_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    study = load_study("quick")
+    cells = requested_cells(Request(["train.tokens=16384"], study))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {len(cells)} of {len(cells)} cells never train at their full learning rate")
+    with pytest.raises(UserError, match="exceed the budget of 16384 tokens"):
+        requested_cells(Request(["train.tokens=16384", "train.warmup_tokens=20e3"], study))
 
 
 def test_a_plan_says_how_often_each_row_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

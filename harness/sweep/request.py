@@ -41,7 +41,7 @@ def requested_cells(request: Request) -> list[Cell]:
     grids = [Grid(tuple(overrides))] if study is None else study_grids(study, overrides)
     cells = [cell._replace(config=_with_tracker(cell.config)) for cell in make_cells(grids, request.only)]
     _check_machine(cells)
-    _check_schedules(cells, {name for grid in grids for name in overridden(grid.overrides)})
+    _check_schedules(cells, overridden(overrides), {name for grid in grids for name in overridden(grid.overrides)})
     if len({cell.config.cluster.name for cell in cells}) > 1:
         raise UserError("one launch runs here or is submitted, not both; write cluster=local or cluster=slurm")
     return [Cell(cell.label, resolve_precision(cell.config)) for cell in cells]
@@ -52,17 +52,18 @@ def _with_tracker(config: Config) -> Config:
     return config if tracker == config.tracker else dataclasses.replace(config, tracker=tracker)
 
 
-def _check_schedules(cells: Sequence[Cell], named: Collection[str]) -> None:
+def _check_schedules(cells: Sequence[Cell], typed: Collection[str], named: Collection[str]) -> None:
     """Raises `UserError` if a schedule that was asked for does not fit into its budget.
 
-    The warm-up and the decay of the default training file, which nobody named, are only warned about: small budgets are
-    for trying things out.
+    `typed`: keys and groups of the command line; `named`: those and the study's. Where a person typed a budget but no
+    schedule, or nobody named a schedule, there is only a warning: small budgets are for trying things out.
     """
     problems = [(cell.label, reason) for cell in cells if (reason := schedule_problem(cell.config))]
     if not problems:
         return
     (_, first), *_ = problems
-    if not {"train", "train.warmup_tokens", "train.decay_fraction"} & set(named):
+    asked = set(typed if {"train.tokens", "train.flops"} & set(typed) else named)
+    if not {"train", "train.warmup_tokens", "train.decay_fraction"} & asked:
         say(f"warning: {len(problems)} of {len(cells)} cells never train at their full learning rate: {first}")
     elif len({reason for _, reason in problems}) == 1:
         raise UserError(f"{len(problems)} of {len(cells)} cells: {first}" if len(cells) > 1 else first)
