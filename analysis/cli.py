@@ -25,7 +25,7 @@ from analysis.runs.regime import REGIMES
 from analysis.runs.table import ROLES, RunTable
 from analysis.runs.where import choose
 from harness.errors import UserError
-from harness.terminal import say
+from harness.terminal import path_argument, say
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,11 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_sources(fitting)
     _add_fit_options(fitting)
-    fitting.add_argument("--out", type=Path, help="write the fit as JSON")
+    fitting.add_argument("--out", type=path_argument, help="write the fit as JSON")
     fitting.set_defaults(handler=_fit)
     report = commands.add_parser("report", help="write report.html into the directory of a sweep")
-    report.add_argument("sweep", type=Path, help="sweep directory, e.g. runs/quick")
-    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the directory of the sweep")
+    report.add_argument("sweep", type=path_argument, help="sweep directory, e.g. runs/quick")
+    report.add_argument(
+        "--out", type=path_argument, metavar="FILE", help="default: report.html in the directory of the sweep"
+    )
     report.add_argument("--law", help="default: that of the study, or what the grid allows")
     report.set_defaults(handler=_report)
     _add_forecasts(commands)
@@ -98,7 +100,9 @@ def _add_forecasts(commands: Any) -> None:
     plan.add_argument(
         "--overrides", default="", help="settings to repeat from the sweep, e.g. 'activations=minilm train=quick'"
     )
-    plan.add_argument("--out", type=Path, help="write the study file (YAML) to this path instead of printing it")
+    plan.add_argument(
+        "--out", type=path_argument, help="write the study file (YAML) to this path instead of printing it"
+    )
     plan.set_defaults(handler=_plan)
     question = commands.add_parser("ask", help="find the smallest n that is predicted to reach a loss")
     _add_sources(question)

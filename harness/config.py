@@ -10,17 +10,15 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import re
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
 from harness.architectures import ARCHITECTURES, Traits
-from harness.errors import UserError
+from harness.files import user_path
 
 INITS = ("tied", "untied")
 NORMALIZATIONS = ("scale", "layernorm", "none")
@@ -40,18 +38,6 @@ def _service(default: Any) -> Any:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def user_path(text: str) -> str:
-    """A path as the user means it: `~` and environment variables are filled in, in every setting alike.
-
-    Raises `UserError` for a variable that is not set, unless a file with just this name exists.
-    """
-    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 (an empty path stays empty)
-    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
-    if unset and not Path(expanded).exists():
-        raise UserError(f"the path {text!r} contains {unset[0]}, and no such environment variable is set")
-    return expanded
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -20,6 +20,20 @@ if TYPE_CHECKING:  # importing torch takes seconds, and the analysis writes file
     from torch import Tensor
 
 
+def user_path(text: str) -> str:
+    """A path as the user means it: `~` and environment variables are filled in, in every setting and argument alike.
+
+    What exists under just this name is meant as it stands. Raises `UserError` for a variable that is not set.
+    """
+    if Path(text).exists():
+        return text
+    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 (an empty path stays empty)
+    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
+    if unset:
+        raise UserError(f"the path {text!r} contains {unset[0]}, and no such environment variable is set")
+    return expanded
+
+
 def fsync_directory(directory: Path) -> None:
     """Make the names in `directory` durable; a rename is durable only after its directory is synced."""
     descriptor = os.open(directory, os.O_RDONLY)

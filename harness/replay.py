@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import UserError
+from harness.files import user_path
 from harness.grid.compose import with_overrides
 from harness.mirror import copies, messages
 from harness.mirror.wandb_settings import with_environment
@@ -52,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tracker", choices=list(copies.TITLES), default="", help="default: the run's own, or wandb")
     arguments = parser.parse_args(argv)
     overrides = [word for word in arguments.what if word.startswith("tracker.")]
-    for run_dir in [Path(word) for word in arguments.what if word not in overrides]:
+    for run_dir in [word for word in arguments.what if word not in overrides]:
         try:
-            note = replay(run_dir, arguments.tracker, overrides)
+            note = replay(Path(user_path(run_dir)), arguments.tracker, overrides)
         except UserError as error:
             say(f"error: {error}")
             return 2

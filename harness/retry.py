@@ -21,7 +21,7 @@ from harness.record.state import state_of
 from harness.record.sweepdir import require_sweep
 from harness.sweep.execute import carry_out
 from harness.sweep.runs import find_stores, make_runs
-from harness.terminal import run_command, say
+from harness.terminal import path_argument, run_command, say
 
 
 def cells_to_retry(sweep_dir: Path, run_ids: Sequence[str], overrides: Sequence[str]) -> list[Cell]:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m harness.retry", description="Train failed runs again, or diverged ones with another setting."
     )
-    parser.add_argument("sweep_dir", type=Path, metavar="runs/SWEEP")
+    parser.add_argument("sweep_dir", type=path_argument, metavar="runs/SWEEP")
     parser.add_argument("what", nargs="*", metavar="RUN_ID | KEY=VALUE", help="which runs, and what to change")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained")
     parser.add_argument("--wait", action="store_true", help="with cluster=slurm: return when all runs have ended")

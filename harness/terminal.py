@@ -11,12 +11,14 @@ import select
 import shlex
 import signal
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from harness.errors import WRONG_REQUEST
+from harness.errors import WRONG_REQUEST, UserError
+from harness.files import user_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +38,14 @@ STATUS_STYLES = {
     "interrupted": "yellow",
 }
 """Status word -> its colour on a terminal."""
+
+
+def path_argument(text: str) -> Path:
+    """A path of the command line, for `argparse`; `~` and variables are filled in as in every setting."""
+    try:
+        return Path(user_path(text))
+    except UserError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def say(line: str) -> None:

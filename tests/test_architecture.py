@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS = (
     # the ground
-    *("harness.errors", "harness.architectures", "harness.config", "harness.budget", "harness.files", "harness.schema"),
+    *("harness.errors", "harness.architectures", "harness.files", "harness.config", "harness.budget", "harness.schema"),
     "harness.terminal",
     *("harness.cell_names", "harness.progress"),
     # local kernels, collectives, this process

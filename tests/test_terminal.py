@@ -6,15 +6,21 @@ import re
 import signal
 import subprocess
 import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from analysis.cli import main as analysis
+from harness import cancel, export, replay, retry, status
+from harness.launch import main as launch
 from harness.terminal import (
     MOST_FITTED_ROWS,
     duration,
     listed,
     own_screen,
+    path_argument,
     python_command,
     rough_duration,
     run_command,
@@ -24,6 +30,7 @@ from harness.terminal import (
     table,
     this_command,
 )
+from sweeps.__main__ import main as sweeps
 
 STATUS = [["topk-n64-k4-s0-e7dca19d79", "done", "100%", "-"], ["switch-n128-k4-s1-de3d8ee02b", "failed", "7%", "node1"]]
 HEADINGS = ("run", "status", "progress", "host")
@@ -201,3 +208,39 @@ def test_paths_and_commands_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Mo
         ".venv/bin/python -m harness.retry runs/a train.lr=1e-3"
     )
     assert this_command() == ".venv/bin/python -m harness.launch 'sweep=my runs'"
+
+
+def test_paths_of_commands_expand_as_in_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "$odd").touch()
+    monkeypatch.chdir(tmp_path)
+    assert path_argument("~/a") == path_argument("$HOME/a") == path_argument("${HOME}/a") == tmp_path / "a"
+    assert path_argument("$odd") == Path("$odd"), "what exists under its literal name is meant"
+    with pytest.raises(ArgumentTypeError, match=r"\$NOT_SET, and no such environment variable is set"):
+        path_argument("$NOT_SET/a")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (status.main, ["~/no"]),
+        (cancel.main, ["~/no"]),
+        (retry.main, ["~/no"]),
+        (replay.main, ["~/no"]),
+        (export.main, ["~/no", "--format", "saelens", "--out", "~/x"]),
+        (analysis, ["fit", "~/no"]),
+        (analysis, ["report", "~/no"]),
+        (sweeps, ["--study", "~/no.yaml"]),
+        (launch, ["--study", "~/no.yaml"]),
+    ],
+)
+def test_every_command_reads_its_paths_alike(
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(arguments) == 2
+    assert f"{tmp_path}/no" in capsys.readouterr().err

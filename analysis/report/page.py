@@ -51,7 +51,7 @@ def write_report(
     from jinja2 import Environment, StrictUndefined
 
     directory = Path(sweep_dir)
-    path = directory / "report.html" if out is None else Path(out).expanduser()
+    path = directory / "report.html" if out is None else Path(out)
     path = path / "report.html" if path.is_dir() else path
     findings = findings or gather(directory, law)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

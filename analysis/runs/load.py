@@ -17,6 +17,7 @@ from analysis.runs.read_table import as_frame, read_file
 from analysis.runs.table import ROLES, SWEEP_ROLES, RunTable
 from analysis.runs.vocabulary import ended_well, is_ours
 from harness.errors import UserError
+from harness.files import user_path
 from harness.record import metrics, names
 
 _ACTIVATION_COLUMNS = {"model": "activations.model", "hook": "activations.hook", "layer": "activations.layer"}
@@ -57,7 +58,7 @@ def load(
         table = _with_roles(frame, roles, text, given=("run", "status"))
         table.histories = histories
         return table
-    path = Path(os.path.expandvars(text)).expanduser() if not Path(text).exists() else Path(text)
+    path = Path(user_path(text))
     if not path.exists():
         raise UserError(
             f"{path} does not exist; name a sweep directory, a CSV or Parquet file, or wandb:entity/project/group"

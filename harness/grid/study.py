@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from harness.errors import UserError
+from harness.files import user_path
 from harness.grid.cells import Grid
 from harness.grid.schema import is_text
 from harness.grid.yaml_text import check_texts, read_text
@@ -39,7 +40,7 @@ def study_names() -> list[str]:
 
 def load_study(name_or_path: str) -> Study:
     """Read a study by name (from `sweeps/`) or by path to a YAML file. Raises `UserError`."""
-    path = Path(name_or_path)
+    path = Path(user_path(name_or_path))
     if path.suffix not in (".yaml", ".yml"):
         path = STUDY_DIR / f"{name_or_path}.yaml"
         if not path.is_file():

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.activations.lm.hub import repository_file, resolve_commit
-from harness.config import ActivationsConfig, user_path
+from harness.config import ActivationsConfig
 from harness.errors import UserError
+from harness.files import user_path
 
 _ROLES = ("bos", "eos", "cls", "sep", "pad", "mask", "unk")
 

@@ -23,8 +23,9 @@ from typing import IO, Any, NamedTuple, cast
 
 from harness.activations.lm.hub import HUB_ERRORS, quiet, unreachable
 from harness.activations.shuffle import digest64
-from harness.config import ActivationsConfig, user_path
+from harness.config import ActivationsConfig
 from harness.errors import UserError
+from harness.files import user_path
 
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 """Directories that are not read: the standard library's tests, and what does not belong to it."""

@@ -17,8 +17,9 @@ from typing import Any
 from harness.activations.lm.hub import resolve_commit
 from harness.activations.lm.location import Location, locate, read_settings, special_markers, weight_files
 from harness.activations.lm.text import file_digest, read_otherwise_before, text_files
-from harness.config import ActivationsConfig, user_path
+from harness.config import ActivationsConfig
 from harness.errors import UserError
+from harness.files import user_path
 
 RECIPE_VERSION = 1
 """Raise it when the same settings would give other rows of a language model (another order, another cut)."""

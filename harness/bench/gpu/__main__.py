@@ -22,7 +22,7 @@ from typing import Any
 from harness.errors import FAILED, INTERRUPTED, WRONG_REQUEST
 from harness.files import write_json_atomic
 from harness.process.signals import interrupt_on_signals
-from harness.terminal import say, table
+from harness.terminal import path_argument, say, table
 
 LIMITS_S = {
     "device": 40,
@@ -186,7 +186,9 @@ def main() -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m harness.bench.gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="stop after this time")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), metavar="DIR", help="for gpu.json and logs")
+    parser.add_argument(
+        "--out", type=path_argument, default=Path("runs/gpu-check"), metavar="DIR", help="for gpu.json and logs"
+    )
     parser.add_argument("--checks", default=",".join(LIMITS_S), help="which checks, in this order")
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU, kernels in Triton's interpreter")
     arguments = parser.parse_args()
