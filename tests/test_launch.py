@@ -49,6 +49,14 @@ WRONG = {
     "nothing to draw": (["activations.synthetic.d_model=0"], "activations.synthetic.d_model=0 must be at least 1"),
     "warm-up beyond the budget": (["train.warmup_tokens=10e6"], "exceed the budget of 4096 tokens"),
     "warm-up and decay": (["train.warmup_tokens=3e3", "train.decay_fraction=0.9"], "exceed the budget of 4096 tokens"),
+    "batch larger than the store": (
+        [MINILM, "activations.tokens=1000", "train.batch_tokens=1024", "train.tokens=1e6"],
+        "train.batch_tokens=1024 exceeds the store's activations.tokens=1000",
+    ),
+    "saves longer than it trains": (
+        ["cluster=slurm", "cluster.time='00:10:00'", "cluster.lead_s=301"],
+        "cluster.lead_s=301 is more than half of cluster.time='00:10:00'",
+    ),
     "schedule of a named file": (["train=quick", "train.warmup_tokens=20e3"], "exceed the budget"),
     "warm-up beyond FLOPs": (["train.tokens=0", "train.flops=1e7", "train.warmup_tokens=1e9"], "exceed the budget"),
     "no row left": ([MINILM, "activations.context=1"], "leaves no row"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.budget import schedule_problem
 from harness.config import Config
+from harness.cost.limits import time_limit
 from harness.errors import UserError
 from harness.grid.cells import Cell, Grid, make_cells, narrow_cells
 from harness.grid.study import Study, overridden, study_grids
@@ -41,6 +42,7 @@ def requested_cells(request: Request) -> list[Cell]:
     grids = [Grid(tuple(overrides))] if study is None else study_grids(study, overrides)
     cells = [cell._replace(config=_with_tracker(cell.config)) for cell in make_cells(grids, request.only)]
     _check_machine(cells)
+    _check_sizes(cells)
     _check_schedules(cells, overridden(overrides), {name for grid in grids for name in overridden(grid.overrides)})
     if len({cell.config.cluster.name for cell in cells}) > 1:
         raise UserError("one launch runs here or is submitted, not both; write cluster=local or cluster=slurm")
@@ -86,6 +88,25 @@ def _check_machine(cells: Sequence[Cell]) -> None:
                 choose_ops(name, picked)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+
+def _check_sizes(cells: Sequence[Cell]) -> None:
+    """Raises `UserError` for a batch larger than its store, or a job that would save from its first half on."""
+    for label, config in cells:
+        batch, rows = config.train.batch_tokens, config.activations.tokens
+        reason = ""
+        if config.activations.kind != "synthetic" and batch > rows:
+            reason = (
+                f"train.batch_tokens={batch} exceeds the store's activations.tokens={rows:g}, so that each batch would "
+                "hold the same rows several times; lower the first or raise the second"
+            )
+        elif config.cluster.name == "slurm" and 2 * config.cluster.lead_s > time_limit(config.cluster.time):
+            reason = (
+                f"cluster.lead_s={config.cluster.lead_s} is more than half of cluster.time={config.cluster.time!r}; "
+                "lower the first or raise the second"
+            )
+        if reason:
+            raise UserError(f"{label}: {reason}" if label else reason)
 
 
 def plan_runs(cells: Sequence[Cell], *, dry_run: bool) -> list[Run]:
