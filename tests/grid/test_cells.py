@@ -122,8 +122,12 @@ def test_narrow_cells_are_told() -> None:
     ]
 
 
-def test_ten_thousand_cells_take_seconds() -> None:
-    begin = time.perf_counter()
-    found = cells("sae=topk", "sae.n_latents=range(64,264,2)", "sae.k=1,2,3,4,5", "train.seed=range(0,20)")
-    assert len(found) == 10_000
-    assert time.perf_counter() - begin < 10
+def test_the_work_grows_with_the_number_of_cells_not_its_square() -> None:
+    def seconds(latents: str) -> float:
+        begin = time.process_time()
+        found = cells("sae=topk", f"sae.n_latents={latents}", "sae.k=1,2,3,4,5", "train.seed=range(0,20)")
+        assert len(found) in (500, 10_000)
+        return time.process_time() - begin
+
+    seconds("range(64,74,2)")  # what is read once
+    assert seconds("range(64,264,2)") < 80 * seconds("range(64,74,2)")
