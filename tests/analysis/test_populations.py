@@ -122,7 +122,7 @@ def test_rows_that_were_seen_many_times_are_told(tmp_path):
     assert not any("times" in line for line in _lead(tmp_path / "fresh")[0])
 
 
-@pytest.mark.parametrize("fvu", [0.2, 1e-300, 0.999999])
+@pytest.mark.parametrize("fvu", [0.2, *(pytest.param(fvu, marks=pytest.mark.slow) for fvu in (1e-300, 0.999999))])
 def test_equal_losses_have_a_report(tmp_path, fvu):
     for n in WIDTHS:
         for k in (8, 16, 32):

@@ -230,6 +230,7 @@ def test_a_refused_checkpoint_is_in_the_record_and_shown_by_status(tmp_path: Pat
     assert whole["notes"] == [] and lines_without_clock(cut) == lines_without_clock(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_synthetic_features_are_recovered(tmp_path: Path) -> None:
     config = small_config(train__tokens=64 * 1500)
     result = run(tmp_path / "run", config)
