@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # importing torch takes seconds, and the analysis writes file
     from torch import Tensor
 
 
+NOT_ALLOWED = "its owner can allow it, or use a copy of your own"
+"""What to do about a file that another user owns."""
+
+
 def user_path(text: str) -> str:
     """A path as the user means it: `~` and environment variables are filled in, in every setting and argument alike.
 
@@ -142,6 +146,8 @@ def open_plain(path: Path) -> IO[bytes]:
         return path.open("rb")
     except FileNotFoundError:
         raise
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {NOT_ALLOWED}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 

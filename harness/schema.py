@@ -202,6 +202,8 @@ def read_json(path: Path, check: Check, advice: str) -> Any:
         check(content, "")
         return content
     except UserError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise  # what to do is said already
         raise UserError(f"{error}; {advice}") from error
     except ValueError as error:
         reason = "".join(mark if mark.isprintable() else "?" for mark in " ".join(str(error).split()))

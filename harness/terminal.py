@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from harness.errors import WRONG_REQUEST, UserError
-from harness.files import user_path
+from harness.files import NOT_ALLOWED, user_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +92,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     except PermissionError as error:
         if error.filename is None:
             raise
-        say(f"error: {error.filename}: {error.strerror}; its owner can allow it, or use a copy of your own")
+        say(f"error: {error.filename}: {error.strerror}; {NOT_ALLOWED}")
         code = WRONG_REQUEST
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT

@@ -281,12 +281,9 @@ def _provenance(table: RunTable, directory: Path) -> list[tuple[str, str]]:
     """The entries of the runs' `provenance.json` as (name, value); the first values if runs differ."""
     seen: dict[str, list[str]] = {}
     for run in table.directories.values():
-        path = run / names.PROVENANCE
-        if not path.exists():
-            continue
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            content = json.loads((run / names.PROVENANCE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # missing, damaged or not ours to read: the page says what the others have
             continue
         for key, value in content.items() if isinstance(content, dict) else ():
             text = "; ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

@@ -127,7 +127,10 @@ def logged_lines(directory: Path) -> pd.DataFrame:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / names.RESULT).exists() or (path / names.CONFIG).exists()
+    try:
+        return (path / names.RESULT).exists() or (path / names.CONFIG).exists()
+    except PermissionError:
+        return True  # a row will say that it cannot be read
 
 
 def _row(path: Path) -> dict[str, Any]:

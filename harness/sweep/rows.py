@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,18 @@ def begun_runs(sweep_dir: Path) -> dict[str, bool]:
     """Every run that was asked for or exists in `sweep_dir`, and whether it has a directory. Raises `UserError`."""
     require_sweep(sweep_dir)
     begun = {path.parent.name for path in sweep_dir.glob(f"*/{names.CONFIG}")}
+    begun |= {path.name for path in sweep_dir.glob("[!._]*") if _is_closed(path)}
     study = read_study(sweep_dir)
     asked_for: list[str] = study["runs"] if study else []
     run_ids = dict.fromkeys([*asked_for, *sorted(begun)])
     if not run_ids:
         raise UserError(f"{sweep_dir} holds no runs")
     return {run_id: run_id in begun for run_id in run_ids}
+
+
+def _is_closed(directory: Path) -> bool:
+    """Whether another user made the directory and lets nobody look into it."""
+    return directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK)
 
 
 def _row_or_problem(run_dir: Path, planned: Mapping[str, Any], begun: bool, packed: int) -> Row:
