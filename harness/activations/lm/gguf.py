@@ -1,7 +1,7 @@
 """Models in llama.cpp's GGUF format: converted once into a directory that `transformers` loads as any other.
 
-The directory lies in the cache of the Hugging Face libraries (`HF_HOME`), is named after the hash of the file, and holds
-the dequantised weights in fp32, which are exactly those of the file.
+The directory lies in the cache of the Hugging Face libraries (`HF_HOME`) and is named after the hash of the file. It
+holds the dequantised weights in fp32, which are exactly those of the file.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from harness.files import fsync_directory, fsync_file, write_text_atomic
 from harness.terminal import say
 
 SOURCE = "gguf.sha256"
-"""In a converted directory: the hash of the file that it was made of. It stands for the model in recipes, so that another
-version of `transformers` gives the same store."""
+"""In a converted directory: the hash of the file that it was made of. It stands for the model in recipes, so that
+another version of `transformers` gives the same store."""
 
 
 def converted(file: Path) -> Path:
-    """The directory of a GGUF file's model, made if it is missing. Raises `UserError` for a file that cannot be read."""
+    """The directory of a GGUF file's model, made if missing. Raises `UserError` for a file that cannot be read."""
     digest = file_digest(file)
     directory = Path(constants.HF_HOME) / "sae-scaling" / f"{file.stem}-{digest[:16]}"
     if not directory.is_dir():
@@ -43,7 +43,8 @@ def converted(file: Path) -> Path:
             _rename(beside, directory)
         except OSError as error:
             raise UserError(
-                f"cannot convert {file} into {directory}: {error.strerror or error}; set HF_HOME to a directory with room"
+                f"cannot convert {file} into {directory}: {error.strerror or error}; "
+                "set HF_HOME to a directory with room"
             ) from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""`python -m harness.evaluate TARGET…`: judge finished SAEs by what their features are worth.
+
+A target is a run directory or a sweep directory. What was evaluated before is not evaluated again. Exit codes: 0 all
+there, 1 a metric failed, 2 a wrong request, 75 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.config import user_path
+from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
+from harness.process.signals import stop_on_signals
+from harness.progress import own_progress
+from harness.quality.judge import chosen_metrics, judge
+from harness.quality.registry import METRICS
+from harness.quality.subjects import subjects_of
+from harness.terminal import counted, run_command, say
+
+TOKENS = 16384
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m harness.evaluate",
+        description="Judge finished SAEs; results are written to quality/ in each run directory.",
+        epilog="Metrics: " + "; ".join(f"{name} ({metric.about})" for name, metric in METRICS.items()),
+        allow_abbrev=False,
+    )
+    result.add_argument("targets", nargs="+", metavar="TARGET", help="run or sweep directory")
+    result.add_argument("--metrics", default=",".join(METRICS), metavar="A,B", help="default: all")
+    result.add_argument("--tokens", type=float, default=TOKENS, metavar="N", help=f"tokens of text; default {TOKENS}")
+    result.add_argument("--force", action="store_true", help="evaluate again what exists")
+    return result
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Raises `UserError` for a wrong request."""
+    metrics = chosen_metrics([name.strip() for name in arguments.metrics.split(",") if name.strip()])
+    if not metrics:
+        raise UserError("--metrics names none")
+    if not 1 <= arguments.tokens <= 1e9:
+        raise UserError(f"--tokens {arguments.tokens:g} must be at least 1 and at most 1e9")
+    subjects = []
+    for target in arguments.targets:
+        found, notes = subjects_of(Path(user_path(target)))
+        subjects += found
+        for note in notes:
+            say(f"note: {note}")
+    with stop_on_signals() as stop:
+        judged = judge(
+            subjects, metrics, round(arguments.tokens), force=arguments.force, stop=stop, progress=own_progress()
+        )
+    for problem in judged.problems:
+        say(f"error: {problem}")
+    say(f"{counted(judged.done, 'evaluation')} done, {judged.present} were there")
+    if judged.stopped:
+        say("interrupted; the same command goes on from there")
+        return INTERRUPTED
+    return 1 if judged.problems else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return evaluate(parser().parse_intermixed_args(argv))
+    except UserError as error:
+        say(f"error: {error}")
+        return WRONG_REQUEST
+
+
+if __name__ == "__main__":
+    run_command(main)
