@@ -28,6 +28,7 @@ class Subject:
     """Where its activations come from."""
     out: Path
     """The output directory, which holds the store and what is shared."""
+    weight_bytes: int
     load: Callable[[], TrainedSae]
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from harness.quality import geometry
+from harness.quality import downstream, geometry, mdl, progressive, refinement
 from harness.quality.metric import Metric
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            "geometry", geometry.VERSION, "duplicates, nearest neighbours and experts of the dictionary", geometry.run
-        ),
-    )
-}
+_ALL = (
+    Metric("downstream", downstream.VERSION, "losses of the language model with x replaced", downstream.run),
+    Metric("geometry", geometry.VERSION, "duplicates, nearest neighbours and experts", geometry.run),
+    Metric("refinement", refinement.VERSION, "shrinkage of activations", refinement.run),
+    Metric("progressive", progressive.VERSION, "codes of other sizes, fixed thresholds", progressive.run),
+    Metric("mdl", mdl.VERSION, "bits per token of the codes", mdl.run),
+)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

@@ -46,5 +46,6 @@ def _subject(run_dir: Path) -> Subject:
         weights=sha256_of(weights),
         activations=read_config(run_dir).activations,
         out=run_dir.parents[1],
+        weight_bytes=weights.stat().st_size,
         load=partial(load, run_dir),
     )
