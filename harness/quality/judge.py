@@ -13,6 +13,7 @@ from harness.progress import Progress
 from harness.quality.metric import Metric, Outcome, Subject
 from harness.quality.registry import METRICS
 from harness.quality.shared import Shared
+from harness.quality.subjects import require_fit
 from harness.record.quality import read_quality, write_quality
 
 
@@ -48,6 +49,7 @@ def judge(
     judged = Judged()
     for group in _by_activations(subjects):
         shared = Shared(group[0].activations, group[0].out, tokens, stop, progress)
+        group = [subject for subject in group if _fits(subject, shared, judged)]
         for metric in metrics:
             about = {subject.name: _about(metric, subject, tokens) for subject in group}
             missing = [subject for subject in group if force or not _is_there(subject, about[subject.name])]
@@ -68,6 +70,18 @@ def judge(
                 progress.finish("")
                 judged.problems.append(f"{metric.name}: {problem}")
     return judged
+
+
+def _fits(subject: Subject, shared: Shared, judged: Judged) -> bool:
+    """Whether a foreign SAE belongs to the activations; ours do."""
+    if not subject.foreign:
+        return True
+    try:
+        require_fit(subject.load(), subject.name, shared.rows)
+    except UserError as problem:
+        judged.problems.append(str(problem))
+        return False
+    return True
 
 
 def _by_activations(subjects: Iterable[Subject]) -> list[list[Subject]]:

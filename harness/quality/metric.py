@@ -30,6 +30,8 @@ class Subject:
     """The output directory, which holds the store and what is shared."""
     weight_bytes: int
     load: Callable[[], TrainedSae]
+    foreign: bool = False
+    """Whether another tool wrote it, so that it may not belong to the activations."""
 
 
 @dataclass(frozen=True)
