@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,10 +58,18 @@ class SplicedModel:
 
     @torch.no_grad()
     def logits(
-        self, ids: Int[Tensor, "contexts length"], hidden: Float[Tensor, "contexts length d"]
+        self,
+        ids: Int[Tensor, "contexts length"],
+        hidden: Float[Tensor, "contexts length d"],
+        *,
+        exact: bool = False,
     ) -> Float[Tensor, "contexts length vocabulary"]:
-        """Logits, fp32, when the value at the hook is `hidden` (`ids` give the shape, and the part before the hook)."""
-        with self._skipping(hidden) if self._skips else self._replacing(hidden), self.hooked.computing():
+        """Logits, fp32, when the value at the hook is `hidden` (`ids` give the shape, and the part before the hook).
+
+        `exact`: in fp32 even if the model computes in bf16, for differences that its rounding would drown.
+        """
+        precision = nullcontext() if exact else self.hooked.computing()
+        with self._skipping(hidden) if self._skips else self._replacing(hidden), precision:
             return self._model(input_ids=ids, use_cache=False).logits.float()
 
     @contextmanager
