@@ -41,6 +41,12 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--metrics", default=",".join(METRICS), metavar="A,B", help="default: all")
     result.add_argument("--tokens", type=float, default=TOKENS, metavar="N", help=f"tokens of text; default {TOKENS}")
+    result.add_argument(
+        "--judge",
+        default="embedding",
+        metavar="JUDGE",
+        help="of explanations: embedding (default), pattern, local:MODEL, http:URL#MODEL (key in JUDGE_API_KEY)",
+    )
     result.add_argument("--out", default="runs", metavar="DIR", help="where results of foreign SAEs go; default: runs")
     result.add_argument("--force", action="store_true", help="evaluate again what exists")
     return result
@@ -74,7 +80,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
             say(f"note: {note}")
     with stop_on_signals() as stop:
         judged = judge(
-            subjects, metrics, round(arguments.tokens), force=arguments.force, stop=stop, progress=own_progress()
+            subjects,
+            metrics,
+            round(arguments.tokens),
+            force=arguments.force,
+            stop=stop,
+            progress=own_progress(),
+            by=arguments.judge,
         )
     for problem in judged.problems:
         say(f"error: {problem}")

@@ -44,14 +44,16 @@ def judge(
     force: bool,
     stop: StopFlag,
     progress: Progress,
+    by: str = "embedding",
 ) -> Judged:
-    """Evaluate what is missing. A problem of one metric or one SAE does not keep the others from being judged."""
+    """Evaluate what is missing; `by` judges explanations. A problem of one metric or one SAE does not keep the others
+    from being judged."""
     judged = Judged()
     for group in _by_activations(subjects):
-        shared = Shared(group[0].activations, group[0].out, tokens, stop, progress)
+        shared = Shared(group[0].activations, group[0].out, tokens, stop, progress, by)
         group = [subject for subject in group if _fits(subject, shared, judged)]
         for metric in metrics:
-            about = {subject.name: _about(metric, subject, tokens) for subject in group}
+            about = {subject.name: _about(metric, subject, tokens, by) for subject in group}
             missing = [subject for subject in group if force or not _is_there(subject, about[subject.name])]
             judged.present += len(group) - len(missing)
             if not missing:
@@ -92,8 +94,10 @@ def _by_activations(subjects: Iterable[Subject]) -> list[list[Subject]]:
     return list(groups.values())
 
 
-def _about(metric: Metric, subject: Subject, tokens: int) -> dict[str, Any]:
+def _about(metric: Metric, subject: Subject, tokens: int, by: str) -> dict[str, Any]:
     settings = {"tokens": tokens, "store": store_name(subject.activations)}
+    if metric.judged:
+        settings["judge"] = by
     return {"metric": metric.name, "version": metric.version, "settings": settings, "weights": subject.weights}
 
 

@@ -57,3 +57,5 @@ class Metric(NamedTuple):
     """What it measures, in a line."""
     run: Callable[[Sequence[Subject], Shared], Iterator[tuple[Subject, Outcome]]]
     """Judges SAEs of the same activations; each outcome comes when it is complete. Raises `Interrupted`."""
+    judged: bool = False
+    """Whether its values depend on who judges explanations."""

@@ -85,7 +85,17 @@ class Text(NamedTuple):
 class Shared:
     """Opened lazily: a metric that needs only weights loads neither rows nor a model."""
 
-    def __init__(self, cfg: ActivationsConfig, out: Path, tokens: int, stop: StopFlag, progress: Progress) -> None:
+    def __init__(
+        self,
+        cfg: ActivationsConfig,
+        out: Path,
+        tokens: int,
+        stop: StopFlag,
+        progress: Progress,
+        judge: str = "embedding",
+    ) -> None:
+        self.judge = judge
+        """Who judges explanations, see `judges.make_judge`."""
         self.cfg, self.out, self.tokens, self.stop, self.progress = cfg, out, tokens, stop, progress
         self.device = pick_device("auto")
 
