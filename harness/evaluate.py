@@ -15,15 +15,13 @@ from harness.config import ActivationsConfig, user_path
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.process.signals import stop_on_signals
 from harness.progress import own_progress
-from harness.quality.judge import chosen_metrics, judge
+from harness.quality.judge import TOKENS, chosen_metrics, judge
 from harness.quality.metric import Subject
 from harness.quality.registry import METRICS
 from harness.quality.subjects import foreign_subject, is_foreign, subjects_of
 from harness.saes.foreign import READERS
 from harness.sweep.request import Request, requested_cells
 from harness.terminal import counted, run_command, say
-
-TOKENS = 16384
 
 
 def parser() -> argparse.ArgumentParser:

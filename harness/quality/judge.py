@@ -16,6 +16,9 @@ from harness.quality.shared import Shared
 from harness.quality.subjects import require_fit
 from harness.record.quality import read_quality, write_quality
 
+TOKENS = 16384
+"""Of held-out text and of held-out rows, unless told otherwise."""
+
 
 @dataclass
 class Judged:

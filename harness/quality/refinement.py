@@ -1,7 +1,8 @@
 """Shrinkage: what the activations would be if they were chosen anew for the same active latents.
 
-For each token the support A and the decoder are kept, and min over f ≥ 0 of ‖x − b − Σ_A f_i d_i‖² is solved by cyclic
-coordinate descent on the k × k Gram matrix. An ℓ1 penalty makes activations too small (f > a); TopK has no such bias.
+For each token the support A and the decoder are kept, and min over f ≥ 0 of ‖x − b − Σ_A f_i d_i‖² is solved on the
+k × k Gram matrix: at once where all f come out positive, else by cyclic coordinate descent. An ℓ1 penalty makes
+activations too small (f > a); TopK has no such bias.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from harness.saes.trained import TokenCodes, TrainedSae
 
 VERSION = 1
 _SWEEPS = 400
-_TOLERANCE = 1e-7
+_TOLERANCE = 1e-6
 _GATHERED = 2**23
 """Most numbers of decoder rows that are gathered at once."""
+_GRAM = 2**24
+"""Most entries of Gram matrices that are held at once."""
 
 
 def nnls(
@@ -33,14 +36,31 @@ def nnls(
     W_dec: Float[Tensor, "n d"],
 ) -> Float[Tensor, "tokens k"]:
     """Non-negative least squares per token, over the entries of `index` where `start` is positive; others stay 0."""
+    k = index.shape[1]
+    at_once, gathered = max(1, _GRAM // k**2), max(1, _GATHERED // (k * W_dec.shape[1]))
     parts = []
-    size = max(1, _GATHERED // (index.shape[1] * W_dec.shape[1]))
-    for part in range(0, len(target), size):
-        span = slice(part, part + size)
-        rows = W_dec[index[span]]
-        gram, right = rows @ rows.mT, (rows @ target[span, :, None]).squeeze(2)
-        parts.append(_descend(gram, right, start[span]))
+    for part in range(0, len(target), at_once):
+        products = []
+        for first in range(part, min(part + at_once, len(target)), gathered):
+            span = slice(first, min(first + gathered, part + at_once))
+            rows = W_dec[index[span]]
+            products.append((rows @ rows.mT, (rows @ target[span, :, None]).squeeze(2)))
+        gram, right = (torch.cat(column) for column in zip(*products, strict=True))
+        parts.append(_solve(gram, right, start[part : part + at_once]))
     return torch.cat(parts)
+
+
+def _solve(
+    gram: Float[Tensor, "tokens k k"], right: Float[Tensor, "tokens k"], start: Float[Tensor, "tokens k"]
+) -> Float[Tensor, "tokens k"]:
+    """Where least squares without the constraint are positive they are the answer; the others descend."""
+    allowed = start > 0
+    both = allowed[:, :, None] & allowed[:, None]
+    unit = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    f, info = torch.linalg.solve_ex(gram.where(both, unit), right.where(allowed, 0.0))
+    left = ((f < 0).any(dim=1) | (info != 0) | ~f.isfinite().all(dim=1)).nonzero().flatten()
+    f[left] = _descend(gram[left], right[left], start[left])
+    return f
 
 
 def _descend(
@@ -54,7 +74,7 @@ def _descend(
         for j in columns:
             gradient = right[:, j] - (gram[:, j] * f).sum(dim=1)
             f[:, j] = ((f[:, j] + gradient / diagonal[:, j]).clamp_min(0)).where(allowed[:, j], 0.0)
-        if float((f - before).abs().max()) <= _TOLERANCE * float(f.abs().max().clamp_min(1e-30)):
+        if not len(f) or float((f - before).abs().max()) <= _TOLERANCE * float(f.abs().max().clamp_min(1e-30)):
             break
     return f
 
