@@ -11,11 +11,11 @@ codes do not have. No logits are kept: the clean ones of a batch serve all SAEs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from harness.quality.clusters import by_document, ratio
@@ -32,8 +32,6 @@ RANKS = (1 / 32, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 11 / 16)
 """Of the PCA calibration, as shares of d."""
 NOISES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """fvu of the noise calibration."""
-_LOGIT_ROWS = 256
-"""Positions whose log-probabilities are held at once."""
 
 Splice = Callable[[Float[Tensor, "rows d"]], Float[Tensor, "rows d"]]
 """Rows at the hook → the rows that replace them."""
@@ -41,21 +39,36 @@ Sums = dict[str, Float64[Tensor, " documents"]]
 """Per document: ce, kl, error Σ‖x − x̂‖² and variance of the replaced rows, tokens with a target, positions."""
 
 
+class Clean(NamedTuple):
+    """What the unchanged model predicts in a batch."""
+
+    logits: Float[Tensor, "contexts length v"]
+    probabilities: Float[Tensor, "contexts length v"]
+    negative_entropy: Float[Tensor, "contexts length"]
+    """Σ_v p·log p at each position."""
+
+
+def clean_of(logits: Float[Tensor, "contexts length v"]) -> Clean:
+    probabilities = torch.softmax(logits, dim=-1)
+    return Clean(logits, probabilities, _expected(probabilities, logits))
+
+
+def _expected(p: Float[Tensor, "contexts length v"], logits: Float[Tensor, "contexts length v"]) -> Tensor:
+    """Σ_v p·log q at each position, without a table of log q."""
+    rows = [
+        torch.linalg.vecdot(one, other) - torch.logsumexp(other, dim=-1) for one, other in zip(p, logits, strict=True)
+    ]
+    return torch.stack(rows)
+
+
 def losses(
-    logits: Float[Tensor, "contexts length v"], clean: Float[Tensor, "contexts length v"], ids: Tensor
+    logits: Float[Tensor, "contexts length v"], clean: Clean, ids: Int[Tensor, "contexts length"]
 ) -> tuple[Float[Tensor, "contexts targets"], Float[Tensor, "contexts length"]]:
     """Cross-entropy at each position that has a next token, and KL(clean‖spliced) at each position; fp32."""
-    ce, kl = [], []
-    targets = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).flatten()
-    spliced, reference = logits.flatten(0, 1), clean.flatten(0, 1)
-    for start in range(0, len(targets), _LOGIT_ROWS):
-        part = slice(start, start + _LOGIT_ROWS)
-        log_q = torch.log_softmax(spliced[part].float(), dim=1)
-        log_p = torch.log_softmax(reference[part].float(), dim=1)
-        ce.append(-log_q.gather(1, targets[part, None]).squeeze(1))
-        kl.append((log_p.exp() * (log_p - log_q)).sum(dim=1))
-    shape = ids.shape
-    return torch.cat(ce).reshape(shape)[:, :-1], torch.cat(kl).reshape(shape)
+    kl = clean.negative_entropy - _expected(clean.probabilities, logits)
+    told = logits[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+    normaliser = torch.stack([torch.logsumexp(each[:-1], dim=-1) for each in logits])
+    return normaliser - told, kl
 
 
 def spliced_sums(
@@ -76,11 +89,11 @@ def spliced_sums(
         place = chosen[start:end]
         ids, hidden = text.ids[place].to(device), text.hidden[place]
         replaced = torch.ones_like(text.kept[place]) if everything else text.kept[place]
-        clean = model.logits(ids, hidden.to(device))
+        clean = clean_of(model.logits(ids, hidden.to(device)))
         rows = hidden[replaced]
         for name in sums:
             if name == "clean":
-                logits, error = clean, torch.zeros(len(rows))
+                logits, error = clean.logits, torch.zeros(len(rows))
             else:
                 new = splices[name](rows).to(hidden.dtype).cpu()
                 value = hidden.clone()

@@ -10,6 +10,7 @@ import torch
 from harness.quality.downstream import (
     ablation_splices,
     calibration,
+    clean_of,
     delta_ce,
     losses,
     outcome,
@@ -24,7 +25,7 @@ from harness.record.quality import Value
 def test_cross_entropy_and_the_direction_of_kl() -> None:
     clean, spliced = torch.tensor([0.8, 0.2]).log(), torch.tensor([0.5, 0.5]).log()
     ids = torch.tensor([[0, 1, 0]])
-    ce, kl = losses(spliced.expand(1, 3, 2) + 3, clean.expand(1, 3, 2) - 1, ids)
+    ce, kl = losses(spliced.expand(1, 3, 2) + 3, clean_of(clean.expand(1, 3, 2) - 1), ids)
     torch.testing.assert_close(ce, torch.full((1, 2), math.log(2)))
     forward = 0.8 * math.log(0.8 / 0.5) + 0.2 * math.log(0.2 / 0.5)
     backward = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
