@@ -15,6 +15,7 @@ SEEDS ?=
 CLUSTER ?=
 DP ?=
 SHARD ?=
+METRICS ?=
 ARGS ?=
 SHAPES ?= C1,C2,C3
 SLURM_DIR ?= $(OUT)/_slurm
@@ -29,7 +30,7 @@ READY := .venv/.installed
 SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep report status notebook test test-all check bench bench-analysis bench-peers gpu-check slurm-up slurm-down
+.PHONY: help setup sweep evaluate report status notebook test test-all check bench bench-analysis bench-peers gpu-check slurm-up slurm-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +42,9 @@ sweep: $(READY) ## train what is missing of STUDY (default quick), fit, write th
 	@$(PY) -m sweeps --study "$(STUDY)" --width "$(WIDTH)" --k "$(K)" --arch "$(ARCH)" --experts "$(EXPERTS)" \
 		--activations "$(ACTIVATIONS)" --tokens "$(TOKENS)" --seeds "$(SEEDS)" --cluster "$(CLUSTER)" --dp "$(DP)" \
 		--shard "$(SHARD)" --sweep "$(SWEEP)" --out "$(OUT)" $(ARGS)
+
+evaluate: $(READY) ## judge the finished SAEs of a sweep (SWEEP, OUT; METRICS=downstream,geometry, default all)
+	@$(PY) -m harness.evaluate "$(SWEEP_DIR)" $(if $(METRICS),--metrics "$(METRICS)") $(ARGS)
 
 report: $(READY) ## fit and write the report of a sweep again (SWEEP, OUT)
 	@$(PY) -m analysis report "$(SWEEP_DIR)"

@@ -281,7 +281,8 @@ class ActivationsConfig:
     kind: str = "lm"
     """`lm` (harvested from a language model) or `synthetic`."""
     model: str = ""
-    """Name of a `transformers` model, a local directory, or `package:NAME` for the model in the pip package NAME."""
+    """Name of a `transformers` model, a local directory or GGUF file, or `package:NAME` for the model in the pip
+    package NAME."""
     revision: str = ""
     """Hub revision of the model (commit, tag or branch); empty: the default one."""
     hook: str = "resid_post"

@@ -17,6 +17,8 @@ from harness.architectures import ARCHITECTURES
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.grid.study import load_study
 from harness.mirror.offline import sync_command, unsent
+from harness.process.signals import stop_on_signals
+from harness.progress import own_progress
 from harness.sweep.execute import launch
 from harness.sweep.request import Request
 from harness.terminal import python_command, run_command, say, shown_path, this_command
@@ -65,6 +67,26 @@ def report(sweep_dir: Path) -> None:
         say(f"W&B recorded offline; to send it: {sync_command(sweep_dir)}")
 
 
+def evaluate(sweep_dir: Path, metrics: Sequence[str]) -> bool:
+    """Judge the finished runs of a sweep by the metrics of its study; whether all was evaluated. A problem is reported
+    and does not change the exit code, like one of the report."""
+    from harness.quality.judge import TOKENS, chosen_metrics, judge  # these take seconds: torch
+    from harness.quality.subjects import subjects_of
+
+    try:
+        subjects, _ = subjects_of(sweep_dir)
+        with stop_on_signals() as stop:
+            judged = judge(subjects, chosen_metrics(metrics), TOKENS, force=False, stop=stop, progress=own_progress())
+    except UserError as error:
+        say(f"not evaluated: {error}")
+        return False
+    for problem in judged.problems:
+        say(f"not evaluated: {problem}")
+    if judged.stopped or judged.problems:
+        say(f"to go on: {python_command('harness.evaluate', sweep_dir, '--metrics', ','.join(metrics))}")
+    return not judged.stopped
+
+
 def command(arguments: argparse.Namespace) -> str:
     """What to type to run the same again: `make sweep …` if make has started this, else the command of this process."""
     if "MAKELEVEL" not in os.environ:
@@ -98,13 +120,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     try:
         wait, again = arguments.wait, command(arguments)
-        outcome = launch(request(arguments), dry_run=arguments.dry_run, wait=wait, command=again)
+        asked = request(arguments)
+        metrics = asked.study.evaluate if asked.study is not None else ()
+        outcome = launch(asked, dry_run=arguments.dry_run, wait=wait, command=again)
     except UserError as error:
         say(f"error: {error}")
         return WRONG_REQUEST
     if arguments.dry_run or outcome.submitted or outcome.exit_code == INTERRUPTED:
         return outcome.exit_code
     for sweep_dir in outcome.sweep_dirs:
+        if metrics and not evaluate(sweep_dir, metrics):
+            return INTERRUPTED
         report(sweep_dir)
     if outcome.exit_code:
         for sweep_dir in outcome.sweep_dirs:

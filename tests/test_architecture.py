@@ -20,8 +20,8 @@ ROOMS = (
     *("harness.ops", "harness.parallel", "harness.process"),
     # where x comes from, the run directory, the models, copies of the record
     *("harness.activations", "harness.record", "harness.saes", "harness.mirror"),
-    # train, ask, plan, place, and who does what
-    *("harness.training", "harness.grid", "harness.cost", "harness.places", "harness.sweep"),
+    # train, judge, ask, plan, place, and who does what
+    *("harness.training", "harness.quality", "harness.grid", "harness.cost", "harness.places", "harness.sweep"),
     "harness.bench",
 )
 """Each room may import itself and the rooms before it, nothing else of `harness`."""
@@ -35,7 +35,7 @@ WINGS = (
 ANALYSIS_MAY_IMPORT = (
     *("harness.errors", "harness.config", "harness.budget", "harness.files", "harness.terminal"),
     *("harness.cell_names", "harness.record.names", "harness.record.sweepdir", "harness.record.metrics"),
-    "harness.record.result",
+    *("harness.record.result", "harness.record.quality"),
 )
 
 WANDB = ("harness/mirror/", "analysis/runs/load_wandb.py")

@@ -17,6 +17,7 @@ from analysis.report.cells import cell_rows
 from analysis.report.findings import Comparison, Findings, gather
 from analysis.report.pictures import all_pictures
 from analysis.report.planned import planned_rows
+from analysis.report.quality import quality_section
 from analysis.report.words import (
     comparison_sentences,
     converged_words,
@@ -76,6 +77,7 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "lead": _lead(findings),
         "pictures": all_pictures(findings),
+        "quality": quality_section(findings.shown),
         "laws": [_law_rows(each.setting, k, result) for each in _laws(findings) for k, result in each.fits],
         "failures": _failure_rows(findings),
         "versus": findings.versus,

@@ -13,6 +13,7 @@ import pandas as pd
 
 from analysis.notes import note
 from analysis.runs.axes import add_axes
+from analysis.runs.quality import quality_columns, require_positive
 from analysis.runs.read_table import as_frame, read_file
 from analysis.runs.table import ROLES, SWEEP_ROLES, RunTable
 from analysis.runs.vocabulary import ended_well, is_ours
@@ -98,13 +99,21 @@ def read_sweep(directory: Path, roles: Mapping[str, str] | None = None) -> RunTa
     _learning_rate(frame)
     frame["epochs"] = _numbers(frame, "tokens") / _numbers(frame, "unique_tokens")
     add_axes(frame, configs)
+    frame = pd.concat([frame, quality_columns(runs)], axis=1)
     for column in SWEEP_ROLES.values():
         if column not in frame:
             frame[column] = np.nan if column != "status" else None
-    table = RunTable(frame, {**SWEEP_ROLES, **(roles or {})}, name=str(directory.name))
+    table = RunTable(frame, {**SWEEP_ROLES, **_own_error(frame, roles or {})}, name=str(directory.name))
     table.directories = {str(run): path for run, path in zip(frame["run_id"], runs, strict=True)}
     table.histories = {run: partial(logged_lines, path) for run, path in table.directories.items()}
     return table
+
+
+def _own_error(frame: pd.DataFrame, roles: Mapping[str, str]) -> dict[str, str]:
+    """The roles with the standard error that belongs to the named loss. Raises `UserError` for a loss without a law."""
+    loss = roles.get("loss", "")
+    require_positive(loss)
+    return {**({"loss_se": f"{loss}_se"} if f"{loss}_se" in frame else {}), **roles}
 
 
 def _active_latents(frame: pd.DataFrame) -> None:

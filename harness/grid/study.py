@@ -1,7 +1,8 @@
 """Study files (`sweeps/*.yaml`): a question, the grids that answer it, and the law to fit.
 
-Keys of a study: `question`, `title`, `law`, `sweep` (directory under `out`; default the study's name), `overrides`
-(common to all grids) and `grids`, a list of {`name`, `overrides`, `only`, `min_latents_per_expert_over_k`}.
+Keys of a study: `question`, `title`, `law`, `sweep` (directory under `out`; default the study's name), `evaluate`
+(metrics by which finished runs are judged, see `harness.quality.registry`), `overrides` (common to all grids) and
+`grids`, a list of {`name`, `overrides`, `only`, `min_latents_per_expert_over_k`}.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Study:
     grids: tuple[Grid, ...]
     source: str
     """The name or the path by which it was loaded."""
+    evaluate: tuple[str, ...] = ()
+    """Metrics by which its finished runs are judged."""
 
 
 def study_names() -> list[str]:
@@ -50,7 +53,7 @@ def load_study(name_or_path: str) -> Study:
     text = read_text(path, "study file")
     check_texts(text, path, _is_text)
     content = yaml.safe_load(text)
-    _check(content, path, {"question", "title", "law", "sweep", "overrides", "grids"}, "study")
+    _check(content, path, {"question", "title", "law", "sweep", "evaluate", "overrides", "grids"}, "study")
     common = _strings(content.get("overrides"), path, "overrides")
     grids = content.get("grids")
     if not isinstance(grids, list) or not grids:
@@ -63,6 +66,7 @@ def load_study(name_or_path: str) -> Study:
         sweep=str(content.get("sweep", path.stem)),
         grids=tuple(_grid(entry, common, path, number) for number, entry in enumerate(grids, start=1)),
         source=name_or_path,
+        evaluate=_strings(content.get("evaluate"), path, "evaluate"),
     )
 
 
@@ -94,7 +98,8 @@ def _strings(value: Any, path: Path, what: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{path}: {what} must be a list of overrides such as 'sae.k=8,16'")
+        example = "metrics such as downstream" if what == "evaluate" else "overrides such as 'sae.k=8,16'"
+        raise UserError(f"{path}: {what} must be a list of {example}")
     return tuple(value)
 
 

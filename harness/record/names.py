@@ -33,6 +33,8 @@ WEIGHTS = "sae.safetensors"
 """In `SAE`."""
 WEIGHTS_CONFIG = "config.json"
 """In `SAE`: what is needed to use the weights."""
+QUALITY = "quality"
+"""Folder with a JSON file per metric that was evaluated."""
 
 # Of a sweep directory, <out>/<sweep>/.
 STUDY = "study.json"
@@ -45,3 +47,7 @@ PACK = "pack.json"
 """In a pack's folder: the run_ids of its runs."""
 SLURM = "_slurm"
 """Folder with one folder per submitted array."""
+
+# Of an output directory, <out>/.
+SHARED = "_quality"
+"""Folder of what all SAEs of a model, a hook and a text are judged with: tokens, values at the hook, clean losses."""

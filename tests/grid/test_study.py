@@ -21,18 +21,28 @@ def sae_shapes(study: Study, *overrides: str) -> Counter[tuple[str, int, int, in
 
 def test_shipped_studies() -> None:
     assert set(study_names()) == {
-        *("quick", "standard", "lr_width"),
+        *("quick", "standard", "lr_width", "quality"),
         *("gao2024_nk", "switch2024_flop_matched", "switch2024_width_matched"),
     }
 
 
-@pytest.mark.parametrize("name", study_names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "quality")) for name in study_names()]
+)
 def test_every_study_passes_a_dry_run(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["--study", name, "--dry-run"]) == 0
     assert "cells:" in capsys.readouterr().out
+
+
+def test_a_study_names_the_metrics_that_judge_its_runs(tmp_path: Path) -> None:
+    assert load_study("quality").evaluate == ("downstream", "geometry") and load_study("quick").evaluate == ()
+    path = tmp_path / "s.yaml"
+    path.write_text("evaluate: downstream\ngrids: [{overrides: [sae=topk]}]")
+    with pytest.raises(UserError, match="evaluate must be a list of metrics"):
+        load_study(str(path))
 
 
 def test_quick_has_the_grid_that_the_law_needs() -> None:

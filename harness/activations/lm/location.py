@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.activations.lm.gguf import converted
 from harness.activations.lm.hub import repository_file, resolve_commit
 from harness.config import ActivationsConfig
 from harness.errors import UserError
@@ -29,13 +30,15 @@ class Location(NamedTuple):
 
 
 def locate(cfg: ActivationsConfig) -> Location:
-    """Find the model `cfg.model`: `package:NAME`, a directory, or a hub repository.
+    """Find the model `cfg.model`: `package:NAME`, a directory, a GGUF file (converted first), or a hub repository.
 
     Raises `UserError` if it does not exist or cannot be reached.
     """
     if cfg.model.startswith("package:"):
         return Location(str(_package_directory(cfg.model.removeprefix("package:"))), "")
     directory = Path(user_path(cfg.model))
+    if directory.suffix == ".gguf" and directory.is_file():
+        return Location(str(converted(directory)), "")
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise UserError(f"activations.model={cfg.model}: the directory has no config.json of a transformers model")
@@ -56,7 +59,9 @@ def _package_directory(package: str) -> Path:
         for config in sorted(root.rglob("config.json"), key=lambda path: len(path.parts)):
             if weight_files(config.parent):
                 return config.parent
-    raise UserError(f"activations.model=package:{package}: the package carries no transformers model")
+        if files := sorted(root.rglob("*.gguf")):
+            return converted(files[0])
+    raise UserError(f"activations.model=package:{package}: the package carries no model (transformers or GGUF)")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -123,5 +128,5 @@ def needs_hub(cfg: ActivationsConfig) -> bool:
     """Whether the model or the text comes from the Hugging Face hub (or its local cache)."""
     if cfg.kind == "synthetic":
         return False
-    local_model = cfg.model.startswith("package:") or Path(cfg.model).is_dir()
+    local_model = cfg.model.startswith("package:") or Path(user_path(cfg.model)).exists()
     return not local_model or cfg.text == "hub"

@@ -80,14 +80,20 @@ class _Reached(Exception):
         self.value = value
 
 
-def load_model(cfg: ActivationsConfig, location: Location, precision: str, device: torch.device) -> HookedModel:
-    """Load the model and find the hook. Raises `UserError` for a model, layer or hook that does not exist."""
+def load_model(
+    cfg: ActivationsConfig, location: Location, precision: str, device: torch.device, *, head: bool = False
+) -> HookedModel:
+    """Load the model and find the hook; with `head`, the one that predicts the next token as well.
+
+    Raises `UserError` for a model, layer, hook or head that does not exist.
+    """
     import transformers
 
     arguments = {**_where(location), "dtype": torch.float32, "output_loading_info": True}
     with quiet(), _loading(location, "model"):
         try:
-            loaded: Any = transformers.AutoModel.from_pretrained(location.source, **arguments)
+            automatic: Any = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+            loaded: Any = automatic.from_pretrained(location.source, **arguments)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
@@ -98,6 +104,11 @@ def load_model(cfg: ActivationsConfig, location: Location, precision: str, devic
     if cfg.layer >= len(blocks):
         raise UserError(
             f"activations.layer={cfg.layer}: {cfg.model} has {len(blocks)} blocks, numbered 0 to {len(blocks) - 1}"
+        )
+    if head and info["missing_keys"]:
+        raise UserError(
+            f"activations.model={cfg.model} has no weights that predict the next token (no "
+            f"{min(info['missing_keys'])}), so it has no losses; take a causal language model, e.g. activations=smollm2"
         )
     absent = [key for key in info["missing_keys"] if _runs(key, name, cfg.layer)]
     if absent:

@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from harness.activations.lm import gguf
 from harness.activations.lm.hub import resolve_commit
 from harness.activations.lm.location import Location, locate, read_settings, special_markers, weight_files
 from harness.activations.lm.text import file_digest, read_otherwise_before, text_files
@@ -124,10 +125,13 @@ def _hook_was_mended(cfg: ActivationsConfig, location: Location) -> bool:
 
 
 def _model_identity(location: Location) -> dict[str, str]:
-    """Hub name and commit, or the hash of configuration, tokenizer and weights. A path does not identify a model."""
+    """Hub name and commit, the hash of a GGUF file, or the hashes of configuration, tokenizer and weights. A path does
+    not identify a model."""
     if not location.is_local:
         return {"hub": location.source, "commit": location.commit}
     directory = Path(location.source)
+    if (directory / gguf.SOURCE).is_file():
+        return {"gguf": (directory / gguf.SOURCE).read_text(encoding="utf-8").strip()}
     weights = weight_files(directory)
     if not weights:
         raise UserError(f"activations.model={location.source}: the directory has no *.safetensors or *.bin weights")

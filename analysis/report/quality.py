@@ -1,0 +1,189 @@
+"""The section on quality: what features are worth against n and k, beside what chance and simple errors give."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis.fits.fit import fit
+from analysis.fits.result import FitResult
+from analysis.fits.status import Status
+from analysis.format import interval, number
+from analysis.report import plot
+from analysis.report.pictures import encode
+from analysis.report.plot.style import GREY, k_style
+from analysis.runs.table import RunTable
+from harness.errors import UserError
+from harness.record.quality import read_quality
+
+KL = "quality.downstream.kl"
+LAW = "sae_nk_no_floor"
+"""Of KL: it has the fewest parameters, and small sweeps have few runs."""
+
+
+class Panel(NamedTuple):
+    """A quality against n."""
+
+    column: str
+    title: str
+    caption: str
+    controls: tuple[str, ...] = ()
+    """Columns that are drawn as grey lines: what no SAE is needed for."""
+    log: bool = False
+
+
+PANELS = (
+    Panel(KL, "KL against width", "Nats per token between the model and the model with x replaced. Good: 0.", log=True),
+    Panel(
+        "quality.downstream.delta_ce",
+        "ΔCE against width",
+        "What replacing x costs the next-token loss, nats per token. Good: 0; it may be negative.",
+    ),
+    Panel(
+        "quality.probes.loss",
+        "Probe loss against width",
+        "Cross-entropy of the best single latent, mean over labels, on held-out documents. Good: the probe on all "
+        "channels. Chance: the constant, and the best of n random directions.",
+        ("quality.probes.loss_constant", "quality.probes.loss_random", "quality.probes.loss_full"),
+    ),
+    Panel(
+        "quality.explanations.precision",
+        "Precision of token patterns",
+        "Share of places with the pattern at which the latent is active. Good: 1. Chance: the density of the latents.",
+        ("quality.explanations.density",),
+    ),
+    Panel(
+        "quality.detection.detection_auc",
+        "Detection of latents by their explanation",
+        "AUC of the judge. Good: 1. Floor: explanations of other latents.",
+        ("quality.detection.detection_auc_shuffled",),
+    ),
+    Panel(
+        "quality.ablation.sparsity",
+        "Sparsity of ablations",
+        "Share of the logits that an active latent changes. A random direction of the same size is the control.",
+        ("quality.ablation.sparsity_random", "quality.ablation.sparsity_channels"),
+    ),
+    Panel(
+        "quality.geometry.duplicates",
+        "Duplicates against width",
+        "Share of latents with another decoder row at a cosine above 0.9. Good: 0.",
+    ),
+)
+
+
+def quality_section(table: RunTable) -> dict[str, Any] | None:
+    """`pictures` and `lines` of the section; None if no run was evaluated."""
+    frame = table.frame
+    if not any(str(column).startswith("quality.") for column in frame):
+        return None
+    pictures = [_kl_against_fvu(table), *(_panel(frame, panel) for panel in PANELS)]
+    return {"pictures": [picture for picture in pictures if picture is not None], "lines": _law_of_kl(table)}
+
+
+def _known(frame: pd.DataFrame, column: str) -> bool:
+    return column in frame and bool(np.isfinite(frame[column].astype(float)).any())
+
+
+def _groups(frame: pd.DataFrame) -> list[tuple[str, float, pd.DataFrame]]:
+    """Architecture, k and their runs by rising n."""
+    grouped = frame.groupby(["sae", "k"], sort=True)
+    return [(str(sae), float(k), part.sort_values("n_latents")) for (sae, k), part in grouped]  # pyright: ignore
+
+
+_LINES = ("-", "--", ":", "-.")
+
+
+def _styles(frame: pd.DataFrame, sae: str, k: float) -> dict[str, Any]:
+    names = sorted(set(frame["sae"].astype(str)))
+    return k_style(sorted(set(frame["k"].astype(float))), k) | {"ls": _LINES[names.index(sae) % len(_LINES)]}
+
+
+def _panel(frame: pd.DataFrame, panel: Panel) -> dict[str, str] | None:
+    if not _known(frame, panel.column):
+        return None
+    figure = plot.figure(3.6)
+    ax = figure.subplots()
+    for sae, k, part in _groups(frame):
+        error = part.get(f"{panel.column}_se")
+        error = None if error is None else error.astype(float).fillna(0.0)
+        ax.errorbar(
+            part["n_latents"], part[panel.column], yerr=error, ms=4, label=f"{sae}, k = {k:g}", **_styles(frame, sae, k)
+        )
+    for number_, control in enumerate(column for column in panel.controls if _known(frame, column)):
+        by_n = frame.groupby("n_latents")[control].mean()
+        name = control.rpartition(".")[2].replace("_", " ")
+        ax.plot(by_n.index, by_n, color=GREY, ls=_LINES[number_ % len(_LINES)], lw=1, label=name)
+    _finish(ax, panel.log)
+    return {"src": encode(figure), "title": panel.title, "caption": panel.caption, "alt": f"{panel.title} for each k"}
+
+
+def _finish(ax: Axes, log: bool) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel("number of latents n")
+    if log:
+        ax.set_yscale("log")
+    ax.legend(fontsize=7, frameon=False)
+
+
+def _kl_against_fvu(table: RunTable) -> dict[str, str] | None:
+    frame, fvu = table.frame, "quality.downstream.fvu"
+    if not (_known(frame, KL) and _known(frame, fvu)):
+        return None
+    figure = plot.figure(3.9)
+    ax = figure.subplots()
+    for name, points in _calibration(table).items():
+        label = {"pca": "PCA of rank r", "noise": "isotropic noise"}.get(name, name)
+        line = "-" if name == "pca" else "--"
+        ax.plot([p["fvu"] for p in points], [p["kl"] for p in points], color=GREY, ls=line, lw=1, label=label)
+    for sae, k, part in _groups(frame):
+        style = _styles(frame, sae, k) | {"ls": "none"}
+        if sae != "topk":
+            style["markerfacecolor"] = "none"
+        ax.errorbar(part[fvu], part[KL], yerr=part.get(f"{KL}_se"), ms=4, label=f"{sae}, k = {k:g}", **style)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("fvu of the replaced rows")
+    ax.set_ylabel("KL, nats per token")
+    ax.legend(fontsize=7, frameon=False)
+    caption = "Below the grey curves: errors that hurt the model less than those of PCA or of noise with the same fvu."
+    return {"src": encode(figure), "title": "KL against fvu", "caption": caption, "alt": "KL against fvu of all SAEs"}
+
+
+def _calibration(table: RunTable) -> dict[str, list[dict[str, float]]]:
+    """The curves of the first run that has them; all runs of a sweep share them."""
+    for directory in table.directories.values():
+        found = read_quality(directory, "downstream")
+        if found is not None and found.get("curves"):
+            return found["curves"]
+    return {}
+
+
+def _law_of_kl(table: RunTable) -> list[str]:
+    """A sentence per architecture: the exponents of KL in n and k, with intervals."""
+    if not _known(table.frame, KL):
+        return []
+    lines = []
+    for sae in sorted(set(table.frame["sae"].astype(str))):
+        part = table.where(sae=sae)
+        part = RunTable(part.frame, {**part.roles, "loss": KL, "loss_se": f"{KL}_se"}, name=part.name)
+        try:
+            result = fit(part, LAW, starts=16, regime="all")
+        except UserError as problem:
+            lines.append(f"{sae}: no law of KL ({problem}).")
+            continue
+        lines.append(f"{sae}: {_law_words(result)}")
+    return lines
+
+
+def _law_words(result: FitResult) -> str:
+    if result.status is Status.FAILED:
+        return f"no law of KL ({result.law.formula}) can be fitted to {result.points} runs."
+    values = [
+        f"{name} = {number(result.values[name])} {interval(*result.intervals[name])}" for name in result.law.params
+    ]
+    caution = " Not reliable: see the notes of the fit." if result.status is Status.UNRELIABLE else ""
+    return f"KL = {result.law.formula} over {result.points} runs: {', '.join(values)}.{caution}"

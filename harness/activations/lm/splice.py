@@ -1,0 +1,120 @@
+"""A causal language model with the value at its hook replaced: only the blocks after the hook run again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from harness.activations.lm.hook import find_blocks
+from harness.activations.lm.location import locate
+from harness.activations.lm.model import HookedModel, load_model
+from harness.config import ActivationsConfig
+
+_CHECKED_TOKENS = 8
+_EQUAL = 1e-4
+"""How far logits of the two routes may differ, relative to the largest one."""
+
+
+class SplicedModel:
+    """Logits of a causal model from values at the hook.
+
+    After `resid_post` the hook's value is the whole state, so the blocks up to the hook are skipped. Where a model does
+    not allow that (which is checked once, on a few tokens), and for other hooks, the whole model runs and a hook
+    replaces the value.
+    """
+
+    def __init__(self, hooked: HookedModel, layer: int, hook: str) -> None:
+        self.hooked = hooked
+        self._model: Any = hooked.model
+        _, self._blocks = find_blocks(self._model.base_model)
+        self._last = layer
+        self._skips = False
+        ids = torch.arange(_CHECKED_TOKENS, device=hooked.device)[None] + 5
+        self.vocabulary: int = self._model(input_ids=ids[:, :1], use_cache=False).logits.shape[-1]
+        if hook == "resid_post":
+            hidden = self.hidden(ids)
+            whole = self.logits(ids, hidden)
+            self._skips = True
+            try:
+                difference = float((self.logits(ids, hidden) - whole).abs().max() / whole.abs().max())
+            except Exception:  # whatever a model's code raises where its blocks are not what it expects
+                difference = float("inf")
+            self._skips = difference <= _EQUAL
+
+    @property
+    def skips(self) -> bool:
+        """Whether the blocks up to the hook are skipped."""
+        return self._skips
+
+    def hidden(self, ids: Int[Tensor, "contexts length"]) -> Float[Tensor, "contexts length d"]:
+        """The value at the hook, fp32."""
+        with self.hooked.computing():
+            return self.hooked.activations(ids, None).float()
+
+    @torch.no_grad()
+    def logits(
+        self,
+        ids: Int[Tensor, "contexts length"],
+        hidden: Float[Tensor, "contexts length d"],
+        *,
+        exact: bool = False,
+    ) -> Float[Tensor, "contexts length vocabulary"]:
+        """Logits, fp32, when the value at the hook is `hidden` (`ids` give the shape, and the part before the hook).
+
+        `exact`: in fp32 even if the model computes in bf16, for differences that its rounding would drown.
+        """
+        precision = nullcontext() if exact else self.hooked.computing()
+        with self._skipping(hidden) if self._skips else self._replacing(hidden), precision:
+            return self._model(input_ids=ids, use_cache=False).logits.float()
+
+    @contextmanager
+    def _skipping(self, hidden: Tensor) -> Iterator[None]:
+        originals = list(self._blocks[: self._last + 1])
+        for place, block in enumerate(originals):
+            self._blocks[place] = _Stored(block, hidden)
+        try:
+            yield
+        finally:
+            for place, block in enumerate(originals):
+                self._blocks[place] = block
+
+    @contextmanager
+    def _replacing(self, hidden: Tensor) -> Iterator[None]:
+        scale = self.hooked.hook.module_scale
+
+        def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            whole = isinstance(output, Tensor)
+            old = output if whole else output[0]
+            new = (hidden / scale).to(old.dtype).reshape(old.shape)
+            return new if whole else (new, *output[1:])
+
+        module = self._model.base_model.get_submodule(self.hooked.hook.module)
+        handle = module.register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class _Stored(nn.Module):
+    """Stands in for a block: returns a stored value. Other attributes are the block's (models read some of them)."""
+
+    def __init__(self, block: nn.Module, value: Tensor) -> None:
+        super().__init__()
+        self.__dict__["_block"], self.__dict__["_value"] = block, value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *_arguments: Any, **_named: Any) -> Tensor:
+        return self.__dict__["_value"]
+
+
+def load_spliced(cfg: ActivationsConfig, precision: str, device: torch.device) -> SplicedModel:
+    """The causal model of `cfg`. Raises `UserError` as `load_model`, and for a model without a next-token head."""
+    return SplicedModel(load_model(cfg, locate(cfg), precision, device, head=True), cfg.layer, cfg.hook)

@@ -1,0 +1,67 @@
+"""A tiny causal language model, text for it, and what SAEs on it are judged with."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from harness.activations.open import open_source
+from harness.config import ActivationsConfig
+from harness.process.signals import StopFlag
+from harness.progress import Progress
+from harness.quality.shared import Shared
+from tests.activations.conftest import TINY, VOCABULARY, WORDS, save_tokenizer
+
+
+@pytest.fixture(scope="session")
+def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of three blocks with random weights."""
+    directory = tmp_path_factory.mktemp("causal")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **TINY, num_key_value_heads=1, max_position_embeddings=128, vocab_size=len(VOCABULARY), pad_token_id=0
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("corpus")
+    generator = torch.Generator().manual_seed(1)
+    for number in range(80):
+        words = torch.randint(len(WORDS), (60,), generator=generator)
+        (directory / f"{number:02d}.txt").write_text(" ".join(WORDS[word] for word in words))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def shared(causal: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """512 tokens of held-out text in contexts of 16."""
+    cfg = ActivationsConfig(
+        model=str(causal),
+        layer=1,
+        text="files",
+        text_paths=[f"{corpus}/*.txt"],
+        context=16,
+        tokens=2048,
+        heldout_tokens=512,
+        dtype="fp32",
+        lm_precision="fp32",
+    )
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        out = tmp_path_factory.mktemp("out")
+        open_source(cfg, out, progress=False, stop=StopFlag())
+        yield Shared(cfg, out, 512, StopFlag(), Progress(nowhere))

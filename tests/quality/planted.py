@@ -1,0 +1,60 @@
+"""SAEs whose parameters are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.config import SaeConfig
+from harness.ops import choose_ops
+from harness.quality.shared import Rows
+from harness.saes.normalize import Normalizer
+from harness.saes.sae import Sae
+from harness.saes.trained import Origin, TrainedSae
+
+
+def planted(
+    W_dec: Tensor,
+    *,
+    k: int = 0,
+    architecture: str = "topk",
+    W_enc: Tensor | None = None,
+    b_enc: Tensor | None = None,
+    b_dec: Tensor | None = None,
+    scale: float = 1.0,
+    fire_counts: Tensor | None = None,
+    **further: Tensor,
+) -> TrainedSae:
+    n, d = W_dec.shape
+    settings: dict[str, Any] = {"k": k} if k else {"k": 0, "target_l0": 1.0, "aux_alpha": 0.0}
+    config = SaeConfig(architecture=architecture, n_latents=n, **settings)
+    sae = Sae(architecture, d, n, k, 1, True, 1.0, 0.0, 0, 0.0)
+    params = {
+        "W_enc": W_dec.clone() if W_enc is None else W_enc,
+        "W_dec": W_dec,
+        "b_enc": torch.zeros(n) if b_enc is None else b_enc,
+        "b_dec": torch.zeros(d) if b_dec is None else b_dec,
+        **further,
+    }
+    origin = Origin("planted", "", 1, {"kind": "synthetic"}, False)
+    counts = torch.ones(n, dtype=torch.int64) if fire_counts is None else fire_counts
+    ops = choose_ops("reference", torch.device("cpu"))
+    return TrainedSae(sae, params, Normalizer("scale", scale), config, origin, counts, ops)
+
+
+def rows(x: Tensor, documents: int = 8) -> Rows:
+    return Rows(x, torch.arange(len(x)) % documents, 1.0)
+
+
+def orthonormal(d: int, seed: int = 0) -> Tensor:
+    return torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+def sparse(rows: int, n: int, active: int, seed: int = 0) -> Tensor:
+    """Non-negative codes with `active` entries in each row, no two of a size."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.zeros(rows, n)
+    place = torch.rand(rows, n, generator=generator).argsort(dim=1)[:, :active]
+    return codes.scatter(1, place, torch.rand(rows, active, generator=generator) + 0.5)

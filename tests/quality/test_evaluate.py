@@ -1,0 +1,91 @@
+"""`python -m harness.evaluate`: what is judged, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness.evaluate import main
+from harness.quality import judge
+from harness.quality.metric import Metric
+from harness.record.quality import Value, quality_path, read_quality
+
+
+@pytest.fixture
+def sweep(topk_run: Path, switch_run: Path, tmp_path: Path) -> Path:
+    sweep = tmp_path / "out" / "t"
+    for run in (topk_run, switch_run):
+        shutil.copytree(run, sweep / run.name)
+    return sweep
+
+
+def test_geometry_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(sweep), "--metrics", "geometry"]) == 0
+    assert "2 evaluations done, 0 were there" in capsys.readouterr().err
+    for run in sweep.iterdir():
+        found = read_quality(run, "geometry")
+        assert found is not None and 0 <= found["values"]["duplicates"]["value"] <= 1
+        assert (run / "quality" / found["per_latent"]).is_file()
+    assert main([str(sweep), "--metrics", "geometry"]) == 0
+    assert "0 evaluations done, 2 were there" in capsys.readouterr().err
+    assert main([str(sweep), "--metrics", "geometry", "--force"]) == 0
+    assert "2 evaluations done" in capsys.readouterr().err
+
+
+def test_a_changed_result_or_other_weights_are_evaluated_again(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(sweep), "--metrics", "geometry"])
+    first, second = sorted(sweep.iterdir())
+    path = quality_path(first, "geometry")
+    path.write_text(path.read_text().replace('"duplicates"', '"doubles"'))  # its seal is broken
+    content = json.loads(quality_path(second, "geometry").read_text())
+    del content["sha256"]
+    quality_path(second, "geometry").write_text(json.dumps(content | {"weights": "0" * 64}))
+    capsys.readouterr()
+    assert main([str(sweep), "--metrics", "geometry"]) == 0
+    assert "2 evaluations done, 0 were there" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_complete(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(subjects, shared):
+        for number, subject in enumerate(subjects):
+            yield subject, judge.Outcome(1, {"number": Value(number)})
+            shared.stop.request("a test")
+            shared.tick(number)
+
+    metric = Metric("geometry", 1, "", run)
+    monkeypatch.setitem(judge.METRICS, "geometry", metric)
+    assert main([str(sweep), "--metrics", "geometry"]) == 75
+    assert sum(quality_path(path, "geometry").is_file() for path in sweep.iterdir()) == 1
+    assert main([str(sweep), "--metrics", "geometry"]) == 75
+    assert sum(quality_path(path, "geometry").is_file() for path in sweep.iterdir()) == 2
+    assert main([str(sweep), "--metrics", "geometry"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "there is no sweep at nowhere"),
+        (["SWEEP", "--metrics", "beauty"], "--metrics beauty is not known; choose from: "),
+        (["SWEEP", "--metrics", ","], "--metrics names none"),
+        (["SWEEP", "--tokens", "0"], "--tokens 0 must be at least 1"),
+    ],
+)
+def test_wrong_requests(arguments: list[str], words: str, sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(sweep) if word == "SWEEP" else word for word in arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_left_out(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = sorted(sweep.iterdir())
+    (first / "result.json").unlink()
+    assert main([str(sweep), "--metrics", "geometry"]) == 0
+    assert f"{first.name} is left out: it is not finished" in capsys.readouterr().err
+    assert not (first / "quality").exists() and (second / "quality").exists()
+    (second / "result.json").unlink()
+    assert main([str(sweep)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err

@@ -1,0 +1,99 @@
+"""Probes: Newton equals scipy, a planted latent wins, chance gives chance."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+
+from harness.quality.labels import token_labels
+from harness.quality.probes import Halves, best_of, controls, cross_entropy, fit, judge
+from tests.quality.planted import planted
+
+
+def data(tokens: int = 1600) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.rand(tokens, generator=generator) < 0.3
+    z = torch.randn(tokens, 40, generator=generator)
+    z[:, 7] = 1.5 * y + 0.8 * torch.randn(tokens, generator=generator)
+    return z, y
+
+
+def halves(z: torch.Tensor, y: torch.Tensor) -> Halves:
+    document = torch.arange(len(z)) // 10
+    return Halves(z, document % 2 == 0, {"planted": y}, document)
+
+
+def test_newton_equals_scipy() -> None:
+    z, y = data()
+    probe = fit(z[:, 7:8], y, ridge=0.0)
+    signs = np.where(y.numpy(), 1.0, -1.0)
+    column = z[:, 7].double().numpy()
+    exact = minimize(lambda p: np.logaddexp(0, -signs * (p[0] * column + p[1])).mean(), [0.0, 0.0], tol=1e-12)
+    assert [float(probe.weight), float(probe.bias)] == pytest.approx(exact.x.tolist(), abs=1e-3)
+    assert float(cross_entropy(probe, z[:, 7:8], y)) == pytest.approx(exact.fun, abs=1e-6)
+
+
+def test_signs_and_affine_changes_do_not_matter() -> None:
+    z, y = data()
+    column = z[:, 7:8]
+    losses = [float(cross_entropy(fit(v, y), v, y)) for v in (column, -column, 50 * column + 1000)]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
+def test_the_planted_latent_wins() -> None:
+    z, y = data()
+    latent, loss = best_of(lambda x, span: x[:, span], 40, halves(z, y))["planted"]
+    assert latent == 7 and loss < 0.45
+
+
+def test_a_latent_that_is_the_label() -> None:
+    z, y = data()
+    z[:, 3] = y.float()
+    assert best_of(lambda x, span: x[:, span], 40, halves(z, y))["planted"][1] < 0.1
+
+
+def test_random_labels_are_not_learned() -> None:
+    """The smallest of many training losses is below H(y); on other documents it is not."""
+    z, _ = data(3200)
+    y = torch.rand(3200, generator=torch.Generator().manual_seed(5)) < 0.5
+    _, loss = best_of(lambda x, span: x[:, span], 40, halves(z, y))["planted"]
+    assert loss >= math.log(2) - 0.002
+
+
+def test_controls_and_values() -> None:
+    z, y = data()
+    part = halves(z, y)
+    beside = controls(part, 64)
+    share = float(y[part.train].float().mean())
+    assert beside["constant"]["planted"] == pytest.approx(
+        -(share * math.log(share) + (1 - share) * math.log(1 - share)), abs=0.02
+    )
+    assert beside["full"]["planted"] < beside["constant"]["planted"]
+    W = torch.eye(40)
+    outcome = judge(planted(W, k=4), part, beside)
+    assert outcome.curves["labels"][0]["latent"] == 7
+    assert outcome.values["loss"].value == pytest.approx(beside["channel"]["planted"], abs=1e-3)
+    assert outcome.values["loss_shuffled"].value > outcome.values["loss"].value + 0.1
+
+
+class Words:
+    texts = ("def", " running", "(", "x", ")", "#", " note", "\n", "Big", "'", "s", "'", "3")
+
+    def decode(self, ids: list[int]) -> str:
+        return self.texts[ids[0]]
+
+
+def test_labels() -> None:
+    labels = token_labels(torch.arange(13)[None], Words())
+    assert len(labels) >= 13
+
+    def where(name: str) -> list[int]:
+        return labels[name][0].nonzero().flatten().tolist()
+
+    assert where("code keyword") == [0] and where("ends in ing") == [1] and where("digit") == [12]
+    assert where("in parentheses") == [2, 3] and where("in a comment") == [5, 6] and where("in quotes") == [9, 10]
+    assert where("capitalised") == [8] and where("after a line break") == [8] and where("begins a word") == [1, 6]
