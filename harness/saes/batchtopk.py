@@ -6,15 +6,13 @@ the running mean of the smallest value that each batch kept (Bussmann et al. 202
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from harness.ops import Codes
+from harness.ops import Codes, Nesting
 from harness.parallel.kth import kth_largest, number_of, ordered_bits
-from harness.saes.entries import Backward, Batch, Block, Entries
+from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.sae import Params, Sae
 
 MARGIN = 0.9
@@ -113,11 +111,11 @@ class Matryoshka(BatchTopK):
         sae = batch.sae
         own = batch.shards.rows(sae.n_latents)
         ends = [min(max(end - own.start, 0), own.stop - own.start) for end in prefix_ends(sae)]
-        blocks = tuple(
-            Block((entries.index >= begin) & (entries.index < end), slice(begin, end), 1 / len(ends))
-            for begin, end in itertools.pairwise([0, *ends])
-        )
-        return Entries(entries.pre, entries.index, entries.z, blocks)
+        of_row = torch.zeros(own.stop - own.start, dtype=torch.uint8, device=entries.index.device)
+        for end in ends[:-1]:
+            of_row[end:] += 1
+        nesting = Nesting(of_row[entries.index], (1 / len(ends),) * len(ends), headline=len(ends) - 1)
+        return Entries(entries.pre, entries.index, entries.z, nesting)
 
 
 def prefix_ends(sae: Sae) -> list[int]:
