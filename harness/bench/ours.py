@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness.bench.settled import settled
+from harness.bench.settled import dense_relu_step, settled
 from harness.config import TrainConfig
 from harness.ops import Ops, choose_ops
 from harness.parallel import Solo
@@ -72,6 +72,7 @@ class Contender:
 
     def __init__(self, task: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """`tensors`: initial weights and the batch `x` (`measure.random_data`)."""
+        task = {"architecture": "switch" if task["experts"] > 1 else "topk", "variant": ""} | task
         self.device = torch.device(task["device"])
         tensors = {name: value.to(self.device) for name, value in tensors.items()}
         self.x = tensors.pop("x")
@@ -82,7 +83,7 @@ class Contender:
         self.ops = choose_ops(task["ops"], self.device)
         train, compute = TrainConfig(tokens=1e6), COMPUTE[task["precision"]]
         self.optimizer = Optimizer(self.sae, self.params, train, compute)
-        self.taken = 0
+        self.taken, self.dense = 0, task["variant"] == "dense"
         self._last: dict[str, float] = {}
         self._seconds = CLOCKS[task["clock"]]
         self._product = self._encoder_product(compute, experts)
@@ -109,6 +110,8 @@ class Contender:
         """Loss of the batch; leaves the gradients in the optimiser."""
         optimizer = self.optimizer
         runtime = alone(self.device, ops)
+        if self.dense:
+            return dense_relu_step(self.params, self.x, SPARSITY, optimizer.grads)
         return step(
             self.sae,
             self.params,

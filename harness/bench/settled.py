@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,8 +24,8 @@ SAMPLE = 512
 def settled(task: dict[str, Any], tensors: Params, x: Float[Tensor, "tokens d"]) -> tuple[Sae, Params]:
     """Settings and parameters. `tensors` are weights of `measure.random_data`.
 
-    Where a threshold decides, it is one for all latents, so that L0 is k on average; with `task["start"]` biases are
-    zero instead, as at the start of training, and half of the latents are active.
+    Where a threshold decides, it is one for all latents, so that L0 is k on average; with a `task["variant"]` biases
+    are zero instead, as at the start of training, and half of the latents are active.
     """
     name = task["architecture"]
     traits, d, n = ARCHITECTURES[name], task["d"], task["n"]
@@ -51,8 +52,25 @@ def settled(task: dict[str, Any], tensors: Params, x: Float[Tensor, "tokens d"])
             params["threshold"].fill_(threshold)
         elif "log_threshold" in params:
             params["log_threshold"].fill_(threshold).log_()
-        elif not task["start"]:
+        elif not task["variant"]:
             params["b_enc"].fill_(-threshold)
             if "b_mag" in params:
                 params["b_mag"].fill_(-threshold)
     return sae, params
+
+
+def dense_relu_step(params: Params, x: Float[Tensor, "tokens d"], sparsity: float, grads: Params) -> Tensor:
+    """Loss and gradients of a ReLU SAE as plain dense products: what our step must not be slower than."""
+    W_enc, W_dec = params["W_enc"], params["W_dec"]
+    centred = x - params["b_dec"]
+    z = torch.addmm(params["b_enc"], centred, W_enc.T).relu_()
+    residual = centred - z @ W_dec
+    unit = 1 / float((x - x.mean(dim=0)).square().sum())
+    dz = (residual @ W_dec.T).mul_(-2 * unit).add_(sparsity * unit).mul_(z > 0)
+    torch.mm(z.T, residual, out=grads["W_dec"])
+    grads["W_dec"] *= -2 * unit
+    torch.mm(dz.T, centred, out=grads["W_enc"])
+    torch.sum(dz, dim=0, out=grads["b_enc"])
+    grads["b_dec"].copy_(-2 * unit * residual.sum(dim=0) - grads["b_enc"] @ W_enc)
+    fired = (z > 0).sum(dim=0)
+    return unit * residual.square().sum() + sparsity * unit * z.sum() + 0 * fired.sum()

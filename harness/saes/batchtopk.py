@@ -82,11 +82,14 @@ def _largest_of_batch(
     flat = values[present]
     if count <= wanted:
         return present, flat.new_zeros(1)
-    threshold, spare = kth_largest(flat, wanted, shards, "selection")
+    threshold, spare, ties = kth_largest(flat, wanted, shards, "selection")
+    smallest = number_of(threshold, values.dtype)
+    if spare == ties:
+        return ~(values < smallest), smallest  # NaN is largest
     bits = ordered_bits(values.relu().flatten()).view(values.shape)
     equal = present & (bits == threshold)
     chosen = (present & (bits > threshold)) | (equal & (_place_of_equals(batch, equal) < spare))
-    return chosen, number_of(threshold, values.dtype)
+    return chosen, smallest
 
 
 def _place_of_equals(batch: Batch, equal: Bool[Tensor, "own capacity"]) -> Tensor:

@@ -101,6 +101,6 @@ class Activation(Protocol):
     def backward(
         self, batch: Batch, entries: Entries, dz: Float[Tensor, "own capacity"], sparsity: Float[Tensor, ""] | float
     ) -> Backward:
-        """`dz` is the gradient of all reconstructions with respect to z (0 where z is), `sparsity` the coefficient λ of
-        the penalty, averaged over tokens: λ/B."""
+        """`dz` is the gradient of all reconstructions with respect to z (0 where z is) and may be overwritten;
+        `sparsity` is the coefficient λ of the penalty, averaged over tokens: λ/B."""
         ...

@@ -23,10 +23,12 @@ class Relu:
         codes = batch.ops.select_above(
             batch.inputs, batch.compute["W_enc"], params["b_enc"], zero, batch.routing.groups
         )
-        return Entries(codes.values, codes.index, codes.values.relu())
+        z = codes.values.relu_()  # in place: at the start of training most latents are active
+        return Entries(z, codes.index, z)
 
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
-        return Backward(dz + sparsity * (entries.z > 0).to(dz.dtype), latent_loss=sparsity * entries.z.sum())
+        # `dz` is 0 where z is
+        return Backward(dz.add_(sparsity).mul_(entries.z > 0), latent_loss=sparsity * entries.z.sum())
 
 
 class ReluDecoderNorm(Relu):

@@ -161,7 +161,8 @@ def step(
     batch, entries, routing, residual = run.batch, run.entries, run.routing, run.residual
     factor = batch.factor
 
-    dz = _scaled(run.dz, factor, routing.scale)
+    # in place, unless the router needs it as it was
+    dz = run.dz.mul_(factor) if routing.scale is None else _scaled(run.dz, factor, routing.scale)
     back = ACTIVATIONS[sae.architecture].backward(
         replace(batch, residual=residual), entries, dz, sparsity / global_tokens
     )
