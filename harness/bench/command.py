@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from harness.bench.architectures import measure_architectures, parse_architectures
+from harness.bench.architectures import text as architectures_text
 from harness.bench.measure import measure
 from harness.bench.picture import draw
 from harness.bench.shapes import parse_shapes
@@ -139,6 +141,12 @@ def parser() -> argparse.ArgumentParser:
     add("--shapes", default="C1,C2,C3,C3-E8", help="names, or DxNxKxB[xE], separated by commas")
     add("--json", type=Path, metavar="FILE", help="write the results here")
     add("--picture", type=Path, metavar="FILE", help="draw the results here (.svg, .png)")
+    add(
+        "--architectures",
+        default="",
+        metavar="NAMES",
+        help="our architectures beside each other instead, e.g. topk,relu",
+    )
     add("--rounds", type=int, default=11, help="steps per contender, taken in turn")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, else fp32")
     add("--ops", choices=("auto", "reference", "cpu", "triton"), default="auto", help="our kernels")
@@ -203,8 +211,15 @@ def main() -> int:
                 "--clock process adds up all threads and ignores the GPU: use it with --threads 1 on the CPU"
             )
         settings = {key: getattr(arguments, key) for key in ("precision", "ops", "device", "threads", "clock", "dead")}
-        peers = installed_peers(arguments.peers_python, wanted)
-        results = []
+        peers = {} if arguments.architectures else installed_peers(arguments.peers_python, wanted)
+        results: list[dict[str, Any]] = []
+        if arguments.architectures:
+            names = parse_architectures(arguments.architectures)
+            for shape in shapes:
+                measured = measure_architectures(shape, names, settings, arguments.rounds)
+                results.append({"shape": shape.name, "architectures": measured})
+                print(architectures_text(shape, measured), flush=True)
+            shapes = []
         for shape in shapes:
             results.append(measure(shape, peers, settings, arguments.rounds))
             add_comparisons(results)
@@ -215,6 +230,6 @@ def main() -> int:
     if arguments.json:
         about = machine(torch.device(arguments.device), arguments.threads) | {"clock": arguments.clock}
         write_json_atomic(arguments.json, {"machine": about, "results": results})
-    if arguments.picture:
+    if arguments.picture and not arguments.architectures:
         draw(results, arguments.picture)
     return 0

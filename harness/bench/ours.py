@@ -17,21 +17,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import budget
-from harness.config import SaeConfig, TrainConfig
+from harness.bench.settled import dense_relu_step, settled
+from harness.config import TrainConfig
 from harness.ops import Ops, choose_ops
 from harness.parallel import Solo
 from harness.process import memory
 from harness.process.runtime import alone
-from harness.saes import DeadLatents, Sae, find_dead, step
+from harness.saes import DeadLatents, find_dead, step
 from harness.training.graph import StepGraph
 from harness.training.optimizer import Optimizer
 from harness.training.state import COMPUTE
 
 LR = 1e-4
-AUX_ALPHA = 1 / 32
+SPARSITY = 1e-3
+"""λ·V of architectures with a penalty: small, so that L0 stays."""
 SHORT_MS = 250.0
 """Shorter work is done twice, and the second time counts; so it is for the peers (`peer_worker`)."""
+PARTS = {
+    "select_ms": ("select", "select_above"),
+    "decode_ms": ("reconstruct", "reconstruct_nested", "latent_grads"),
+    "backward_ms": ("weight_grads", "nested_weight_grads", "latent_sums"),
+}
+"""Which operations make up a part of the step."""
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 COPY_BYTES = 1 << 28
 """Bytes read and written by the copy that measures bandwidth on a CPU, an eighth of those on a GPU: far more than any
@@ -65,22 +72,18 @@ class Contender:
 
     def __init__(self, task: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """`tensors`: initial weights and the batch `x` (`measure.random_data`)."""
+        task = {"architecture": "switch" if task["experts"] > 1 else "topk", "variant": ""} | task
         self.device = torch.device(task["device"])
         tensors = {name: value.to(self.device) for name, value in tensors.items()}
         self.x = tensors.pop("x")
         n, experts = task["n"], task["experts"]
-        switch = experts > 1
-        self.params = tensors if switch else {key: tensors[key] for key in ("W_enc", "W_dec", "b_enc", "b_dec")}
-        variance = float((self.x - self.x.mean(dim=0)).square().sum(dim=1).mean())
-        architecture, balance = ("switch", 0.03) if switch else ("topk", 0.0)
-        aux_k = budget.aux_k(SaeConfig(architecture, n, task["k"], experts), task["d"])
-        self.sae = Sae(architecture, task["d"], n, task["k"], experts, True, variance, AUX_ALPHA, aux_k, balance)
+        self.sae, self.params = settled(task, tensors, self.x)
         silent = torch.rand(n, generator=torch.Generator().manual_seed(1)) < task["dead"]
         self.dead = find_dead(self.sae, silent.to(self.device), Solo())
         self.ops = choose_ops(task["ops"], self.device)
         train, compute = TrainConfig(tokens=1e6), COMPUTE[task["precision"]]
         self.optimizer = Optimizer(self.sae, self.params, train, compute)
-        self.taken = 0
+        self.taken, self.dense = 0, task["variant"] == "dense"
         self._last: dict[str, float] = {}
         self._seconds = CLOCKS[task["clock"]]
         self._product = self._encoder_product(compute, experts)
@@ -107,7 +110,19 @@ class Contender:
         """Loss of the batch; leaves the gradients in the optimiser."""
         optimizer = self.optimizer
         runtime = alone(self.device, ops)
-        return step(self.sae, self.params, optimizer.compute, self.x, runtime, dead, optimizer.grads).loss
+        if self.dense:
+            return dense_relu_step(self.params, self.x, SPARSITY, optimizer.grads)
+        return step(
+            self.sae,
+            self.params,
+            optimizer.compute,
+            self.x,
+            runtime,
+            dead,
+            optimizer.grads,
+            sparsity=SPARSITY / self.sae.variance,
+            done=1 + self.taken,
+        ).loss
 
     def take_step(self, ops: Ops, dead: DeadLatents | None = None) -> tuple[Any, Any]:
         """One whole training step; returns the marks around its optimiser part."""
@@ -152,12 +167,8 @@ class Contender:
         with_dead_ms = step_ms
         if self.dead is not None:
             with_dead_ms = self._steady("dead", lambda: self.take_step(self.ops, self.dead))
-        parts = {
-            "select_ms": spent["select"],
-            "decode_ms": spent["reconstruct"],
-            "backward_ms": spent["weight_grads"],
-            "optimizer_ms": self.between(*optimizer),
-        }
+        parts = {part: sum(spent.get(operation, 0.0) for operation in operations) for part, operations in PARTS.items()}
+        parts["optimizer_ms"] = self.between(*optimizer)
         return {
             "gemm_ms_shape": product_ms,
             "step_ms": step_ms,

@@ -7,9 +7,9 @@ import os
 
 import torch
 
-from harness.ops.interface import AdamState, Codes, Groups, Hyper, Ops, Reduce
+from harness.ops.interface import AdamState, Codes, Groups, Hyper, Nesting, Ops, Reduce, is_whole, per_entry
 
-__all__ = ["AdamState", "Codes", "Groups", "Hyper", "Ops", "Reduce", "choose_ops"]
+__all__ = ["AdamState", "Codes", "Groups", "Hyper", "Nesting", "Ops", "Reduce", "choose_ops", "is_whole", "per_entry"]
 
 
 def choose_ops(name: str, device: torch.device | None = None) -> Ops:

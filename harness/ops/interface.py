@@ -22,10 +22,27 @@ from harness.ops.untyped import integers
 
 
 class Codes(NamedTuple):
-    """The active latents of each token, value descending, equal values by ascending index."""
+    """The active latents of each token, value descending, equal values by ascending index.
+
+    In the *whole* form there is a column for every row of the only group, in order, and `index` is the same numbers for
+    every token, without memory of its own (`whole_index`). It is cheaper where many latents are active.
+    """
 
     values: Float[Tensor, "tokens k"]
     index: Int[Tensor, "tokens k"]  # pyright: ignore[reportIncompatibleMethodOverride]  (hides tuple.index)
+
+
+def whole_index(rows: slice, tokens: int, device: torch.device) -> Int[Tensor, "tokens rows"]:
+    return torch.arange(rows.start, rows.stop, device=device).expand(tokens, -1)
+
+
+def is_whole(index: Int[Tensor, "tokens k"]) -> bool:
+    return index.shape[0] > 1 and index.stride(0) == 0
+
+
+def per_entry(vector: Float[Tensor, " rows"], index: Int[Tensor, "tokens k"]) -> Float[Tensor, "tokens k"]:
+    """`vector[index]`, without a copy in the whole form."""
+    return vector[index[0]].expand(index.shape) if is_whole(index) else vector[index]
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,17 @@ class Groups:
         tokens = integers(self.token_offsets)
         rows = self.row_offsets
         return [(slice(tokens[g], tokens[g + 1]), slice(rows[g], rows[g + 1])) for g in range(len(rows) - 1)]
+
+
+class Nesting(NamedTuple):
+    """Which block each entry of codes belongs to. Reconstructions are of blocks 1 … b."""
+
+    block: Int[Tensor, "tokens k"]
+    """From 0; uint8."""
+    weights: tuple[float, ...]
+    """Of the error of blocks 1 … b in the loss."""
+    headline: int
+    """The block up to which the reconstruction is the SAE's; fvu, L0 and AuxK are about it."""
 
 
 Reduce: TypeAlias = Callable[[Float[Tensor, "tokens d"]], Float[Tensor, "tokens d"]]
@@ -115,7 +143,8 @@ class Ops(Protocol):
         index. `index` counts local rows. A group with fewer than k rows pads with −inf at its first row.
 
         With `ordered=False` a kernel may return only the positive ones of these k, in any fixed order, padded with
-        values ≤ 0 at rows of the group. This suffices for callers that apply ReLU and sum (AuxK)."""
+        values ≤ 0 at rows of the group, or the whole form, 0 where it is none of them. This suffices for callers that
+        apply ReLU and sum (AuxK)."""
         ...
 
     def select_preactivations(self, preactivations: Float[Tensor, "tokens rows"], k: int) -> Codes:
@@ -132,7 +161,8 @@ class Ops(Protocol):
     ) -> Codes:
         """All entries of x·W_encᵀ + b_enc of each token's group that are not below their latent's `theta` (NaN is
         not), by ascending index. As many columns as the fullest token has entries, at least one; shorter ones are
-        padded with −inf at the group's first row. Waits for the device, once, for the number of columns."""
+        padded with −inf at the group's first row. Waits for the device, once, for the number of columns. Where a token
+        has too many entries for that, a kernel may return the whole form, −inf where there is no entry."""
         ...
 
     def reconstruct(

@@ -24,8 +24,11 @@ def number_of(bits: Int[Tensor, ""], dtype: torch.dtype) -> Float[Tensor, " one"
     return bits.to(torch.int64 if dtype is torch.float64 else torch.int32).view(1).view(dtype)
 
 
-def kth_largest(values: Float[Tensor, " count"], k: int, shards: Shards, kind: Kind) -> tuple[Int[Tensor, ""], int]:
-    """(`ordered_bits` of the k-th largest of all ranks' values, how many of the values equal to it are among the k).
+def kth_largest(
+    values: Float[Tensor, " count"], k: int, shards: Shards, kind: Kind
+) -> tuple[Int[Tensor, ""], int, int]:
+    """(`ordered_bits` of the k-th largest of all ranks' values, how many of those equal to it are among the k, how many
+    equal it).
 
     float32 or float64, none negative; k is at most their number over all ranks, and at least 1. A radix search: each
     rank counts its values by the digits of their bits, so few numbers are exchanged and the result does not depend on
@@ -33,14 +36,15 @@ def kth_largest(values: Float[Tensor, " count"], k: int, shards: Shards, kind: K
     """
     bits = ordered_bits(values)
     width = 64 if values.dtype is torch.float64 else 32
-    prefix, left = 0, k
+    prefix, left, equal = 0, k, 0
     for shift in range(width - DIGIT_BITS, -1, -DIGIT_BITS):
         digits = (bits >> shift) & ((1 << DIGIT_BITS) - 1)
         counts = torch.bincount(digits, minlength=1 << DIGIT_BITS)
         larger = integers(shards.sum_(counts, "all", kind).flip(0).cumsum(0))
         place = next(place for place, reached in enumerate(larger) if reached >= left)
-        left -= larger[place - 1] if place else 0
+        before = larger[place - 1] if place else 0
+        left, equal = left - before, larger[place] - before
         digit = (1 << DIGIT_BITS) - 1 - place
         prefix |= digit << shift
         bits = bits[digits == digit]
-    return torch.tensor(prefix, device=values.device), left
+    return torch.tensor(prefix, device=values.device), left, equal

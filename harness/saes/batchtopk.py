@@ -6,15 +6,13 @@ the running mean of the smallest value that each batch kept (Bussmann et al. 202
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from harness.ops import Codes
+from harness.ops import Codes, Nesting
 from harness.parallel.kth import kth_largest, number_of, ordered_bits
-from harness.saes.entries import Backward, Batch, Block, Entries
+from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.sae import Params, Sae
 
 MARGIN = 0.9
@@ -84,11 +82,14 @@ def _largest_of_batch(
     flat = values[present]
     if count <= wanted:
         return present, flat.new_zeros(1)
-    threshold, spare = kth_largest(flat, wanted, shards, "selection")
+    threshold, spare, ties = kth_largest(flat, wanted, shards, "selection")
+    smallest = number_of(threshold, values.dtype)
+    if spare == ties:
+        return ~(values < smallest), smallest  # NaN is largest
     bits = ordered_bits(values.relu().flatten()).view(values.shape)
     equal = present & (bits == threshold)
     chosen = (present & (bits > threshold)) | (equal & (_place_of_equals(batch, equal) < spare))
-    return chosen, number_of(threshold, values.dtype)
+    return chosen, smallest
 
 
 def _place_of_equals(batch: Batch, equal: Bool[Tensor, "own capacity"]) -> Tensor:
@@ -113,11 +114,11 @@ class Matryoshka(BatchTopK):
         sae = batch.sae
         own = batch.shards.rows(sae.n_latents)
         ends = [min(max(end - own.start, 0), own.stop - own.start) for end in prefix_ends(sae)]
-        blocks = tuple(
-            Block((entries.index >= begin) & (entries.index < end), slice(begin, end), 1 / len(ends))
-            for begin, end in itertools.pairwise([0, *ends])
-        )
-        return Entries(entries.pre, entries.index, entries.z, blocks)
+        of_row = torch.zeros(own.stop - own.start, dtype=torch.uint8, device=entries.index.device)
+        for end in ends[:-1]:
+            of_row[end:] += 1
+        nesting = Nesting(of_row[entries.index], (1 / len(ends),) * len(ends), headline=len(ends) - 1)
+        return Entries(entries.pre, entries.index, entries.z, nesting)
 
 
 def prefix_ends(sae: Sae) -> list[int]:

@@ -10,24 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.ops import Codes, Ops, Reduce
+from harness.ops import Codes, Nesting, Ops, Reduce
 from harness.parallel import Shards
 from harness.saes.router import Routing
 from harness.saes.sae import Params, Sae
-
-
-@dataclass(frozen=True)
-class Block:
-    """A part of the entries. Reconstructions are of blocks 1 … b, so one pass over the blocks gives all of them."""
-
-    members: Bool[Tensor, "own capacity"]
-    rows: slice | None
-    """Local latents that the members lie in; None: any."""
-    weight: float
-    """Of the error of blocks 1 … b in the loss."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +29,16 @@ class Entries:
     """Local row of each."""
     z: Float[Tensor, "own capacity"]
     """Activations."""
-    blocks: tuple[Block, ...] = ()
-    """Nested reconstructions; empty: one, of all entries."""
-    headline: int = -1
-    """The block up to which the reconstruction is the SAE's; fvu, L0 and AuxK are about it."""
+    nesting: Nesting | None = None
+    """Nested reconstructions; None: one, of all entries."""
 
     @property
     def codes(self) -> Codes:
         """The active latents of the SAE's reconstruction."""
-        if not self.blocks:
+        nesting = self.nesting
+        if nesting is None or nesting.headline == len(nesting.weights) - 1:
             return Codes(self.z, self.index)
-        members = self.blocks[0].members
-        for block in self.blocks[1 : len(self.blocks) + self.headline + 1]:
-            members = members | block.members
-        return Codes(self.z.where(members, 0.0), self.index)
+        return Codes(self.z.where(nesting.block <= nesting.headline, 0.0), self.index)
 
 
 @dataclass(frozen=True)
@@ -116,6 +101,6 @@ class Activation(Protocol):
     def backward(
         self, batch: Batch, entries: Entries, dz: Float[Tensor, "own capacity"], sparsity: Float[Tensor, ""] | float
     ) -> Backward:
-        """`dz` is the gradient of all reconstructions with respect to z (0 where z is), `sparsity` the coefficient λ of
-        the penalty, averaged over tokens: λ/B."""
+        """`dz` is the gradient of all reconstructions with respect to z (0 where z is) and may be overwritten;
+        `sparsity` is the coefficient λ of the penalty, averaged over tokens: λ/B."""
         ...

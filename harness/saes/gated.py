@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.ops import Codes
+from harness.ops import Codes, per_entry
 from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.sae import Params, Sae
 
@@ -26,12 +26,13 @@ class Gated:
         codes = batch.ops.select_above(
             batch.inputs, batch.compute["W_enc"], params["b_enc"], zero, batch.routing.groups
         )
-        magnitude = self._products(batch, codes) * params["r_mag"].exp()[codes.index] + params["b_mag"][codes.index]
+        magnitude = self._products(batch, codes) * per_entry(params["r_mag"].exp(), codes.index)
+        magnitude = magnitude + per_entry(params["b_mag"], codes.index)
         return Entries(codes.values, codes.index, torch.where(codes.values <= 0, 0.0, magnitude).relu())
 
     def _products(self, batch: Batch, codes: Codes) -> Tensor:
         """W(x − b_dec) of each entry; 0 where padded."""
-        return (codes.values - batch.params["b_enc"][codes.index]).where(~codes.values.isneginf(), 0.0)
+        return (codes.values - per_entry(batch.params["b_enc"], codes.index)).where(~codes.values.isneginf(), 0.0)
 
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
         params, index = batch.params, entries.index
@@ -41,7 +42,7 @@ class Gated:
             Codes(gate, index), batch.compute["W_dec"], batch.target, None, batch.routing.groups, batch.reduce
         )
         d_gate = batch.factor * d_gate + sparsity * (gate > 0).to(gate.dtype)
-        scale = params["r_mag"].exp()[index]
+        scale = per_entry(params["r_mag"].exp(), index)
         scaled = self._products(batch, Codes(entries.pre, index)) * scale
         sums = batch.ops.latent_sums
         rows = params["b_enc"].shape[0]

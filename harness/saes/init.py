@@ -118,7 +118,7 @@ def _threshold_for(sae: Sae, params: Params, rows: Float[Tensor, "rows d"], shar
     values = (inputs @ params["W_enc"].T).relu().flatten()
     wanted = max(1, min(round(sae.target_l0 * rows.shape[0]), sae.n_latents * rows.shape[0]))
     # the ranks of a replica hold different latents, replicas hold the same
-    bits, _ = kth_largest(values, wanted * shards.dp, shards, "selection")
+    bits, _, _ = kth_largest(values, wanted * shards.dp, shards, "selection")
     return max(float(number_of(bits, values.dtype)), SMALLEST_THRESHOLD)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.ops import Codes
+from harness.ops import Codes, per_entry
 from harness.ops.untyped import norm
 from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.sae import Params, Sae
@@ -34,11 +34,13 @@ class JumpRelu:
         codes = batch.ops.select_above(
             batch.inputs, batch.compute["W_enc"], params["b_enc"], least, batch.routing.groups
         )
-        return Entries(codes.values, codes.index, codes.values.where(~(codes.values <= threshold[codes.index]), 0.0))
+        return Entries(
+            codes.values, codes.index, codes.values.where(~(codes.values <= per_entry(threshold, codes.index)), 0.0)
+        )
 
     def _near(self, batch: Batch, entries: Entries) -> Tensor:
         """K((a − θ)/ε)."""
-        threshold = batch.params["log_threshold"].exp()[entries.index]
+        threshold = per_entry(batch.params["log_threshold"].exp(), entries.index)
         return ((entries.pre - threshold).abs() < batch.sae.bandwidth / 2).to(entries.z.dtype)
 
     def _all_grads(self, batch: Batch, entries: Entries, dz: Tensor, near: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ class JumpRelu:
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
         epsilon, rows = batch.sae.bandwidth, batch.params["b_enc"].shape[0]
         threshold, near = batch.params["log_threshold"].exp(), self._near(batch, entries)
-        pull = self._all_grads(batch, entries, dz, near) * threshold[entries.index] + sparsity
+        pull = self._all_grads(batch, entries, dz, near) * per_entry(threshold, entries.index) + sparsity
         to_threshold = batch.ops.latent_sums(near * pull, entries.index, rows) / -epsilon
         return Backward(
             dz, {"log_threshold": threshold * to_threshold}, latent_loss=sparsity * (entries.z > 0).to(dz.dtype).sum()
@@ -66,15 +68,15 @@ class JumpReluTanh(JumpRelu):
         rows, tokens, sums = params["b_enc"].shape[0], batch.inputs.shape[0], batch.ops.latent_sums
         threshold, near = params["log_threshold"].exp(), self._near(batch, entries)
         norms = norm(params["W_dec"], dim=1)
-        reach = torch.tanh(TANH_SCALE * z * norms[index])
+        reach = torch.tanh(TANH_SCALE * z * per_entry(norms, index))
         slope = sparsity * TANH_SCALE * (1 - reach.square())
         active = (z > 0).to(z.dtype)
-        g = self._all_grads(batch, entries, dz, near) + slope * norms[index] * (active + near).clamp(max=1)
-        jump = threshold[index] / sae.bandwidth * near
+        g = self._all_grads(batch, entries, dz, near) + slope * per_entry(norms, index) * (active + near).clamp(max=1)
+        jump = per_entry(threshold, index) / sae.bandwidth * near
         # ReLU(θ − a)·‖d‖ on every token: on all of them, less the active ones
         below = sae.preactivation_penalty / batch.global_tokens * norms
-        da = g * (active + jump) + below[index] * active
-        excess = sums((entries.pre - threshold[index]).where(z > 0, 0.0), index, rows)
+        da = g * (active + jump) + per_entry(below, index) * active
+        excess = sums((entries.pre - per_entry(threshold, index)).where(z > 0, 0.0), index, rows)
         total = batch.inputs.to(params["W_enc"].dtype).sum(dim=0)
         everywhere = tokens * (threshold - params["b_enc"]) - params["W_enc"] @ total
         shortfall = excess + everywhere

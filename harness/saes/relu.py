@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.ops import per_entry
 from harness.ops.untyped import norm
 from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.sae import Params, Sae
@@ -22,10 +23,12 @@ class Relu:
         codes = batch.ops.select_above(
             batch.inputs, batch.compute["W_enc"], params["b_enc"], zero, batch.routing.groups
         )
-        return Entries(codes.values, codes.index, codes.values.relu())
+        z = codes.values.relu_()  # in place: at the start of training most latents are active
+        return Entries(z, codes.index, z)
 
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
-        return Backward(dz + sparsity * (entries.z > 0).to(dz.dtype), latent_loss=sparsity * entries.z.sum())
+        # `dz` is 0 where z is
+        return Backward(dz.add_(sparsity).mul_(entries.z > 0), latent_loss=sparsity * entries.z.sum())
 
 
 class ReluDecoderNorm(Relu):
@@ -33,7 +36,7 @@ class ReluDecoderNorm(Relu):
 
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
         norms = norm(batch.params["W_dec"], dim=1)
-        z, own = entries.z, norms[entries.index]
+        z, own = entries.z, per_entry(norms, entries.index)
         return Backward(
             dz + sparsity * own * (z > 0),
             latent_loss=sparsity * (z * own).sum(),
@@ -56,7 +59,7 @@ class ProLu:
         codes = batch.ops.select_above(
             batch.inputs, batch.compute["W_enc"], None, (-bias).clamp(min=0), batch.routing.groups
         )
-        m, own = codes.values, bias[codes.index]
+        m, own = codes.values, per_entry(bias, codes.index)
         # NaN is kept, so that it reaches the loss
         return Entries(m, codes.index, torch.where((m <= 0) | (m + own <= 0), 0.0, m))
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.ops import Codes, Groups, Reduce
+from harness.ops.nested import nested_weight_grads, reconstruct_nested
 from harness.ops.untyped import entr, norm
 from harness.parallel import Axis, Kind, Shards
 from harness.process.runtime import Runtime
@@ -57,7 +58,7 @@ class Forward:
     """‖x − x̂‖² per token."""
     dz: Float[Tensor, "own capacity"]
     """Σ over the reconstructions of weight·⟨x − x̂, W_dec row⟩ where z > 0: what the gradients are made of."""
-    pulls: tuple[Float[Tensor, "own d"], ...]
+    pulls: Float[Tensor, "blocks own d"]
     """For each block of entries, Σ over the reconstructions it takes part in of weight·(x − x̂)."""
     error: Float[Tensor, ""]
     """Σ over own tokens and reconstructions of weight·‖x − x̂‖²."""
@@ -119,34 +120,14 @@ def forward(
     """Encode and decode: x̂ = scale·W_decᵀz + b_dec, and the nested reconstructions if there are any."""
     batch, entries = encode(sae, params, compute, x, runtime, training=training, done=done)
     ops, W_dec, groups = batch.ops, compute["W_dec"], batch.routing.groups
-    if not entries.blocks:
+    if entries.nesting is None:
         codes = Codes(entries.z, entries.index)
         residual, dz, squared = ops.reconstruct(codes, W_dec, batch.target, batch.routing.scale, groups, batch.reduce)
-        return Forward(batch, entries, residual, squared, dz, (residual,), squared.sum())
-    return _nested(batch, entries, W_dec)
-
-
-def _nested(batch: Batch, entries: Entries, W_dec: Float[Tensor, "rows d"]) -> Forward:
-    """Each block adds to the reconstruction of those before it, so that no entry is decoded twice."""
-    ops, groups, left = batch.ops, batch.routing.groups, batch.target
-    parts = [Codes(entries.z.where(block.members, 0.0), entries.index) for block in entries.blocks]
-    residuals: list[Tensor] = []
-    errors: list[Tensor] = []
-    dz = torch.zeros_like(entries.z)
-    for codes in parts:
-        left, dz, squared = ops.reconstruct(codes, W_dec, left, None, groups, batch.reduce)
-        residuals.append(left)
-        errors.append(squared)
-    pulls: list[Tensor] = [entries.blocks[-1].weight * residuals[-1]]
-    dz = entries.blocks[-1].weight * dz
-    for block, codes, residual in zip(
-        reversed(entries.blocks[:-1]), reversed(parts[:-1]), reversed(residuals[:-1]), strict=True
-    ):
-        pulls.append(torch.add(pulls[-1], residual, alpha=block.weight))
-        dz += ops.latent_grads(codes, W_dec, pulls[-1], groups)
-    error = torch.stack([block.weight * error.sum() for block, error in zip(entries.blocks, errors, strict=True)])
-    at = entries.headline
-    return Forward(batch, entries, residuals[at], errors[at], dz, tuple(reversed(pulls)), error.sum())
+        return Forward(batch, entries, residual, squared, dz, residual[None], squared.sum())
+    nesting, codes = entries.nesting, Codes(entries.z, entries.index)
+    residual, pulls, dz, errors = reconstruct_nested(ops, codes, nesting, W_dec, batch.target, groups, batch.reduce)
+    error = errors.new_tensor(nesting.weights) @ errors.sum(dim=1)
+    return Forward(batch, entries, residual, errors[nesting.headline], dz, pulls, error)
 
 
 def _scaled(values: Float[Tensor, "own k"], factor: float | Tensor, scale: Float[Tensor, " own"] | None) -> Tensor:
@@ -180,7 +161,8 @@ def step(
     batch, entries, routing, residual = run.batch, run.entries, run.routing, run.residual
     factor = batch.factor
 
-    dz = _scaled(run.dz, factor, routing.scale)
+    # in place, unless the router needs it as it was
+    dz = run.dz.mul_(factor) if routing.scale is None else _scaled(run.dz, factor, routing.scale)
     back = ACTIVATIONS[sae.architecture].backward(
         replace(batch, residual=residual), entries, dz, sparsity / global_tokens
     )
@@ -229,30 +211,16 @@ def step(
 
 
 def _weight_grads(
-    batch: Batch, entries: Entries, pulls: tuple[Float[Tensor, "own d"], ...], back: Backward, grads: Params
+    batch: Batch, entries: Entries, pulls: Float[Tensor, "blocks own d"], back: Backward, grads: Params
 ) -> None:
     """Write the gradients of W_enc, W_dec and b_enc (Σ da) of own tokens."""
-    ops, groups, scale, inputs = batch.ops, batch.routing.groups, batch.routing.scale, batch.inputs
+    ops, groups, inputs = batch.ops, batch.routing.groups, batch.inputs
     out = (grads["W_enc"], grads["W_dec"], grads["b_enc"])
-    if not entries.blocks:
-        weighted = Codes(_scaled(entries.z, batch.factor, scale), entries.index)
+    weighted = Codes(_scaled(entries.z, batch.factor, batch.routing.scale), entries.index)
+    if entries.nesting is None:
         ops.weight_grads(weighted, back.da, inputs, pulls[0], groups, out)
-    for number, (block, pull) in enumerate(zip(entries.blocks, pulls, strict=False)):
-        z = _scaled(entries.z.where(block.members, 0.0), batch.factor, None)
-        da = back.da.where(block.members, 0.0)
-        if block.rows is None:
-            part = (
-                out if number == 0 else (torch.empty_like(out[0]), torch.empty_like(out[1]), torch.empty_like(out[2]))
-            )
-            ops.weight_grads(Codes(z, entries.index), da, inputs, pull, groups, part)
-            if number:
-                for grad, more in zip(out, part, strict=True):
-                    grad += more
-        elif block.rows.stop > block.rows.start:
-            first, last = block.rows.start, block.rows.stop
-            index = entries.index.clamp(first, last - 1) - first
-            part = (out[0][first:last], out[1][first:last], out[2][first:last])
-            ops.weight_grads(Codes(z, index), da, inputs, pull, Groups(groups.token_offsets, (0, last - first)), part)
+    else:
+        nested_weight_grads(ops, weighted, back.da, entries.nesting, inputs, pulls, groups, out)
     if back.everywhere is not None:
         total = inputs.to(grads["W_enc"].dtype).sum(dim=0)
         grads["W_enc"].addr_(back.everywhere, total)
@@ -266,7 +234,7 @@ def _further_loss(run: Forward, back: Backward, shards: Shards) -> Float[Tensor,
     """The loss beyond fvu, AuxK and balance: further reconstructions, and penalties."""
     loss: Tensor | float = 0.0
     unit = run.batch.sae.variance * run.batch.global_tokens
-    if run.entries.blocks:
+    if run.entries.nesting is not None:
         loss = shards.sum_((run.error - run.squared.sum()) / unit, "dp", "scalars")
     if back.token_loss is not None:
         loss = loss + shards.sum_(back.token_loss, "dp", "scalars")
@@ -299,7 +267,8 @@ def _aux(
     b_enc = params["b_enc"][dead.rows] if sae.enc_bias else None
     # only the choice among shards needs the order
     codes = ops.select(inputs, W_enc, b_enc, dead.k, groups, ordered=shards.shard > 1)
-    codes = Codes(active(sae, codes, dead.k, shards, "auxk"), codes.index)
+    values = active(sae, codes, dead.k, shards, "auxk") if shards.shard > 1 else codes.values.relu()
+    codes = Codes(values, codes.index)
     error, dz, squared = ops.reconstruct(codes, W_dec, target, routing.scale, groups, _reduce(sae, shards, "auxk"))
 
     moments = torch.cat([target.sum(dim=0), run.squared.sum()[None], squared.sum()[None]])

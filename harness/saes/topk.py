@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harness.ops import Codes
+from harness.ops import Codes, Nesting
 from harness.parallel import Kind, Shards
-from harness.saes.entries import Backward, Batch, Block, Entries
+from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.sae import Params, Sae
 
 MULTI_WEIGHT = 1 / 8
@@ -54,5 +54,5 @@ class MultiTopK(TopK):
         # of this shard's descending candidates, those among the k largest over all shards
         kept = shards.keep(entries.pre, sae.k, "selection")
         first = torch.arange(entries.pre.shape[1], device=kept.device) < kept[:, None]
-        blocks = (Block(first, None, 1.0), Block(~first, None, MULTI_WEIGHT))
-        return Entries(entries.pre, entries.index, entries.z, blocks, headline=-2)
+        nesting = Nesting((~first).to(torch.uint8), (1.0, MULTI_WEIGHT), headline=0)
+        return Entries(entries.pre, entries.index, entries.z, nesting)

@@ -6,10 +6,9 @@ for the gain of each choice.
 """
 
 from harness.ops.cpu.adam import project, update
-from harness.ops.cpu.gradients import fired, weight_grads
-from harness.ops.cpu.products import dense_rows_per_k, latent_grads, reconstruct
+from harness.ops.cpu.gradients import fired, latent_sums, nested_weight_grads, weight_grads
+from harness.ops.cpu.products import dense_rows_per_k, latent_grads, reconstruct, reconstruct_nested
 from harness.ops.cpu.selection import select, select_above, select_preactivations
-from harness.ops.reference import latent_sums
 
 __all__ = [
     "NAME",
@@ -17,8 +16,10 @@ __all__ = [
     "fired",
     "latent_grads",
     "latent_sums",
+    "nested_weight_grads",
     "project",
     "reconstruct",
+    "reconstruct_nested",
     "select",
     "select_above",
     "select_preactivations",

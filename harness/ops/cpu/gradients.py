@@ -10,10 +10,10 @@ from torch import Tensor
 from harness.ops import reference
 from harness.ops.cpu import product_kernels as kernels
 from harness.ops.cpu.arrays import TILE_ELEMENTS, array, floats, scratch
-from harness.ops.cpu.compile import Floats, Ints, Longs
+from harness.ops.cpu.compile import Bytes, Floats, Ints, Longs
 from harness.ops.cpu.products import TOKENS_AT_LEAST, is_dense, sparse_ranges
 from harness.ops.cpu.team import ITEMS_PER_THREAD, cuts, run
-from harness.ops.interface import Codes, Groups
+from harness.ops.interface import Codes, Groups, Nesting, is_whole
 
 PIECE_ENTRIES = 4096
 """A latent with more entries is summed in pieces of this many, so that threads can share it."""
@@ -31,6 +31,9 @@ def weight_grads(
         return reference.weight_grads(codes, dz, x, residual, groups, out)
     k = codes.values.shape[1]
     inputs, residual = x.to(torch.float32).contiguous(), residual.contiguous()
+    if is_whole(codes.index):
+        _whole_weight_grads(codes.values, dz, inputs, residual, out)
+        return
     values, gradients, index = floats(codes.values), floats(dz), array(codes.index)
     for tokens, rows in groups.spans:
         if is_dense(rows, k):
@@ -39,6 +42,33 @@ def weight_grads(
     if sparse_rows:
         ranges = sparse_ranges(groups, k)
         _sparse_weight_grads(values, gradients, index, inputs, residual, ranges, sparse_rows, out)
+
+
+def nested_weight_grads(
+    codes: Codes,
+    dz: Float[Tensor, "tokens k"],
+    nesting: Nesting,
+    x: Float[Tensor, "tokens d"],
+    pulls: Float[Tensor, "blocks tokens d"],
+    out: tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"], Float[Tensor, " rows"]],
+) -> None:
+    """See `harness.ops.nested`. A single group, sparse, float32."""
+    values, gradients, index = floats(codes.values), floats(dz), array(codes.index)
+    inputs, flat = x.to(torch.float32).contiguous(), pulls.flatten(0, 1)
+    rows, ranges = slice(0, out[2].shape[0]), cuts(x.shape[0], TOKENS_AT_LEAST)
+    _sparse_weight_grads(values, gradients, index, inputs, flat, ranges, [rows], out, array(nesting.block))
+
+
+def _whole_weight_grads(values: Tensor, dz: Tensor, x: Tensor, residual: Tensor, out: tuple[Tensor, ...]) -> None:
+    W_enc_grad, W_dec_grad, b_enc_grad = out
+    for grad in out:
+        grad.zero_()
+    size = max(1, TILE_ELEMENTS // values.shape[1])
+    for begin in range(0, values.shape[0], size):
+        block = slice(begin, begin + size)
+        W_dec_grad.addmm_(values[block].T, residual[block])
+        W_enc_grad.addmm_(dz[block].T, x[block])
+        b_enc_grad.add_(dz[block].sum(dim=0))
 
 
 def _dense_weight_grads(
@@ -87,8 +117,10 @@ def _sparse_weight_grads(
     ranges: list[tuple[int, int]],
     spans: list[slice],
     out: tuple[Tensor, Tensor, Tensor],
+    block: Bytes | None = None,
 ) -> None:
-    """One stable counting sort by latent serves all three gradients; then every latent sums its own entries."""
+    """One stable counting sort by latent serves all three gradients; then every latent sums its own entries. With
+    `block`, `residual` are the pulls (blocks·tokens, d)."""
     latents = out[2].shape[0]
     share = max(1, -(-len(ranges) // torch.get_num_threads()))
     shares = [ranges[begin : begin + share] for begin in range(0, len(ranges), share)]
@@ -110,11 +142,23 @@ def _sparse_weight_grads(
         for begin, end in shares[item]:
             kernels.sort_by_latent(begin, end, values, gradients, index, place[item], token, weight_enc, weight_dec)
 
+    source, begun = token, None if block is None else place.copy()
     run(len(shares), sort)
+    if block is not None and begun is not None:
+        source = np.empty(total, np.int32)
+        sources, blocks, places = source, block, begun
+
+        def find(item: int) -> None:
+            for begin, end in shares[item]:
+                kernels.sources_by_latent(begin, end, values, gradients, index, blocks, places[item], sources)
+
+        run(len(shares), find)
     rows = np.concatenate([np.arange(span.start, span.stop, dtype=np.int64) for span in spans])
     last = ends[rows, -1]
     first = last - counts.sum(axis=0)[rows]
-    _accumulate(rows, first, np.minimum(last, first + PIECE_ENTRIES), token, weight_enc, weight_dec, x, residual, out)
+    _accumulate(
+        rows, first, np.minimum(last, first + PIECE_ENTRIES), token, source, weight_enc, weight_dec, x, residual, out
+    )
     long = np.flatnonzero(last - first > PIECE_ENTRIES)
     if not long.size:
         return
@@ -126,7 +170,7 @@ def _sparse_weight_grads(
     owner, first, last = np.array(rest).T
     d = out[0].shape[1]
     parts = torch.empty(len(rest), d), torch.empty(len(rest), d), torch.empty(len(rest))
-    _accumulate(np.arange(len(rest)), first, last, token, weight_enc, weight_dec, x, residual, parts)
+    _accumulate(np.arange(len(rest)), first, last, token, source, weight_enc, weight_dec, x, residual, parts)
     for grad, part in zip(out, parts, strict=True):
         for row, piece in zip(owner.tolist(), part, strict=True):
             grad[row] += piece
@@ -137,6 +181,7 @@ def _accumulate(
     first: Longs,
     last: Longs,
     token: Ints,
+    source: Ints,
     weight_enc: Floats,
     weight_dec: Floats,
     x: Tensor,
@@ -159,6 +204,7 @@ def _accumulate(
             bounds[item + 1],
             pieces,
             token,
+            source,
             weight_enc,
             weight_dec,
             inputs,
@@ -173,5 +219,18 @@ def _accumulate(
 
 def fired(codes: Codes, rows: int) -> Int[Tensor, " rows"]:
     counts = torch.zeros(rows, dtype=torch.int64)
+    if is_whole(codes.index):
+        kernels.count_positive(array(codes.values), counts.numpy())
+        return counts
     kernels.count_active(array(codes.values), array(codes.index), counts.numpy())
     return counts
+
+
+def latent_sums(values: Float[Tensor, "tokens k"], index: Int[Tensor, "tokens k"], rows: int) -> Float[Tensor, " rows"]:
+    if is_whole(index):
+        return values.sum(dim=0)
+    if values.dtype is torch.float64:
+        return reference.latent_sums(values, index, rows)
+    sums = torch.zeros(rows)
+    kernels.sum_by_latent(array(values), array(index), sums.numpy())
+    return sums

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba.extending import register_jitable
 
-from harness.ops.cpu.compile import Floats, Ints, Longs, compiled
+from harness.ops.cpu.compile import Bytes, Floats, Ints, Longs, compiled
 
 
 @register_jitable
@@ -158,12 +158,73 @@ def gather_products(
         squared[t] = _square(residual[t])
 
 
+@compiled
+def mask_products(begin: int, end: int, values: Floats, residual: Floats, dz: Floats, squared: Floats) -> None:
+    """`gather_products` in the whole form, in place: dz is 0 where values are."""
+    for t in range(begin, end):
+        for j in range(values.shape[1]):
+            dz[t, j] = dz[t, j] if values[t, j] > 0 else np.float32(0.0)
+        squared[t] = _square(residual[t])
+
+
 @register_jitable
 def _square(vector: Floats) -> np.float32:
     total = np.float32(0.0)
     for i in range(vector.shape[0]):
         total += vector[i] * vector[i]
     return total
+
+
+@compiled
+def reconstruct_nested(
+    begin: int,
+    end: int,
+    values: Floats,
+    index: Longs,
+    block: Bytes,
+    weights: Floats,
+    headline: int,
+    W_dec: Floats,
+    x: Floats,
+    residual: Floats,
+    pulls: Floats,
+    dz: Floats,
+    squared: Floats,
+) -> None:
+    """See `harness.ops.nested`: all blocks of a token while its decoder rows are in cache."""
+    k, blocks = values.shape[1], weights.shape[0]
+    rows, factors, products = np.empty(k, np.int64), np.empty(k, np.float32), np.empty(k, np.float32)
+    left = np.empty(x.shape[1], np.float32)
+    for t in range(begin, end):
+        left[:] = x[t]
+        for b in range(blocks):
+            count = 0
+            for j in range(k):
+                if values[t, j] != 0 and block[t, j] == b:
+                    rows[count], factors[count] = index[t, j], -values[t, j]
+                    count += 1
+            _add_rows(left, W_dec, rows, factors, count)
+            squared[b, t] = _square(left)
+            if b == headline:
+                residual[t] = left
+            for i in range(left.shape[0]):
+                pulls[b, t, i] = weights[b] * left[i]
+        for b in range(blocks - 2, -1, -1):
+            for i in range(left.shape[0]):
+                pulls[b, t, i] += pulls[b + 1, t, i]
+        dz[t, :] = np.float32(0.0)
+        for b in range(blocks):
+            count = 0
+            for j in range(k):
+                if values[t, j] > 0 and block[t, j] == b:
+                    rows[count] = index[t, j]
+                    count += 1
+            _dots(pulls[b, t], W_dec, rows, count, products)
+            count = 0
+            for j in range(k):
+                if values[t, j] > 0 and block[t, j] == b:
+                    dz[t, j] = products[count]
+                    count += 1
 
 
 # --- weight gradients ------------------------------------------------------------------------------------------------
@@ -203,11 +264,26 @@ def sort_by_latent(
 
 
 @compiled
+def sources_by_latent(
+    begin: int, end: int, values: Floats, dz: Floats, index: Longs, block: Bytes, place: Longs, source: Ints
+) -> None:
+    """As `sort_by_latent`, for the row of the pulls (blocks·tokens, d) that belongs to an entry's block and token."""
+    tokens = values.shape[0]
+    for t in range(begin, end):
+        for j in range(values.shape[1]):
+            if values[t, j] != 0 or dz[t, j] != 0:
+                latent = index[t, j]
+                source[place[latent]] = block[t, j] * tokens + t
+                place[latent] += 1
+
+
+@compiled
 def accumulate(
     begin: int,
     end: int,
     pieces: Longs,
     token: Ints,
+    source: Ints,
     weight_enc: Floats,
     weight_dec: Floats,
     x: Floats,
@@ -216,18 +292,34 @@ def accumulate(
     W_dec: Floats,
     b_enc: Floats,
 ) -> None:
-    """For each piece (row to write, first entry, end): the row's sums of weight_enc·x, weight_dec·residual and
-    weight_enc over these entries."""
+    """For each piece (row to write, first entry, end): the row's sums of weight_enc·x[token],
+    weight_dec·residual[source] and weight_enc over these entries."""
     for piece in range(begin, end):
         row, first, last = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2]
         W_enc[row, :] = np.float32(0.0)
         W_dec[row, :] = np.float32(0.0)
         total = np.float32(0.0)
         _add_rows(W_enc[row], x, token[first:last], weight_enc[first:last], last - first)
-        _add_rows(W_dec[row], residual, token[first:last], weight_dec[first:last], last - first)
+        _add_rows(W_dec[row], residual, source[first:last], weight_dec[first:last], last - first)
         for entry in range(first, last):
             total += weight_enc[entry]
         b_enc[row] = total
+
+
+@compiled
+def sum_by_latent(values: Floats, index: Longs, sums: Floats) -> None:
+    """sums[latent] += its values, in the order of the tokens."""
+    for t in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            sums[index[t, j]] += values[t, j]
+
+
+@compiled
+def count_positive(values: Floats, counts: Longs) -> None:
+    """counts[j] += number of tokens with values[t, j] > 0."""
+    for t in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            counts[j] += 1 if values[t, j] > 0 else 0
 
 
 @compiled

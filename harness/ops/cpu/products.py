@@ -12,7 +12,7 @@ from harness.ops.cpu import product_kernels as kernels
 from harness.ops.cpu.arrays import TILE_ELEMENTS, array, blocks, floats, scratch
 from harness.ops.cpu.compile import Floats, Longs
 from harness.ops.cpu.team import cuts, run
-from harness.ops.interface import Codes, Groups, Reduce
+from harness.ops.interface import Codes, Groups, Nesting, Reduce, is_whole
 
 DENSE_ROWS_PER_K = 7
 """A group of at most this many latents per active one is cheaper as dense products: at this width two gathers (decode,
@@ -30,6 +30,11 @@ def dense_rows_per_k(precision: str) -> int:
 
 def is_dense(rows: slice, k: int) -> bool:
     return 0 < rows.stop - rows.start <= DENSE_ROWS_PER_K * k
+
+
+def dense_from(width: int) -> int:
+    """Active latents from which a group of this width is dense, less one."""
+    return (width - 1) // DENSE_ROWS_PER_K
 
 
 def _dense_blocks(groups: Groups, k: int) -> list[tuple[slice, slice]]:
@@ -65,19 +70,24 @@ def reconstruct(
     k = codes.values.shape[1]
     weight, inputs = W_dec.to(torch.float32), x.to(torch.float32).contiguous()
     residual, dz, squared = torch.empty(x.shape), torch.empty(codes.values.shape), torch.empty(x.shape[0])
-    values, index, table = floats(codes.values), array(codes.index), array(weight)
+    whole = is_whole(codes.index)
+    values, index, table = floats(codes.values), array(codes.index[:1] if whole else codes.index), array(weight)
     factors = _NO_SCALE if scale is None else floats(scale)
     dense, sparse = _dense_blocks(groups, k), sparse_ranges(groups, k)
 
     def decode_dense(item: int) -> None:
         tokens, rows = dense[item]
-        active = _densified(values, index, tokens, rows)
+        active = codes.values[tokens] if whole else _densified(values, index, tokens, rows)
         torch.mm(active, weight[rows], out=residual[tokens])
         if scale is not None:
             residual[tokens].mul_(scale[tokens, None])
 
     def latent_grads_dense(item: int) -> None:
         tokens, rows = dense[item]
+        if whole:
+            torch.mm(residual[tokens], weight[rows].T, out=dz[tokens])
+            kernels.mask_products(tokens.start, tokens.stop, values, residual.numpy(), dz.numpy(), squared.numpy())
+            return
         count, width = tokens.stop - tokens.start, rows.stop - rows.start
         products = scratch("dense", count * width, torch.float32).view(count, width)
         torch.mm(residual[tokens], weight[rows].T, out=products)
@@ -116,8 +126,7 @@ def reconstruct(
     else:
         run(len(dense), decode_dense)
         run(len(sparse), decode_sparse)
-        whole = reduce(residual)
-        torch.sub(inputs, whole, out=residual)
+        torch.sub(inputs, reduce(residual), out=residual)
         run(len(dense), latent_grads_dense)
         run(len(sparse), latent_grads_sparse)
     return residual, dz, squared
@@ -127,6 +136,9 @@ def latent_grads(
     codes: Codes, W_dec: Float[Tensor, "rows d"], residual: Float[Tensor, "tokens d"], groups: Groups
 ) -> Float[Tensor, "tokens k"]:
     k = codes.values.shape[1]
+    if is_whole(codes.index):
+        products = residual @ W_dec.to(torch.float32).T
+        return products.mul_(codes.values > 0)
     if W_dec.dtype is torch.float64 or any(is_dense(rows, k) for _, rows in groups.spans):
         return reference.latent_grads(codes, W_dec, residual, groups)
     dz, squared = torch.empty(codes.values.shape), np.empty(codes.values.shape[0], np.float32)
@@ -138,6 +150,31 @@ def latent_grads(
 
     run(len(ranges), work)
     return dz
+
+
+def reconstruct_nested(
+    codes: Codes, nesting: Nesting, W_dec: Float[Tensor, "rows d"], x: Float[Tensor, "tokens d"]
+) -> tuple[
+    Float[Tensor, "tokens d"],
+    Float[Tensor, "blocks tokens d"],
+    Float[Tensor, "tokens k"],
+    Float[Tensor, "blocks tokens"],
+]:
+    """See `harness.ops.nested`. A single group, sparse, float32."""
+    blocks, (tokens, d) = len(nesting.weights), x.shape
+    residual = torch.empty(tokens, d)
+    pulls, dz, squared = torch.empty(blocks, tokens, d), torch.empty(codes.values.shape), torch.empty(blocks, tokens)
+    values, index, table, inputs = floats(codes.values), array(codes.index), floats(W_dec), floats(x)
+    block, weights, ranges = array(nesting.block), np.array(nesting.weights, np.float32), cuts(tokens, TOKENS_AT_LEAST)
+    outputs = residual.numpy(), pulls.numpy(), dz.numpy(), squared.numpy()
+
+    def work(item: int) -> None:
+        kernels.reconstruct_nested(
+            *ranges[item], values, index, block, weights, nesting.headline, table, inputs, *outputs
+        )
+
+    run(len(ranges), work)
+    return residual, pulls, dz, squared
 
 
 def _densified(values: Floats, index: Longs, tokens: slice, rows: slice) -> Float[Tensor, "tokens rows"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from harness.ops import reference
 from harness.ops.cpu import selection_kernels as kernels
 from harness.ops.cpu.arrays import TILE_ELEMENTS, array, blocks, floats, keep_freed_memory, scratch
-from harness.ops.cpu.compile import Floats, Longs
+from harness.ops.cpu.compile import Floats, Ints, Longs
+from harness.ops.cpu.products import dense_from, is_dense
 from harness.ops.cpu.team import run
-from harness.ops.interface import Codes, Groups
+from harness.ops.interface import Codes, Groups, whole_index
 
 
 def _lanes(width: int, k: int) -> int:
@@ -44,6 +46,8 @@ def select(
         return reference.select(x, W_enc, b_enc, k, groups)
     keep_freed_memory()
     tokens = x.shape[0]
+    if not ordered and x.dtype is torch.float32 and len(groups.spans) == 1 and is_dense(groups.spans[0][1], k):
+        return _select_whole(x, W_enc, b_enc, k, groups)
     values, index = torch.empty((tokens, k)), torch.empty((tokens, k), dtype=torch.int64)
     for span, rows in groups.spans:
         if rows.stop - rows.start < k:
@@ -63,6 +67,22 @@ def select(
     return Codes(values, index)
 
 
+def _select_whole(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, groups: Groups) -> Codes:
+    """`select` without order in the whole form, of the only group."""
+    rows, tokens = groups.spans[0][1], x.shape[0]
+    values = torch.empty(tokens, rows.stop - rows.start)
+    bias = np.zeros(W_enc.shape[0], np.float32) if b_enc is None else floats(b_enc)
+    tiles = _tiles(groups, tokens)
+
+    def work(item: int) -> None:
+        span, _ = tiles[item]
+        torch.mm(x[span], W_enc[rows].T, out=values[span])
+        kernels.keep_positive_topk(values[span].numpy(), bias[rows], k)
+
+    run(len(tiles), work)
+    return Codes(values, whole_index(rows, tokens, x.device))
+
+
 def select_above(
     x: Float[Tensor, "tokens d"],
     W_enc: Float[Tensor, "rows d"],
@@ -73,29 +93,45 @@ def select_above(
     if x.dtype is torch.float64:
         return reference.select_above(x, W_enc, b_enc, theta, groups)
     keep_freed_memory()
-    tokens = x.shape[0]
+    tokens, spans = x.shape[0], groups.spans
     bias = np.zeros(W_enc.shape[0], np.float32) if b_enc is None else floats(b_enc)
     limits = floats(theta)
     tiles = _tiles(groups, tokens)
-    lists: dict[int, tuple[Longs, Floats, Longs]] = {}
+    lists: dict[int, tuple[Longs, Floats, Ints]] = {}
+    # several groups share no whole form, so all their entries are listed
+    most = groups.row_offsets[-1] if len(spans) > 1 else dense_from(spans[0][1].stop - spans[0][1].start)
+    whole = torch.empty(0)
+    allocate = threading.Lock()
 
     def gather(item: int) -> None:
+        nonlocal whole
         span, rows = tiles[item]
         count, width = span.stop - span.start, rows.stop - rows.start
         tile = scratch("tile", count * width, x.dtype).view(count, width)
         torch.mm(x[span], W_enc[rows].T, out=tile)
-        full = np.empty((count, -(-width // kernels.BLOCK)), np.int32)
-        starts = np.zeros(count + 1, np.int64)
-        kernels.count_above(array(tile), bias[rows], limits[rows], full, starts[1:])
-        np.cumsum(starts, out=starts)
-        values, index = np.empty(starts[-1], np.float32), np.empty(starts[-1], np.int64)
-        kernels.gather_above(array(tile), bias[rows], limits[rows], full, rows.start, values, index)
-        lists[item] = starts, values, index
+        starts, places = np.empty(count + 1, np.int64), count * min(most, width) + width + 1
+        values, index = scratch("values", places, torch.float32).numpy(), scratch("index", places, torch.int32).numpy()
+        if kernels.gather_above(array(tile), bias[rows], limits[rows], most, rows.start, starts, values, index):
+            lists[item] = starts, values[: starts[-1]].copy(), index[: starts[-1]].copy()
+            return
+        with allocate:
+            whole = whole if whole.numel() else torch.empty(tokens, width)
+        kernels.mask_below(array(tile), bias[rows], limits[rows], whole[span].numpy())
 
     run(len(tiles), gather)
+    if whole.numel():
+        target = whole.numpy()
+
+        def spread(item: int) -> None:
+            if item in lists:
+                span, rows = tiles[item]
+                kernels.spread_rows(span.start, span.stop, *lists[item], rows.start, target)
+
+        run(len(tiles), spread)
+        return Codes(whole, whole_index(spans[0][1], tokens, x.device))
     capacity = max(1, max((int(np.diff(starts).max(initial=0)) for starts, _, _ in lists.values()), default=1))
     values, index = torch.full((tokens, capacity), -torch.inf), torch.zeros((tokens, capacity), dtype=torch.int64)
-    for span, rows in groups.spans:
+    for span, rows in spans:
         if rows.start:
             index[span] = min(rows.start, max(0, W_enc.shape[0] - 1))
     out_values, out_index = values.numpy(), index.numpy()

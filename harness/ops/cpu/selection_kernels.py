@@ -214,41 +214,39 @@ def _reaching(bits: Ints, threshold: np.int32) -> np.int64:
     return np.int64(count)
 
 
+@register_jitable
+def _kth_positive(bits: Ints, k: int) -> tuple[np.int32, np.int64]:
+    """The k-th largest of `bits`, or 1, the least of a positive number, if fewer are positive; and how many of those
+    equal to it are among the k largest. Bisection on the bits ends at the number exactly."""
+    low, reach_low = np.int64(1), _reaching(bits, np.int32(1))
+    high, reach_high = np.int64(1 << 31), np.int64(0)
+    # more than k values reach `low`, fewer than k reach `high`
+    while reach_low > k and high - low > 1:
+        middle = (low + high) >> 1
+        reach = _reaching(bits, np.int32(middle))
+        if reach >= k:
+            low, reach_low = middle, reach
+        else:
+            high, reach_high = middle, reach
+    return np.int32(low), np.int64(bits.shape[0]) if reach_low <= k else k - reach_high
+
+
 @compiled
 def positive_topk(tile: Floats | Shorts, bias: Floats, k: int, first_row: int, values: Floats, index: Longs) -> None:
     """The positive ones among the k largest of each row of tile + bias (rows, width), by ascending index, equal values
-    at the k-th place to the lowest; the rest of values, index (rows, k) is 0 at `first_row`. NaN counts as largest.
-
-    Bisection on the numbers' bits ends at the k-th largest exactly.
-    """
+    at the k-th place to the lowest; the rest of values, index (rows, k) is 0 at `first_row`. NaN counts as largest."""
     rows, width = tile.shape
     # one place more than needed: an index is written first and counted afterwards, which saves a branch
     bits, chosen = np.empty(width, np.int32), np.empty(width + 1, np.int32)
     for t in range(rows):
-        row = tile[t]
+        row, count = tile[t], 0
         _ordered_bits(row, bias, bits)
-        low, reach_low = np.int64(1), _reaching(bits, np.int32(1))
-        high, reach_high = np.int64(1 << 31), np.int64(0)
-        # more than k values reach `low`, fewer than k reach `high`
-        while reach_low > k and high - low > 1:
-            middle = (low + high) >> 1
-            reach = _reaching(bits, np.int32(middle))
-            if reach >= k:
-                low, reach_low = middle, reach
-            else:
-                high, reach_high = middle, reach
-        threshold, count = np.int32(low), 0
-        if reach_low <= k:
-            for i in range(width):
-                chosen[count] = i
-                count += 1 if bits[i] >= threshold else 0
-        else:
-            spare = k - reach_high
-            for i in range(width):
-                chosen[count] = i
-                equal = 1 if bits[i] == threshold and spare > 0 else 0
-                spare -= equal
-                count += 1 if bits[i] > threshold else equal
+        threshold, spare = _kth_positive(bits, k)
+        for i in range(width):
+            chosen[count] = i
+            equal = 1 if bits[i] == threshold and spare > 0 else 0
+            spare -= equal
+            count += 1 if bits[i] > threshold else equal
         for place in range(count):
             i = chosen[place]
             values[t, place] = _widen(row[i]) + bias[i]
@@ -257,49 +255,71 @@ def positive_topk(tile: Floats | Shorts, bias: Floats, k: int, first_row: int, v
         index[t, count:] = first_row
 
 
-BLOCK = 64
+BLOCK = 32
 """Neighbouring numbers that are counted together; most blocks have no entry above a threshold."""
 
 
 @compiled
-def count_above(tile: Floats | Shorts, bias: Floats, theta: Floats, full: Ints, counts: Longs) -> None:
-    """counts[t] = numbers of row t of tile + bias that are not below theta; full[t, b] = those of block b."""
+def gather_above(
+    tile: Floats | Shorts,
+    bias: Floats,
+    theta: Floats,
+    most: int,
+    first_row: int,
+    starts: Longs,
+    values: Floats,
+    index: Ints,
+) -> bool:
+    """The numbers of tile + bias that are not below theta, row after row, and their columns plus `first_row`; those of
+    row t stand at starts[t] … starts[t + 1]. Ends with False at a row that has more than `most`.
+
+    `values` and `index` need a place more than rows·most + width: a number is written first and counted afterwards.
+    """
     rows, width = tile.shape
+    place = 0
+    starts[0] = 0
     for t in range(rows):
-        row, total = tile[t], 0
-        for block in range(full.shape[1]):
-            begin, reach = block * BLOCK, np.float32(0.0)
-            for i in range(begin, min(begin + BLOCK, width)):
+        row = tile[t]
+        for begin in range(0, width, BLOCK):
+            end = min(begin + BLOCK, width)
+            reach = np.float32(0.0)
+            for i in range(begin, end):
                 reach += np.float32(0.0) if _widen(row[i]) + bias[i] < theta[i] else np.float32(1.0)
-            full[t, block] = np.int32(reach)
-            total += np.int64(reach)
-        counts[t] = total
+            if reach > 0:
+                for i in range(begin, end):
+                    value = _widen(row[i]) + bias[i]
+                    values[place] = value
+                    index[place] = first_row + i
+                    place += 0 if value < theta[i] else 1
+        if place - starts[t] > most:
+            return False
+        starts[t + 1] = place
+    return True
 
 
 @compiled
-def gather_above(
-    tile: Floats | Shorts, bias: Floats, theta: Floats, full: Ints, first_row: int, values: Floats, index: Longs
-) -> None:
-    """The numbers that `count_above` counted, row after row, and their columns plus `first_row`."""
+def mask_below(tile: Floats | Shorts, bias: Floats, theta: Floats, out: Floats) -> None:
+    """out = tile + bias, −inf where that is below theta."""
     rows, width = tile.shape
-    place = 0
     for t in range(rows):
-        row = tile[t]
-        for block in range(full.shape[1]):
-            if full[t, block] == 0:
-                continue
-            begin = block * BLOCK
-            for i in range(begin, min(begin + BLOCK, width)):
-                value = _widen(row[i]) + bias[i]
-                if not value < theta[i]:
-                    values[place] = value
-                    index[place] = first_row + i
-                    place += 1
+        row, result = tile[t], out[t]
+        for i in range(width):
+            value = _widen(row[i]) + bias[i]
+            result[i] = np.float32(-np.inf) if value < theta[i] else value
+
+
+@compiled
+def spread_rows(begin: int, end: int, starts: Longs, values: Floats, index: Ints, first_row: int, out: Floats) -> None:
+    """out[t, index − first_row] = the values of row t, as `gather_above` found them; −inf elsewhere."""
+    for t in range(begin, end):
+        out[t, :] = np.float32(-np.inf)
+        for place in range(starts[t - begin], starts[t - begin + 1]):
+            out[t, index[place] - first_row] = values[place]
 
 
 @compiled
 def pad_rows(
-    begin: int, end: int, starts: Longs, flat_values: Floats, flat_index: Longs, values: Floats, index: Longs
+    begin: int, end: int, starts: Longs, flat_values: Floats, flat_index: Ints, values: Floats, index: Longs
 ) -> None:
     """Row t of values and index (rows, capacity) gets the entries starts[t − begin] … of the flat lists; the rest of
     the row stays."""
@@ -308,3 +328,24 @@ def pad_rows(
         for place in range(starts[t - begin + 1] - first):
             values[t, place] = flat_values[first + place]
             index[t, place] = flat_index[first + place]
+
+
+@compiled
+def keep_positive_topk(values: Floats, bias: Floats, k: int) -> None:
+    """Add `bias` to each row of `values` (rows, width), in place, and keep what `positive_topk` finds; else 0."""
+    rows, width = values.shape
+    bits = np.empty(width, np.int32)
+    for t in range(rows):
+        row = values[t]
+        _ordered_bits(row, bias, bits)
+        threshold, spare = np.int32(1), width
+        if k < width:
+            threshold, spare = _kth_positive(bits, k)
+        if spare >= width:
+            for i in range(width):
+                row[i] = row[i] + bias[i] if bits[i] >= threshold else np.float32(0.0)
+            continue
+        for i in range(width):
+            equal = 1 if bits[i] == threshold and spare > 0 else 0
+            spare -= equal
+            row[i] = row[i] + bias[i] if bits[i] > threshold or equal == 1 else np.float32(0.0)
