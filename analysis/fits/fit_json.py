@@ -54,6 +54,8 @@ def content_of(fields: Mapping[str, Any], values: Mapping[str, float], cov: Arra
             "domain": fields["domain"],
             "weighting": fields["weighting"],
             "nested": fields["nested"],
+            "regime": fields["regime"],
+            "influences": [vars(entry) for entry in fields["influences"]],
             "excluded": fields["excluded"],
             "data_sha256": fields["data_hash"],
             "centred": {
@@ -95,6 +97,7 @@ def read(path: Path) -> dict[str, Any]:
             "domain": {name: (span[0], span[1]) for name, span in content["domain"].items()},
             "weighting": content["weighting"],
             "nested": content["nested"],
+            "regime": content.get("regime", ""),
             "excluded": content.get("excluded", []),
             "data_hash": content["data_sha256"],
         }

@@ -38,6 +38,8 @@ class Problem:
     y_mean: float
     order: np.ndarray
     """Row of the table behind each point."""
+    inputs: dict[str, Array]
+    """The inputs of the law, by role (points,)."""
 
     def residual(self, theta: Array) -> Array:
         """Weighted residuals (points,)."""
@@ -62,7 +64,12 @@ class Problem:
     def take(self, rows: np.ndarray) -> Problem:
         """The same problem on some of its points (repeats allowed), with the same centring."""
         return replace(
-            self, phi=self.phi[:, rows], y=self.y[rows], root_weight=self.root_weight[rows], order=self.order[rows]
+            self,
+            phi=self.phi[:, rows],
+            y=self.y[rows],
+            root_weight=self.root_weight[rows],
+            order=self.order[rows],
+            inputs={name: values[rows] for name, values in self.inputs.items()},
         )
 
     def raw_map(self) -> tuple[Array, Array]:
@@ -88,7 +95,8 @@ def pose(law: Law, inputs: Mapping[str, Array], y: Array, weights: Array | None 
     y_mean = float(target.mean())
     phi = law.features({name: values - means[name] for name, values in logs.items()})
     root = np.sqrt(weight / weight.mean())
-    return Problem(law, phi, target - y_mean, root, means, y_mean, order)
+    own = {name: np.asarray(inputs[name], dtype=float)[order] for name in law.inputs}
+    return Problem(law, phi, target - y_mean, root, means, y_mean, order, own)
 
 
 def starting_points(problem: Problem, count: int, seed: int) -> list[Array]:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from analysis.fits import fit_json
 from analysis.fits.fitted import FittedLaw
+from analysis.fits.influence import Influence
 from analysis.fits.intervals import profile, wald
 from analysis.fits.nested import holdout_error, last_slope_error
 from analysis.fits.problem import Problem
@@ -41,6 +42,10 @@ class FitResult(FittedLaw):
     starts: int = 0
     nested: list[dict[str, Any]] = field(default_factory=list)
     """Comparison with simpler forms: law, params, rss_log, aicc, delta_aicc, holdout."""
+    influences: list[Influence] = field(default_factory=list, repr=False)
+    """What the fit would be without each cell, the most influential first; empty after `from_json`."""
+    regime: str = ""
+    """`converged`, `fixed tokens` or `mixed`; empty if it is not recorded or the law is one in tokens."""
     excluded: list[dict[str, str]] = field(default_factory=list)
     """Every run that did not enter: run, reason."""
     data_hash: str = ""
