@@ -29,11 +29,6 @@ def record_notes(table: RunTable, law: Law) -> list[Note]:
     return [*_budget(table, law), *_one_rate(table), *_one_order(table)]
 
 
-def at_budget(notes: list[Note]) -> bool:
-    """Whether a fitted floor may be the level at the budget of the runs, not that of converged ones."""
-    return any(entry.code == "level_at_budget" for entry in notes)
-
-
 def _budget(table: RunTable, law: Law) -> list[Note]:
     """A note if the floor of the law may be what is left after a fixed number of tokens."""
     if law.floor is None or not len(table):

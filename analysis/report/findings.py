@@ -33,7 +33,7 @@ from analysis.runs.study import Study, read_study
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 
-BEYOND = (2.0, 4.0, 16.0)
+BEYOND = (2.0, 4.0, 8.0)
 """Sizes to forecast, in units of the largest n of the runs."""
 
 
