@@ -1,8 +1,8 @@
 """Two architectures: do they share an exponent, how much compute does one save, where do their curves cross?
 
 Both are fitted at once (`two_groups`), with a common floor and with floors of their own. If neither a common floor nor
-a shared exponent is rejected, the multiplier is the same at every loss. Else it is quoted at a loss, with floors of their
-own: that holds whether or not the floors are equal. What the other way gives goes with it.
+a shared exponent is rejected, the multiplier is the same at every loss. Else it is quoted at a loss, with floors of
+their own: that holds whether or not the floors are equal. What the other way gives goes with it.
 """
 
 from __future__ import annotations
