@@ -88,16 +88,19 @@ def run_compare(args: argparse.Namespace, table: RunTable) -> int:
 def run_predict(args: argparse.Namespace, table: RunTable, result: FitResult) -> int:
     """Print the law at the points of `--at`; 1 if it has no finite value there."""
     points = [parse_point(text) for text in args.at]
-    missing = [name for name in result.law.inputs if any(name not in point for point in points)]
+    given = [name for name in result.law.inputs if all(name in point for point in points)]
+    missing = [name for name in result.law.inputs if name not in given and not (name == "d" and result.converges)]
     if missing:
         raise UserError(f"{result.law.name} needs {missing[0]}=… in every --at")
     for point in points:
         check_point(result, table, point, args.far)
-    inputs = {name: np.array([point[name] for point in points]) for name in result.law.inputs}
+    inputs = {name: np.array([point[name] for point in points]) for name in given}
     band = result.predict(inputs, args.kind)
     sizes = inputs[result.law.scale_input]
     if any(is_far(result, size) for size in sizes):
         band["far"] = ["far" if is_far(result, size) else "" for size in sizes]
+    if "d" in band and "d" not in given:
+        band["d"] = "converged"
     print(as_text(band, digits=6))
     for line in [*result.band_notes(band), *result.extrapolation_notes(inputs), *standing(result)]:
         print(line)

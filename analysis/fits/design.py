@@ -53,7 +53,9 @@ def _data(table: RunTable, law: Law) -> list[Note]:
         return notes
     if any(table.roles[role] in table.spent for role in (*law.inputs, "loss") if table.has(role)):
         notes += repeated_rows(table)
-    if table.has("converged") and frame[table.roles["converged"]].notna().any():
+    if "d" in law.inputs:
+        pass  # the law itself says what further tokens bring
+    elif table.has("converged") and frame[table.roles["converged"]].notna().any():
         converged = frame[table.roles["converged"]].eq(True)
         if not converged.all():
             severity = "warning" if converged.any() else "info"

@@ -69,9 +69,10 @@ def influences(problem: Problem, theta: Array, cell: np.ndarray, level: float) -
     found = []
     for number_of_cell in range(cells):
         kept = np.flatnonzero(cell != number_of_cell)
-        if len(kept) - problem.size < LEAST_DOF:
+        rest = problem.take(kept)
+        if min(rest.dof, rest.points - rest.size) < LEAST_DOF:
             return []
-        rest, at = problem.take(kept), _refit(problem, theta, kept)
+        at = _refit(problem, theta, kept)
         without, half = _named(problem, at, names), _half_widths(rest, at, names, level)
         shift = max(abs(without[name] - estimates[name]) / half[name] for name in names)
         found.append(Influence(_inputs(problem, int(np.flatnonzero(cell == number_of_cell)[0])), without, shift))
@@ -94,15 +95,18 @@ def edge_notes(problem: Problem, theta: Array) -> list[Note]:
     rss = float(np.sum(problem.residual(theta) ** 2))
     worst: tuple[float, str] | None = None
     for name, value, out in edges:
-        kept = np.flatnonzero(~out)
-        dof = len(kept) - problem.size
-        if dof < LEAST_DOF:
+        kept, left_out = np.flatnonzero(~out), problem.take(np.flatnonzero(out))
+        others = problem.take(kept)
+        spare = others.points - others.size
+        if min(others.dof, spare) < LEAST_DOF:
             continue
         at = _refit(problem, theta, kept)
-        rest = float(np.sum(problem.take(kept).residual(at) ** 2))
+        rest = float(np.sum(others.residual(at) ** 2))
         if np.sqrt(rest / len(kept)) < NOISELESS:
             continue
-        p = float(fdtrc(int(out.sum()), dof, max(rss - rest, 0.0) / int(out.sum()) / (rest / dof))) * len(edges)
+        runs = left_out.points if left_out.group is None else len(np.unique(left_out.group))
+        f = max(rss - rest, 0.0) / left_out.points / (rest / spare)
+        p = float(fdtrc(runs, others.dof, f)) * len(edges)
         if p < DOUBTFUL and (worst is None or p < worst[0]):
             residual = problem.y[out] - problem.law.log_value(at, problem.phi[:, out])
             off = ", ".join(f"{100 * float(end):+.2g}" for end in (residual.min(), residual.max()))
@@ -139,8 +143,8 @@ def _named(problem: Problem, theta: Array, names: list[str]) -> dict[str, float]
 
 def _half_widths(problem: Problem, theta: Array, names: list[str], level: float) -> dict[str, float]:
     """Half widths of the Wald intervals of some raw coefficients; inf where the data do not determine them."""
-    dof = problem.points - problem.size
-    variance = max(float(np.sum(problem.residual(theta) ** 2)) / dof, NOISELESS**2)
+    dof, spare = problem.dof, problem.points - problem.size
+    variance = max(float(np.sum(problem.residual(theta) ** 2)) / spare, NOISELESS**2)
     matrix, _ = problem.raw_map()
     rows = matrix[[problem.law.params.index(name) for name in names]]
     half = critical_t(dof, level) * np.sqrt(form_variance(rows, covariance(problem, theta, variance)))

@@ -24,14 +24,14 @@ RATES = 2
 
 def record_notes(table: RunTable, law: Law) -> list[Note]:
     """Notes on what the record says about a law in n; none for laws of other quantities."""
-    if not (law.scale_input == "n" or table.roles.get("x") == table.roles.get("n")) or "d" in law.inputs:
+    if not (law.scale_input == "n" or table.roles.get("x") == table.roles.get("n")):
         return []
     return [*_budget(table, law), *_one_rate(table), *_one_order(table)]
 
 
 def _budget(table: RunTable, law: Law) -> list[Note]:
     """A note if the floor of the law may be what is left after a fixed number of tokens."""
-    if law.floor is None or not len(table):
+    if law.floor is None or "d" in law.inputs or not len(table):
         return []
     flags = table.column("converged") if table.has("converged") else pd.Series(dtype=object)
     if len(flags) and flags.eq(True).all():

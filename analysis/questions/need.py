@@ -41,7 +41,7 @@ def need(result: FitResult, loss: float, k: float | None = None, cost: Cost | No
     """
     name = result.law.scale_input
     others = {} if k is None else {"k": k}
-    if set(result.law.inputs) != {name, *others}:
+    if set(result.law.inputs) - ({"d"} if result.converges else set()) != {name, *others}:
         raise UserError(f"{result.law.name} needs {', '.join(result.law.inputs)}; give the others (e.g. --at-k 64)")
     if not 0 < loss < math.inf:
         raise UserError(f"loss {loss} must be positive and finite")

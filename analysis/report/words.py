@@ -46,7 +46,7 @@ def law_sentences(result: FitResult, ks: Sequence[float]) -> list[str]:
         sentences.append(_floor_sentence(result, ks))
     if result.dof > 0:
         spread = 100 * math.sqrt(result.variance)
-        sentences.append(f"Runs scatter by {spread:.2g} % around the law ({result.points} runs, {result.dof} dof).")
+        sentences.append(f"Runs scatter by {spread:.2g} % around the law ({result.sample()}).")
     if result.status is Status.UNRELIABLE:
         sentences.append("This fit is not reliable; see the notes before using its numbers.")
     return sentences
@@ -82,7 +82,7 @@ def _floor_sentence(result: FitResult, ks: Sequence[float]) -> str:
     if "k" in result.law.inputs:
         few = _few(ks)
         inputs = {"k": np.array(few), "n": np.full(len(few), result.domain["n"][0])}
-        floors = result.floor({name: inputs[name] for name in result.law.inputs})
+        floors = result.floor({name: inputs[name] for name in result.law.inputs if name in inputs})
         values = _and([f"{v:.3g} at k = {k:g}" for k, v in zip(few, floors, strict=True)])
         return f"It falls towards {what} of {values}.{why}"
     low, high = result.intervals["E"]
@@ -238,8 +238,9 @@ def refuse(result: FitResult, table: RunTable) -> int:
 
 def used(result: FitResult) -> list[str]:
     """Lines that say which runs were fitted, and which were left out and why."""
-    total = result.points + len(result.excluded)
-    return [f"used: {result.points} of {total} runs ({_some(sorted(result.runs))})", *left_out(result)]
+    runs = sorted(set(result.runs))
+    total = len(runs) + len(result.excluded)
+    return [f"used: {len(runs)} of {total} runs ({_some(runs)})", *left_out(result)]
 
 
 def left_out(result: FitResult) -> list[str]:

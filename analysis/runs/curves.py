@@ -88,6 +88,34 @@ def curve(lines: pd.DataFrame, loss: str) -> pd.DataFrame:
     return points.drop_duplicates("tokens").sort_values("tokens").astype(float)
 
 
+SPAN = 16.0
+"""A curve counts from its last tokens back to this part of them: earlier, the loss is no power of tokens."""
+
+
+def curve_points(table: RunTable) -> RunTable:
+    """The points of the curves of runs with a constant learning rate, half a doubling of tokens apart, as rows of their
+    own with the name of their run. Other runs are left out: where the rate decays, early points are too high.
+
+    A table without curves is returned unchanged.
+    """
+    if not table.histories or not table.has("d"):
+        return table
+    names, loss, tokens = table.column("run").astype(str), table.roles["loss"], table.roles["d"]
+    parts, usable = [], []
+    for run, (_, row) in zip(names, table.frame.iterrows(), strict=True):
+        points = curve(table.history(run), loss)
+        points = points[points["tokens"] > setting(row, "train.warmup_tokens")]
+        usable.append(len(points) > 1 and not decays(row))
+        if usable[-1]:
+            last = points["tokens"].iloc[-1]
+            step = np.round(2 * np.log2(last / points["tokens"])).astype(int)
+            points = points[(points["tokens"] >= last / SPAN * 0.99)].assign(step=step).drop_duplicates("step")
+            repeated = pd.DataFrame([row] * len(points))
+            parts.append(repeated.assign(**{tokens: points["tokens"].to_numpy(), loss: points["loss"].to_numpy()}))
+    out = table.keep(np.array(usable, dtype=bool), "no curve at a constant learning rate")
+    return out.but(frame=pd.concat(parts, ignore_index=True)) if parts else out
+
+
 def repeated_rows(table: RunTable) -> list[Note]:
     """A note if runs saw the rows of their source several times: more tokens then bring less than new ones would."""
     epochs = table.frame.get("epochs", pd.Series(dtype=float))
