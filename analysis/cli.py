@@ -12,9 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from analysis.cli_forecast import run_ask, run_compare, run_plan, run_predict
+from analysis.cli_forecast import fit_from, run_ask, run_compare, run_plan, run_predict
 from analysis.cli_questions import add_questions
-from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.laws.catalogue import LAWS, OLD_NAMES
 from analysis.questions.convergence import TOKENS, convergence_table
@@ -140,6 +139,7 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
         "--regime", default="auto", choices=REGIMES, help="runs at convergence or at fixed tokens; `all` mixes them"
     )
     parser.add_argument("--starts", type=int, default=64)
+    parser.add_argument("--far", action="store_true", help="also forecast beyond 8 times the largest n of the runs")
     parser.add_argument("--random-seed", type=int, default=0, help="seed of the random starts and resamples")
 
 
@@ -160,22 +160,6 @@ def table_from(args: argparse.Namespace) -> RunTable:
         rank = (-loss).argsort(kind="stable").argsort()
         table = table.keep(rank >= args.drop_largest_loss, f"one of the {args.drop_largest_loss} largest losses")
     return convergence_table(table) if derived else table
-
-
-def fit_from(args: argparse.Namespace, table: RunTable) -> FitResult:
-    """The fit that a command line describes."""
-    return fit(
-        table,
-        args.law,
-        robust=args.robust,
-        delta=args.delta,
-        weights=args.weights,
-        ci=args.ci,
-        level=args.level,
-        starts=args.starts,
-        seed=args.random_seed,
-        regime=args.regime,
-    )
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -207,7 +191,7 @@ def _compare(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     table = table_from(args)
     result = fit_from(args, table)
-    return _say_used(result, refuse(result, table) or run_predict(args, result))
+    return _say_used(result, refuse(result, table) or run_predict(args, table, result))
 
 
 def _plan(args: argparse.Namespace) -> int:

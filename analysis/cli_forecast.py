@@ -12,13 +12,16 @@ import pandas as pd
 from analysis.fits.compare import compare
 from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
+from analysis.fits.status import Status
 from analysis.format import interval, number
 from analysis.laws.catalogue import get
+from analysis.laws.law import Law
 from analysis.questions.cost import cost_of
-from analysis.questions.need import need
+from analysis.questions.need import Need, excluded, need
 from analysis.questions.paired import paired_errors
 from analysis.questions.plan import plan
-from analysis.report.words import refuse
+from analysis.questions.reach import FAR, LARGEST_N, beyond, check_point, is_far
+from analysis.report.words import floor_word, level_only, refuse, standing
 from analysis.runs.study import read_study
 from analysis.runs.table import RunTable
 from harness.errors import UserError
@@ -50,31 +53,57 @@ def as_text(frame: pd.DataFrame, digits: int) -> str:
     return table(list(frame.columns), rows)
 
 
+def fit_from(args: argparse.Namespace, table: RunTable, law: Law | None = None) -> FitResult:
+    """The fit that a command line describes, of its own law or of another."""
+    return fit(
+        table,
+        args.law if law is None else law,
+        robust=args.robust,
+        delta=args.delta,
+        weights=args.weights,
+        ci=args.ci,
+        level=args.level,
+        starts=args.starts,
+        seed=args.random_seed,
+        regime=args.regime,
+    )
+
+
 def run_compare(args: argparse.Namespace, table: RunTable) -> int:
     """Print the laws of `--laws` side by side; 1 if none can be fitted."""
-    laws = [get(name) for name in args.laws.split(",")]
-    fits = [fit(table, law, ci="wald", weights=args.weights, starts=args.starts) for law in laws]
+    fits = [fit_from(args, table, get(name)) for name in args.laws.split(",")]
     refused = [refuse(result, table) for result in fits]
     if all(refused):
         return 1
     print(as_text(compare(fits), digits=5))
+    for result in fits:
+        for entry in () if result.status is Status.FAILED else result.notes:
+            print(f"{result.law.name}: {entry}")
     errors = paired_errors(table)
     if errors is not None:
         print(errors.sentence())
     return 0
 
 
-def run_predict(args: argparse.Namespace, result: FitResult) -> int:
+def run_predict(args: argparse.Namespace, table: RunTable, result: FitResult) -> int:
     """Print the law at the points of `--at`; 1 if it has no finite value there."""
     points = [parse_point(text) for text in args.at]
-    missing = [name for name in result.law.inputs if any(name not in point for point in points)]
+    given = [name for name in result.law.inputs if all(name in point for point in points)]
+    missing = [name for name in result.law.inputs if name not in given and not (name == "d" and result.converges)]
     if missing:
         raise UserError(f"{result.law.name} needs {missing[0]}=… in every --at")
-    inputs = {name: np.array([point[name] for point in points]) for name in result.law.inputs}
+    for point in points:
+        check_point(result, table, point, args.far)
+    inputs = {name: np.array([point[name] for point in points]) for name in given}
     band = result.predict(inputs, args.kind)
+    sizes = inputs[result.law.scale_input]
+    if any(is_far(result, size) for size in sizes):
+        band["far"] = ["far" if is_far(result, size) else "" for size in sizes]
+    if "d" in band and "d" not in given:
+        band["d"] = "converged"
     print(as_text(band, digits=6))
-    for entry in [*result.band_notes(band), *result.extrapolation_notes(inputs)]:
-        print(entry)
+    for line in [*result.band_notes(band), *result.extrapolation_notes(inputs), *standing(result)]:
+        print(line)
     if not np.isfinite(band["value"]).all():
         say("error: the law has no finite value there, too far from the runs; choose nearer points")
         return 1
@@ -86,16 +115,23 @@ def run_plan(args: argparse.Namespace, table: RunTable, result: FitResult) -> in
     target = parse_point(args.target)
     if set(target) != {"n", "k"}:
         raise UserError(f"--target {args.target!r} must name n and k, e.g. 'n=2**20 k=64'")
+    check_point(result, table, target, args.far)
     cost = cost_of(table)
     sizes = np.unique(table.values("n"))
     largest = max(target["n"], sizes.max())
     n = 2.0 ** np.arange(np.floor(np.log2(sizes.min())), np.floor(np.log2(largest)) + 1)
     k = np.unique(np.r_[table.values("k"), target["k"]])
     further = plan(result, target, args.budget, cost, list(n), list(k), args.cap)
-    for name, (value, low, high) in (("now", further.before), ("after the planned runs", further.after)):
-        print(f"forecast at {args.target} {name}: {number(value)} {interval(low, high)}")
+    value, low, high = further.before
+    print(f"forecast at {args.target} now: {number(value)} {interval(low, high)}")
+    widths = f"{_width(further.before)} now, {_width(further.after)} after the planned runs"
+    print(f"predicted width of that interval: {widths}, if they confirm the law; its middle will move")
+    if is_far(result, target["n"]):
+        print(f"far: {beyond(result, target['n']):.3g} times the largest n of the runs")
     print(as_text(further.cells, digits=4))
     print(f"in all {number(further.flops)} FLOPs")
+    for line in standing(result):
+        print(line)
     seeds = table.values("seed") if table.has("seed") else np.array([0.0])
     first_seed = int(np.nanmax(seeds)) + 1
     text = further.study(args.name, first_seed, args.overrides.split())
@@ -117,16 +153,40 @@ def run_ask(args: argparse.Namespace, table: RunTable, result: FitResult) -> int
         cost = cost_of(table)
     except UserError:
         cost = None  # n does not need a cost
+    if args.at_k is not None:
+        check_point(result, table, {"k": args.at_k})
     answer = need(result, args.fvu, args.at_k, cost)
-    if answer.n is None:
-        if answer.floor >= args.fvu:
-            print(f"not reachable: floor at {number(answer.floor)}, above {number(args.fvu)}")
-        else:
-            print(f"not reachable at any n within reason; the fitted floor is {number(answer.floor)}")
-        return 0
-    print(f"n = {number(answer.n, 4)} {interval(answer.lo, answer.hi)} is predicted to reach {number(args.fvu)}")
-    if answer.flops is not None:
-        print(f"about {number(answer.flops)} training FLOPs at the tokens per run of these data")
-    if answer.extrapolation > 0:
-        print(f"extrapolation: {answer.extrapolation:.2f} of the data's span in ln n beyond their edge")
+    for line in [*_answer(result, answer, args.fvu, args.far), *standing(result)]:
+        print(line)
     return 0
+
+
+def _answer(result: FitResult, answer: Need, loss: float, far: bool) -> list[str]:
+    """The answer to `ask` in words."""
+    name, wanted = result.law.scale_input, number(loss)
+    largest = number(result.domain[name][1], 4)
+    floor = f"floor at {number(answer.floor)} {interval(*answer.floor_ends)}"
+    if excluded(answer, loss):
+        only = f" (this floor is the {floor_word(result)} of tokens)" if level_only(result) else ""
+        return [f"not reachable: {floor}, above {wanted}{only}"]
+    if answer.n is None and answer.floor > 0:
+        return [f"no {name} is predicted to reach {wanted}: {floor}; but its interval does not exclude {wanted}"]
+    if answer.n is None or answer.n > LARGEST_N:
+        return [f"no {name} within reason is predicted to reach {wanted}"]
+    if is_far(result, answer.n) and not far:
+        return [f"{wanted} needs {name} beyond {FAR:g} times the largest of the runs ({largest}); --far gives a number"]
+    lines = [f"{name} = {number(answer.n, 4)} {interval(answer.lo, answer.hi)} is predicted to reach {wanted}"]
+    if answer.flops is not None:
+        lines.append(f"about {number(answer.flops)} training FLOPs at the tokens per run of these data")
+    if is_far(result, answer.n):
+        lines.append(f"far: {beyond(result, answer.n):.3g} times the largest {name} of the runs ({largest})")
+    elif answer.extrapolation > 0:
+        lines.append(f"extrapolation: {answer.extrapolation:.2f} of the data's span in ln {name} beyond their edge")
+    return lines
+
+
+def _width(band: tuple[float, float, float]) -> str:
+    """The width of an interval as ± percent of its middle; – if it is unknown."""
+    _, low, high = band
+    ratio = high / low if low > 0 else np.inf
+    return f"± {number(50 * np.log(ratio))} %" if np.isfinite(ratio) else "–"

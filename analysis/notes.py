@@ -29,12 +29,20 @@ REMEDIES = {
     "not_monotone": "look at the learning rates and dead latents of these sizes before reading the law",
     "mixed_dead_latents": "dead latents bend the law: lower the learning rate or strengthen AuxK where many die",
     "mixed_population": "fit one population at a time (--where COLUMN=VALUE)",
+    "identical_repeats": "vary what makes repeats differ (train.seed, stream.seed); a copy is no repeat",
+    # the record: what no residual can show
+    "level_at_budget": "fit sae_nkd, which has a term for tokens, or train.until=convergence",
+    "untuned_rates": "run at least two sizes at several rates (train.lr_factor=2,4,8); the best of each cell is fitted",
+    "one_data_order": "repeat some cells with another stream.seed",
     # fit
     "floor_not_identified": "add larger n: the span covered does not separate the floor from the power law",
     "parameter_at_bound": "the data push this parameter to the edge of its range; fit the nested form without it",
     "start_equals_solution": "the optimiser did not move: the estimate is a guess, not a fit; allow more evaluations",
     "optimum_not_reproduced": "raise the number of starts: too few reached the best optimum",
     # quality
+    "large_residuals": "the law does not describe these runs: look for a second variable or another form",
+    "one_cell_decides": "repeat that cell, or add cells beyond it, before reading the exponents",
+    "edge_rows": "look at these runs (learning rate, dead latents, tokens), or fit without them (--where)",
     "structured_residuals": "the residuals have a pattern: the form is wrong, or the runs are not comparable",
     "lack_of_fit": "residuals exceed the noise between seeds: try another form or look for a second variable",
     "outlier_driven": "check the named runs; fit with robust='huber' and compare",

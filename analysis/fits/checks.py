@@ -8,13 +8,23 @@ from scipy.special import fdtrc, stdtr
 from analysis.fits.intervals import NOISELESS, condition
 from analysis.fits.problem import Problem
 from analysis.fits.solve import Optimum
-from analysis.fits.weights import SeedNoise, cell_numbers
+from analysis.fits.weights import SeedNoise
 from analysis.format import Interval
-from analysis.laws.law import Array, SmoothBreak
+from analysis.laws.law import Array
 from analysis.notes import Note, note
 
 NO_FLOOR = 1e-6
 """Share of the smallest loss below which a fitted floor counts as none."""
+
+
+LARGE = 0.10
+"""Scatter around the law from which on it does not describe the runs."""
+
+FLOOR_LEVELS = 4
+"""Fewest sizes at which a floor can be told from a bend: three leave none to test it."""
+
+MOST_DEVIATIONS = 1000
+"""Largest number of standard deviations that is told: beyond it the others are exact, and the number means nothing."""
 
 
 def check_fit(
@@ -23,13 +33,19 @@ def check_fit(
     intervals: dict[str, Interval],
     noise: SeedNoise | None,
     runs: list[str],
+    cell: np.ndarray,
 ) -> list[Note]:
-    """Notes on a fit. `runs` are the names of the runs behind the points, in the order of `problem`."""
+    """Notes on a fit; one of severity error if it cannot be used.
+
+    Args:
+        runs: The names of the runs behind the points, in the order of `problem`.
+        cell: The number of the cell of each point: points of one cell are repeats.
+    """
     return [
         *_convergence(optimum),
         *_identified(problem, optimum.theta, intervals),
         *_design(problem, optimum.theta),
-        *_residuals(problem, optimum, noise, runs),
+        *_residuals(problem, optimum, noise, runs, cell),
     ]
 
 
@@ -69,51 +85,50 @@ def _design(problem: Problem, theta: Array) -> list[Note]:
     if law.floor is not None and _without_floor(problem, theta):
         keep[[law.params.index(name) for name in law.floor_params]] = False
     number = condition(problem.jacobian(theta)[:, keep])
+    notes = []
     if number > 300:
         severity = "error" if number > 1e3 else "warning"
-        return [note("degenerate_design", severity, f"condition of the centred, scaled Jacobian is {number:.3g}")]
-    return []
+        notes.append(note("degenerate_design", severity, f"condition of the centred, scaled Jacobian is {number:.3g}"))
+    levels = len(np.unique(problem.inputs[law.scale_input]))
+    if law.floor is not None and levels < FLOOR_LEVELS:
+        text = f"{levels} sizes do not show whether there is a floor: a law with a floor goes through any three"
+        notes.append(note("too_few_levels", "error", text, f"run at least {FLOOR_LEVELS} sizes, or fit a law without"))
+    return notes
 
 
-def _residuals(problem: Problem, optimum: Optimum, noise: SeedNoise | None, runs: list[str]) -> list[Note]:
+def _residuals(
+    problem: Problem, optimum: Optimum, noise: SeedNoise | None, runs: list[str], cell: np.ndarray
+) -> list[Note]:
     notes = []
     residual = problem.residual(optimum.theta)
     dof = problem.points - problem.size
+    scatter = np.sqrt(np.sum(residual**2) / dof) if dof > 0 else 0.0
+    if scatter >= LARGE:
+        notes.append(note("large_residuals", "error", f"runs scatter by {100 * scatter:.2g} % around the law"))
     if dof < 4 or np.sqrt(np.mean(residual**2)) < NOISELESS:
         return notes
     patterns = [name for name in problem.law.inputs if _pattern(problem, optimum.theta, residual, name) < 0.005]
     if patterns:
         text = f"residuals bend along {' and '.join(patterns)} (p < 0.005)"
-        notes.append(note("structured_residuals", "warning", text))
+        notes.append(note("structured_residuals", "error", text))
     if noise is not None and noise.dof >= 2 and noise.cells > problem.size:
-        p = _lack_of_fit(problem, residual)
+        p = _lack_of_fit(problem, residual, cell)
         if p < 0.01:
             text = f"residuals exceed the noise between seeds of {100 * noise.sd:.2g} % (F test, p = {p:.1g})"
             notes.append(note("lack_of_fit", "warning", text))
     t, worst = _studentised(problem, optimum.theta, residual)
     p = 2 * problem.points * float(stdtr(dof - 1, -abs(t)))
     if p < 0.01:
-        text = f"{runs[worst]} lies {abs(t):.1f} standard deviations from the fit to the others"
+        far = f"more than {MOST_DEVIATIONS:,}" if abs(t) > MOST_DEVIATIONS else f"{abs(t):.1f}"
+        text = f"{runs[worst]} lies {far} standard deviations from the fit to the others"
         notes.append(note("outlier_driven", "warning", text))
     return notes
 
 
-def _log_input(problem: Problem, name: str) -> Array:
-    """Centred log of an input (points,), read back from the features; zeros if no feature holds it alone."""
-    if isinstance(problem.law, SmoothBreak):
-        return problem.phi[0, :, 0]
-    for t, term in enumerate(problem.law.terms):
-        for entry in term:
-            if entry.monomial == (name,):
-                owners = [e for e in term if e.param == entry.param]
-                if len(owners) == 1:
-                    return problem.phi[t][:, problem.law.params.index(entry.param)] * entry.sign
-    return np.zeros(problem.points)
-
-
 def _pattern(problem: Problem, theta: Array, residual: Array, name: str) -> float:
     """p-value of a cubic in ln(input) added to the fit, linearised."""
-    u = _log_input(problem, name)
+    u = np.log(problem.inputs[name])
+    u = u - u.mean()
     levels = len(np.unique(np.round(u, 9)))
     if levels < 4:
         return 1.0
@@ -136,10 +151,8 @@ def _added_p(base: Array, added: Array, residual: Array) -> float:
     return float(fdtrc(many - few, dof, (small - large) / (many - few) / (large / dof)))
 
 
-def _lack_of_fit(problem: Problem, residual: Array) -> float:
+def _lack_of_fit(problem: Problem, residual: Array, cell: np.ndarray) -> float:
     """p-value of the pure-error F test: mean squares between repeated cells against those within."""
-    features = problem.phi.transpose(0, 2, 1).reshape(-1, problem.points)
-    cell = cell_numbers(np.round(column, 9) for column in features if column.any())
     weight = problem.root_weight**2
     mean = np.bincount(cell, problem.root_weight * residual) / np.bincount(cell, weight)
     within = float(np.sum((residual - problem.root_weight * mean[cell]) ** 2))

@@ -40,7 +40,7 @@ def _counts(table: RunTable, law: Law) -> list[Note]:
     elif points < size + 3:
         text = f"{points} runs for {size} parameters leave {points - size} degree(s) of freedom: intervals are wide"
         notes.append(note("too_few_points", "warning", text))
-    columns = [table.roles[role] for role in law.inputs if table.has(role)]
+    columns = [*(table.roles[role] for role in law.inputs if table.has(role)), *_experts(table)]
     if points and columns and not table.frame.duplicated(columns).any():
         text = "no cell was repeated with another seed: the noise is judged from the fit"
         notes.append(note("single_seed", "info", text))
@@ -53,7 +53,9 @@ def _data(table: RunTable, law: Law) -> list[Note]:
         return notes
     if any(table.roles[role] in table.spent for role in (*law.inputs, "loss") if table.has(role)):
         notes += repeated_rows(table)
-    if table.has("converged") and frame[table.roles["converged"]].notna().any():
+    if "d" in law.inputs:
+        pass  # the law itself says what further tokens bring
+    elif table.has("converged") and frame[table.roles["converged"]].notna().any():
         converged = frame[table.roles["converged"]].eq(True)
         if not converged.all():
             severity = "warning" if converged.any() else "info"
@@ -84,7 +86,7 @@ def _population(table: RunTable, law: Law) -> list[Note]:
     """Notes on differences that the runs of one law should not have: settings, k, tokens."""
     frame = table.frame
     fitted = {table.roles[role] for role in law.inputs if table.has(role)}
-    names = [name for name in POPULATION if name in frame and name not in fitted]
+    names = [name for name in dict.fromkeys([*POPULATION, *_experts(table)]) if name in frame and name not in fitted]
     if "experts" in law.inputs:
         names = [name for name in names if name != "sae"]  # one expert is TopK
     along_tokens = bool(fitted & table.spent)
@@ -101,6 +103,11 @@ def _population(table: RunTable, law: Law) -> list[Note]:
             text = f"{table.roles['d']} range from {tokens.min():.4g} to {tokens.max():.4g}: no law at fixed tokens"
             notes.append(note("mixed_population", "warning", text))
     return notes
+
+
+def _experts(table: RunTable) -> list[str]:
+    """The column of the experts, which is no seed: runs that differ in it are not repeats of a cell."""
+    return [table.roles["experts"]] if table.has("experts") and "experts" not in table.guessed else []
 
 
 def _all_converged(table: RunTable) -> bool:

@@ -13,18 +13,23 @@ import numpy as np
 from analysis.fits.bootstrap import cluster_bootstrap, percentile_intervals
 from analysis.fits.checks import check_fit
 from analysis.fits.design import check_table
-from analysis.fits.intervals import covariance, profile, wald
+from analysis.fits.influence import edge_notes, influence_notes, influences
+from analysis.fits.intervals import covariance, noiseless, profile, wald
 from analysis.fits.nested import compare_nested
 from analysis.fits.problem import Problem, pose, starting_points
+from analysis.fits.record import record_notes
 from analysis.fits.result import FitResult, failed
+from analysis.fits.run_effects import with_run_effects
 from analysis.fits.solve import MANY, SAMPLE, Optimum, minimise, minimise_many
 from analysis.fits.status import Status, status_of
-from analysis.fits.weights import SeedNoise, seed_noise
+from analysis.fits.weights import SeedNoise, cell_numbers, seed_noise
 from analysis.laws.catalogue import get
 from analysis.laws.law import Array, Law
 from analysis.notes import any_error, by_severity
+from analysis.runs.curves import curve_points
+from analysis.runs.identical import without_identical
 from analysis.runs.populations import at_best_rate, one_architecture, one_setting
-from analysis.runs.regime import REGIMES, one_regime
+from analysis.runs.regime import REGIMES, one_regime, regime_words
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 
@@ -74,12 +79,19 @@ def fit(
     table = at_best_rate(one_setting(table))
     for role in (*chosen.inputs, "loss"):
         table.column(role)
+    table = without_identical(table, chosen.inputs)
+    if {"n", "k", "d"} <= set(chosen.inputs):
+        table = curve_points(table)
     notes = check_table(table, chosen)
     if any_error(notes):
         return failed(chosen, notes, len(table), table.left_out())
+    notes += record_notes(table, chosen)
     inputs = {role: table.values(role) for role in chosen.inputs}
     y = table.values("loss")
-    noise = seed_noise(inputs, y, chosen.scale_input)
+    of_curves = table.column("run").duplicated().any()
+    sizes = [values for role, values in inputs.items() if role != "d" or not of_curves]
+    cell = cell_numbers([*sizes, *_apart(table, chosen)])
+    noise = None if of_curves else seed_noise(inputs, y, chosen.scale_input, cell)
     weight, weighting = _weights(noise, inputs[chosen.scale_input], weights)
     problem = pose(chosen, inputs, y, weight)
     runs = [str(run) for run in table.column("run").to_numpy()[problem.order]]
@@ -92,10 +104,20 @@ def fit(
         optimum = minimise(problem, starting_points(problem, starts, seed), huber, evaluations)
     if not np.isfinite(optimum.objective):
         raise UserError(f"{chosen.name} cannot be evaluated on these data; look at their units")
+    common = 0.0
+    if of_curves and huber is None:
+        problem, optimum, common = with_run_effects(problem, optimum, np.array(runs), evaluations)
     method = "bootstrap" if huber is not None and ci == "profile" else ci
     result = _assemble(chosen, problem, optimum, method, level, runs, huber, resamples, seed)
-    result.notes = by_severity([*notes, *check_fit(problem, optimum, result.intervals, noise, runs)])
+    notes += check_fit(problem, optimum, result.intervals, noise, runs, cell[problem.order])
+    if huber is None and problem.points <= MANY and result.dof > 0:
+        result.influences = influences(problem, optimum.theta, cell[problem.order], level)
+        notes += influence_notes(result.influences, noiseless(result.rss, problem.points))
+        notes += edge_notes(problem, optimum.theta)
+    result.notes = by_severity(notes)
     result.status = status_of(result.notes, result.intervals.values())
+    result.run_variance = common
+    result.regime = "" if follows_tokens(chosen, table) else regime_words(table)
     result.robust = f"huber, delta={delta:g}" if huber is not None else None
     result.columns = {role: table.roles[role] for role in (*chosen.inputs, "loss")}
     result.domain = {role: (float(values.min()), float(values.max())) for role, values in inputs.items()}
@@ -103,9 +125,15 @@ def fit(
     result.inputs, result.y, result.weights = inputs, y, weight
     result.excluded = table.left_out()
     result.data_hash = _hash(problem)
-    if chosen.nested and huber is None and problem.points <= MANY:
+    if chosen.nested and huber is None and not of_curves and problem.points <= MANY:
         result.nested = compare_nested(chosen, problem, inputs, y, weight, optimum)
     return result
+
+
+def _apart(table: RunTable, law: Law) -> list[Array]:
+    """What tells cells apart besides the inputs of the law: runs that differ in it are not repeats."""
+    apart = "experts" not in law.inputs and table.has("experts") and "experts" not in table.guessed
+    return [table.values("experts")] if apart else []
 
 
 def follows_tokens(law: Law, table: RunTable) -> bool:
@@ -154,8 +182,8 @@ def _assemble(
 ) -> FitResult:
     theta = optimum.theta
     residual = problem.residual(theta)
-    rss, dof = float(np.sum(residual**2)), problem.points - problem.size
-    variance = rss / dof if dof > 0 else float("nan")
+    rss, dof, spare = float(np.sum(residual**2)), problem.dof, problem.points - problem.size
+    variance = rss / spare if spare > 0 else float("nan")
     theta_cov = covariance(problem, theta, variance)
     matrix, offset = problem.raw_map()
     if ci == "bootstrap":

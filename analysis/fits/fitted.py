@@ -16,6 +16,9 @@ from analysis.laws.law import Array, Law
 from analysis.notes import Note, note
 from harness.errors import UserError
 
+CONVERGED = 1e40
+"""Tokens that stand for convergence: a term in tokens has vanished."""
+
 
 @dataclass(kw_only=True)
 class FittedLaw:
@@ -36,6 +39,8 @@ class FittedLaw:
     """Σ of the squared (weighted) residuals of ln y."""
     dof: int
     points: int
+    run_variance: float = 0.0
+    """Variance of ln y that all points of one run share; 0 if each point is a run."""
     level: float = 0.95
     """Confidence level of every interval."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -79,8 +84,14 @@ class FittedLaw:
 
     @property
     def variance(self) -> float:
-        """Residual variance s² of ln y at mean weight; NaN without degrees of freedom."""
-        return self.rss / self.dof if self.dof > 0 else float("nan")
+        """Variance of ln y of one run around the law, at mean weight; NaN without degrees of freedom."""
+        spare = self.points - len(self.theta)
+        return self.rss / spare + self.run_variance if spare > 0 else float("nan")
+
+    @property
+    def converges(self) -> bool:
+        """Whether the law has a term in tokens beside one in n and k, so that it has a value at convergence."""
+        return {"n", "k", "d"} <= set(self.law.inputs)
 
     def coefficient(self, name: str) -> tuple[Array, float]:
         """(row, offset): the raw coefficient of that name is row @ theta + offset."""
@@ -116,7 +127,8 @@ class FittedLaw:
         """The law at new inputs, with a band and its distance from the data.
 
         Args:
-            frame: Columns by role ("n", "k", …) or by the names of the table's own columns.
+            frame: Columns by role ("n", "k", …) or by the names of the table's own columns. A law with a term for
+                tokens (`sae_nkd`) is at convergence if they hold no tokens.
             kind: `mean` for the band of the law itself, `new_run` for the band of one further run.
 
         Returns a frame: the inputs, `value`, `lo`, `hi`, `extrapolation` (distance outside the data in units of the
@@ -146,9 +158,10 @@ class FittedLaw:
     def extrapolation(self, inputs: Mapping[str, Any]) -> Array:
         """Distance outside the data (points,): the largest over the inputs, in spans of the input's logs."""
         far = np.zeros(len(np.atleast_1d(inputs[self.law.inputs[0]])))
-        for name in self.law.inputs:
+        for name in (name for name in self.law.inputs if name in inputs):
             low, high = (math.log(edge) for edge in self.domain[name])
             x = np.log(np.atleast_1d(np.asarray(inputs[name], dtype=float)))
+            x = np.where(x < math.log(CONVERGED), x, high) if name == "d" else x  # a limit is no distance
             far = np.maximum(far, np.maximum(low - x, x - high) / max(high - low, 1e-12))
         return np.maximum(far, 0.0)
 
@@ -179,11 +192,16 @@ class FittedLaw:
         inputs = {}
         for name in self.law.inputs:
             column = name if name in frame else self.columns.get(name, name)
+            if column not in frame and name == "d" and self.converges:
+                inputs[name] = np.full(len(inputs["n"]), CONVERGED)
+                continue
             if column not in frame:
                 raise UserError(f"{self.law.name} needs {name!r} (column {column!r}) to predict")
             inputs[name] = np.atleast_1d(np.asarray(frame[column], dtype=float))
         return inputs
 
     def _features(self, inputs: Mapping[str, Any]) -> Array:
+        if "d" not in inputs and self.converges:
+            inputs = {**inputs, "d": np.full(np.shape(np.atleast_1d(inputs["n"])), CONVERGED)}
         logs = {name: np.log(np.atleast_1d(np.asarray(inputs[name], float))) for name in self.law.inputs}
         return self.law.features({name: values - self.means[name] for name, values in logs.items()})

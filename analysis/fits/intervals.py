@@ -109,7 +109,7 @@ def profile_f(
 
 def profile(problem: Problem, theta: Array, rss: float, contrast: Array, se: float, level: float) -> Interval:
     """Profile-F interval of contrast·theta (raw offset not included); None for an open end."""
-    dof = problem.points - problem.size
+    dof = problem.dof
     if dof < 1:
         return None, None
     estimate = float(contrast @ theta)

@@ -15,7 +15,10 @@ from analysis.laws.law import Array, Law, SmoothBreak
 FLOOR_SHARES = (0.03, 0.1, 0.25, 0.45, 0.65, 0.8, 0.92, 0.98)
 FLOOR_SLOPES = (-1.2, -0.7, -0.35, -0.1, 0.0, 0.25)
 DECAYS = (0.08, 0.17, 0.3, 0.5, 0.8, 1.3)
-"""The grids of starting points: floors as shares of the smallest y, their slopes in the logs, exponents."""
+TOKEN_SHARES = (0.03, 0.1, 0.25)
+TOKENS_AT_END = 0.1
+"""The grids of starting points: floors as shares of the smallest y, their slopes in the logs, exponents;
+the term in tokens as a share of the losses at about the most tokens."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,31 @@ class Problem:
     y_mean: float
     order: np.ndarray
     """Row of the table behind each point."""
+    inputs: dict[str, Array]
+    """The inputs of the law, by role (points,)."""
+    group: np.ndarray | None = None
+    """Number of the run of each point (points,), if several points are of one run."""
+    shrink: float = 0.0
+    """What is subtracted from the residuals of a run: this share of their mean (see `run_effects`)."""
 
     def residual(self, theta: Array) -> Array:
         """Weighted residuals (points,)."""
         with np.errstate(over="ignore", invalid="ignore"):
-            return self.root_weight * (self.law.log_value(theta, self.phi) - self.y)
+            return self._whitened(self.root_weight * (self.law.log_value(theta, self.phi) - self.y))
 
     def jacobian(self, theta: Array) -> Array:
         """Derivatives of the residuals (points, params)."""
         with np.errstate(over="ignore", invalid="ignore"):
-            return self.root_weight[:, None] * self.law.jacobian(theta, self.phi)
+            return self._whitened(self.root_weight[:, None] * self.law.jacobian(theta, self.phi))
+
+    def _whitened(self, values: Array) -> Array:
+        """Values (points, …) less a share of their mean over each run."""
+        if self.group is None or self.shrink == 0.0:
+            return values
+        total = np.zeros((int(self.group.max()) + 1, *values.shape[1:]))
+        np.add.at(total, self.group, values)
+        count = np.maximum(np.bincount(self.group), 1).reshape(-1, *[1] * (values.ndim - 1))
+        return values - self.shrink * (total / count)[self.group]
 
     @property
     def points(self) -> int:
@@ -59,10 +77,29 @@ class Problem:
         """Number of coefficients."""
         return len(self.law.params)
 
+    @property
+    def between(self) -> int:
+        """Number of coefficients that only differences between runs determine: those of terms without tokens."""
+        terms = [term for term in self.law.terms if not any("d" in entry.monomial for entry in term)]
+        return len({entry.param for term in terms for entry in term})
+
+    @property
+    def dof(self) -> int:
+        """Degrees of freedom of the intervals: those of the points, or of the runs if several points are of one."""
+        if self.group is None:
+            return self.points - self.size
+        return len(np.unique(self.group)) - self.between
+
     def take(self, rows: np.ndarray) -> Problem:
         """The same problem on some of its points (repeats allowed), with the same centring."""
         return replace(
-            self, phi=self.phi[:, rows], y=self.y[rows], root_weight=self.root_weight[rows], order=self.order[rows]
+            self,
+            phi=self.phi[:, rows],
+            y=self.y[rows],
+            root_weight=self.root_weight[rows],
+            order=self.order[rows],
+            inputs={name: values[rows] for name, values in self.inputs.items()},
+            group=None if self.group is None else self.group[rows],
         )
 
     def raw_map(self) -> tuple[Array, Array]:
@@ -88,7 +125,8 @@ def pose(law: Law, inputs: Mapping[str, Array], y: Array, weights: Array | None 
     y_mean = float(target.mean())
     phi = law.features({name: values - means[name] for name, values in logs.items()})
     root = np.sqrt(weight / weight.mean())
-    return Problem(law, phi, target - y_mean, root, means, y_mean, order)
+    own = {name: np.asarray(inputs[name], dtype=float)[order] for name in law.inputs}
+    return Problem(law, phi, target - y_mean, root, means, y_mean, order, own)
 
 
 def starting_points(problem: Problem, count: int, seed: int) -> list[Array]:
@@ -122,6 +160,8 @@ def _grid(problem: Problem) -> list[Array]:
         return [_linear(problem, problem.phi[0], problem.y, np.ones(problem.points))]
     if len(problem.law.terms) == 2 and problem.law.floor is not None:
         return _floor_grid(problem)
+    if {"n", "k", "d"} <= set(problem.law.inputs):
+        return _token_grid(problem)
     return _exponent_grid(problem)
 
 
@@ -153,6 +193,28 @@ def _floor_grid(problem: Problem) -> list[Array]:
         design = problem.phi[1 - floor][:, free]
         theta[free] = _linear(problem, design, np.log(rest), rest / y)
         starts.append(theta)
+    return starts
+
+
+def _token_grid(problem: Problem) -> list[Array]:
+    """L(n, k) and a term in tokens: fix what the term is of the last losses and its exponent; the grid of L(n, k) alone
+    starts from the rest of the last losses."""
+    base = get("sae_nk" if problem.law.floor is not None else "sae_nk_no_floor")
+    matrix, offset = problem.raw_map()
+    log_d = np.log(problem.inputs["d"])
+    last = log_d > log_d.max() - TOKENS_AT_END
+    y = np.exp(problem.y[last] + problem.y_mean)
+    inputs = {name: problem.inputs[name][last] for name in base.inputs}
+    starts = []
+    for share, decay in product(TOKEN_SHARES, DECAYS[1:5]):
+        rest = pose(base, inputs, y * (1 - share))
+        own_matrix, own_offset = rest.raw_map()
+        scored = sorted(_grid(rest), key=lambda theta: float(np.sum(rest.residual(theta) ** 2)))
+        for theta in scored[:2]:
+            raw = dict(zip(base.params, own_matrix @ theta + own_offset, strict=True))
+            raw |= {"delta": np.log(share * y.mean()) + decay * log_d.max(), "beta_d": decay}
+            values = np.array([raw.get(name, 0.0) for name in problem.law.params])
+            starts.append(np.asarray(np.linalg.solve(matrix, values - offset), dtype=np.float64))
     return starts
 
 

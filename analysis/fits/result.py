@@ -14,6 +14,7 @@ import pandas as pd
 
 from analysis.fits import fit_json
 from analysis.fits.fitted import FittedLaw
+from analysis.fits.influence import Influence
 from analysis.fits.intervals import profile, wald
 from analysis.fits.nested import holdout_error, last_slope_error
 from analysis.fits.problem import Problem
@@ -41,6 +42,10 @@ class FitResult(FittedLaw):
     starts: int = 0
     nested: list[dict[str, Any]] = field(default_factory=list)
     """Comparison with simpler forms: law, params, rss_log, aicc, delta_aicc, holdout."""
+    influences: list[Influence] = field(default_factory=list, repr=False)
+    """What the fit would be without each cell, the most influential first; empty after `from_json`."""
+    regime: str = ""
+    """`converged`, `fixed tokens` or `mixed`; empty if it is not recorded or the law is one in tokens."""
     excluded: list[dict[str, str]] = field(default_factory=list)
     """Every run that did not enter: run, reason."""
     data_hash: str = ""
@@ -80,11 +85,15 @@ class FitResult(FittedLaw):
     def slope(self, along: str, at: Mapping[str, float] | None = None) -> tuple[float, float | None, float | None]:
         """d ln(reducible part) / d ln(input) with its interval, the other inputs held at `at`.
 
-        The reducible part is the one term that decays along that input: slope("n", at={"k": 64}) is β_n + γ ln 64.
+        The reducible part is the one term that decays along that input: slope("n", at={"k": 64}) is β_n + γ ln 64. A
+        term in tokens is left aside (except along tokens): the slope is that of converged runs.
         Raises `UserError` if there is no single such term or an input is missing in `at`.
         """
         floor = None if self.law.floor is None else self.law.terms[self.law.floor]
-        matches = [t for t in self.law.terms if any(along in entry.monomial for entry in t) and t != floor]
+        aside = [t for t in self.law.terms if along != "d" and any("d" in entry.monomial for entry in t)]
+        matches = [
+            t for t in self.law.terms if any(along in entry.monomial for entry in t) and t not in (floor, *aside)
+        ]
         if len(matches) != 1:
             raise UserError(f"{self.law.name} has no single term that changes with {along!r}")
         weights: dict[str, float] = {}
@@ -141,9 +150,15 @@ class FitResult(FittedLaw):
         for name, value in self.values.items():
             lines.append(f"  {name:<8} {value: .6g}   {interval(*self.intervals[name], digits=4)}")
         if self.dof > 0:
-            lines.append(f"  residuals {100 * math.sqrt(self.variance):.2g} % over {self.points} runs, {self.dof} dof")
+            lines.append(f"  residuals {100 * math.sqrt(self.variance):.2g} % over {self.sample()}")
         lines.extend(str(entry) for entry in self.notes)
         return "\n".join(lines)
+
+    def sample(self) -> str:
+        """How much was fitted: "18 runs, 12 dof", with the points if they are those of curves."""
+        runs = len(set(self.runs))
+        points = f" ({self.points} points)" if 0 < runs < self.points else ""
+        return f"{runs or self.points} runs{points}, {self.dof} dof"
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""

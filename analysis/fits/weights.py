@@ -13,6 +13,9 @@ from scipy.special import chdtrc
 
 from analysis.laws.law import Array
 
+MOST_DECIMALS = 7
+"""Values with this many decimals or more are taken to be written in full."""
+
 
 @dataclass(frozen=True)
 class SeedNoise:
@@ -51,14 +54,28 @@ def cell_numbers(columns: Iterable[Array]) -> np.ndarray:
     return cell
 
 
-def seed_noise(inputs: Mapping[str, Array], y: Array, scale: str) -> SeedNoise | None:
-    """Estimate the noise from cells (equal inputs) that were run more than once; None if there are none.
+def rounding(y: Array) -> Array:
+    """Variance of ln y (points,) that comes from the decimals to which all of y are written; 0 at full precision."""
+    for decimals in range(MOST_DECIMALS):
+        step = 10.0**-decimals
+        if np.all(np.abs(y - np.round(y, decimals)) < 1e-9 * step):
+            return (step / y) ** 2 / 12
+    return np.zeros(len(y))
+
+
+def seed_noise(inputs: Mapping[str, Array], y: Array, scale: str, cell: np.ndarray | None = None) -> SeedNoise | None:
+    """Estimate the noise from cells that were run more than once; None if there are none, or if their repeats differ
+    by no more than rounding.
 
     ln σ² is linear in ln of the input named `scale`. The fit maximises the likelihood of the variances within cells,
-    which follow χ² distributions.
+    which follow χ² distributions. No variance is taken to be smaller than what rounding makes of it.
+
+    Args:
+        cell: The number of the cell of each point (points,); by default, points with equal inputs share one.
     """
     log_y = np.log(y)
-    cell = cell_numbers(np.asarray(values, dtype=float) for values in inputs.values())
+    if cell is None:
+        cell = cell_numbers(np.asarray(values, dtype=float) for values in inputs.values())
     count = np.bincount(cell)
     mean = np.bincount(cell, log_y) / count
     square = np.bincount(cell, (log_y - mean[cell]) ** 2)
@@ -67,6 +84,10 @@ def seed_noise(inputs: Mapping[str, Array], y: Array, scale: str) -> SeedNoise |
         return None
     log_x_cell = np.bincount(cell, np.log(inputs[scale])) / count
     dof, ss, log_x = count[repeated] - 1.0, square[repeated], log_x_cell[repeated]
+    least = dof * (np.bincount(cell, rounding(y)) / count)[repeated]
+    if ss.sum() <= least.sum():
+        return None
+    ss = np.maximum(ss, least)
     centre = float(np.average(log_x, weights=dof))
     u = log_x - centre
     scales = len(np.unique(np.round(log_x, 9)))

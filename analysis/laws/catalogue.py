@@ -16,6 +16,7 @@ _ADDITIVE = _BILINEAR[:3]
 _EXPERTS = (Entry("a", ("n",)), Entry("b", ("experts",)), Entry("c", ("experts", "n")), Entry("d"))
 _CHINCHILLA = ((Entry("A"), Entry("alpha", ("n",), -1.0)), (Entry("B"), Entry("beta", ("d",), -1.0)))
 _FLOOR_K = (Entry("zeta"), Entry("eta", ("k",)))
+_TOKENS = (Entry("delta"), Entry("delta_k", ("k",)), Entry("delta_n", ("n",)), Entry("beta_d", ("d",), -1.0))
 _POWER = (Entry("A"), Entry("a", ("x",), -1.0))
 
 LAWS: dict[str, Law] = {
@@ -73,6 +74,22 @@ LAWS: dict[str, Law] = {
             ("n", "k"),
             (_BILINEAR,),
             min_levels={"n": 2, "k": 2},
+        ),
+        Law(
+            "sae_nkd",
+            "sae_nk + exp(delta + delta_k·ln k + delta_n·ln n − beta_d·ln d)",
+            ("n", "k", "d"),
+            (_BILINEAR, _FLOOR_K, _TOKENS),
+            floor=1,
+            nested=("sae_nkd_no_floor",),
+            min_levels={"n": 3, "k": 2, "d": 3},
+        ),
+        Law(
+            "sae_nkd_no_floor",
+            "sae_nk_no_floor + exp(delta + delta_k·ln k + delta_n·ln n − beta_d·ln d)",
+            ("n", "k", "d"),
+            (_BILINEAR, _TOKENS),
+            min_levels={"n": 2, "k": 2, "d": 3},
         ),
         Law(
             "chinchilla",

@@ -13,7 +13,7 @@ from analysis.fits.status import Status
 from analysis.laws.catalogue import get
 from analysis.laws.law import Array
 from analysis.notes import Note, note
-from analysis.runs.curves import decays, repeated_rows, setting
+from analysis.runs.curves import curve, decays, repeated_rows, setting
 from analysis.runs.populations import one_architecture
 from analysis.runs.regime import converged_and_fixed
 from analysis.runs.table import RunTable
@@ -59,15 +59,10 @@ def convergence_table(table: RunTable, epsilon: float | None = None) -> RunTable
 
 def _tokens_at(table: RunTable, row: pd.Series, epsilon: float) -> float:
     """Tokens at which the curve of one run converged; NaN if it never did, its rate decays, or it has no curve."""
-    lines = table.history(str(row[table.roles["run"]]))
-    loss = table.roles["loss"]
-    if decays(row) or not {loss, "tokens"} <= set(lines):
+    points = curve(table.history(str(row[table.roles["run"]])), table.roles["loss"])
+    if decays(row):
         return float("nan")
-    lines = lines[lines[loss].notna() & (lines[loss] > 0)]
-    if "eval_rows" in lines and len(lines):  # the final evaluation uses other rows than the curve
-        lines = lines[lines["eval_rows"] == lines["eval_rows"].mode().iloc[0]]
-    lines = lines.drop_duplicates("tokens").sort_values("tokens")
-    tokens, losses = (lines[name].to_numpy(dtype=float) for name in ("tokens", loss))
+    tokens, losses = points["tokens"].to_numpy(), points["loss"].to_numpy()
     return first_convergence(tokens, losses, epsilon, setting(row, "train.warmup_tokens"))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from analysis.fits.result import FitResult
-from analysis.laws.law import Array
+from analysis.format import Interval
+from analysis.laws.law import Array, SmoothBreak
 from analysis.questions.cost import Cost
 from harness.errors import UserError
 
@@ -25,7 +27,9 @@ class Need:
     flops: float | None
     """None without `n`, k or a cost."""
     floor: float
-    """Of the law at the largest n of the data."""
+    """Of the law at the largest n of the data; 0 for a law without one."""
+    floor_ends: Interval
+    """Its interval, by profile where the data are at hand. An open lower end: a floor of zero is not excluded."""
     extrapolation: float
     """Distance of n outside the data, in units of their span of ln n."""
 
@@ -37,7 +41,7 @@ def need(result: FitResult, loss: float, k: float | None = None, cost: Cost | No
     """
     name = result.law.scale_input
     others = {} if k is None else {"k": k}
-    if set(result.law.inputs) != {name, *others}:
+    if set(result.law.inputs) - ({"d"} if result.converges else set()) != {name, *others}:
         raise UserError(f"{result.law.name} needs {', '.join(result.law.inputs)}; give the others (e.g. --at-k 64)")
     if not 0 < loss < math.inf:
         raise UserError(f"loss {loss} must be positive and finite")
@@ -49,7 +53,23 @@ def need(result: FitResult, loss: float, k: float | None = None, cost: Cost | No
     flops = None if n is None or cost is None or k is None else cost(n, k)
     best, worst = (_first_below(sizes, band[edge].to_numpy(), loss) for edge in ("lo", "hi"))
     far = 0.0 if n is None else float(result.extrapolation({name: [n], **{o: [v] for o, v in others.items()}})[0])
-    return Need(n, best, worst, flops, floor, far)
+    return Need(n, best, worst, flops, floor, _floor_ends(result, {name: high, **others}), far)
+
+
+def excluded(answer: Need, loss: float) -> bool:
+    """Whether the data exclude that a loss can be reached: the interval of the floor is closed above it."""
+    return answer.floor_ends[0] is not None and answer.floor_ends[0] > loss
+
+
+def _floor_ends(result: FitResult, at: Mapping[str, float]) -> Interval:
+    """The interval of the floor at a point. Wald's would always be closed, since floors enter as logarithms."""
+    law = result.law
+    if law.floor is None or isinstance(law, SmoothBreak):
+        return (None, None) if law.floor is None else result.intervals["E"]
+    weights = {e.param: e.sign * math.prod(math.log(at[name]) for name in e.monomial) for e in law.terms[law.floor]}
+    by_profile = result.problem is not None and result.robust is None
+    _, low, high = (replace(result, ci="profile") if by_profile else result).contrast(weights)
+    return (None if low is None else math.exp(low)), (None if high is None else math.exp(high))
 
 
 def _first_below(x: Array, y: Array, level: float) -> float | None:

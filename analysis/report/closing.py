@@ -5,6 +5,7 @@ from __future__ import annotations
 from analysis.fits.result import FitResult
 from analysis.fits.status import Status
 from analysis.report.findings import Findings
+from analysis.report.words import floor_word
 from harness.errors import UserError
 
 
@@ -32,7 +33,7 @@ def _slope_line(result: FitResult, k: float) -> str:
         value, low, high = result.slope(along, at={"k": k})
     except UserError:
         return ""
-    what = "fvu" if result.law.floor is None else "fvu above its floor"
+    what = "fvu" if result.law.floor is None else f"fvu above its {floor_word(result)}"
     within = f" ({100 * result.level:g} %: {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
     doubt = "; this fit is not reliable, the report says why" if result.status is Status.UNRELIABLE else ""
     return f"{what} {'falls' if value < 0 else 'grows'} as n^{value:.2f}{within} at k = {k:g}{doubt}"

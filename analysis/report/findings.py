@@ -33,7 +33,7 @@ from analysis.runs.study import Study, read_study
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 
-BEYOND = (2.0, 4.0, 16.0)
+BEYOND = (2.0, 4.0, 8.0)
 """Sizes to forecast, in units of the largest n of the runs."""
 
 
@@ -200,13 +200,14 @@ def _attempt(findings: Findings, k: float | None, part: RunTable, names: list[st
 
 def _forecasts(table: RunTable, k: float | None, result: FitResult) -> list[dict[str, Any]]:
     """The law at the sizes `BEYOND` the largest n, with the bands of the mean and of a new run."""
-    if "experts" in result.law.inputs:
+    if "experts" in result.law.inputs or ("d" in result.law.inputs and not result.converges):
         return []
     largest = table.values("n").max()
     rows = []
     for level in sorted(set(table.values("k"))) if k is None else [k]:
         n = largest * np.array(BEYOND)
-        inputs = {name: np.full(len(n), level) if name == "k" else n for name in result.law.inputs}
+        sizes = [name for name in result.law.inputs if name != "d"]  # without tokens: at convergence
+        inputs = {name: np.full(len(n), level) if name == "k" else n for name in sizes}
         mean, new = (result.predict(inputs, kind) for kind in ("mean", "new_run"))
         for i, size in enumerate(n):
             row = {"n": float(size), "k": float(level), "extrapolation": float(mean["extrapolation"][i])}

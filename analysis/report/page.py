@@ -22,6 +22,7 @@ from analysis.report.words import (
     comparison_sentences,
     converged_words,
     convergence_sentences,
+    floors_words,
     forecast_sentences,
     law_sentences,
     multiplier_sentences,
@@ -207,7 +208,7 @@ def _comparison_row(entry: Comparison) -> dict[str, str]:
         "at": "every loss" if result.at_loss is None else f"fvu {number(result.at_loss)}",
         "p": number(result.p_shared, 2),
         "exponents": f"{number(result.exponents[0])} / {number(result.exponents[1])}",
-        "floor": number(result.floor) + ("" if result.floor_identified else " (may be zero)"),
+        "floor": floors_words(result) + ("" if result.floor_identified else "; it may be zero"),
         "crossing": "none in the data" if result.crossing is None else crossing,
     }
 

@@ -13,6 +13,7 @@ from analysis.format import interval, number
 from analysis.notes import has
 from analysis.questions.convergence import Convergence
 from analysis.questions.learning_rate import BestRates
+from analysis.questions.multiplier import Multiplier
 from analysis.questions.paired import PairedErrors
 from analysis.questions.versus import mean_ratio
 from analysis.report.findings import Comparison
@@ -34,7 +35,7 @@ def law_sentences(result: FitResult, ks: Sequence[float]) -> list[str]:
     """The law in words: the gain of a doubling of n at each k, the floor, the residuals."""
     if result.status is Status.FAILED:
         return []
-    part = "reducible loss" if result.law.floor is not None else "loss"
+    part = f"part of the loss above the {floor_word(result)}" if result.law.floor is not None else "loss"
     sentences = []
     if "k" in result.law.inputs:
         steps = [f"{doubling(result.slope('n', at={'k': k}))} at k = {k:g}" for k in _few(ks)]
@@ -45,7 +46,7 @@ def law_sentences(result: FitResult, ks: Sequence[float]) -> list[str]:
         sentences.append(_floor_sentence(result, ks))
     if result.dof > 0:
         spread = 100 * math.sqrt(result.variance)
-        sentences.append(f"Runs scatter by {spread:.2g} % around the law ({result.points} runs, {result.dof} dof).")
+        sentences.append(f"Runs scatter by {spread:.2g} % around the law ({result.sample()}).")
     if result.status is Status.UNRELIABLE:
         sentences.append("This fit is not reliable; see the notes before using its numbers.")
     return sentences
@@ -56,18 +57,36 @@ def _short(result: FitResult) -> str:
     return {"n_latents": "n", "flops": "the FLOPs"}.get(column, column)
 
 
+def floor_word(result: FitResult) -> str:
+    """What the floor of a fit is: "floor", or "level at this budget" of runs that were not trained to convergence."""
+    return "level at this budget" if level_only(result) else "floor"
+
+
+def level_only(result: FitResult) -> bool:
+    """Whether the record says that a floor may be what the budget of tokens left."""
+    return any(entry.code == "level_at_budget" and entry.severity != "info" for entry in result.notes)
+
+
+def standing(result: FitResult) -> list[str]:
+    """What must go with every number from a fit: its status, the regime of its runs, its notes."""
+    regime = f", runs: {result.regime}" if result.regime else ""
+    return [f"from {result.law.name}, status {result.status.value}{regime}", *map(str, result.notes)]
+
+
 def _floor_sentence(result: FitResult, ks: Sequence[float]) -> str:
     if has(result.notes, "floor_not_identified"):
-        return "A floor is not identified: these sizes do not show whether the fall ends."
+        return f"A {floor_word(result)} is not identified: these sizes do not show whether the fall ends."
+    what, why = f"a {floor_word(result)}", ""
+    if level_only(result):
+        why = " It is what this number of tokens leaves, not the floor of converged SAEs."
     if "k" in result.law.inputs:
         few = _few(ks)
         inputs = {"k": np.array(few), "n": np.full(len(few), result.domain["n"][0])}
-        floors = result.floor({name: inputs[name] for name in result.law.inputs})
-        return (
-            f"It falls towards a floor of {_and([f'{v:.3g} at k = {k:g}' for k, v in zip(few, floors, strict=True)])}."
-        )
+        floors = result.floor({name: inputs[name] for name in result.law.inputs if name in inputs})
+        values = _and([f"{v:.3g} at k = {k:g}" for k, v in zip(few, floors, strict=True)])
+        return f"It falls towards {what} of {values}.{why}"
     low, high = result.intervals["E"]
-    return f"It falls towards a floor of {result.values['E']:.3g} {interval(low, high)}."
+    return f"It falls towards {what} of {result.values['E']:.3g} {interval(low, high)}.{why}"
 
 
 def comparison_sentences(rows: Sequence[dict], errors: PairedErrors | None = None, axis: str = "") -> list[str]:
@@ -109,14 +128,14 @@ def multiplier_sentences(comparisons: Sequence[Comparison]) -> list[str]:
         if result.value is None or entry.x != "flops":
             continue
         who = f"k = {entry.k:g}: Switch with {entry.experts:g} experts needs"
-        where = "for every loss" if result.at_loss is None else f"for fvu {number(result.at_loss)}"
+        where = "for every loss above the floor" if result.at_loss is None else f"for fvu {number(result.at_loss)}"
         why = "exponents agree" if result.at_loss is None else f"exponents differ, p = {number(result.p_shared, 2)}"
         times, ends, word = number(result.value), interval(result.lo, result.hi), "fewer"
         if result.value < 1:
             times, word = number(1 / result.value), "more"
             ends = interval(_inverse(result.hi), _inverse(result.lo))
         what = AXES.get(result.axis, "training FLOPs")
-        sentences.append(f"{who} {times} times {word} {what} than TopK {where} {ends} ({why}).")
+        sentences.append(f"{who} {times} times {word} {what} than TopK {where} {ends} ({why}; {floors_words(result)}).")
         other = [
             f"{number(m.value)} in {AXES[axis]}" for axis, m in entry.by_axis if _contradicts(m.value, result.value)
         ]
@@ -124,6 +143,18 @@ def multiplier_sentences(comparisons: Sequence[Comparison]) -> list[str]:
             said = f"This claim depends on what is counted: TopK / Switch is {number(result.value)} in {what}, but"
             sentences.append(f"{said} {_and(other)}.")
     return sentences
+
+
+def floors_words(result: Multiplier) -> str:
+    """Whether a common floor was used, and what the other way gives."""
+    p = f"p = {number(result.p_floor, 2)}"
+    first, second = (number(floor) for floor in result.floors)
+    used = f"floors of their own, {first} and {second}, {p}" if result.own_floors else f"common floor, {p}"
+    other = "with a common floor" if result.own_floors else f"with floors of their own, {first} and {second},"
+    if result.otherwise is None or result.otherwise[0] is None:
+        return f"{used}; {other} there is no number"
+    value, low, high = result.otherwise
+    return f"{used}; {other} TopK / Switch is {number(value)} {interval(low, high)}"
 
 
 def _contradicts(value: float | None, other: float) -> bool:
@@ -207,8 +238,9 @@ def refuse(result: FitResult, table: RunTable) -> int:
 
 def used(result: FitResult) -> list[str]:
     """Lines that say which runs were fitted, and which were left out and why."""
-    total = result.points + len(result.excluded)
-    return [f"used: {result.points} of {total} runs ({_some(sorted(result.runs))})", *left_out(result)]
+    runs = sorted(set(result.runs))
+    total = len(runs) + len(result.excluded)
+    return [f"used: {len(runs)} of {total} runs ({_some(runs)})", *left_out(result)]
 
 
 def left_out(result: FitResult) -> list[str]:

@@ -64,13 +64,56 @@ def setting(row: pd.Series, key: str) -> float:
 def last_doubling(table: RunTable) -> dict[str, float]:
     """run → relative gain in loss over the last doubling of tokens; runs without a long enough curve are absent."""
     gains = {}
-    for run, part in evaluations(table).groupby("run"):
-        part = part.sort_values("tokens")
-        part = part[(part["tokens"] > 0) & (part["loss"] > 0)]
+    for run in table.frame[table.roles["run"]].astype(str):
+        part = curve(table.history(run), table.roles["loss"])
         tokens, log_loss = np.log(part["tokens"].to_numpy()), np.log(part["loss"].to_numpy())
         if len(tokens) > 1 and tokens[0] <= tokens[-1] - np.log(2):
-            gains[str(run)] = float(np.interp(tokens[-1] - np.log(2), tokens, log_loss) - log_loss[-1])
+            gains[run] = float(np.interp(tokens[-1] - np.log(2), tokens, log_loss) - log_loss[-1])
     return gains
+
+
+def curve(lines: pd.DataFrame, loss: str) -> pd.DataFrame:
+    """The held-out curve in the logged lines of one run: tokens and loss, by rising tokens.
+
+    Its points are on the same held-out rows: the final evaluation, which uses all of them, belongs to it only if the
+    others do too. Empty without such lines.
+    """
+    if not {loss, "tokens"} <= set(lines):
+        return pd.DataFrame({"tokens": [], "loss": []}, dtype=float)
+    lines = lines[lines[loss].notna()]
+    if "eval_rows" in lines and len(lines):
+        lines = lines[lines["eval_rows"] == lines["eval_rows"].mode().iloc[0]]
+    points = lines[["tokens", loss]].apply(pd.to_numeric, errors="coerce").rename(columns={loss: "loss"})
+    points = points[(points["tokens"] > 0) & (points["loss"] > 0)]
+    return points.drop_duplicates("tokens").sort_values("tokens").astype(float)
+
+
+SPAN = 16.0
+"""A curve counts from its last tokens back to this part of them: earlier, the loss is no power of tokens."""
+
+
+def curve_points(table: RunTable) -> RunTable:
+    """The points of the curves of runs with a constant learning rate, half a doubling of tokens apart, as rows of their
+    own with the name of their run. Other runs are left out: where the rate decays, early points are too high.
+
+    A table without curves is returned unchanged.
+    """
+    if not table.histories or not table.has("d"):
+        return table
+    names, loss, tokens = table.column("run").astype(str), table.roles["loss"], table.roles["d"]
+    parts, usable = [], []
+    for run, (_, row) in zip(names, table.frame.iterrows(), strict=True):
+        points = curve(table.history(run), loss)
+        points = points[points["tokens"] > setting(row, "train.warmup_tokens")]
+        usable.append(len(points) > 1 and not decays(row))
+        if usable[-1]:
+            last = points["tokens"].iloc[-1]
+            step = np.round(2 * np.log2(last / points["tokens"])).astype(int)
+            points = points[(points["tokens"] >= last / SPAN * 0.99)].assign(step=step).drop_duplicates("step")
+            repeated = pd.DataFrame([row] * len(points))
+            parts.append(repeated.assign(**{tokens: points["tokens"].to_numpy(), loss: points["loss"].to_numpy()}))
+    out = table.keep(np.array(usable, dtype=bool), "no curve at a constant learning rate")
+    return out.but(frame=pd.concat(parts, ignore_index=True)) if parts else out
 
 
 def repeated_rows(table: RunTable) -> list[Note]:

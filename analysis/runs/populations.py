@@ -36,6 +36,9 @@ CELL_KEYS = (
 )
 """Configuration keys in which the cells of a sweep are meant to differ."""
 
+WORSE_RATE = "not the best learning rate of its n and k"
+"""Why a run at a worse learning rate than another of its cell is left out."""
+
 _CELL = ("sae", "n_latents", "k", "n_experts", "seed", "lr", "train.tokens", "train.flops", "train.until")
 
 
@@ -126,7 +129,7 @@ def at_best_rate(table: RunTable) -> RunTable:
         return table
     mean = pd.Series(table.values("loss")).groupby([cell, pd.Series(lr)]).transform("mean")
     best = mean <= mean.groupby(cell).transform("min") * (1 + 1e-12)
-    out = table.keep(best.to_numpy(), "not the best learning rate of its n and k")
+    out = table.keep(best.to_numpy(), WORSE_RATE)
     text = f"{int((~best).sum())} runs have a worse learning rate than another of the same n and k and were left out"
     out.notes.append(note("mixed_population", "info", text))
     return out

@@ -60,3 +60,14 @@ def converged_and_fixed(table: RunTable) -> tuple[np.ndarray, np.ndarray]:
     until = table.frame.get("train.until")
     fixed = ~converged if until is None else ~converged | (until.astype(str) == "budget").to_numpy()
     return converged, fixed
+
+
+def regime_words(table: RunTable) -> str:
+    """`converged`, `fixed tokens` or `mixed`, of the runs of a law that does not follow tokens; "" if unknown."""
+    if table.has("converged") and table.column("converged").notna().any():
+        converged, fixed = converged_and_fixed(table)
+        return "fixed tokens" if fixed.all() else "converged" if converged.all() else "mixed"
+    if table.has("d") and len(table):
+        tokens = table.use("d").values("d")
+        return "fixed tokens" if len(tokens) == len(table) and np.ptp(np.log(tokens)) < 0.05 else "mixed"
+    return ""

@@ -76,7 +76,9 @@ def test_different_tokens_give_a_note():
     frame = _mixed().query("not converged").assign(tokens=lambda f: 1e5 * (1 + f["n_latents"] % 3))
     notes = fit(RunTable(frame, dict(ROLES)), ci="wald").notes
     assert any("no law at fixed tokens" in entry.message for entry in notes)
-    assert not any("tokens" in e.message for e in fit(RunTable(frame.assign(tokens=1e5), dict(ROLES)), ci="wald").notes)
+    assert not any(
+        "no law at" in e.message for e in fit(RunTable(frame.assign(tokens=1e5), dict(ROLES)), ci="wald").notes
+    )
 
 
 @pytest.fixture(scope="module")

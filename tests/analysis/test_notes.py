@@ -14,7 +14,7 @@ from analysis.notes import REMEDIES, has
 from analysis.questions.frontier import frontier_law
 from analysis.questions.isoflop import isoflop
 from analysis.questions.paired import PairedErrors, rises
-from tests.analysis.generate import grid_frame, sae_nk, write_run
+from tests.analysis.generate import GPT4, grid_frame, sae_nk, write_run
 from tests.analysis.test_comparisons import BUDGETS, _chinchilla_profiles, _curves
 
 ROLES = {"n": "n_latents", "k": "k", "loss": "fvu"}
@@ -117,6 +117,37 @@ def _curved_runs(tmp_path, flat):
     return check_table(table.but(roles={**table.roles, "x": "n_latents"}), get("power_floor"))
 
 
+def _repeated(noise):
+    """Two runs of each cell that differ by `noise`."""
+    frame = grid_frame(N_GRID, K_GRID, 0.005)
+    again = frame.assign(fvu=frame["fvu"] * np.exp(noise * np.sin(1 + np.arange(len(frame)))), seed=1)
+    both = pd.concat([frame, again], ignore_index=True)
+    both["run"] = [f"r{i}" for i in range(len(both))]
+    return fit(RunTable(both, {**ROLES, "run": "run"}), ci="wald", starts=8).notes
+
+
+def _rates(factors):
+    """A grid in which every cell was run at these multiples of the rule's learning rate; 1 is the best."""
+    grid = grid_frame(N_GRID, K_GRID, 0.005)
+    parts = [
+        grid.assign(fvu=grid["fvu"] * (1 + 0.1 * (1 - factor)), lr=factor / grid["n_latents"] ** 0.5)
+        for factor in factors
+    ]
+    return fit(RunTable(pd.concat(parts), {**ROLES, "lr": "lr"}), ci="wald", starts=8).notes
+
+
+def _small(off):
+    """Five widths and two k without a floor; the largest cell is off by that factor."""
+    frame = grid_frame(2 ** np.arange(8, 13), [8, 32], 0.003, coefficients={**GPT4, "zeta": -40.0})
+    frame.loc[len(frame) - 1, "fvu"] *= off
+    return fit(RunTable(frame, dict(ROLES)), "sae_nk_no_floor").notes
+
+
+def _edge(off):
+    """The smallest n is off by that factor."""
+    return lambda frame: frame.assign(fvu=frame["fvu"] * np.where(frame["n_latents"] == N_GRID[0], off, 1.0))
+
+
 TOKENS = np.geomspace(1e6, 1e8, 45)
 PROFILES = _chinchilla_profiles(BUDGETS[:1], 2.0 ** np.arange(-3, 4))
 LOW = _chinchilla_profiles(BUDGETS[:1], 2.0 ** np.arange(-3, 4))
@@ -178,6 +209,19 @@ CASES = {
         lambda: _grid(_set("layer", lambda f: np.arange(len(f)) % 3)),
         lambda: _grid(_set("layer", 4)),
     ),
+    "identical_repeats": (lambda: _repeated(0.0), lambda: _repeated(0.003)),
+    "level_at_budget": (
+        lambda: _grid(_set("converged", False), roles={"converged": "converged"}),
+        lambda: _grid(_set("converged", True), roles={"converged": "converged"}),
+    ),
+    "untuned_rates": (lambda: _rates((1.0,)), lambda: _rates((0.5, 1.0))),
+    "one_data_order": (
+        lambda: _grid(_set("stream.seed", 0)),
+        lambda: _grid(_set("stream.seed", lambda f: np.arange(len(f)) % 2)),
+    ),
+    "large_residuals": (lambda: _grid(noise=0.13), lambda: _grid(noise=0.08)),
+    "one_cell_decides": (lambda: _small(off=1.25), lambda: _small(off=1.0)),
+    "edge_rows": (lambda: _grid(_edge(1.05)), lambda: _grid(_edge(1.0))),
     "floor_not_identified": (lambda: _line(x=np.geomspace(256, 2048, 5), floor=0.01), lambda: _line()),
     "parameter_at_bound": (lambda: _line(floor=0.0, noise=0, edit=_bend), lambda: _line()),
     "start_equals_solution": (lambda: _line(evaluations=1, robust="huber", resamples=3), lambda: _line()),
@@ -215,3 +259,59 @@ def test_not_provoked(code):
 def test_convergence_is_judged_by_the_curve_where_no_flag_is_recorded(tmp_path):
     assert has(_curved_runs(tmp_path / "falling", flat=False), "unconverged_run")
     assert not has(_curved_runs(tmp_path / "ended", flat=True), "unconverged_run")
+
+
+def test_a_curve_tells_whether_a_floor_is_a_level_at_this_budget(tmp_path):
+    for gain, told in ((0.05, True), (0.001, False)):
+        table = RunTable(
+            grid_frame(N_GRID, K_GRID, 0.005).assign(run=[f"r{i}" for i in range(45)]), {**ROLES, "run": "run"}
+        )
+        curve = pd.DataFrame({"tokens": [1e6, 2e6, 4e6], "fvu": [0.2 * (1 + gain), 0.2 * (1 + gain), 0.2]})
+        table.histories = {f"r{i}": lambda curve=curve: curve for i in range(45)}
+        result = fit(table, ci="wald", starts=8)
+        assert has(result.notes, "level_at_budget") == told
+        assert not has(fit(table, "sae_nk_no_floor", ci="wald", starts=8).notes, "level_at_budget")
+
+
+def test_the_note_on_rows_at_an_edge_says_which_how_far_off_and_the_fit_without_them():
+    found = next(entry for entry in CASES["edge_rows"][0]() if entry.code == "edge_rows")
+    assert "the 5 row(s) with n = 2048" in found.message and "+" in found.message and "gamma" in found.message
+
+
+def test_a_note_of_severity_error_makes_a_fit_unreliable_and_three_sizes_are_too_few_for_a_floor():
+    x = np.repeat(np.array([256.0, 1024.0, 4096.0]), 3)
+    y = (0.1 + 2.0 * x**-0.35) * np.exp(0.003 * np.random.default_rng(0).standard_normal(9))
+    table = RunTable(pd.DataFrame({"x": x, "y": y}), {"x": "x", "loss": "y"})
+    assert fit(table, "power_floor").status == "unreliable" and fit(table, "power").status != "failed"
+    assert has(fit(table, "power_floor").notes, "too_few_levels")
+
+
+def test_experts_that_vary_are_no_repeats():
+    frame = grid_frame(N_GRID, K_GRID, 0.005, seeds=2)
+    frame["fvu"] *= np.where(frame["seed"] == 1, 1.2, 1.0)
+    frame["blocks"] = 1 + frame["seed"]
+    noted = fit(RunTable(frame, {**ROLES, "experts": "blocks"}), ci="wald", starts=8).notes
+    assert has(noted, "single_seed") and has(noted, "mixed_population") and not has(noted, "lack_of_fit")
+
+
+def test_no_number_of_standard_deviations_above_a_thousand():
+    x = np.geomspace(256, 65536, 12)
+    y = 2.0 * x**-0.35 * np.where(np.arange(12) == 5, 1.01, 1.0)
+    notes = fit(RunTable(pd.DataFrame({"x": x, "y": y}), {"x": "x", "loss": "y"}), "power", ci="wald").notes
+    text = next(entry.message for entry in notes if entry.code == "outlier_driven")
+    assert "more than 1,000 standard deviations" in text
+
+
+def test_repeats_that_differ_by_rounding_only_give_no_weights():
+    """Two copies of each run: equal, or apart by the last digit, or rounded to three decimals."""
+    frame = grid_frame(N_GRID, K_GRID, 0.005)
+    alone = fit(RunTable(frame, dict(ROLES)), starts=8)
+    for again in (frame["fvu"], frame["fvu"] * (1 + 1e-15 * np.arange(len(frame)))):
+        both = pd.concat([frame, frame.assign(fvu=again, seed=1)], ignore_index=True)
+        both["run"] = [f"r{i}" for i in range(len(both))]
+        result = fit(RunTable(both, {**ROLES, "run": "run"}), starts=8)
+        assert result.points == len(frame) and result.values["gamma"] == pytest.approx(alone.values["gamma"], rel=1e-9)
+    rounded = frame.assign(fvu=frame["fvu"].round(3))
+    both = pd.concat([rounded, rounded.assign(seed=1)], ignore_index=True)
+    both["run"] = [f"r{i}" for i in range(len(both))]
+    assert not fit(RunTable(both, {**ROLES, "run": "run"}), starts=8).weighting

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis import RunTable, fit
+from analysis import RunTable, fit, load
 from analysis.cli import main
 from analysis.questions.cost import cost_of
 from analysis.questions.need import need
@@ -167,6 +167,31 @@ COMMANDS = {
     ),
     "ask": (["ask", "--fvu", "0.4", "--at-k", "64"], 0, "is predicted to reach 0.4"),
     "ask below the floor": (["ask", "--fvu", "0.05", "--at-k", "64"], 0, "not reachable: floor at"),
+    "ask between": (
+        ["ask", "--fvu", "0.001", "--at-k", "64", "--where", "width<9000", "--where", "active>100"],
+        0,
+        "does not exclude 0.001",
+    ),
+    "predict far": (["predict", "--at", "n=2**23 k=64"], 2, "needs --far"),
+    "predict far, asked for": (["predict", "--at", "n=2**23 k=64", "--far"], 0, "  far"),
+    "predict says its status": (["predict", "--at", "n=2**20 k=64"], 0, "from sae_nk, status ok"),
+    "predict says its notes": (["predict", "--at", "n=2**20 k=64"], 0, "level_at_budget"),
+    "plan far": (["plan", "--target", "n=2**23 k=64", "--budget", "1e17", "--flops", "flops"], 2, "needs --far"),
+    "plan predicts a width": (
+        ["plan", "--target", "n=2**20 k=64", "--budget", "1e17", "--flops", "flops"],
+        0,
+        "predicted width of that interval: ±",
+    ),
+    "plan says its status": (
+        ["plan", "--target", "n=2**20 k=64", "--budget", "1e17", "--flops", "flops"],
+        0,
+        "from sae_nk, status ok",
+    ),
+    "ask says its status": (["ask", "--fvu", "0.4", "--at-k", "64"], 0, "from sae_nk, status ok"),
+    "half a latent": (["predict", "--at", "n=2**20 k=0.5"], 2, "k = 0.5 is less than one active latent"),
+    "ask half a latent": (["ask", "--fvu", "0.4", "--at-k", "0.5"], 2, "k = 0.5 is less than one active latent"),
+    "k beyond n": (["predict", "--at", "n=64 k=128"], 2, "more than n = 64 latents"),
+    "n beyond sense": (["predict", "--at", "n=1e15 k=64", "--far"], 2, "no number of latents"),
     "ask without k": (["ask", "--fvu", "0.4"], 2, "--at-k"),
     "ask of too little": (["ask", "--fvu", "0.4", "--at-k", "64", "--where", "active=32"], 1, "too_few_levels"),
 }
@@ -193,15 +218,16 @@ def test_a_target_where_the_law_overflows_is_told(tmp_path, capsys):
     path = tmp_path / "t.csv"
     grid_frame(2 ** np.arange(7, 13), 2 ** np.arange(2, 7), 0.001, coefficients=truth).assign(flops=1e9).to_csv(path)
     line = [str(path), "--n", "n_latents", "--loss", "fvu", "--flops", "flops", "--starts", "16"]
-    assert main(["predict", *line, "--at", "n=2**300 k=2**200"]) == 1
-    assert "no finite value" in capsys.readouterr().err
-    assert main(["plan", *line, "--target", "n=2**300 k=2**200", "--budget", "1e12"]) == 2
-    assert "no finite value at n=" in capsys.readouterr().err
+    assert main(["predict", *line, "--at", "n=2**300 k=2**200", "--far"]) == 2
+    assert "is no number of latents" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no finite value at n="):
+        fitted = fit(load(path, {"n": "n_latents", "loss": "fvu"}), starts=16)
+        plan(fitted, {"n": 2.0**300, "k": 2.0**200}, 1e12, lambda n, k: 1.0, [128.0], [4.0])
 
 
 def test_plan_of_a_sweep_prints_make_lines_that_go_into_it(tmp_path, capsys):
     sweep = write_sweep(tmp_path / "my runs" / "quick")
-    line = ["plan", str(sweep), "--target", "n=2**16 k=32", "--budget", "1e15", "--starts", "16"]
+    line = ["plan", str(sweep), "--target", "n=2**15 k=32", "--budget", "1e15", "--starts", "16"]
     assert main(line) == 0
     lines = [text for text in capsys.readouterr().out.splitlines() if text.startswith("make sweep ")]
     assert lines

@@ -64,6 +64,8 @@ def _fits_at(fits: Fits, k: float) -> list[FitResult]:
 def _inputs(result: FitResult, n: np.ndarray, k: float) -> dict[str, np.ndarray]:
     """Arrays for a law in n (or x, which is n here) and k."""
     values = {"n": n, "x": n, "k": np.full(len(n), k)}
+    if "d" in result.law.inputs:  # the runs that are drawn are those of their last tokens
+        values["d"] = np.full(len(n), result.domain["d"][1])
     return {name: values[name] for name in result.law.inputs}
 
 

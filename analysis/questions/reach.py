@@ -1,0 +1,51 @@
+"""Where a fitted law may be asked: near enough to its runs, and at sizes that can exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from analysis.fits.result import FitResult
+from analysis.runs.table import RunTable
+from harness.errors import UserError
+
+FAR = 8.0
+"""Forecasts beyond this multiple of the largest size of the runs must be asked for."""
+
+LARGEST_N = 1e12
+"""Number of latents above which no SAE makes sense."""
+
+
+def beyond(result: FitResult, size: float) -> float:
+    """`size` as a multiple of the largest size that was fitted."""
+    return size / result.domain[result.law.scale_input][1]
+
+
+def is_far(result: FitResult, size: float) -> bool:
+    """Whether a size is beyond the stated span of forecasts."""
+    return beyond(result, size) > FAR * (1 + 1e-9)
+
+
+def check_point(result: FitResult, table: RunTable, point: Mapping[str, float], far: bool = True) -> None:
+    """Raises `UserError` if no SAE can have the sizes of `point`, or one is far beyond the runs and `far` is False."""
+    n, k = point.get("n"), point.get("k")
+    width = _width(table)
+    if k is not None and k < 1:
+        raise UserError(f"k = {k:g} is less than one active latent; choose k from 1 on")
+    if k is not None and width is not None and k > width:
+        raise UserError(f"k = {k:g} is more than the {width:g} dimensions of the activations; choose a smaller k")
+    if k is not None and n is not None and k > n:
+        raise UserError(f"k = {k:g} is more than n = {n:g} latents; choose a smaller k")
+    if n is not None and not 1 <= n <= LARGEST_N:
+        raise UserError(f"n = {n:g} is no number of latents of an SAE (1 to {LARGEST_N:g})")
+    name = result.law.scale_input
+    if not far and name in point and is_far(result, point[name]):
+        raise UserError(
+            f"{name} = {point[name]:g} is {beyond(result, point[name]):.3g} times the largest of the runs; "
+            f"a forecast beyond {FAR:g} times needs --far"
+        )
+
+
+def _width(table: RunTable) -> float | None:
+    """Dimensions of the activations, if the table says so."""
+    widths = table.frame["d_model"].dropna().unique() if "d_model" in table.frame else []
+    return float(widths[0]) if len(widths) == 1 else None
