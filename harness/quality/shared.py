@@ -175,6 +175,8 @@ class Shared:
 
     @functools.cached_property
     def text(self) -> Text:
+        """Raises `UserError` where there is no language model."""
+        self.require_model()
         tensors = self.cached(f"text-{self.text_key}", self._make_text)
         norms = tensors["hidden"].norm(dim=-1)
         content = ~torch.isin(tensors["ids"], torch.tensor(self.special.dropped))
