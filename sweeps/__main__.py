@@ -68,8 +68,8 @@ def report(sweep_dir: Path) -> None:
 
 
 def evaluate(sweep_dir: Path, metrics: Sequence[str]) -> bool:
-    """Judge the finished runs of a sweep by the metrics of its study. A problem is reported and does not change the exit
-    code, like one of the report; False if somebody asked to stop."""
+    """Judge the finished runs of a sweep by the metrics of its study. A problem is reported and does not change the
+    exit code, like one of the report; False if somebody asked to stop."""
     from harness.quality.judge import TOKENS, chosen_metrics, judge  # these take seconds: torch
     from harness.quality.subjects import subjects_of
 
