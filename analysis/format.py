@@ -12,7 +12,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """A number for reading: `digits` significant digits, thousands grouped, a power of ten from a million on."""
     if value is None or not math.isfinite(value):
         return "–"
-    if value == 0:
+    if abs(value) < 1e-300:  # smaller powers of ten are 0 in float64
         return "0"
     if abs(value) >= 1e6 or abs(value) < 1e-4:
         exponent = math.floor(math.log10(abs(value)))

@@ -68,8 +68,8 @@ def report(sweep_dir: Path) -> None:
 
 
 def evaluate(sweep_dir: Path, metrics: Sequence[str]) -> bool:
-    """Judge the finished runs of a sweep by the metrics of its study; whether all was evaluated. A problem is reported
-    and does not change the exit code, like one of the report."""
+    """Judge the finished runs of a sweep by the metrics of its study. A problem is reported and does not change the
+    exit code, like one of the report; False if somebody asked to stop."""
     from harness.quality.judge import TOKENS, chosen_metrics, judge  # these take seconds: torch
     from harness.quality.subjects import subjects_of
 
@@ -79,7 +79,7 @@ def evaluate(sweep_dir: Path, metrics: Sequence[str]) -> bool:
             judged = judge(subjects, chosen_metrics(metrics), TOKENS, force=False, stop=stop, progress=own_progress())
     except UserError as error:
         say(f"not evaluated: {error}")
-        return False
+        return True
     for problem in judged.problems:
         say(f"not evaluated: {problem}")
     if judged.stopped or judged.problems:

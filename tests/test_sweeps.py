@@ -115,3 +115,16 @@ def test_a_law_that_is_not_known_is_refused_before_anything_is_trained(
     assert main(["--study", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), *SMALL]) == 2
     assert "law 'nope' is not known" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_that_names_metrics_judges_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = tmp_path / "judged.yaml"
+    study.write_text("evaluate: [geometry]\noverrides: [train=quick]\ngrids: [{overrides: [sae=topk]}]")
+    options = ["--study", str(study), "--activations", "synthetic", "--out", str(tmp_path), "--width", "32", "--k", "2"]
+    assert main([*options, *SMALL]) == 0
+    assert len(list(tmp_path.glob("judged/*/quality/geometry.json"))) == 1
+    assert "Quality of the features" in (tmp_path / "judged/report.html").read_text()
+
+    study.write_text("evaluate: [beauty]\noverrides: [train=quick]\ngrids: [{overrides: [sae=topk]}]")
+    assert main([*options, *SMALL]) == 0
+    assert "not evaluated: --metrics beauty is not known" in capsys.readouterr().err

@@ -140,7 +140,7 @@ def _kl_against_fvu(table: RunTable) -> dict[str, str] | None:
         line = "-" if name == "pca" else "--"
         ax.plot([p["fvu"] for p in points], [p["kl"] for p in points], color=GREY, ls=line, lw=1, label=label)
     for sae, k, part in _groups(frame):
-        style = _styles(frame, sae, k) | {"ls": "none"}
+        style: dict[str, Any] = _styles(frame, sae, k) | {"ls": "none"}
         if sae != "topk":
             style["markerfacecolor"] = "none"
         ax.errorbar(part[fvu], part[KL], yerr=part.get(f"{KL}_se"), ms=4, label=f"{sae}, k = {k:g}", **style)

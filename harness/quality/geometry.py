@@ -30,7 +30,7 @@ _BLOCK = 2048
 class Neighbours(NamedTuple):
     nearest: Float[Tensor, " n"]
     """Largest cosine with another row."""
-    index: Int[Tensor, " n"]
+    which: Int[Tensor, " n"]
     """That row."""
     by_group: Float[Tensor, "n groups"]
     """Largest cosine with another row of each group."""
@@ -105,7 +105,7 @@ def judge(sae: TrainedSae) -> Outcome:
             curves[name] = [{"expert": e, "cosines": row.tolist()} for e, row in enumerate(table)]
     per_latent = {
         "nearest_cosine": found.nearest.numpy(),
-        "nearest": found.index.numpy(),
+        "nearest": found.which.numpy(),
         "frequency": frequency.numpy(),
         "expert": groups.numpy(),
     }

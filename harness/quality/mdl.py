@@ -112,7 +112,7 @@ def _log2_choose(n: int, k: float) -> float:
 
 def _dense_bits(rows: Rows, directions: Float[Tensor, "d d"], error: float) -> float:
     """Bits per token of principal components, all quantised with the coarsest width that gives at most `error`."""
-    components = (rows.x - rows.x.mean(dim=0)) @ directions.T
+    components = (rows.x - rows.mean) @ directions.T
     spread = float(components.std())
 
     def rounded(width: float) -> Tensor:

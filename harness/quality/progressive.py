@@ -70,7 +70,6 @@ def judge(sae: TrainedSae, rows: Rows, train: Float[Tensor, "rows d"], tick=lamb
     sizes = sorted({size for size in (*(2**j for j in range(20)), k, most) if size <= most})
     levels = sorted({max(1, k // 2), k, min(2 * k, most)})
     cuts = thresholds(wide, train, levels)
-    average = rows.x.mean(dim=0)
     names = [*(f"k{size}" for size in sizes), *(f"t{level}" for level in levels)]
     errors: dict[str, list[Tensor]] = {name: [] for name in names}
     active = dict.fromkeys(levels, 0)
@@ -86,7 +85,7 @@ def judge(sae: TrainedSae, rows: Rows, train: Float[Tensor, "rows d"], tick=lamb
         for level in levels:
             active[level] += int((kept[level].values > 0).sum())
         tick(start + len(x))
-    baseline = by_document((rows.x - average).square().sum(dim=1), rows.document, rows.documents)
+    baseline = by_document((rows.x - rows.mean).square().sum(dim=1), rows.document, rows.documents)
     fvu = {
         name: ratio(by_document(torch.cat(part), rows.document, rows.documents), baseline)
         for name, part in errors.items()

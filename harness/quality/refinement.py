@@ -93,7 +93,6 @@ def refined(sae: TrainedSae, x: Float[Tensor, "tokens d"], codes: TokenCodes) ->
 
 def judge(sae: TrainedSae, rows: Rows, tick=lambda done: None) -> Outcome:
     """Figures of one SAE: fvu before and after, and how activations change."""
-    average = rows.x.mean(dim=0)
     before, after, baseline, changes, silenced, entries = [], [], [], [], 0, 0
     for start in range(0, len(rows.x), 4096):
         x = rows.x[start : start + 4096]
@@ -106,7 +105,7 @@ def judge(sae: TrainedSae, rows: Rows, tick=lambda done: None) -> Outcome:
         entries += int(active.sum())
         before.append((x - sae.decode(codes).cpu()).square().sum(dim=1))
         after.append((x - sae.decode(better).cpu()).square().sum(dim=1))
-        baseline.append((x - average).square().sum(dim=1))
+        baseline.append((x - rows.mean).square().sum(dim=1))
         tick(start + len(x))
     sums = [by_document(torch.cat(part), rows.document, rows.documents) for part in (before, after, baseline)]
     values = {

@@ -50,6 +50,8 @@ class Rows(NamedTuple):
     x: Float[Tensor, "rows d"]
     document: Int[Tensor, " rows"]
     """Number of the document, from 0 without gaps."""
+    mean: Float[Tensor, " d"]
+    """Of training rows: the prediction whose fvu is 1."""
     kept_share: float
 
     @property
@@ -134,7 +136,7 @@ class Shared:
         x, document = torch.cat(parts), torch.cat(owners)
         kept = x.norm(dim=1) <= MASSIVE * self.reference.median_norm
         _, document = torch.unique(document[kept], return_inverse=True)
-        return Rows(x[kept], document, float(kept.double().mean()))
+        return Rows(x[kept], document, self.reference.mean, float(kept.double().mean()))
 
     @property
     def has_model(self) -> bool:
@@ -173,6 +175,8 @@ class Shared:
 
     @functools.cached_property
     def text(self) -> Text:
+        """Raises `UserError` where there is no language model."""
+        self.require_model()
         tensors = self.cached(f"text-{self.text_key}", self._make_text)
         norms = tensors["hidden"].norm(dim=-1)
         content = ~torch.isin(tensors["ids"], torch.tensor(self.special.dropped))

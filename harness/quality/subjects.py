@@ -48,7 +48,7 @@ def require_fit(sae: TrainedSae, name: str, rows: Rows) -> None:
             "choose its own model and hook with activations=…"
         )
     x = rows.x[:_FIT_ROWS]
-    fvu = float((x - sae.forward(x).cpu()).square().sum() / (x - x.mean(dim=0)).square().sum())
+    fvu = float((x - sae.forward(x).cpu()).square().sum() / (x - rows.mean).square().sum())
     if not fvu < 1:
         told = ", ".join(str(value) for key, value in sae.origin.activations.items() if key != "kind" and value)
         raise UserError(

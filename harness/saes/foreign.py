@@ -23,6 +23,7 @@ from torch import Tensor
 from harness.config import SaeConfig
 from harness.errors import UserError
 from harness.ops import choose_ops
+from harness.ops.untyped import norm
 from harness.saes.normalize import Normalizer
 from harness.saes.sae import Sae
 from harness.saes.trained import Origin, TrainedSae
@@ -90,9 +91,13 @@ def _ours(found: Foreign, name: str) -> TrainedSae:
         b_enc = b_enc + shift
         if "b_mag" in further:
             further["b_mag"] = further["b_mag"] + further["r_mag"].exp() * shift
-    active = {"k": found.k} if found.architecture == "topk" else {"k": 0, "target_l0": 1.0, "aux_alpha": 0.0}
     config = SaeConfig(
-        architecture=found.architecture, n_latents=n, normalize="layernorm" if found.layernorm else "none", **active
+        architecture=found.architecture,
+        n_latents=n,
+        k=found.k,
+        target_l0=0.0 if found.k else 1.0,  # the schema wants one for architectures without k
+        aux_alpha=0.0,
+        normalize="layernorm" if found.layernorm else "none",
     )
     sae = Sae(found.architecture, d, n, found.k, 1, True, 1.0, 0.0, 0, 0.0)
     params = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, **further}
@@ -127,7 +132,7 @@ def _saelens(path: Path) -> Foreign:
     if architecture == "gated":
         further = {"r_mag": tensors["r_mag"], "b_mag": tensors["b_mag"]}
     if architecture == "topk" and about.get("rescale_acts_by_decoder_norm", False):
-        norms = W_dec.norm(dim=1)
+        norms = norm(W_dec, dim=1)
         W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
     meta = about.get("metadata", about)
     return Foreign(
@@ -136,7 +141,7 @@ def _saelens(path: Path) -> Foreign:
         W_dec,
         b_enc,
         tensors["b_dec"],
-        int(about.get("k", 0)),
+        int(about["k"]) if architecture == "topk" else 0,
         bool(about.get("apply_b_dec_to_input", True)),
         further,
         rule == "layer_norm",
@@ -175,7 +180,7 @@ def _dictionary_learning(path: Path) -> Foreign:
 
 def _gemma_scope(path: Path) -> Foreign:
     with np.load(path, allow_pickle=False) as file:
-        tensors = {name: torch.from_numpy(file[name]) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+        tensors = {name: torch.tensor(file[name]) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
     weights = (tensors["W_enc"].T, tensors["W_dec"], tensors["b_enc"], tensors["b_dec"])
     further = _thresholds(tensors["threshold"], str(path))
     return Foreign("jumprelu", *weights, pre_bias=False, further=further, context="the tokenizer puts BOS in front")

@@ -45,7 +45,7 @@ def planted(
 
 
 def rows(x: Tensor, documents: int = 8) -> Rows:
-    return Rows(x, torch.arange(len(x)) % documents, 1.0)
+    return Rows(x, torch.arange(len(x)) % documents, x.mean(dim=0), 1.0)
 
 
 def orthonormal(d: int, seed: int = 0) -> Tensor:

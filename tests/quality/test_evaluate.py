@@ -12,6 +12,7 @@ from harness.evaluate import main
 from harness.quality import judge
 from harness.quality.metric import Metric
 from harness.record.quality import Value, quality_path, read_quality
+from harness.saes.export import export
 
 
 @pytest.fixture
@@ -89,3 +90,29 @@ def test_an_unfinished_run_is_left_out(sweep: Path, capsys: pytest.CaptureFixtur
     (second / "result.json").unlink()
     assert main([str(sweep)]) == 2
     assert "holds no finished run" in capsys.readouterr().err
+
+
+SOURCE = ("activations=synthetic", "activations.synthetic.n_features=32", "activations.heldout_tokens=512")
+
+
+def test_an_sae_of_another_tool(topk_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(topk_run, "saelens", tmp_path / "theirs")
+    target, out = f"saelens:{tmp_path / 'theirs'}", tmp_path / "out"
+    command = [target, "--metrics", "refinement,geometry", "--out", str(out), *SOURCE]
+    assert main([*command, "activations.synthetic.d_model=16"]) == 0
+    found = read_quality(out / "saelens-theirs", "refinement")
+    assert found is not None and 0 < found["values"]["fvu_before"]["value"] < 1
+
+    assert main([*command, "activations.synthetic.d_model=8"]) == 1
+    assert "is for rows of 16 dimensions, these activations have 8" in capsys.readouterr().err
+    # rows of another dictionary: the same width, and no better than the mean
+    assert main([*command, "activations.synthetic.d_model=16", "activations.seed=7", "--force"]) == 1
+    assert "does not fit these activations: its fvu is" in capsys.readouterr().err
+    assert main([target]) == 2
+    assert "needs its model and hook: add activations=" in capsys.readouterr().err
+
+
+def test_metrics_of_a_language_model_are_refused_without_one(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(sweep), "--metrics", "downstream,geometry"]) == 1
+    output = capsys.readouterr().err
+    assert "downstream: synthetic activations have no language model" in output and "2 evaluations done" in output

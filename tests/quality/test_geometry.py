@@ -23,7 +23,7 @@ def test_exact_duplicates_are_counted_once_per_latent(block: int) -> None:
     rows[120] = -rows[20]  # the opposite is no duplicate
     found = neighbours(rows, torch.zeros(200, dtype=torch.int64), block)
     assert (found.nearest > DUPLICATE).float().mean() == pytest.approx(21 / 200)
-    assert found.nearest[120] < DUPLICATE and found.index[105] == 5
+    assert found.nearest[120] < DUPLICATE and found.which[105] == 5
 
 
 def test_nearest_cosine_may_be_negative() -> None:

@@ -17,7 +17,7 @@ def test_an_l1_penalty_shrinks_by_half_its_weight() -> None:
     sae = planted(D, architecture="relu", b_enc=torch.full((16,), -weight / 2))
     codes = sae.encode(x)
     shift = refined(sae, x, codes).values - codes.values
-    torch.testing.assert_close(shift[codes.values > 0], torch.full(((codes.values > 0).sum(),), weight / 2))
+    torch.testing.assert_close(shift[codes.values > 0], torch.full((int((codes.values > 0).sum()),), weight / 2))
     values = judge(sae, rows(x)).values
     assert values["log_ratio"].value > 0.1 and values["fvu_after"].value < 1e-8 < values["fvu_before"].value
 

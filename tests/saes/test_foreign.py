@@ -82,7 +82,7 @@ def test_saelens(architecture: str, pre_bias: bool, tmp_path: Path) -> None:
 def test_gemma_scope(tmp_path: Path) -> None:
     w = weights()
     arrays = {"W_enc": w["W_enc"].T, **{name: w[name] for name in ("W_dec", "b_enc", "b_dec", "threshold")}}
-    np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
+    np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})  # pyright: ignore[reportArgumentType]
     pre = x() @ w["W_enc"].T + w["b_enc"]
     sae = load_foreign(f"gemma_scope:{tmp_path / 'params.npz'}")
     torch.testing.assert_close(dense(sae, x()), pre * (pre > w["threshold"]), atol=1e-4, rtol=1e-4)
