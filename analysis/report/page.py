@@ -193,6 +193,7 @@ def _law_rows(setting: str, k: float | None, result: FitResult) -> dict[str, Any
         "ci": result.ci,
         "reached": f"{100 * result.reached:.0f} % of {result.starts}",
         "weighted": bool(result.weighting),
+        "influences": [(e.where, e.values, f"{e.shift:.2f}") for e in result.influences],
         "nested": [row for row in result.nested if k is None or "aicc" in row],
     }
 
