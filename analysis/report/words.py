@@ -35,7 +35,7 @@ def law_sentences(result: FitResult, ks: Sequence[float]) -> list[str]:
     """The law in words: the gain of a doubling of n at each k, the floor, the residuals."""
     if result.status is Status.FAILED:
         return []
-    part = f"part of the loss above the {floor_word(result)}" if result.law.floor is not None else "loss"
+    part = "reducible loss" if result.law.floor is not None else "loss"
     sentences = []
     if "k" in result.law.inputs:
         steps = [f"{doubling(result.slope('n', at={'k': k}))} at k = {k:g}" for k in _few(ks)]
