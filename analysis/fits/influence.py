@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +43,16 @@ class Influence:
     """Largest distance of an exponent of all cells from that without this one, in half widths of the latter's
     interval (Wald): the fit to the others does not know the cell, so its interval does not hide it."""
 
+    @property
+    def where(self) -> str:
+        """The cell in words: "n=4096 k=32"."""
+        return " ".join(f"{name}={value:g}" for name, value in self.cell.items())
+
+    @property
+    def values(self) -> str:
+        """The exponents without the cell in words."""
+        return ", ".join(f"{name} {number(value)}" for name, value in self.without.items())
+
 
 def exponents(problem: Problem) -> list[str]:
     """The parameters that are exponents: those that multiply a logarithm."""
@@ -84,8 +93,7 @@ def influence_notes(found: list[Influence], noiseless: bool) -> list[Note]:
     if noiseless or not found or found[0].shift <= DECIDES:
         return []
     worst = found[0]
-    values = ", ".join(f"{name} {number(value)}" for name, value in worst.without.items())
-    text = f"the cell {_where(worst.cell)} decides the exponents: without it {values}, which excludes the fit to all"
+    text = f"the cell {worst.where} decides the exponents: without it {worst.values}, which excludes the fit to all"
     return [note("one_cell_decides", "error", text)]
 
 
@@ -153,7 +161,3 @@ def _half_widths(problem: Problem, theta: Array, names: list[str], level: float)
 
 def _inputs(problem: Problem, point: int) -> dict[str, float]:
     return {name: float(values[point]) for name, values in problem.inputs.items()}
-
-
-def _where(cell: Mapping[str, float]) -> str:
-    return " ".join(f"{name}={value:g}" for name, value in cell.items())

@@ -151,6 +151,10 @@ class FitResult(FittedLaw):
             lines.append(f"  {name:<8} {value: .6g}   {interval(*self.intervals[name], digits=4)}")
         if self.dof > 0:
             lines.append(f"  residuals {100 * math.sqrt(self.variance):.2g} % over {self.sample()}")
+        if self.influences:
+            most = self.influences[0]
+            far = f"{most.shift:.2g} half widths away"
+            lines.append(f"  most influential cell: {most.where}; without it {most.values} (up to {far})")
         lines.extend(str(entry) for entry in self.notes)
         return "\n".join(lines)
 

@@ -36,6 +36,9 @@ from harness.errors import UserError
 from harness.files import write_text_atomic
 from harness.record import names
 
+DOUBTS = ("untuned_rates", "one_data_order", "identical_repeats", "edge_rows", "one_cell_decides", "large_residuals")
+"""Notes on fits that belong before the numbers: no interval holds what they say."""
+
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
@@ -128,7 +131,8 @@ def _lead(findings: Findings) -> list[str]:
         if not each.fits:
             what = f"the runs with {each.setting}" if each.setting else "these runs"
             lines.append(f"No law can be fitted to {what}; the section “What could not be fitted” says why.")
-    lines.extend(forecast_sentences(findings.forecasts))
+    regimes = {result.regime for _, result in findings.fits}
+    lines.extend(forecast_sentences(findings.forecasts, regimes.pop() if len(regimes) == 1 else ""))
     lines.extend(comparison_sentences(findings.versus, findings.paired, axis_words(main.roles)))
     lines.extend(multiplier_sentences(findings.comparisons))
     if findings.convergence is not None:
@@ -153,7 +157,7 @@ def _cautions(findings: Findings) -> list[str]:
             f"The runs differ in {keys}. Each setting has a law of its own: {every}. Pictures, forecasts and "
             f"comparisons are of {findings.setting}."
         )
-    codes = ("worse_than_mean", "mixed_population")
+    codes = ("worse_than_mean", "mixed_population", *DOUBTS)
     for entry in findings.notes:
         told = entry.severity == "info" or (findings.others and "each setting" in entry.message)
         if entry.code in codes and not told:
@@ -191,6 +195,7 @@ def _law_rows(setting: str, k: float | None, result: FitResult) -> dict[str, Any
         "ci": result.ci,
         "reached": f"{100 * result.reached:.0f} % of {result.starts}",
         "weighted": bool(result.weighting),
+        "influences": [(e.where, e.values, f"{e.shift:.2f}") for e in result.influences],
         "nested": [row for row in result.nested if k is None or "aicc" in row],
     }
 

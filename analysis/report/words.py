@@ -35,7 +35,7 @@ def law_sentences(result: FitResult, ks: Sequence[float]) -> list[str]:
     """The law in words: the gain of a doubling of n at each k, the floor, the residuals."""
     if result.status is Status.FAILED:
         return []
-    part = f"part of the loss above the {floor_word(result)}" if result.law.floor is not None else "loss"
+    part = "reducible loss" if result.law.floor is not None else "loss"
     sentences = []
     if "k" in result.law.inputs:
         steps = [f"{doubling(result.slope('n', at={'k': k}))} at k = {k:g}" for k in _few(ks)]
@@ -129,7 +129,8 @@ def multiplier_sentences(comparisons: Sequence[Comparison]) -> list[str]:
             continue
         who = f"k = {entry.k:g}: Switch with {entry.experts:g} experts needs"
         where = "for every loss above the floor" if result.at_loss is None else f"for fvu {number(result.at_loss)}"
-        why = "exponents agree" if result.at_loss is None else f"exponents differ, p = {number(result.p_shared, 2)}"
+        agree = "agree" if result.p_shared >= 0.05 else "differ"
+        why = f"exponents {agree}, p = {number(result.p_shared, 2)}"
         times, ends, word = number(result.value), interval(result.lo, result.hi), "fewer"
         if result.value < 1:
             times, word = number(1 / result.value), "more"
@@ -147,10 +148,10 @@ def multiplier_sentences(comparisons: Sequence[Comparison]) -> list[str]:
 
 def floors_words(result: Multiplier) -> str:
     """Whether a common floor was used, and what the other way gives."""
-    p = f"p = {number(result.p_floor, 2)}"
-    first, second = (number(floor) for floor in result.floors)
-    used = f"floors of their own, {first} and {second}, {p}" if result.own_floors else f"common floor, {p}"
-    other = "with a common floor" if result.own_floors else f"with floors of their own, {first} and {second},"
+    equal = f"p = {number(result.p_floor, 2)} that they are equal"
+    own = "with floors of their own, {} and {}".format(*(number(floor) for floor in result.floors))
+    used, other = (own, "with a common floor") if result.own_floors else ("with a common floor", own)
+    used = f"{used}, {equal}" if result.own_floors else f"{used}, p = {number(result.p_floor, 2)}"
     if result.otherwise is None or result.otherwise[0] is None:
         return f"{used}; {other} there is no number"
     value, low, high = result.otherwise
@@ -171,8 +172,12 @@ def convergence_sentences(convergence: Convergence) -> list[str]:
     ]
 
 
-def forecast_sentences(rows: Sequence[dict]) -> list[str]:
-    """The loss that a new run is expected to reach at the first size beyond the data, for each k."""
+def forecast_sentences(rows: Sequence[dict], regime: str = "") -> list[str]:
+    """The loss that a new run is expected to reach at the first size beyond the data, for each k.
+
+    Args:
+        regime: Of the runs behind the law, as `FitResult.regime`.
+    """
     if not rows:
         return []
     first = min(row["n"] for row in rows)
@@ -183,7 +188,9 @@ def forecast_sentences(rows: Sequence[dict]) -> list[str]:
     ]
     if not forecasts:
         return []
-    return [f"Forecast for a new run at n = {number(first)}, twice the largest: fvu {_and(forecasts)}."]
+    same = ", with the tokens of these runs" if regime == "fixed tokens" else ""
+    where = f"at n = {number(first)}, twice the largest{same}"
+    return [f"Forecast for a new run {where}, with 95 % intervals if the law holds there: fvu {_and(forecasts)}."]
 
 
 def rate_sentences(best: BestRates) -> list[str]:

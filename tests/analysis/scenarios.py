@@ -158,10 +158,10 @@ def _experts(rng):
 
 
 def _ask(rng):
-    """No floor: "not reachable" is false. The question is a loss that 30 times the largest n would reach."""
+    """No floor: "not reachable" is false. The question is a loss that 10,000 times the largest n would reach."""
     table = _table(_frame(truth=NO_FLOOR), rng, noise=0.01)
     result = fit(table, LAW, starts=8)
-    wanted = float(sae_nk(30 * WIDTHS[-1], 16.0, NO_FLOOR))
+    wanted = float(sae_nk(1e4 * WIDTHS[-1], 16.0, NO_FLOOR))
     answer = need(result, wanted, k=16.0)
     ends = getattr(answer, "floor_ends", None)
     unreachable = (
