@@ -43,8 +43,9 @@ COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 INIT_ROWS = 4096
 """Rows of the sample that set the initial scale of the encoder."""
 
-PENALTY_SUMS = ("sparsity",)
-"""Further means of architectures with a penalty: λ."""
+PENALTY_SUMS = ("sparsity", "dense_share")
+"""Further means of architectures with a penalty: λ, and the share of steps with dense products, since too many
+latents were active for lists."""
 
 _SUMS = ("loss", "fvu_train", "aux_loss", "balance", "l0", "router_entropy", "grad_norm", "n_dead")
 
@@ -182,7 +183,9 @@ class TrainState:
         values = [stats.loss, stats.fvu, stats.aux_loss, stats.balance, stats.l0, stats.router_entropy]
         values += [zero if norm is None else norm, zero + n_dead]
         parts = [torch.stack(values), stats.expert_share]
-        self.sums += torch.cat(parts if sparsity is None else [*parts, sparsity[None]]).to(self.sums.dtype)
+        self.sums += torch.cat(parts if sparsity is None else [*parts, torch.stack([sparsity, zero + stats.dense])]).to(
+            self.sums.dtype
+        )
 
     def _count_flops(self, runtime: Runtime) -> None:
         train, n_dead = self.config.train, 0 if self._dead_latents is None else self._dead_latents.total
