@@ -57,7 +57,8 @@ def frontiers(table: RunTable) -> list[Frontier]:
         for _, every_rate in part.groupby(k):
             cell = _at_best_rate(every_rate, table.roles.get("lr", ""), loss)
             logs = np.log(cell[[l0, loss, flops]].to_numpy(float)).mean(axis=0)
-            points.append(Point(*map(float, logs), {str(name): 1 / len(cell) for name in cell[run]}))
+            weights = {str(name): 1 / len(cell) for name in cell[run]}
+            points.append(Point(float(logs[0]), float(logs[1]), float(logs[2]), weights))
         found.append(Frontier(architecture, float(width), tuple(sorted(points, key=lambda point: point.log_l0))))
     return found
 
@@ -66,7 +67,7 @@ def _at_best_rate(cell: pd.DataFrame, lr: str, loss: str) -> pd.DataFrame:
     """The repeats at the learning rate with the least mean log loss."""
     if lr not in cell:
         return cell
-    means = np.log(cell[loss]).groupby(cell[lr]).mean()
+    means = pd.Series(np.log(cell[loss]), index=cell.index).groupby(cell[lr]).mean()
     return cell[cell[lr] == means.idxmin()] if len(means) else cell
 
 
@@ -83,10 +84,11 @@ def _mixture(low: Point, high: Point, share: float) -> Point:
     weights = {run: (1 - share) * weight for run, weight in low.weights.items()}
     for run, weight in high.weights.items():
         weights[run] = weights.get(run, 0.0) + share * weight
-    logs = (
-        (1 - share) * getattr(low, name) + share * getattr(high, name) for name in ("log_l0", "log_loss", "log_flops")
-    )
-    return Point(*logs, weights)
+
+    def mixed(name: str) -> float:
+        return (1 - share) * getattr(low, name) + share * getattr(high, name)
+
+    return Point(mixed("log_l0"), mixed("log_loss"), mixed("log_flops"), weights)
 
 
 def at_equal_l0(table: RunTable, errors: PairedErrors | None = None, base: str = "topk") -> list[dict[str, Any]]:
