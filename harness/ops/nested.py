@@ -3,7 +3,7 @@ twice."""
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -77,6 +77,7 @@ def nested_weight_grads(
                 grad += more
 
 
+@runtime_checkable
 class Fused(Protocol):
     """A kernel set that does all blocks at once, for a single group of latents in float32."""
 
