@@ -13,12 +13,14 @@ from typing import Literal
 class Traits:
     """What settings, formulas of cost and the analysis need to know of an architecture."""
 
-    chooses: Literal["per token", "per batch", "by threshold"]
-    """Which latents are active: the k largest of each token, the k·B largest of a batch, or all above a threshold."""
+    per_batch: bool = False
+    """Whether the k·B largest of a batch are active; otherwise the k largest of each token, or with a penalty all above
+    a threshold."""
     routed: bool = False
     """Whether a router sends each token to one of several experts."""
-    penalty: Literal["", "l1", "l0"] = ""
-    """Of those that choose by threshold: whether the penalty grows with the activations or with their number."""
+    penalty: Literal["", "l1", "l0", "tanh"] = ""
+    """Of those that choose by threshold: whether the penalty grows with the activations, with their number (and is felt
+    by thresholds alone), or with a tanh of them. Without one, `sae.k` sets the number and AuxK is defined."""
     unit_decoder: bool = True
     """Whether decoder rows have norm 1; otherwise they are free."""
     pre_bias: bool = True
@@ -31,28 +33,21 @@ class Traits:
     """Further parameters, a number per latent each."""
 
     @property
-    def aux(self) -> bool:
-        """Whether AuxK is defined for it."""
-        return not self.penalty
-
-    @property
-    def has_k(self) -> bool:
-        """Whether `sae.k` sets the number of active latents; otherwise `sae.target_l0` or `sae.sparsity` does."""
-        return not self.penalty
+    def per_token(self) -> bool:
+        """Whether exactly the k largest latents of a token are active."""
+        return not self.per_batch and not self.penalty
 
 
 ARCHITECTURES: dict[str, Traits] = {
-    "topk": Traits("per token"),
-    "switch": Traits("per token", routed=True),
-    "multi_topk": Traits("per token", passes=4),
-    "batchtopk": Traits("per batch"),
-    "matryoshka": Traits("per batch", uses=5),
-    "relu": Traits("by threshold", penalty="l1"),
-    "relu_decoder_norm": Traits("by threshold", penalty="l1", unit_decoder=False, pre_bias=False),
-    "gated": Traits("by threshold", penalty="l1", uses=6, vectors=("r_mag", "b_mag")),
-    "prolu": Traits("by threshold", penalty="l1"),
-    "jumprelu": Traits("by threshold", penalty="l0", vectors=("log_threshold",)),
-    "jumprelu_tanh": Traits(
-        "by threshold", penalty="l0", unit_decoder=False, pre_bias=False, vectors=("log_threshold",)
-    ),
+    "topk": Traits(),
+    "switch": Traits(routed=True),
+    "multi_topk": Traits(passes=4),
+    "batchtopk": Traits(per_batch=True),
+    "matryoshka": Traits(per_batch=True, uses=5),
+    "relu": Traits(penalty="l1"),
+    "relu_decoder_norm": Traits(penalty="l1", unit_decoder=False, pre_bias=False),
+    "gated": Traits(penalty="l1", uses=6, vectors=("r_mag", "b_mag")),
+    "prolu": Traits(penalty="l1"),
+    "jumprelu": Traits(penalty="l0", vectors=("log_threshold",)),
+    "jumprelu_tanh": Traits(penalty="tanh", unit_decoder=False, pre_bias=False, vectors=("log_threshold",)),
 }

@@ -24,7 +24,7 @@ SAVE_BYTES_PER_S = 1e8
 """How fast a checkpoint is assumed to be written before a save has been timed: a slow network disk."""
 
 UNIT_NORM_FLOPS = 7
-"""Per decoder weight: removing the parallel gradient (4) and renormalising the row (3)."""
+"""Per decoder weight, unless it is free: removing the parallel gradient (4) and renormalising the row (3)."""
 
 
 def aux_k(sae: SaeConfig, d_model: int) -> int:
@@ -36,7 +36,7 @@ def params(sae: SaeConfig, d_model: int) -> int:
     """Number of trained parameters: two matrices, biases, and the router of a Switch SAE."""
     router = (sae.n_experts + 1) * d_model if sae.traits.routed else 0
     vectors = (1 if sae.enc_bias else 0) + len(sae.traits.vectors)
-    threshold = 1 if sae.traits.chooses == "per batch" else 0
+    threshold = 1 if sae.traits.per_batch else 0
     return 2 * sae.n_latents * d_model + vectors * sae.n_latents + d_model + router + threshold
 
 
@@ -46,7 +46,8 @@ def active(sae: SaeConfig) -> float:
 
 
 def _optimizer(sae: SaeConfig, d_model: int, batch_tokens: int) -> float:
-    per_step = ADAM_FLOPS * params(sae, d_model) + UNIT_NORM_FLOPS * sae.n_latents * d_model
+    unit_norm = UNIT_NORM_FLOPS * sae.n_latents * d_model if sae.traits.unit_decoder else 0
+    per_step = ADAM_FLOPS * params(sae, d_model) + unit_norm
     return per_step / batch_tokens
 
 

@@ -22,6 +22,7 @@ from harness.files import user_path
 
 INITS = ("tied", "untied")
 NORMALIZATIONS = ("scale", "layernorm", "none")
+SCHEDULES = ("wsd", "constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
 TEXTS = ("stdlib", "files", "hub")
@@ -91,6 +92,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "train.adam_beta2": (0, BELOW_ONE),
     "train.adam_eps": (1e-30, 1),
     "train.ema": (0, BELOW_ONE),
+    "train.signum_beta": (0, BELOW_ONE),
     "train.seed": (0, MOST_SEED),
     "train.dead_window_tokens": (1, MOST_TOKENS),
     "train.eval_points": (0, 1000),
@@ -200,7 +202,7 @@ class SaeConfig:
         _one_of("sae.normalize", self.normalize, NORMALIZATIONS)
         _one_of("sae.init", self.init, INITS)
         name = self.architecture
-        _require(self.k >= 1 or not self.traits.has_k, f"sae.k={self.k} must be at least 1 for a {name} SAE")
+        _require(self.k >= 1 or bool(self.traits.penalty), f"sae.k={self.k} must be at least 1 for a {name} SAE")
         n, k, experts = self.n_latents, self.k, self.n_experts
         _require(
             self.traits.routed or experts == 1,
@@ -218,12 +220,12 @@ class SaeConfig:
             f"lower k or n_experts, or raise n_latents",
         )
         _require(
-            self.traits.aux or self.aux_alpha == 0,
+            not self.traits.penalty or self.aux_alpha == 0,
             f"sae.aux_alpha={self.aux_alpha:g}: AuxK is not defined for {name}; set sae.aux_alpha=0",
         )
-        _require(self.enc_bias or self.traits.chooses == "per token", f"a {name} SAE needs sae.enc_bias=true")
+        _require(self.enc_bias or self.traits.per_token, f"a {name} SAE needs sae.enc_bias=true")
         _require(
-            self.traits.chooses == "per token" or not self.match_init_norm,
+            self.traits.per_token or not self.match_init_norm,
             f"sae.match_init_norm=true is for architectures with k active latents per token, not for {name}",
         )
         _one_of("sae.prolu", self.prolu, ("ste", "relu"))
@@ -236,7 +238,7 @@ class SaeConfig:
     def _check_sparsity(self) -> None:
         """k for some architectures, a penalty for the others."""
         name, target, fixed = self.architecture, self.target_l0, self.sparsity
-        if self.traits.has_k:
+        if not self.traits.penalty:
             _require(
                 target == 0 and fixed == 0,
                 f"sae.target_l0 and sae.sparsity are for architectures with a penalty; for {name} set sae.k",
@@ -385,6 +387,12 @@ class TrainConfig:
     decay_fraction: float = 0.0
     """Fraction of the budget, at its end, over which the learning rate decays linearly to zero. Must be 0 with
     `until=convergence`."""
+    schedule: str = "wsd"
+    """Learning rate after the warm-up. `wsd`: stable, then the decay of `decay_fraction`. `constant`: no decay.
+    `linear`, `cosine`: decay to zero over the whole rest of the budget. All but `wsd` need decay_fraction=0."""
+    optimizer: str = "adam"
+    """`adam`, or `signum`: the sign of the gradient with the schedule-free average (Defazio et al. 2024), which is what
+    is evaluated and saved."""
     clip_norm: float = 0.0
     """Limit of the global gradient norm, for a loss in units of fvu; 0: no clipping."""
     adam_beta1: float = 0.9
@@ -393,6 +401,8 @@ class TrainConfig:
     """Adam: decay of the mean of the squared gradients."""
     adam_eps: float = 6.25e-10
     """Adam: ε in the denominator."""
+    signum_beta: float = 0.95
+    """Signum: share of the average in the weights at which gradients are taken."""
     cuda_graph: bool = _service(False)
     """Replay the step as a CUDA graph while no latent is dead. For small batches, whose kernels take less time to run
     than to launch: docs/performance.md has figures. Needs one process and ops=triton."""
@@ -401,6 +411,11 @@ class TrainConfig:
     it is evaluated and saved instead of the weights."""
     seed: int = 0
     """Seed of the initial weights."""
+    init_from: str = _service("")
+    """An SAE whose weights are the initial ones: a run directory, or FORMAT:PATH of an SAE that another tool wrote
+    (`saelens:DIR`, `sparsify:DIR`, `dictionary_learning:DIR`). Architecture, n_latents and d_model must be its own."""
+    init_hash: str = ""
+    """SHA-256 of these weights. The launcher sets it: the content, not the path, decides the result."""
     precision: str = "auto"
     """Precision of the products: `auto` (bf16 on a GPU, fp32 elsewhere), `fp32`, `bf16` or `fp64`. Master weights are
     fp32, or fp64 with `fp64`."""
@@ -429,9 +444,26 @@ class TrainConfig:
         _one_of("train.until", self.until, ("budget", "convergence"))
         _one_of("train.precision", self.precision, PRECISIONS)
         _one_of("train.device", self.device, ("auto", "cpu", "cuda"))
+        self.init_from = user_path(self.init_from)
         _require(
-            self.until == "budget" or self.decay_fraction == 0,
-            "train.until=convergence needs a constant learning rate: set train.decay_fraction=0",
+            not self.init_hash or bool(self.init_from),
+            "train.init_hash without train.init_from: leave it to the launcher",
+        )
+        _one_of("train.schedule", self.schedule, SCHEDULES)
+        _one_of("train.optimizer", self.optimizer, ("adam", "signum"))
+        _require(
+            self.schedule == "wsd" or self.decay_fraction == 0,
+            f"train.schedule={self.schedule} has no train.decay_fraction={self.decay_fraction:g}; set it to 0, or "
+            f"train.schedule=wsd",
+        )
+        _require(
+            self.until == "budget" or not self.decays,
+            "train.until=convergence needs a constant learning rate: set train.schedule=constant and "
+            "train.decay_fraction=0",
+        )
+        _require(
+            self.optimizer == "adam" or not self.ema,
+            f"train.ema={self.ema:g}: train.optimizer=signum has an average of its own; set train.ema=0",
         )
         _require(
             self.tokens > 0 or self.flops > 0,
@@ -442,6 +474,11 @@ class TrainConfig:
             f"train.tokens={self.tokens:g} is less than one step of train.batch_tokens={self.batch_tokens}; "
             f"raise train.tokens or lower train.batch_tokens",
         )
+
+    @property
+    def decays(self) -> bool:
+        """Whether the learning rate ends at zero."""
+        return self.decay_fraction > 0 or self.schedule in ("linear", "cosine")
 
 
 @dataclass
@@ -679,5 +716,5 @@ def run_id(config: Config, store_id: str) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     sae = config.sae
     experts = f"-e{sae.n_experts}" if sae.traits.routed else ""
-    active = f"k{sae.k}" if sae.traits.has_k else f"l{sae.target_l0:g}" if sae.target_l0 else f"c{sae.sparsity:g}"
+    active = f"k{sae.k}" if not sae.traits.penalty else f"l{sae.target_l0:g}" if sae.target_l0 else f"c{sae.sparsity:g}"
     return f"{sae.architecture}-n{sae.n_latents}-{active}{experts}-s{config.train.seed}-{digest}"

@@ -13,6 +13,7 @@ import pandas as pd
 from analysis.fits.result import FitResult
 from analysis.format import interval, number
 from analysis.questions.multiplier import Multiplier
+from analysis.report.architectures import architecture_rows, architecture_sentences
 from analysis.report.cells import cell_rows
 from analysis.report.findings import Comparison, Findings, gather
 from analysis.report.pictures import all_pictures
@@ -85,6 +86,7 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
         "laws": [_law_rows(each.setting, k, result) for each in _laws(findings) for k, result in each.fits],
         "failures": _failure_rows(findings),
         "versus": findings.versus,
+        "architectures": architecture_rows(findings),
         "forecasts": [_forecast_row(row) for row in findings.forecasts],
         "comparisons": [_comparison_row(entry) for entry in findings.comparisons],
         "axes": [_axis_row(entry, *found) for entry in findings.comparisons for found in entry.by_axis],
@@ -133,6 +135,7 @@ def _lead(findings: Findings) -> list[str]:
             lines.append(f"No law can be fitted to {what}; the section “What could not be fitted” says why.")
     regimes = {result.regime for _, result in findings.fits}
     lines.extend(forecast_sentences(findings.forecasts, regimes.pop() if len(regimes) == 1 else ""))
+    lines.extend(architecture_sentences(findings))
     lines.extend(comparison_sentences(findings.versus, findings.paired, axis_words(main.roles)))
     lines.extend(multiplier_sentences(findings.comparisons))
     if findings.convergence is not None:

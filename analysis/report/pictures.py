@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,8 @@ from analysis.fits.intervals import noiseless
 from analysis.fits.result import FitResult
 from analysis.format import interval, number
 from analysis.report import plot
+from analysis.report.architectures import frontier_picture
+from analysis.report.plot.style import encode
 
 if TYPE_CHECKING:
     from analysis.report.findings import Findings
@@ -25,17 +25,10 @@ def all_pictures(findings: Findings) -> list[dict[str, str]]:
     if not len(findings.shown):
         return []
     makers = (
-        *(_loss_n, _blind, _loss_flops, _isoflop, _versus_n, _versus_flops),
+        *(_loss_n, _blind, _loss_flops, _isoflop, frontier_picture, _versus_n, _versus_flops),
         *(_tokens, _dead, _rates, _profiles),
     )
     return [picture for maker in makers if (picture := maker(findings)) is not None]
-
-
-def encode(figure: Figure) -> str:
-    """A figure as a data URI: vector graphics with letters as outlines, so that it needs no font."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _picture(figure: Figure, title: str, caption: str, alt: str) -> dict[str, str]:

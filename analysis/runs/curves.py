@@ -51,7 +51,7 @@ def _ratio(value: Any, other: Any) -> float:
 
 def decays(row: pd.Series) -> bool:
     """Whether the learning rate of a run (a row of a table) decays."""
-    return setting(row, "train.decay_fraction") > 0
+    return setting(row, "train.decay_fraction") > 0 or row.get("train.schedule") in ("linear", "cosine")
 
 
 def setting(row: pd.Series, key: str) -> float:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from harness.architectures import ARCHITECTURES
 from harness.config import SaeConfig
+from harness.parallel import Solo
 from harness.saes import Params, Sae, resolve_sae
 from harness.saes.catalogue import ACTIVATIONS
+from harness.saes.start import Start
 
 AUX_ALPHA = 1 / 32
 BALANCE = 0.03
@@ -29,22 +31,23 @@ def settled(task: dict[str, Any], tensors: Params, x: Float[Tensor, "tokens d"])
     """
     name = task["architecture"]
     traits, d, n = ARCHITECTURES[name], task["d"], task["n"]
-    by_threshold = traits.chooses == "by threshold"
+    by_threshold = bool(traits.penalty)
     config = SaeConfig(
         name,
         n,
         0 if by_threshold else task["k"],
         task["experts"],
         target_l0=task["k"] if by_threshold else 0.0,
-        aux_alpha=AUX_ALPHA if traits.aux else 0.0,
+        aux_alpha=AUX_ALPHA if not traits.penalty else 0.0,
         balance_weight=BALANCE,
         bandwidth=BANDWIDTH,
     )
     variance = float((x - x.mean(dim=0)).square().sum(dim=1).mean())
     sae = resolve_sae(config, d, variance, variance, float(x.square().sum(dim=1).mean()))
     params = {key: tensors[key] for key in sae.layout() if key in tensors}
-    params |= ACTIVATIONS[name].parameters(sae, params)
-    if traits.chooses != "per token":
+    start = Start(sae, params, x.double().cpu(), tensors["W_dec"], Solo())
+    params |= ACTIVATIONS[name].parameters(start)
+    if not traits.per_token:
         sample = x[:SAMPLE]
         values = (sample @ params["W_enc"].T).flatten()
         threshold = float(values.kthvalue(values.numel() - sample.shape[0] * task["k"]).values)
@@ -52,10 +55,10 @@ def settled(task: dict[str, Any], tensors: Params, x: Float[Tensor, "tokens d"])
             params["threshold"].fill_(threshold)
         elif "log_threshold" in params:
             params["log_threshold"].fill_(threshold).log_()
-        elif not task["variant"]:
-            params["b_enc"].fill_(-threshold)
+        else:
+            params["b_enc"].fill_(0.0 if task["variant"] else -threshold)
             if "b_mag" in params:
-                params["b_mag"].fill_(-threshold)
+                params["b_mag"].copy_(params["b_enc"])
     return sae, params
 
 

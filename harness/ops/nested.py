@@ -3,6 +3,8 @@ twice."""
 
 from __future__ import annotations
 
+from typing import Protocol, cast, runtime_checkable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,8 +30,9 @@ def reconstruct_nested(
 
     pulls[b] = Σ over the reconstructions that block b takes part in of weight·residual; dz[t, j] = ⟨pulls[b, t],
     W_dec[index_tj]⟩ for an entry of block b where z > 0, else 0; squared[b, t] = ‖residual of blocks 1 … b‖²."""
-    if reduce is None and _fused(ops, codes, W_dec):
-        return ops.reconstruct_nested(codes, nesting, W_dec, x)
+    fused = _fused(ops, codes, W_dec)
+    if reduce is None and fused is not None:
+        return fused.reconstruct_nested(codes, nesting, W_dec, x)
     left, weights = x, nesting.weights
     parts = [Codes(codes.values.where(nesting.block == b, 0.0), codes.index) for b in range(len(weights))]
     residuals: list[Tensor] = []
@@ -60,8 +63,9 @@ def nested_weight_grads(
     out: tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"], Float[Tensor, " rows"]],
 ) -> None:
     """`Ops.weight_grads` with the pull of each entry's block in place of the residual."""
-    if _fused(ops, codes, out[0]):
-        ops.nested_weight_grads(codes, dz, nesting, x, pulls, out)
+    fused = _fused(ops, codes, out[0])
+    if fused is not None:
+        fused.nested_weight_grads(codes, dz, nesting, x, pulls, out)
         return
     for block, pull in enumerate(pulls):
         members = nesting.block == block
@@ -73,8 +77,33 @@ def nested_weight_grads(
                 grad += more
 
 
-def _fused(ops: Ops, codes: Codes, matrix: Float[Tensor, "rows d"]) -> bool:
-    """Whether the kernel set does all blocks at once: the CPU's, unless products are dense."""
+@runtime_checkable
+class Fused(Protocol):
+    """A kernel set that does all blocks at once, for a single group of latents in float32."""
+
+    def reconstruct_nested(
+        self, codes: Codes, nesting: Nesting, W_dec: Float[Tensor, "rows d"], x: Float[Tensor, "tokens d"]
+    ) -> tuple[
+        Float[Tensor, "tokens d"],
+        Float[Tensor, "blocks tokens d"],
+        Float[Tensor, "tokens k"],
+        Float[Tensor, "blocks tokens"],
+    ]: ...
+
+    def nested_weight_grads(
+        self,
+        codes: Codes,
+        dz: Float[Tensor, "tokens k"],
+        nesting: Nesting,
+        x: Float[Tensor, "tokens d"],
+        pulls: Float[Tensor, "blocks tokens d"],
+        out: tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"], Float[Tensor, " rows"]],
+    ) -> None: ...
+
+
+def _fused(ops: Ops, codes: Codes, matrix: Float[Tensor, "rows d"]) -> Fused | None:
+    """The kernel set, if it does all blocks at once and products are not dense."""
     if not hasattr(ops, "reconstruct_nested") or matrix.dtype is not torch.float32 or is_whole(codes.index):
-        return False
-    return matrix.shape[0] > ops.dense_rows_per_k("fp32") * codes.values.shape[1]
+        return None
+    sparse = matrix.shape[0] > ops.dense_rows_per_k("fp32") * codes.values.shape[1]
+    return cast(Fused, ops) if sparse else None

@@ -14,6 +14,7 @@ from harness.ops import Codes, Nesting
 from harness.parallel.kth import kth_largest, number_of, ordered_bits
 from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.sae import Params, Sae
+from harness.saes.start import Start
 
 MARGIN = 0.9
 """Candidates are the values above this share of the expected threshold; fewer candidates cost less, too few cost
@@ -23,9 +24,9 @@ SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class BatchTopK:
-    def parameters(self, sae: Sae, params: Params) -> Params:
+    def parameters(self, start: Start) -> Params:
         """`threshold`: what a value must exceed at inference; the mean of the batches' thresholds."""
-        return {"threshold": params["b_dec"].new_zeros(1)}
+        return {"threshold": start.params["b_dec"].new_zeros(1)}
 
     def select(self, batch: Batch) -> Entries:
         if not batch.training:

@@ -17,6 +17,7 @@ from harness.ops import Codes, Nesting, Ops, Reduce
 from harness.parallel import Shards
 from harness.saes.router import Routing
 from harness.saes.sae import Params, Sae
+from harness.saes.start import Start
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class Backward:
 class Activation(Protocol):
     """What distinguishes an architecture. Implementations have no state."""
 
-    def parameters(self, sae: Sae, params: Params) -> Params:
-        """Initial values of the parameters that only this architecture has."""
+    def parameters(self, start: Start) -> Params:
+        """Initial values of the parameters that only this architecture has, and of others that it begins otherwise."""
         ...
 
     def select(self, batch: Batch) -> Entries: ...

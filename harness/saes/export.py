@@ -10,6 +10,7 @@ The other tools hook a module and take its output u. Where the model multiplies 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.files import replacing, write_json_atomic, write_tensors_atomic
+from harness.saes.batchtopk import prefix_ends
 from harness.saes.trained import TrainedSae, load
 
 FORMATS = ("saelens", "sparsify", "dictionary_learning")
@@ -42,6 +44,25 @@ _SAELENS = {
 }
 """Architecture -> that of SAELens which computes the same at inference."""
 
+_DICTIONARY_LEARNING = {
+    "topk": ("TopKTrainer", "AutoEncoderTopK"),
+    "multi_topk": ("TopKTrainer", "AutoEncoderTopK"),
+    "batchtopk": ("BatchTopKTrainer", "BatchTopKSAE"),
+    "matryoshka": ("MatryoshkaBatchTopKTrainer", "MatryoshkaBatchTopKSAE"),
+    "relu": ("StandardTrainer", "AutoEncoder"),
+    "gated": ("GatedSAETrainer", "GatedAutoEncoder"),
+    "jumprelu": ("JumpReluTrainer", "JumpReluAutoEncoder"),
+    "jumprelu_tanh": ("JumpReluTrainer", "JumpReluAutoEncoder"),
+}
+"""Architecture -> trainer and class of dictionary_learning. Its ReLU SAE has unit decoder rows."""
+
+_ARCHITECTURES = {
+    "saelens": set(_SAELENS),
+    "sparsify": {"topk", "multi_topk"},
+    "dictionary_learning": set(_DICTIONARY_LEARNING),
+}
+"""What each format has."""
+
 
 class LinearSae(NamedTuple):
     """An SAE with its constant scale folded into biases and thresholds: float32, on the CPU."""
@@ -57,6 +78,8 @@ class LinearSae(NamedTuple):
     """0 where no fixed number is active."""
     further: dict[str, Tensor]
     """`threshold` (n) of those that choose by one; `r_mag` and `b_mag` (n) of a Gated SAE."""
+    group_sizes: list[int]
+    """Matryoshka: latents of each prefix beyond the one before."""
     pre_bias: bool
     """Whether the encoder sees x − b_dec."""
     activations: dict[str, Any]
@@ -85,6 +108,7 @@ def fold(trained: TrainedSae) -> LinearSae:
         architecture=trained.sae.architecture,
         k=trained.sae.k,
         further=_further(trained, scale),
+        group_sizes=[end - begin for begin, end in itertools.pairwise([0, *prefix_ends(trained.sae)])],
         pre_bias=trained.sae.traits.pre_bias,
         activations=trained.origin.activations,
         per_token=trained.normalizer.per_token,
@@ -111,9 +135,8 @@ def export(run_dir: Path, form: str, out: Path) -> list[str]:
         raise UserError(f"--format {form} is not known; choose one of: {', '.join(FORMATS)}")
     trained = load(run_dir, ops="reference")  # no kernel runs
     sae = fold(trained)
-    equivalent = _SAELENS.get(sae.architecture)
-    if equivalent is None or (form != "saelens" and equivalent != "topk"):
-        forms = "--format saelens" if equivalent else "harness.saes.trained.load"
+    if sae.architecture not in _ARCHITECTURES[form]:
+        forms = "--format saelens" if sae.architecture in _SAELENS else "harness.saes.trained.load"
         raise UserError(f"{form} has no {sae.architecture} SAE that computes the same; use {forms}")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -221,22 +244,16 @@ def _prepend_bos(sae: LinearSae) -> bool:
 def _dictionary_learning(sae: LinearSae, out: Path) -> None:
     n, d = sae.W_enc.shape
     about = sae.activations
-    state = {
-        "k": torch.tensor(sae.k, dtype=torch.int32),
-        "threshold": torch.tensor(-1.0),  # not set: exact top k instead of a threshold
-        "encoder.weight": sae.W_enc,
-        "encoder.bias": sae.b_enc,
-        "decoder.weight": sae.W_dec.T.contiguous(),
-        "b_dec": sae.b_dec,
-    }
+    trainer, dict_class = _DICTIONARY_LEARNING[sae.architecture]
+    state = {name: tensor.contiguous() for name, tensor in _dictionary_state(sae, dict_class).items()}
     with replacing(out / "ae.pt") as temporary, temporary.open("wb") as file:
         torch.save(state, file)
     write_json_atomic(
         out / "config.json",
         {
             "trainer": {
-                "trainer_class": "TopKTrainer",
-                "dict_class": "AutoEncoderTopK",
+                "trainer_class": trainer,
+                "dict_class": dict_class,
                 "activation_dim": d,
                 "dict_size": n,
                 "k": sae.k,
@@ -251,3 +268,24 @@ def _dictionary_learning(sae: LinearSae, out: Path) -> None:
             "buffer": {"ctx_len": about.get("context"), "d_submodule": d},
         },
     )
+
+
+def _dictionary_state(sae: LinearSae, dict_class: str) -> dict[str, Tensor]:
+    """The weights under the names of dictionary_learning's class."""
+    encoder = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "decoder.weight": sae.W_dec.T}
+    matrices = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    k = {"k": torch.tensor(sae.k, dtype=torch.int32)}
+    if dict_class == "AutoEncoderTopK":
+        return k | {"threshold": torch.tensor(-1.0)} | encoder | {"b_dec": sae.b_dec}  # −1: the exact k largest
+    if dict_class == "BatchTopKSAE":
+        return k | {"threshold": sae.further["threshold"][0]} | encoder | {"b_dec": sae.b_dec}
+    if dict_class == "MatryoshkaBatchTopKSAE":
+        sizes = {"group_sizes": torch.tensor(sae.group_sizes), "threshold": sae.further["threshold"][0]}
+        return k | sizes | matrices | {"b_enc": sae.b_enc}
+    if dict_class == "JumpReluAutoEncoder":  # its encoder sees x itself
+        bias = sae.b_enc - sae.W_enc @ sae.b_dec if sae.pre_bias else sae.b_enc
+        return matrices | {"b_enc": bias, "threshold": sae.further["threshold"]}
+    if dict_class == "GatedAutoEncoder":
+        biases = {"gate_bias": sae.b_enc, "mag_bias": sae.further["b_mag"], "decoder_bias": sae.b_dec}
+        return biases | {"r_mag": sae.further["r_mag"], "encoder.weight": sae.W_enc, "decoder.weight": sae.W_dec.T}
+    return encoder | {"bias": sae.b_dec}

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from harness.ops import Codes, per_entry
 from harness.saes.entries import Backward, Batch, Entries
-from harness.saes.sae import Params, Sae
+from harness.saes.sae import Params
+from harness.saes.start import Start
 
 
 class Gated:
@@ -16,9 +17,10 @@ class Gated:
     Loss: error(z) + λ·Σ ReLU(π) + error(ReLU(π)) with decoder and b_dec detached (equation 8).
     """
 
-    def parameters(self, sae: Sae, params: Params) -> Params:
-        """`r_mag` and `b_mag`, zero: at first both paths are the same."""
-        return {"r_mag": torch.zeros_like(params["b_enc"]), "b_mag": torch.zeros_like(params["b_enc"])}
+    def parameters(self, start: Start) -> Params:
+        """`r_mag` zero, `b_mag` as the bias of the gate: at first both paths are the same."""
+        biases = start.biases()
+        return {"b_enc": biases, "r_mag": torch.zeros_like(biases), "b_mag": biases.clone()}
 
     def select(self, batch: Batch) -> Entries:
         params = batch.params

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from harness.ops.untyped import norm
 from harness.parallel import Shards
-from harness.parallel.kth import kth_largest, number_of
 from harness.process.runtime import Runtime
 from harness.saes.catalogue import ACTIVATIONS
 from harness.saes.sae import Params, Sae
+from harness.saes.start import Start
 from harness.saes.step import forward
 
 _ROWS_PER_SEED = 1024
@@ -64,13 +64,6 @@ def _unit_rows(seed: int, rows: slice, d_model: int, purpose: int = 1) -> Float[
 DECODER_NORM = 0.1
 """Of the initial rows of a free decoder (Conerly et al. 2024)."""
 
-FIRING_TOKENS = 10_000
-"""At first a latent of JumpReLU with the tanh penalty fires on this share of all latents (Conerly et al. 2025)."""
-
-
-THRESHOLD_ROWS, SMALLEST_THRESHOLD = 64, 1e-6
-"""Rows that set the first threshold of a JumpReLU, and the least it can be."""
-
 
 def initial_params(
     sae: Sae,
@@ -85,7 +78,7 @@ def initial_params(
 
     Decoder rows random with norm 1; encoder rows equal to them if `tied`, else of their own; b_dec and b_r at the
     geometric median of the sample, as two tensors; router rows uniform in ±1/√d; b_enc zero. A free decoder has rows
-    of norm 0.1 and b_dec zero; with the tanh penalty, see `_conerly2025`.
+    of norm 0.1 and b_dec zero. Then the architecture adds its own, or replaces some (`Activation.parameters`).
     """
     directions = _unit_rows(seed, shards.rows(sae.n_latents), sae.d_model).to(device, dtype)
     encoder = directions.clone()
@@ -93,7 +86,7 @@ def initial_params(
         encoder = _unit_rows(seed, shards.rows(sae.n_latents), sae.d_model, purpose=3).to(device, dtype)
     # without a bias before the encoder, biases begin at zero
     center = geometric_median(sample) if sae.traits.pre_bias else sample.new_zeros(sae.d_model)
-    params = {"W_enc": encoder, "W_dec": directions, "b_dec": center.to(device, dtype, copy=True)}
+    params = {"W_enc": encoder, "W_dec": directions.clone(), "b_dec": center.to(device, dtype, copy=True)}
     if sae.enc_bias:
         params["b_enc"] = torch.zeros(directions.shape[0], device=device, dtype=dtype)
     if sae.routed:
@@ -101,42 +94,12 @@ def initial_params(
         router = torch.rand(sae.n_experts, sae.d_model, dtype=torch.float64, generator=_generator(seed, 2, 0))
         params["W_r"] = ((2 * router - 1) * bound).to(device, dtype)
         params["b_r"] = center.to(device, dtype, copy=True)
-    params |= ACTIVATIONS[sae.architecture].parameters(sae, params)
-    if "log_threshold" in params and not sae.threshold_init:
-        params["log_threshold"].fill_(math.log(_threshold_for(sae, params, sample[:THRESHOLD_ROWS], shards)))
-    if sae.architecture == "jumprelu_tanh":
-        _conerly2025(sae, params, sample.to(device, dtype), seed, shards)
-    elif not sae.traits.unit_decoder:
+    if not sae.traits.unit_decoder:
         for name in ("W_enc", "W_dec"):
             params[name] *= DECODER_NORM
+    start = Start(sae, params, sample, directions, shards)
+    params |= ACTIVATIONS[sae.architecture].parameters(start)
     return {name: params[name] for name in sae.layout()}
-
-
-def _threshold_for(sae: Sae, params: Params, rows: Float[Tensor, "rows d"], shards: Shards) -> float:
-    """What a pre-activation must exceed so that `target_l0` latents of a token are active."""
-    inputs = (rows - params["b_dec"].to(rows) if sae.traits.pre_bias else rows).to(params["W_enc"])
-    values = (inputs @ params["W_enc"].T).relu().flatten()
-    wanted = max(1, min(round(sae.target_l0 * rows.shape[0]), sae.n_latents * rows.shape[0]))
-    # the ranks of a replica hold different latents, replicas hold the same
-    bits, _, _ = kth_largest(values, wanted * shards.dp, shards, "selection")
-    return max(float(number_of(bits, values.dtype)), SMALLEST_THRESHOLD)
-
-
-def _conerly2025(sae: Sae, params: Params, sample: Float[Tensor, "rows d"], seed: int, shards: Shards) -> None:
-    """Decoder uniform in ±1/√d, encoder (d/n)·W_dec, biases such that every latent fires on 10,000/n of the sample."""
-    rows = shards.rows(sae.n_latents)
-    unit = _unit_rows(seed, rows, sae.d_model).to(params["W_dec"])
-    # normal numbers made uniform, so that each shard draws only its own rows
-    spread = torch.erf(unit * math.sqrt(sae.d_model / 2)) / math.sqrt(sae.d_model)
-    params["W_dec"].copy_(spread)
-    params["W_enc"].copy_(spread * (sae.d_model / sae.n_latents))
-    share = min(0.5, FIRING_TOKENS / sae.n_latents)
-    least = max(1, round(share * sample.shape[0]))
-    threshold = params["log_threshold"].exp()
-    for first in range(0, params["W_enc"].shape[0], _ROWS_PER_SEED):
-        block = slice(first, first + _ROWS_PER_SEED)
-        products = sample @ params["W_enc"][block].T
-        params["b_enc"][block] = threshold[block] - products.topk(least, dim=0).values[-1]
 
 
 def match_norm(sae: Sae, params: Params, x: Float[Tensor, "tokens d"], runtime: Runtime) -> None:

@@ -7,24 +7,33 @@ to the encoder (Conerly et al. 2025). θ is learned as log θ. K(u) = 1 for |u| 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from harness.ops import Codes, per_entry
 from harness.ops.untyped import norm
 from harness.saes.entries import Backward, Batch, Entries
-from harness.saes.sae import Params, Sae
+from harness.saes.sae import Params
+from harness.saes.start import Start
 
 TANH_SCALE = 4.0
 """c in tanh(c·z·‖d‖)."""
+
+FIRING_TOKENS = 10_000
+"""At first a latent of JumpReLU with the tanh penalty fires on this share of all latents (Conerly et al. 2025)."""
+
+ROWS_AT_A_TIME = 1024
 
 
 class JumpRelu:
     """z = a·H(a − θ). ∂z/∂θ = −(θ/ε)·K((a − θ)/ε) and ∂H/∂θ = −K((a − θ)/ε)/ε (equations 11 and 12)."""
 
-    def parameters(self, sae: Sae, params: Params) -> Params:
-        """`log_threshold`; a `threshold_init` of 0 is replaced once activations are at hand, see `init`."""
-        return {"log_threshold": torch.full_like(params["b_enc"], sae.threshold_init or 1.0).log()}
+    def parameters(self, start: Start) -> Params:
+        """`log_threshold`; with a `threshold_init` of 0 such that L0 begins at its target."""
+        first = start.sae.threshold_init or start.threshold()
+        return {"log_threshold": torch.full_like(start.params["b_enc"], math.log(first))}
 
     def select(self, batch: Batch) -> Entries:
         params = batch.params
@@ -63,6 +72,22 @@ class JumpRelu:
 
 
 class JumpReluTanh(JumpRelu):
+    def parameters(self, start: Start) -> Params:
+        """Decoder uniform in ±1/√d, encoder (d/n)·W_dec, biases such that every latent fires on 10,000/n of the sample
+        (Conerly et al. 2025)."""
+        sae, params = start.sae, start.params
+        # normal numbers made uniform, so that each shard draws only its own rows
+        W_dec = torch.erf(start.directions * math.sqrt(sae.d_model / 2)) / math.sqrt(sae.d_model)
+        W_enc, b_enc = W_dec * (sae.d_model / sae.n_latents), torch.zeros_like(params["b_enc"])
+        log_threshold = super().parameters(start)["log_threshold"]
+        sample, threshold = start.sample.to(W_enc), log_threshold.exp()
+        least = max(1, round(min(0.5, FIRING_TOKENS / sae.n_latents) * sample.shape[0]))
+        for first in range(0, W_enc.shape[0], ROWS_AT_A_TIME):
+            block = slice(first, first + ROWS_AT_A_TIME)
+            products = sample @ W_enc[block].T
+            b_enc[block] = threshold[block] - products.topk(least, dim=0).values[-1]
+        return {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "log_threshold": log_threshold}
+
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
         sae, params, index, z = batch.sae, batch.params, entries.index, entries.z
         rows, tokens, sums = params["b_enc"].shape[0], batch.inputs.shape[0], batch.ops.latent_sums

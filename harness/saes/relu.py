@@ -8,14 +8,15 @@ from torch import Tensor
 from harness.ops import per_entry
 from harness.ops.untyped import norm
 from harness.saes.entries import Backward, Batch, Entries
-from harness.saes.sae import Params, Sae
+from harness.saes.sae import Params
+from harness.saes.start import Start
 
 
 class Relu:
     """z = ReLU(a), penalty λ·Σ z, unit decoder rows (Bricken et al. 2023)."""
 
-    def parameters(self, sae: Sae, params: Params) -> Params:
-        return {}
+    def parameters(self, start: Start) -> Params:
+        return {"b_enc": start.biases()}
 
     def select(self, batch: Batch) -> Entries:
         params = batch.params
@@ -51,8 +52,8 @@ class ProLu:
     straight-through estimator, dm = (1 + m)·dz and db = m·dz.
     """
 
-    def parameters(self, sae: Sae, params: Params) -> Params:
-        return {}
+    def parameters(self, start: Start) -> Params:
+        return {"b_enc": start.biases()}
 
     def select(self, batch: Batch) -> Entries:
         bias = batch.params["b_enc"]

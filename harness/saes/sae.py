@@ -74,7 +74,7 @@ class Sae:
         if self.routed:
             cuts |= {"W_r": "replicated", "b_r": "replicated"}
         cuts |= dict.fromkeys(self.traits.vectors, "latent_rows")
-        if self.traits.chooses == "per batch":
+        if self.traits.per_batch:
             cuts["threshold"] = "replicated"
         return cuts
 

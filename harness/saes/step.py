@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.ops import Codes, Groups, Reduce
+from harness.ops import Codes, Groups, Reduce, is_whole
 from harness.ops.nested import nested_weight_grads, reconstruct_nested
 from harness.ops.untyped import entr, norm
 from harness.parallel import Axis, Kind, Shards
@@ -44,6 +44,8 @@ class Stats:
     expert_share: Float[Tensor, " experts"]
     fired: Int[Tensor, " rows"]
     """Tokens of the global batch that each local latent fired on."""
+    dense: bool
+    """Whether this rank had more active latents than lists are for, and used dense products; nothing was cut."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def step(
         router_entropy=sums[1] / global_tokens,
         expert_share=share,
         fired=shards.sum_(fired, "dp", "counters"),
+        dense=is_whole(entries.index),
     )
 
 

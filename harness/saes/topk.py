@@ -10,6 +10,7 @@ from harness.ops import Codes, Nesting
 from harness.parallel import Kind, Shards
 from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.sae import Params, Sae
+from harness.saes.start import Start
 
 MULTI_WEIGHT = 1 / 8
 """Of the error with 4k latents: L(k) + L(4k)/8 (Gao et al. 2024, section 5.3)."""
@@ -28,7 +29,7 @@ def active(sae: Sae, codes: Codes, k: int, shards: Shards, kind: Kind) -> Float[
 class TopK:
     """z = ReLU of the k largest pre-activations (Gao et al. 2024, section 2.3)."""
 
-    def parameters(self, sae: Sae, params: Params) -> Params:
+    def parameters(self, start: Start) -> Params:
         return {}
 
     def select(self, batch: Batch) -> Entries:

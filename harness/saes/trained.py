@@ -161,7 +161,7 @@ class TrainedSae:
         runtime = alone(self.device, self.ops)
         batch, entries = encode(self.sae, self.params, self.params, self.normalizer(x, self.dtype), runtime)
         values, index, gate = entries.z, entries.index, batch.routing.scale
-        if self.sae.traits.chooses != "per token":  # by index so far
+        if not self.sae.traits.per_token:  # by index so far
             values, place = values.sort(dim=1, descending=True, stable=True)
             index = index.gather(1, place)
         if batch.routing.order is not None:  # sorted by expert: back to the order of x
@@ -249,6 +249,7 @@ def _read_settings(path: Path, run_dir: Path, *, hashed: bool) -> tuple[Sae, Nor
             aux_alpha=config.aux_alpha,
             aux_k=about["aux_k"],
             balance_weight=float(about["balance_weight"]),
+            prefixes=tuple(config.prefixes),
         )
         normalizer = Normalizer(about["normalizer"]["rule"], float(about["normalizer"]["scale"]))
     except (ValueError, TypeError) as error:

@@ -17,7 +17,7 @@ from harness.mirror.copies import check as check_tracker
 from harness.mirror.wandb_settings import leave_agent, with_environment
 from harness.process.device import pick_device
 from harness.record.run import Run
-from harness.sweep.runs import UNRESOLVED, find_stores, make_runs, resolve_precision
+from harness.sweep.runs import UNRESOLVED, find_stores, make_runs, resolve_initial, resolve_precision
 from harness.terminal import listed, say
 
 
@@ -46,7 +46,7 @@ def requested_cells(request: Request) -> list[Cell]:
     _check_schedules(cells, overridden(overrides), {name for grid in grids for name in overridden(grid.overrides)})
     if len({cell.config.cluster.name for cell in cells}) > 1:
         raise UserError("one launch runs here or is submitted, not both; write cluster=local or cluster=slurm")
-    return [Cell(cell.label, resolve_precision(cell.config)) for cell in cells]
+    return [Cell(cell.label, resolve_initial(resolve_precision(cell.config))) for cell in cells]
 
 
 def _with_tracker(config: Config) -> Config:

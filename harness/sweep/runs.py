@@ -11,6 +11,7 @@ from harness.config import ActivationsConfig, Config, run_id
 from harness.errors import UserError
 from harness.grid.cells import Cell
 from harness.process.device import trains_on_gpu
+from harness.record.initial import content_hash, find_initial
 from harness.record.run import Run, Store
 from harness.record.rundir import run_directory
 from harness.record.state import state_of
@@ -29,6 +30,19 @@ def resolve_precision(config: Config) -> Config:
         return config
     train = dataclasses.replace(config.train, precision="bf16" if trains_on_gpu(config) else "fp32")
     return dataclasses.replace(config, train=train)
+
+
+def resolve_initial(config: Config) -> Config:
+    """Put the content of the SAE that a run starts from into its identity. Raises `UserError` if there is none."""
+    if not config.train.init_from:
+        return config
+    found = content_hash(config.train.init_from)
+    if config.train.init_hash not in ("", found):
+        raise UserError(f"train.init_hash is set and is not that of {config.train.init_from}; leave it to the launcher")
+    path = config.train.init_from
+    form, _, rest = path.partition(":")
+    path = f"{form}:{Path(rest).absolute()}" if find_initial(path).form == form else str(Path(path).absolute())
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=path, init_hash=found))
 
 
 def find_stores(configs: Sequence[ActivationsConfig], *, tolerant: bool) -> dict[str, Store]:

@@ -70,7 +70,7 @@ def _save_weights(member: Member, shards: Shards) -> dict[str, str]:
             "balance_weight": state.sae.balance_weight,
             "normalizer": {"rule": state.normalizer.rule, "scale": state.normalizer.scale},
             "variance": state.sae.variance,
-            "weights": "exponential moving average" if state.optimizer.average else "last step",
+            "weights": state.optimizer.saved,
             "tokens": state.tokens,
             "activations": member.source.description,
             "store_id": member.source.id,

@@ -1,4 +1,4 @@
-"""One update, in this order: project the gradient of W_dec, clip the global norm, Adam, unit norm, EMA."""
+"""One update, in this order: project the gradient of W_dec, clip the global norm, Adam or Signum, unit norm, EMA."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from harness.config import TrainConfig
-from harness.ops import AdamState, Hyper
+from harness.ops import AdamState, Hyper, Ops
 from harness.parallel import Shards
 from harness.process.runtime import Runtime
 from harness.saes import Params, Sae
@@ -27,10 +27,19 @@ class Optimizer:
         # the gradient of b_dec is computed from that of b_enc, so it exists even without an encoder bias
         self.grads.setdefault("b_enc", params["W_enc"].new_zeros(params["W_enc"].shape[0]))
         self.moments = {name: AdamState(torch.zeros_like(p), torch.zeros_like(p)) for name, p in params.items()}
-        self.average: Params = {n: torch.zeros_like(p) for n, p in params.items()} if config.ema else {}
+        self.average = self._first_average()
         self.compute: Params = {name: params[name].to(compute_dtype) for name in ("W_enc", "W_dec")}
         self.rates: Float[Tensor, " two"] | None = None
         """The rates of the next update on the device, for a step as a CUDA graph; written by `set_rates`."""
+
+    def _first_average(self) -> Params:
+        """The average before the first update; empty without one."""
+        return {name: torch.zeros_like(p) for name, p in self.params.items()} if self.config.ema else {}
+
+    @property
+    def saved(self) -> str:
+        """What `averaged` returns, in words for the record."""
+        return "exponential moving average" if self.average else "last step"
 
     def refresh_copies(self) -> None:
         """Update the low-precision copies after the parameters were loaded."""
@@ -62,16 +71,19 @@ class Optimizer:
             norm = self._gradient_norm(runtime.shards)
             scale = (config.clip_norm / norm).clamp(max=1.0)
             finite = finite & norm.isfinite()
-        common = self._hyper(lr, number)
+        self._update(replace(self._hyper(lr, number), scale=scale), finite, runtime.ops)
+        return finite, norm
+
+    def _update(self, common: Hyper, finite: Bool[Tensor, ""], ops: Ops) -> None:
+        """Change the parameters, their copies and their average where `finite` is true."""
         for name, param in self.params.items():
-            unit = name == UNIT_ROWS and unit_decoder
-            hyper = replace(common, scale=scale, project=unit and not config.clip_norm, unit_rows=unit)
+            unit = name == UNIT_ROWS and self.sae.traits.unit_decoder
+            hyper = replace(common, project=unit and not self.config.clip_norm, unit_rows=unit)
             copy = self.compute.get(name)
             low_precision = None if copy is param else copy
-            runtime.ops.update(param, self.grads[name], self.moments[name], hyper, finite, low_precision)
+            ops.update(param, self.grads[name], self.moments[name], hyper, finite, low_precision)
         for name, average in self.average.items():
-            average.lerp_(self.params[name], finite.to(average.dtype) * (1 - config.ema))
-        return finite, norm
+            average.lerp_(self.params[name], finite.to(average.dtype) * (1 - self.config.ema))
 
     def _gradient_norm(self, shards: Shards) -> Float[Tensor, ""]:
         squares = {"latent_rows": [], "replicated": []}
@@ -87,10 +99,13 @@ class Optimizer:
         """
         if not self.average or not updates:
             return self.params
-        corrected = {name: value / (1 - self.config.ema**updates) for name, value in self.average.items()}
+        return self._unit({name: value / (1 - self.config.ema**updates) for name, value in self.average.items()})
+
+    def _unit(self, params: Params) -> Params:
+        """The same with decoder rows of norm 1, in place, unless they are free."""
         if self.sae.traits.unit_decoder:
-            corrected[UNIT_ROWS] /= corrected[UNIT_ROWS].norm(dim=1, keepdim=True)
-        return corrected
+            params[UNIT_ROWS] /= params[UNIT_ROWS].norm(dim=1, keepdim=True)
+        return params
 
     def state(self) -> dict[str, Tensor]:
         """Name → tensor for everything that the trajectory depends on; the tensors themselves, not copies."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from harness.budget import learning_rate
@@ -15,11 +16,15 @@ FIRST_EVALUATION_STEP = 16
 
 
 def lr_at(config: Config, step: int, last: int) -> float:
-    """Learning rate of step `step` (from 0) of `last`: linear warm-up, constant, linear decay to zero."""
+    """Learning rate of step `step` (from 0) of `last`: linear warm-up, then as `train.schedule` says."""
     train = config.train
     factor = 1.0
     if train.warmup_tokens:
         factor = min(factor, (step + 1) * train.batch_tokens / train.warmup_tokens)
+    if train.schedule in ("linear", "cosine"):
+        begin = min(last - 1, train.warmup_tokens // train.batch_tokens)
+        rest = min(1.0, (last - step) / (last - begin))
+        factor = min(factor, rest if train.schedule == "linear" else (1 - math.cos(math.pi * rest)) / 2)
     decay_steps = train.decay_fraction * last
     if decay_steps:
         factor = min(factor, (last - step) / decay_steps)
@@ -46,7 +51,7 @@ def has_converged(config: Config, evaluations: Mapping[int, float], done: int) -
     while the earlier of the two points lies in the warm-up.
     """
     train = config.train
-    if train.decay_fraction or done not in evaluations:
+    if train.decays or done not in evaluations:
         return False
     half = min(evaluations, key=lambda step: abs(step - done / 2))
     if abs(half - done / 2) > 1 or half * train.batch_tokens < train.warmup_tokens:

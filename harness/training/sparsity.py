@@ -10,22 +10,24 @@ from torch import Tensor
 
 from harness.config import Config
 
-FIRST = {"l1": 0.1, "l0": 0.1}
+FIRST = {"l1": 0.1, "l0": 0.1, "tanh": 0.1}
 """λ at the start of steering: per unit of √(E‖x‖²)/V for a penalty on activations, of 1/L0 for one on their number."""
 
-PROPORTIONAL, INTEGRAL = 1.0, 10.0
-"""By how much log λ follows a change of log L0, and per step, times the learning rate, a lasting distance from its
-target: weights move by about a learning rate a step."""
-
-FAR = 0.5
-"""A distance beyond this counts as this: while L0 is on its way, λ must not run ahead of it."""
+PROPORTIONAL, INTEGRAL, FAR = {"log": 1.0, "linear": 20.0}, {"log": 30.0, "linear": 30.0}, {"log": 0.5, "linear": 0.1}
+"""log: by how much log λ follows a change of log L0. linear: by how much λ, in units of its first value, follows the
+distance of log L0 from its target. INTEGRAL: per step, times the learning rate, what a lasting distance adds: weights
+move by about a learning rate a step. FAR: a distance beyond it counts as this in the sum, since λ must not run ahead
+while L0 is on its way."""
 
 
 class Sparsity:
     """λ of the next step, on the device, and the state of the controller.
 
-    The controller is a PI rule on e = log(L0/target): log λ += P·(e − e before) + I·e. L0 is that of the step's own
-    batch, smoothed over about 1/`SMOOTHING` steps, so nothing waits for the device.
+    The controller is a PI rule on e = log(L0/target). L0 is that of the step's own batch, smoothed over about
+    1/`SMOOTHING` steps, so nothing waits for the device. A penalty on activations acts through all weights:
+    log λ += P·(e − e before) + I·e. A penalty on L0 acts on thresholds alone, which hardly move
+    unless it outweighs the error, so λ = first·(s + P·e), s += I·e, as with a quadratic penalty on the distance from
+    the target (dictionary_learning's JumpReLU). It may be negative: then it lowers thresholds.
     """
 
     SMOOTHING = 0.05
@@ -35,8 +37,10 @@ class Sparsity:
         self.config = config
         sae = config.sae
         first = sae.sparsity or FIRST[sae.traits.penalty] * (unit if sae.traits.penalty == "l1" else 1 / sae.target_l0)
-        self.state = torch.tensor([math.log(first), 0.0, 0.0], dtype=torch.float64, device=device)
-        """log λ; mean log(L0/target) of the last steps; steps in that mean, at most 1/`SMOOTHING`."""
+        self.first, self.rule = first, "linear" if sae.target_l0 and sae.traits.penalty == "l0" else "log"
+        begin = 1.0 if self.rule == "linear" else math.log(first)
+        self.state = torch.tensor([begin, 0.0, 0.0], dtype=torch.float64, device=device)
+        """s or log λ; mean log(L0/target) of the last steps; steps in that mean, at most 1/`SMOOTHING`."""
 
     def warmup(self, done: int) -> float:
         """Factor of λ in step `done` (from 0)."""
@@ -44,6 +48,8 @@ class Sparsity:
         return min(1.0, (done + 1) * self.config.train.batch_tokens / tokens) if tokens else 1.0
 
     def value(self, done: int) -> Float[Tensor, ""]:
+        if self.rule == "linear":
+            return self.first * (self.state[0] + PROPORTIONAL["linear"] * self.state[1]) * self.warmup(done)
         return self.state[0].exp() * self.warmup(done)
 
     def observe(self, l0: Float[Tensor, ""], done: int, lr: float) -> None:
@@ -51,12 +57,15 @@ class Sparsity:
         target = self.config.sae.target_l0
         if not target:
             return
-        log_sparsity, before, count = self.state
+        steered, before, count = self.state
         distance = (l0.double().clamp(min=1e-3) / target).log()
         count = (count + 1).clamp(max=1 / self.SMOOTHING)
         now = before + (distance - before) / count
-        move = PROPORTIONAL * (now - before) * (count > 1) + INTEGRAL * lr * now.clamp(-FAR, FAR)
+        far = FAR[self.rule]
+        move = INTEGRAL[self.rule] * lr * now.clamp(-far, far)
+        if self.rule == "log":
+            move = move + PROPORTIONAL["log"] * (now - before) * (count > 1)
         # while λ still grows by itself, L0 says little about where it will end
         if self.warmup(done) == 1.0:
-            log_sparsity = log_sparsity + move
-        self.state.copy_(torch.stack([log_sparsity, now, count]))
+            steered = steered + move
+        self.state.copy_(torch.stack([steered, now, count]))

@@ -31,9 +31,11 @@ from harness.saes import (
     resolve_sae,
     step,
 )
+from harness.saes.start_from import params_from
 from harness.training.graph import StepGraph
 from harness.training.optimizer import Optimizer
 from harness.training.schedule import lr_at
+from harness.training.signum import OPTIMIZERS
 from harness.training.sparsity import Sparsity
 
 MASTER = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -41,8 +43,9 @@ COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 INIT_ROWS = 4096
 """Rows of the sample that set the initial scale of the encoder."""
 
-PENALTY_SUMS = ("sparsity",)
-"""Further means of architectures with a penalty: λ."""
+PENALTY_SUMS = ("sparsity", "dense_share")
+"""Further means of architectures with a penalty: λ, and the share of steps with dense products, since too many
+latents were active for lists."""
 
 _SUMS = ("loss", "fvu_train", "aux_loss", "balance", "l0", "router_entropy", "grad_norm", "n_dead")
 
@@ -160,8 +163,8 @@ class TrainState:
         train, alike = self.config.train, runtime.shards.size == 1 and self._dead_latents is None
         # other kernels read the learning rate on the host, so a recorded graph would keep its first value
         able = raw.device.type == "cuda" and runtime.ops.NAME == "triton" and train.precision != "fp64"
-        # selections by threshold wait for the device
-        able = able and self.sae.traits.chooses == "per token"
+        # selections by threshold wait for the device, and Signum takes its learning rate from the host
+        able = able and self.sae.traits.per_token and train.optimizer == "adam"
         if not (train.cuda_graph and alike and able):
             return None
         if self._graph is None:
@@ -180,7 +183,9 @@ class TrainState:
         values = [stats.loss, stats.fvu, stats.aux_loss, stats.balance, stats.l0, stats.router_entropy]
         values += [zero if norm is None else norm, zero + n_dead]
         parts = [torch.stack(values), stats.expert_share]
-        self.sums += torch.cat(parts if sparsity is None else [*parts, sparsity[None]]).to(self.sums.dtype)
+        self.sums += torch.cat(parts if sparsity is None else [*parts, torch.stack([sparsity, zero + stats.dense])]).to(
+            self.sums.dtype
+        )
 
     def _count_flops(self, runtime: Runtime) -> None:
         train, n_dead = self.config.train, 0 if self._dead_latents is None else self._dead_latents.total
@@ -314,14 +319,16 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
     dtype = MASTER[train.precision]
     sample = normalizer(source.sample(), torch.float64)
     params = initial_params(sae, sample, train.seed, shards, device, dtype, config.sae.init == "tied")
-    if config.sae.match_init_norm:
+    if train.init_from:
+        params = params_from(train.init_from, train.init_hash, sae, normalizer, params, shards)
+    elif config.sae.match_init_norm:
         match_norm(sae, params, sample[:INIT_ROWS].to(device, dtype), runtime)
-    rows, penalised = params["W_enc"].shape[0], not sae.traits.has_k
+    rows, penalised = params["W_enc"].shape[0], bool(sae.traits.penalty)
     return TrainState(
         config=config,
         sae=sae,
         normalizer=normalizer,
-        optimizer=Optimizer(sae, params, train, COMPUTE[train.precision]),
+        optimizer=OPTIMIZERS[train.optimizer](sae, params, train, COMPUTE[train.precision]),
         last=budget.total_steps(config, source.d_model),
         silent=torch.zeros(rows, dtype=torch.int64, device=device),
         fire_counts=torch.zeros(rows, dtype=torch.int64, device=device),

@@ -94,6 +94,7 @@ def test_every_field_has_chosen_a_side() -> None:
     assert service(TrainConfig) == {
         *("device", "threads", "log_every_steps", "checkpoint_every_s", "checkpoint_every_steps", "keep_checkpoints"),
         "cuda_graph",
+        "init_from",  # `init_hash`, the content, is science
     }
 
 

@@ -35,7 +35,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 CATALOGUE = {
     name: {
         "sae__architecture": name,
-        **(_AUXK if traits.aux else _PENALISED),
+        **(_AUXK if not traits.penalty else _PENALISED),
         **_SETTINGS.get(name, {}),
     }
     for name, traits in ARCHITECTURES.items()

@@ -21,7 +21,7 @@ from tests.saes.test_step import assert_equal_to_autograd
 from tests.training.members import runtime
 
 NEW = [name for name in ARCHITECTURES if name not in ("topk", "switch")]
-PENALISED = [name for name in NEW if not ARCHITECTURES[name].has_k]
+PENALISED = [name for name in NEW if ARCHITECTURES[name].penalty]
 
 
 def test_every_name_has_an_activation() -> None:
@@ -30,8 +30,8 @@ def test_every_name_has_an_activation() -> None:
 
 def make_sae(name: str, d_model: int = 6, n_latents: int = 32, k: int = 3, **settings: object) -> Sae:
     traits = ARCHITECTURES[name]
-    aux = 1 / 32 if traits.aux else 0.0
-    sae = Sae(name, d_model, n_latents, k if traits.has_k else 0, 1, True, 2.0, aux, 5, 0.0)
+    aux = 1 / 32 if not traits.penalty else 0.0
+    sae = Sae(name, d_model, n_latents, k if not traits.penalty else 0, 1, True, 2.0, aux, 5, 0.0)
     return dataclasses.replace(
         sae, prefixes=(0.1, 0.4, 1.0), bandwidth=0.6, threshold_init=0.5, preactivation_penalty=0.02, **settings
     )
@@ -115,7 +115,7 @@ def test_kernels_equal_dense_autograd(name: str, n_latents: int, kernels: str) -
     assert_step_equals_dense(sae, params, x, silent, kernels, tolerance=5e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in NEW if ARCHITECTURES[name].chooses == "per batch"])
+@pytest.mark.parametrize("name", [name for name in NEW if ARCHITECTURES[name].per_batch])
 def test_ties_are_cut_by_token_then_latent(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     sae = make_sae(name)

@@ -105,7 +105,7 @@ ALL = [name for name, traits in ARCHITECTURES.items() if name not in ("topk", "s
 
 
 def architecture_run(name: str, out: Path) -> Path:
-    has_k = ARCHITECTURES[name].has_k
+    has_k = not ARCHITECTURES[name].penalty
     active = ["sae.k=3"] if has_k else ["sae.k=0", "sae.target_l0=3"]
     return train_tiny(out, f"sae={name}", *active, "train.tokens=20480", "train.lr=3e-3")
 
@@ -132,9 +132,10 @@ def test_every_architecture_is_exported_as_it_computes_or_refused(name: str, tmp
     else:
         z = (pre + tensors["b_enc"]).relu() * (pre + tensors["b_enc"] > tensors.get("threshold", torch.zeros(())))
     torch.testing.assert_close(z @ tensors["W_dec"] + tensors["b_dec"], trained.forward(x), rtol=1e-4, atol=1e-4)
-    if name != "multi_topk":
+    refused = {"multi_topk": [], "relu_decoder_norm": ["sparsify", "dictionary_learning"]}.get(name, ["sparsify"])
+    for form in refused:
         with pytest.raises(UserError, match="use --format saelens"):
-            export(run, "sparsify", tmp_path / "other")
+            export(run, form, tmp_path / "other")
 
 
 ENCODERS = """
@@ -165,6 +166,40 @@ def test_saelens_encodes_as_we_do(name: str, tmp_path: Path) -> None:
     theirs, codes = load_file(files[2]), trained.encode(x)
     ours = torch.zeros_like(theirs["z"]).scatter_add_(1, codes.index, codes.values * trained.normalizer.scale)
     torch.testing.assert_close(theirs["z"], ours, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs["x_hat"], trained.forward(x), rtol=1e-5, atol=1e-4)
+
+
+DICTIONARY = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from dictionary_learning.utils import load_dictionary
+sae, _ = load_dictionary(sys.argv[1], "cpu")
+x = load_file(sys.argv[2])["x"]
+with torch.no_grad():
+    z = sae.encode(x)
+    save_file({"z": z.contiguous(), "x_hat": sae.decode(z).contiguous()}, sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("prolu", "relu_decoder_norm")])
+def test_dictionary_learning_encodes_as_we_do(name: str, tmp_path: Path) -> None:
+    """Needs DICTIONARY_PYTHON: a Python that has dictionary_learning 0.1.0 (tests/peers/__init__.py)."""
+    python = os.environ.get("DICTIONARY_PYTHON")
+    if not python:
+        pytest.skip("DICTIONARY_PYTHON names no Python with dictionary_learning")
+    run = architecture_run(name, tmp_path)
+    export(run, "dictionary_learning", tmp_path / "out")
+    trained, x = load(run), rows(run)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    files = [str(tmp_path / part) for part in ("out", "x.safetensors", "z.safetensors")]
+    done = subprocess.run([python, "-W", "ignore", "-c", DICTIONARY, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs, codes = load_file(files[2]), trained.encode(x)
+    ours = torch.zeros_like(theirs["z"]).scatter_add_(1, codes.index, codes.values * trained.normalizer.scale)
+    if not ARCHITECTURES[name].per_token:  # at inference theirs is a Multi-TopK with k latents, as ours
+        assert torch.equal(theirs["z"] > 0, ours > 0)
+    torch.testing.assert_close(theirs["z"], ours, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(theirs["x_hat"], trained.forward(x), rtol=1e-5, atol=1e-4)
 
 

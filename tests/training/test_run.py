@@ -118,6 +118,7 @@ def test_kernels_that_do_not_run_here_are_named(tmp_path: Path, monkeypatch: pyt
 RESUMED = [("topk", {}, step) for step in (1, 37, 50, 99, 100)] + [
     ("switch", SWITCH, step) for step in (1, 37, 50, 99, 100)
 ]
+RESUMED.append(("signum", {"train__optimizer": "signum", "train__schedule": "cosine"}, 37))
 RESUMED += [(name, changes, 37) for name, changes in CATALOGUE.items()]
 
 

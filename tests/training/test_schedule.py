@@ -44,3 +44,22 @@ def test_the_smaller_budget_counts() -> None:
     assert total_steps(config, 16) == 100
     assert total_steps(small_config(train__tokens=100), 16) == 1
     assert total_steps(small_config(train__tokens=0, train__flops=1), 16) == 1
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
+def test_schedules_over_the_whole_run(schedule: str, middle: float) -> None:
+    config = small_config(train__lr=1.0, train__schedule=schedule, train__warmup_tokens=640)
+    rates = [lr_at(config, step, 110) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(middle)
+    assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+    assert config.train.decays == (schedule != "constant")
+
+
+def test_schedules_that_contradict_other_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="decay_fraction"):
+        small_config(train__schedule="cosine", train__decay_fraction=0.2)
+    with pytest.raises(ValueError, match="constant"):
+        small_config(train__schedule="linear", train__until="convergence")
+    with pytest.raises(ValueError, match="ema"):
+        small_config(train__optimizer="signum", train__ema=0.9)

@@ -6,6 +6,8 @@ white. Each value of k has its own marker as well.
 
 from __future__ import annotations
 
+import base64
+import io
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -118,3 +120,10 @@ def show(picture: Figure) -> None:
     buffer = io.BytesIO()
     picture.savefig(buffer, format="svg")
     display(SVG(buffer.getvalue()))
+
+
+def encode(figure: Figure) -> str:
+    """A figure as a data URI: vector graphics with letters as outlines, so that it needs no font."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -276,8 +276,7 @@ def gather_above(
     `values` and `index` need a place more than rows·most + width: a number is written first and counted afterwards.
     """
     rows, width = tile.shape
-    place = 0
-    starts[0] = 0
+    starts[0] = place = 0
     for t in range(rows):
         row = tile[t]
         for begin in range(0, width, BLOCK):
