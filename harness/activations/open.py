@@ -103,10 +103,8 @@ def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, s
             try:
                 with together(shards), _nothing_left_of_a_refusal(partial if writer else None):
                     forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress), shards)
-                with together(shards):
-                    if writer:
-                        with _nothing_left_of_a_refusal(partial):
-                            _assemble(cfg, plan, hooked, partial, progress, stop)
+                with _nothing_left_of_a_refusal(partial if writer else None):
+                    _assemble(cfg, plan, hooked, partial, progress, stop, shards)
             except BaseException:
                 progress.finish("")
                 raise
@@ -166,19 +164,35 @@ def _show_progress(plan: Plan, partial: Path, progress: Progress) -> OnRows:
 
 
 def _assemble(
-    cfg: ActivationsConfig, plan: Plan, hooked: HookedModel, partial: Path, progress: Progress, stop: StopFlag
+    cfg: ActivationsConfig,
+    plan: Plan,
+    hooked: HookedModel,
+    partial: Path,
+    progress: Progress,
+    stop: StopFlag,
+    shards: Shards,
 ) -> None:
-    """Turn the units in `partial` into a complete store; damaged units are computed again."""
+    """Turn the units in `partial` into a complete store; damaged units are computed again. Called by all ranks."""
     while True:
+        progress.start("assemble", sum(plan.rows.values()), 0)
         try:
-            norms = assemble(plan, partial, cfg.shard_rows, describe(cfg, plan), stop)
+            norms = assemble(
+                plan,
+                partial,
+                cfg.shard_rows,
+                describe(cfg, plan),
+                stop,
+                shards,
+                lambda rows: progress.update(rows, {}),
+            )
         except TornUnits as torn:
             progress.finish(f"computing units again that a crash damaged: {torn}")
-            forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress))
+            with together(shards):
+                forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress), shards)
             continue
         rows = plan.rows
         progress.finish(f"harvested {rows['train']:,} training and {rows['heldout']:,} held-out rows")
-        if (note := note_on_norms(norms)) is not None:
+        if norms and (note := note_on_norms(norms)) is not None:
             progress.note(note)
         return
 

@@ -24,7 +24,7 @@ from harness.activations.statistics import layernorm_rows
 from harness.activations.store.assemble import assemble
 from harness.activations.store.harvest import Plan, _check_disk, describe, forward_units, prepare, unit_path
 from harness.activations.store.identity import store_id
-from harness.activations.store.values import Values, check_once, note_on_norms
+from harness.activations.store.values import check_once, facts_of, norms, note_on_norms
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.process.signals import Interrupted, StopFlag
@@ -366,20 +366,19 @@ def test_a_shard_of_values_beyond_sense_is_refused_at_every_opening(
 def test_values_are_checked_once(tiny: ActivationsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(tiny, tmp_path)
     opened(tiny, tmp_path)
-    monkeypatch.setattr("harness.activations.store.values.Values.add", None)
+    monkeypatch.setattr("harness.activations.store.values.facts_of", None)
     opened(tiny, tmp_path)
 
 
 def test_norms_of_a_few_huge_rows_are_noted(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1000, 16, generator=generator)
-    even, sink = Values("train"), Values("train")
-    even.add(rows, tmp_path)
-    assert note_on_norms(even.norms()) is None
+    even = norms("train", [facts_of(rows, tmp_path)])
+    assert note_on_norms(even) is None
     norm = rows.double().norm(dim=1)
-    assert even.norms()["median"] == pytest.approx(float(norm.quantile(0.5)), rel=1e-6)
+    assert even["median"] == pytest.approx(float(norm.quantile(0.5)), rel=1e-6)
     rows[:10] *= 1000
-    sink.add(rows, tmp_path)
+    sink = norms("train", [facts_of(part, tmp_path) for part in rows.split(300)])
     norm = rows.double().norm(dim=1).sort().values
-    assert sink.norms()["top_share"] == pytest.approx(float(norm[-10:].square().sum() / norm.square().sum()), rel=1e-6)
-    assert "1 % of the training rows hold 100.0% of the sum of squared norms" in str(note_on_norms(sink.norms()))
+    assert sink["top_share"] == pytest.approx(float(norm[-10:].square().sum() / norm.square().sum()), rel=1e-6)
+    assert "1 % of the training rows hold 100.0% of the sum of squared norms" in str(note_on_norms(sink))
