@@ -75,12 +75,12 @@ def test_finished_shards_are_kept_after_a_kill(made: tuple[Plan, Path], monkeypa
     monkeypatch.setattr(sharding, "ASSEMBLY_BYTES", 4 * 300 * ROW_BYTES)
     write, calls = sharding.write_tensors_atomic, 0
 
-    def killed(path: Path, tensors: dict) -> None:
+    def killed(path: Path, tensors: dict, **options: bool) -> None:
         nonlocal calls
         calls += 1
         if calls == 14:  # the record of the seventh shard
             raise KeyboardInterrupt
-        write(path, tensors)
+        write(path, tensors, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sharding, "write_tensors_atomic", killed)
@@ -125,14 +125,16 @@ def test_shards_of_another_size_that_a_killed_attempt_left_are_replaced(made: tu
     write_shards(plan, directory, 100, Solo(), StopFlag(), lambda rows: None)
     assert digest(build(plan, directory)) == SHARDS_BEFORE
     remove_scratch(directory)
-    assert len(list(directory.iterdir())) == 17 + 3 + 2  # shards, statistics, manifest
+    assert (
+        len(list(directory.iterdir())) == 17 + 3 + 4
+    )  # shards, statistics, manifest, and the two records of what was checked
 
 
 def test_a_record_does_not_stand_for_a_shard_that_is_gone(made: tuple[Plan, Path]) -> None:
     plan, directory = made
     write_shards(plan, directory, 300, Solo(), StopFlag(), lambda rows: None)
     (directory / "train-00003.safetensors").unlink()
-    shutil.copy(directory / "train-00004.safetensors", directory / "train-00016.safetensors")  # of another length
+    shutil.copy(directory / "train-00004.safetensors", directory / "train-00005.safetensors")
     assert digest(build(plan, directory)) == SHARDS_BEFORE
 
 

@@ -278,7 +278,7 @@ def test_a_finished_store_keeps_no_temporary_file_of_a_killed_attempt(tiny: Acti
     opened(tiny, tmp_path)
     names = {path.name for path in (tmp_path / "_activations" / store_id(tiny)).iterdir()}
     shards = {f"train-{number:05d}.safetensors" for number in range(3)} | {"heldout-00000.safetensors"}
-    assert names == shards | {"statistics.safetensors", "manifest.json", "verified.json"}
+    assert names == shards | {"statistics.safetensors", "manifest.json", "verified.json", "checked.json"}
 
 
 def test_two_processes_that_need_the_same_store_harvest_it_once(tiny: ActivationsConfig, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from harness.activations.statistics import Moments
 from harness.activations.store.harvest import OLD_PLAN_FILE, PLAN_FILE, Plan, unit_path
 from harness.activations.store.paths import MANIFEST, MANIFEST_VERSION
 from harness.activations.store.shards import RECORDS, RULES, records, write_shards
-from harness.activations.store.values import Facts, norms
+from harness.activations.store.values import Facts, norms, record_values
+from harness.activations.store.verify import identity_of
+from harness.activations.store.verify import record as record_hashes
 from harness.files import remove_left_behind, sha256_of, write_json_atomic, write_tensors_atomic
 from harness.parallel import Shards, Solo
 from harness.process.signals import StopFlag
@@ -63,12 +65,14 @@ def _finish(plan: Plan, directory: Path, shard_rows: int, description: dict[str,
     """Statistics and manifest, from the records of all shards. Memory: four bytes per row for the norms."""
     entries: dict[str, list[dict[str, Any]]] = {}
     found: dict[str, dict[str, float]] = {}
+    identities: dict[str, list[int]] = {}
     moments = {rule: Moments(plan.d_model) for rule in RULES}
     for split in SPLITS:
         entries[split] = []
         facts: list[Facts] = []
         for record in records(directory, plan, split, shard_rows):
             entries[split].append(record.entry)
+            identities[record.entry["file"]] = record.identity
             facts.append(record.facts)
             for rule, sums in record.sums.items():
                 moments[rule].add(sums)
@@ -97,6 +101,8 @@ def _finish(plan: Plan, directory: Path, shard_rows: int, description: dict[str,
         },
     }
     _remove_others(directory, entries)
+    record_values(directory, identities)
+    record_hashes({**identities, means.name: identity_of(means)}, directory)
     write_json_atomic(directory / MANIFEST, with_seal(manifest))
     return found["train"]
 

@@ -24,6 +24,7 @@ from harness.activations.source import DTYPES
 from harness.activations.statistics import Sums, sums_of
 from harness.activations.store.harvest import Plan, unit_path
 from harness.activations.store.values import Facts, facts_of
+from harness.activations.store.verify import identity_of
 from harness.files import sha256_of, write_tensors_atomic
 from harness.parallel import Shards
 from harness.process.signals import Interrupted, StopFlag
@@ -53,8 +54,8 @@ class Record(NamedTuple):
 
     entry: dict[str, Any]
     """Of the manifest: file, bytes, sha256, rows."""
-    start: int
-    """Place of its first row."""
+    identity: list[int]
+    """Of the file when it was hashed, see `verify.identity`."""
     facts: Facts
     sums: dict[str, Sums]
     """By `RULES`; empty for held-out rows."""
@@ -145,7 +146,7 @@ def _write_shard(directory: Path, split: str, number: int, start: int, tensors: 
     write_tensors_atomic(path, tensors)
     record = {
         "start": torch.tensor(start),
-        "bytes": torch.tensor(path.stat().st_size),
+        "identity": torch.tensor(identity_of(path)),
         "sha256": torch.frombuffer(bytearray.fromhex(sha256_of(path)), dtype=torch.uint8),
         "first": facts.first,
         "constant": torch.tensor(facts.constant),
@@ -155,7 +156,8 @@ def _write_shard(directory: Path, split: str, number: int, start: int, tensors: 
         for rule, layernorm in RULES.items():
             sums = sums_of(rows, layernorm)
             record |= {f"{rule}.{name}": torch.from_numpy(values) for name, values in sums._asdict().items()}
-    write_tensors_atomic(directory / RECORDS / path.name, record)
+    # not durable: a record that a power cut damaged does not count
+    write_tensors_atomic(directory / RECORDS / path.name, record, durable=False)
 
 
 def read_record(directory: Path, plan: Plan, split: str, start: int, shard_rows: int) -> Record | None:
@@ -164,17 +166,17 @@ def read_record(directory: Path, plan: Plan, split: str, start: int, shard_rows:
     rows = min(shard_rows, plan.rows[split] - start)
     try:
         values = load_file(directory / RECORDS / name)
-        size = (directory / name).stat().st_size
+        identity = identity_of(directory / name)
     except (OSError, SafetensorError):
         return None
-    if (int(values["start"]), len(values["norms"]), int(values["bytes"])) != (start, rows, size):
-        return None
+    if (int(values["start"]), len(values["norms"]), values["identity"].tolist()) != (start, rows, identity):
+        return None  # of another cut, or changed since
     sha256 = bytes(values["sha256"].tolist()).hex()
     facts = Facts(values["first"], bool(values["constant"]), values["norms"].numpy())
     sums = {
         rule: Sums(*(values[f"{rule}.{part}"].numpy() for part in Sums._fields)) for rule in RULES if split == "train"
     }
-    return Record({"file": name, "bytes": size, "sha256": sha256, "rows": rows}, start, facts, sums)
+    return Record({"file": name, "bytes": identity[0], "sha256": sha256, "rows": rows}, identity, facts, sums)
 
 
 def records(directory: Path, plan: Plan, split: str, shard_rows: int) -> Iterator[Record]:

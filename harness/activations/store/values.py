@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from harness.activations.lm.contexts import SPLITS
+from harness.activations.store.verify import identity_of
 from harness.errors import UserError
 from harness.files import write_json_atomic
 
@@ -89,14 +91,12 @@ def check_once(directory: Path) -> None:
     Raises `UserError` as `facts_of` and `norms` do.
     """
     files = {split: sorted(directory.glob(f"{split}-*.safetensors")) for split in SPLITS}
-    status = {path.name: path.stat() for paths in files.values() for path in paths}
-    found = {name: [state.st_size, state.st_mtime_ns] for name, state in status.items()}
-    sidecar = directory / CHECKED
+    found = {path.name: identity_of(path) for paths in files.values() for path in paths}
     try:
-        earlier = json.loads(sidecar.read_text(encoding="utf-8"))
+        earlier = json.loads((directory / CHECKED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         earlier = None
-    if earlier == found:
+    if earlier == _written(found):
         return
     for split, paths in files.items():
         facts: list[Facts] = []
@@ -104,10 +104,18 @@ def check_once(directory: Path) -> None:
             with safe_open(path, framework="pt") as file:
                 facts.append(facts_of(file.get_tensor("x"), path))
         norms(split, facts)
-    try:
-        write_json_atomic(sidecar, found)
-    except OSError:
-        return  # a store that this user may only read is checked at every opening
+    record_values(directory, found)
+
+
+def record_values(directory: Path, identities: dict[str, list[int]]) -> None:
+    """Write down that all rows were checked when the shards had these identities (`verify.identity`)."""
+    with suppress(OSError):  # a store that this user may only read is checked at every opening
+        write_json_atomic(directory / CHECKED, _written(identities))
+
+
+def _written(identities: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Size and modification time."""
+    return {name: identity[:2] for name, identity in identities.items()}
 
 
 def note_on_norms(found: dict[str, float]) -> str | None:
