@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,12 +25,30 @@ class Statistics:
     """E‖x‖²."""
     variance: float
     """E‖x − mean‖², summed over d."""
+    explained: Float64[Tensor, " d"] | None = None
+    """`explained_shares` of the held-out rows, if the source keeps them."""
 
 
 def layernorm_rows(x: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
     """Per row: subtract the mean over d, scale to unit norm (Gao et al. 2024). A constant row becomes zero."""
     centred = x - x.mean(dim=1, keepdim=True)
     return centred / centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def explained_shares(
+    batches: Iterable[Float[Tensor, "rows d"]], mean: Float64[Tensor, " d"], layernorm: bool
+) -> Float64[Tensor, " d"]:
+    """At k − 1: share of the squared distance of the rows to `mean` that their k largest directions explain.
+
+    Raw, or with `layernorm` after `layernorm_rows`. In float64; d² operations per row and d³ once.
+    """
+    moment = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for rows in batches:
+        x = rows.to(torch.float64)
+        centred = (layernorm_rows(x) if layernorm else x) - mean
+        moment += centred.T @ centred
+    eigenvalues = torch.linalg.eigvalsh(moment).flip(0).clamp_min(0)
+    return eigenvalues.cumsum(0) / eigenvalues.sum()
 
 
 class Sums(NamedTuple):

@@ -48,7 +48,12 @@ class Rows:
             start, shard = stop, shard + 1
 
     def read(self, start: int, end: int) -> Tensor:
-        """Rows `start` … `end`−1, copied into one tensor."""
+        """Rows `start` … `end`−1 as one tensor: a view where they are in one shard, so that they are read from the disk
+        when they are used; else a copy."""
+        parts = self.slices(start, end)
+        first = next(parts)
+        if len(first) == end - start:
+            return first
         rows, filled = torch.empty(end - start, self.d_model, dtype=self.dtype), 0
         for part in self.slices(start, end):
             rows[filled : filled + len(part)] = part

@@ -76,6 +76,11 @@ def test_statistics_are_those_of_the_stored_rows(tiny: ActivationsConfig, tmp_pa
         torch.testing.assert_close(statistics.mean, x.mean(dim=0), rtol=1e-12, atol=1e-14)
         assert statistics.mean_sq_norm == pytest.approx(float(x.square().sum(1).mean()), rel=1e-12)
         assert statistics.variance == pytest.approx(float((x - x.mean(0)).square().sum(1).mean()), rel=1e-10)
+        held = torch.cat([rows for rows, _ in source.heldout(70)])
+        held = (layernorm_rows(held.double()) if layernorm else held.double()) - statistics.mean
+        squares = torch.linalg.svdvals(held).square()
+        assert statistics.explained is not None
+        torch.testing.assert_close(statistics.explained, squares.cumsum(0) / squares.sum())
     assert source.sample().dtype == torch.float32 and len(source.sample()) == 3000
 
 

@@ -4,22 +4,25 @@ every file."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from harness.activations.lm.contexts import SPLITS, open_contexts, remove_contexts
-from harness.activations.statistics import Moments
+from harness.activations.statistics import Moments, explained_shares
 from harness.activations.store.harvest import OLD_PLAN_FILE, PLAN_FILE, Plan, unit_path
 from harness.activations.store.paths import MANIFEST, MANIFEST_VERSION
 from harness.activations.store.shards import RECORDS, RULES, records, write_shards
 from harness.activations.store.values import Facts, norms, record_values
 from harness.activations.store.verify import identity_of
 from harness.activations.store.verify import record as record_hashes
+from harness.budget import EVALUATION_BATCH
 from harness.files import remove_left_behind, sha256_of, write_json_atomic, write_tensors_atomic
 from harness.parallel import Shards, Solo
 from harness.process.signals import StopFlag
@@ -95,7 +98,12 @@ def _finish(plan: Plan, directory: Path, shard_rows: int, description: dict[str,
         "statistics": {
             "file": {"file": means.name, "bytes": means.stat().st_size, "sha256": sha256_of(means)},
             **{
-                rule: {"count": result.count, "mean_sq_norm": result.mean_sq_norm, "variance": result.variance}
+                rule: {
+                    "count": result.count,
+                    "mean_sq_norm": result.mean_sq_norm,
+                    "variance": result.variance,
+                    "explained": _explained(directory, entries["heldout"], result.mean, RULES[rule]),
+                }
                 for rule, result in statistics.items()
             },
         },
@@ -105,6 +113,20 @@ def _finish(plan: Plan, directory: Path, shard_rows: int, description: dict[str,
     record_hashes({**identities, means.name: identity_of(means)}, directory)
     write_json_atomic(directory / MANIFEST, with_seal(manifest))
     return found["train"]
+
+
+def _explained(
+    directory: Path, entries: list[dict[str, Any]], mean: Float64[Tensor, " d"], layernorm: bool
+) -> list[float]:
+    """`explained_shares` of the held-out rows."""
+
+    def batches() -> Iterator[Tensor]:
+        for entry in entries:
+            with safe_open(directory / entry["file"], framework="pt") as file:
+                yield from file.get_tensor("x").split(EVALUATION_BATCH)
+
+    shares = explained_shares(batches(), mean, layernorm)
+    return [] if bool(shares.isnan().any()) else shares.tolist()
 
 
 def _remove_others(directory: Path, entries: dict[str, list[dict[str, Any]]]) -> None:

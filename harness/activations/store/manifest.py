@@ -31,8 +31,9 @@ STORE_ID = re.compile(r"[0-9a-f]{16}")
 
 _FILE = fields({"file": FILE_NAME, "bytes": whole(1), "sha256": SHA256})
 _SHARDS = list_of(fields({"file": FILE_NAME, "bytes": whole(1), "sha256": SHA256, "rows": whole(1)}))
-_RAW = fields({"count": whole(1), "mean_sq_norm": number(above=0), "variance": number(above=0)})
-_LAYERNORM = fields({"count": whole(1), "mean_sq_norm": number(0), "variance": number(0)})
+_EXPLAINED = {"explained?": list_of(number(0))}
+_RAW = fields({"count": whole(1), "mean_sq_norm": number(above=0), "variance": number(above=0), **_EXPLAINED})
+_LAYERNORM = fields({"count": whole(1), "mean_sq_norm": number(0), "variance": number(0), **_EXPLAINED})
 
 
 def _split(item: Check) -> Check:

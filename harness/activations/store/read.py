@@ -66,8 +66,10 @@ class Store:
 
     def statistics(self, layernorm: bool) -> Statistics:
         rule = "layernorm" if layernorm else "raw"
-        numbers = {name: self._statistics[rule][name] for name in ("count", "mean_sq_norm", "variance")}
-        return Statistics(mean=self._means[rule], **numbers)
+        known = self._statistics[rule]
+        numbers = {name: known[name] for name in ("count", "mean_sq_norm", "variance")}
+        explained = torch.tensor(known["explained"], dtype=torch.float64) if known.get("explained") else None
+        return Statistics(mean=self._means[rule], **numbers, explained=explained)
 
     def sample(self) -> Float[Tensor, "rows d"]:
         # the store is shuffled, so its beginning is a fair sample
