@@ -20,7 +20,7 @@ from harness.activations.store.harvest import OnRows, Plan, describe, forward_un
 from harness.activations.store.identity import store_id
 from harness.activations.store.paths import MANIFEST, is_complete, store_name, store_path
 from harness.activations.store.read import open_store
-from harness.activations.store.values import check_once, note_on_norms
+from harness.activations.store.values import note_on_norms
 from harness.activations.synthetic import Synthetic
 from harness.config import ActivationsConfig
 from harness.errors import UserError
@@ -45,7 +45,7 @@ def open_source(
         _require_id(cfg)
         return Synthetic(cfg, store_name(cfg))
     directory = store_path(cfg, out)
-    shards = shards or Solo()
+    shards, shown = shards or Solo(), own_progress() if progress else Progress(io.StringIO())
     complete = torch.tensor(int(shards.rank == 0 and is_complete(directory)))
     made = bool(shards.sum_(complete, "all", "scalars"))
     if not made:
@@ -55,18 +55,14 @@ def open_source(
                 f"({local_id}); harvest it where the sweep was launched, or copy it here"
             )
         try:
-            _harvest_once(cfg, directory, own_progress() if progress else Progress(io.StringIO()), stop, shards)
+            _harvest_once(cfg, directory, shown, stop, shards)
         except (OSError, SafetensorError) as error:
             if (explanation := _explain(error, directory.parent)) is not None:
                 raise explanation from error
             raise
         return_freed()
-    store = open_store(directory, cfg, shards)
-    if made:
-        with together(shards):
-            if shards.rank == 0:
-                check_once(directory)
-    return store
+    # the values of a store that was made just now have been checked
+    return open_store(directory, cfg, shards, out, shown, check_values=made)
 
 
 def _require_id(cfg: ActivationsConfig) -> None:
@@ -89,7 +85,7 @@ def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, s
         progress.note(f"waiting: {owner or 'another process'} is harvesting the same activations")
 
     with ExitStack() as stack:
-        with together(shards):
+        with together(shards, patient=True):
             if writer:
                 stack.enter_context(claim(directory.with_suffix(".lock"), wait=True, stop=stop, on_wait=on_wait))
                 missing = _is_missing(directory, partial)
@@ -98,19 +94,17 @@ def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, s
                         prepared = _begin(cfg, partial, progress, stop)
         missing = bool(shards.sum_(torch.tensor(int(missing)), "all", "scalars"))
         if missing:
-            with together(shards):
+            with together(shards, patient=True):
                 plan, hooked = prepared or prepare(cfg, partial, stop)
             try:
                 with together(shards), _nothing_left_of_a_refusal(partial if writer else None):
                     forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress), shards)
-                with together(shards):
-                    if writer:
-                        with _nothing_left_of_a_refusal(partial):
-                            _assemble(cfg, plan, hooked, partial, progress, stop)
+                with _nothing_left_of_a_refusal(partial if writer else None):
+                    _assemble(cfg, plan, hooked, partial, progress, stop, shards)
             except BaseException:
                 progress.finish("")
                 raise
-        with together(shards):
+        with together(shards, patient=True):
             if writer and not directory.exists():
                 remove_scratch(partial)
                 partial.rename(directory)
@@ -166,19 +160,35 @@ def _show_progress(plan: Plan, partial: Path, progress: Progress) -> OnRows:
 
 
 def _assemble(
-    cfg: ActivationsConfig, plan: Plan, hooked: HookedModel, partial: Path, progress: Progress, stop: StopFlag
+    cfg: ActivationsConfig,
+    plan: Plan,
+    hooked: HookedModel,
+    partial: Path,
+    progress: Progress,
+    stop: StopFlag,
+    shards: Shards,
 ) -> None:
-    """Turn the units in `partial` into a complete store; damaged units are computed again."""
+    """Turn the units in `partial` into a complete store; damaged units are computed again. Called by all ranks."""
     while True:
+        progress.start("assemble", sum(plan.rows.values()), 0)
         try:
-            norms = assemble(plan, partial, cfg.shard_rows, describe(cfg, plan), stop)
+            norms = assemble(
+                plan,
+                partial,
+                cfg.shard_rows,
+                describe(cfg, plan),
+                stop,
+                shards,
+                lambda rows: progress.update(rows, {}),
+            )
         except TornUnits as torn:
             progress.finish(f"computing units again that a crash damaged: {torn}")
-            forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress))
+            with together(shards):
+                forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress), shards)
             continue
         rows = plan.rows
         progress.finish(f"harvested {rows['train']:,} training and {rows['heldout']:,} held-out rows")
-        if (note := note_on_norms(norms)) is not None:
+        if norms and (note := note_on_norms(norms)) is not None:
             progress.note(note)
         return
 

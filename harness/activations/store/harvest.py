@@ -39,7 +39,8 @@ from harness.errors import UserError
 from harness.files import write_json_atomic, write_tensors_atomic
 from harness.parallel import Shards, Solo
 from harness.process.device import pick_device
-from harness.process.signals import STOP, Interrupted, StopFlag
+from harness.process.signals import Interrupted, StopFlag
+from harness.process.together import in_turns
 from harness.schema import FLAG, OBJECT, TEXT, fields, list_of, number, read_json, whole
 
 UNIT_TOKENS = 32_768
@@ -190,26 +191,16 @@ def forward_units(
     Raises `Interrupted` between two forwards when `stop` is set; the units written so far stay. If a rank stops or
     fails, the others learn it a unit or two later and return early, so the caller has to join them (`together`).
     """
-    shards = shards or Solo()
     contexts = {split: open_contexts(directory, split) for split in SPLITS}
-    problem: Exception | None = None
-    # the same number of rounds on every rank, whichever units exist
-    rounds = [(split, first) for split in SPLITS for first in range(0, plan.units(split), shards.size)]
-    for split, first in rounds:
-        if shards.agree(STOP * (stop.requested or problem is not None)) & STOP:
-            break
-        unit = first + shards.rank
+    units = [(split, unit) for split in SPLITS for unit in range(plan.units(split))]
+
+    def work(number: int) -> None:
+        split, unit = units[number]
         path = unit_path(directory, split, unit)
-        if problem is not None or unit >= plan.units(split) or path.is_file():
-            continue
-        try:
+        if not path.is_file():
             _write_unit(plan, hooked, contexts[split], split, unit, path, stop, on_rows)
-        except Exception as raised:
-            problem = raised
-    if problem is not None:
-        raise problem
-    if stop.requested:
-        raise Interrupted
+
+    in_turns(len(units), work, shards or Solo(), stop)
 
 
 def _write_unit(
