@@ -333,8 +333,13 @@ class ActivationsConfig:
     """Rows per file of the store."""
     lm_batch: int = _service(32)
     """Contexts per forward pass of the language model."""
+    lm_dtype: str = "fp32"
+    """Type of the language model's weights: `fp32`, or `bf16` for half the memory and a residual stream in bf16."""
     lm_precision: str = _service("auto")
-    """Precision of the language model: `auto` (bf16 if the processor supports it), `fp32` or `bf16`."""
+    """Precision of the language model's products: `auto` (bf16 if the processor supports it), `fp32` or `bf16`."""
+    device_map: str = _service("")
+    """`auto`: `accelerate` spreads a language model that is larger than one GPU over all of them and the host's
+    memory. Empty: one device holds it."""
     dir: str = _service("")
     """Directory of the stores; empty: `<out>/_activations`."""
     store: str = _service("")
@@ -350,6 +355,12 @@ class ActivationsConfig:
         _one_of("activations.text", self.text, TEXTS)
         _one_of("activations.dtype", self.dtype, STORE_DTYPES)
         _one_of("activations.lm_precision", self.lm_precision, ("auto", "fp32", "bf16"))
+        _one_of("activations.lm_dtype", self.lm_dtype, ("fp32", "bf16"))
+        _require(
+            (self.lm_dtype, self.lm_precision) != ("bf16", "fp32"),
+            "activations.lm_dtype=bf16 computes in bf16; leave activations.lm_precision alone or set lm_dtype=fp32",
+        )
+        _one_of("activations.device_map", self.device_map, ("", "auto"))
         _require(
             self.text != "files" or bool(self.text_paths),
             "activations.text=files needs activations.text_paths=[…]",

@@ -42,6 +42,7 @@ def test_settings_that_change_no_row_are_left_out(tiny: ActivationsConfig) -> No
         {"heldout_tokens": 200},
         {"seed": 1},
         {"dtype": "bf16"},
+        {"lm_dtype": "bf16", "lm_precision": "auto"},
         {"text": "stdlib"},
     ],
     ids=str,

@@ -156,7 +156,7 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
         contexts={split: contexts[split].count for split in SPLITS},
         text={name: value for name, value in cut._asdict().items() if name != "largest_id"},
         model_class=hooked.name,
-        flops_per_token=hooked.flops_per_token,
+        flops_per_token=hooked.flops[0],
         hook=hooked.hook._asdict(),
     )
     _check_disk(plan, directory)

@@ -94,6 +94,7 @@ def _recipe(settings: str) -> str:
     changed = {
         **({"hooked": "what the block adds"} if _hook_was_mended(cfg, location) else {}),
         **({"dropped_markers": markers} if markers else {}),
+        **({"lm_dtype": cfg.lm_dtype} if cfg.lm_dtype != "fp32" else {}),
     }
     return json.dumps(
         {
