@@ -86,6 +86,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "activations.synthetic.noise": (0, 1e6),
     "activations.layer": (0, 10**5),
     "activations.context": (1, 10**7),
+    "activations.outlier_factor": (0, 1e6),
     "activations.tokens": (1, MOST_TOKENS),
     "activations.heldout_tokens": (1, 1e12),
     "activations.seed": (0, MOST_SEED),
@@ -320,6 +321,9 @@ class ActivationsConfig:
     """Tokens per context, including special tokens."""
     drop_first_position: bool = True
     """Drop position 0 of every context. In most models its norm is far from that of the others."""
+    outlier_factor: float = 0.0
+    """Drop rows whose norm is above this many times the median (massive activations), both of training and held-out
+    rows. The store counts them. 0: drop none."""
     tokens: float = 1e6
     """Number of training rows to harvest; fewer if the text ends first."""
     heldout_tokens: float = 65536

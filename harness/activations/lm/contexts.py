@@ -6,6 +6,8 @@ The contexts are written to disk, so that a resumed harvest needs neither the te
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +278,18 @@ def open_contexts(directory: Path, split: str) -> Contexts:
     """The contexts that `cut_contexts` wrote."""
     tables = (np.fromfile(directory / f"{split}.{name}", np.int64) for name in _TABLES)
     return Contexts(np.memmap(directory / f"{split}.ids", np.int32, "r"), *tables)
+
+
+def link_contexts(directory: Path, other: Path) -> None:
+    """Give `other` the contexts of `directory`, without a copy on the disk where there are hard links."""
+    remove_contexts(other)
+    for split in SPLITS:
+        for name in ("ids", *_TABLES):
+            file = f"{split}.{name}"
+            try:
+                os.link(directory / file, other / file)
+            except OSError:
+                shutil.copyfile(directory / file, other / file)
 
 
 def remove_contexts(directory: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -32,9 +33,8 @@ class TornUnits(Exception):
 
 def assemble(
     plan: Plan, directory: Path, shard_rows: int, description: dict[str, Any], stop: StopFlag
-) -> dict[str, float]:
-    """Write shards, statistics and the manifest into `directory`, from its unit files. Returns `Values.norms` of the
-    training rows.
+) -> dict[str, Any]:
+    """Write shards, statistics and the manifest into `directory`, from its unit files. Returns the manifest.
 
     Row i of a split goes to its permuted place: that is the global shuffle. A pass over the units fills the places of a
     few shards, so memory stays bounded and writing is sequential. Raises `TornUnits`, and `Interrupted` when `stop` is
@@ -43,12 +43,16 @@ def assemble(
     _remove_torn(directory)
     _check_units(plan, directory)
     shards: dict[str, list[dict[str, Any]]] = {}
+    dropped = {split: _dropped(plan, directory, split) for split in SPLITS}
+    if plan.largest_norm is not None:
+        counts = {split: len(places) for split, places in dropped.items()}
+        description = {**description, "outliers": {**description["outliers"], "dropped": counts}}
     norms: dict[str, dict[str, float]] = {}
     moments = {False: Moments(plan.d_model), True: Moments(plan.d_model)}
     for split in SPLITS:
         shards[split] = []
         values = Values(split)
-        for start, tensors in _shuffled(plan, directory, split, shard_rows, stop):
+        for start, tensors in _shuffled(plan, directory, split, dropped[split], shard_rows, stop):
             path = directory / f"{split}-{start // shard_rows:05d}.safetensors"
             values.add(tensors["x"], path)
             shards[split].append({**_write_shard(path, tensors), "rows": len(tensors["x"])})
@@ -68,7 +72,7 @@ def assemble(
         "description": {**description, "norms": norms["train"], "harvest_flops": plan.flops_per_token * forwarded},
         "d_model": plan.d_model,
         "dtype": plan.dtype,
-        "rows": plan.rows,
+        "rows": {split: plan.rows[split] - len(dropped[split]) for split in SPLITS},
         "heldout_documents": len(np.unique(contexts["heldout"].document)),
         "shards": shards,
         "statistics": {
@@ -80,7 +84,7 @@ def assemble(
         },
     }
     write_json_atomic(directory / MANIFEST, with_seal(manifest))
-    return norms["train"]
+    return manifest
 
 
 def remove_scratch(directory: Path) -> None:
@@ -118,11 +122,22 @@ def _check_units(plan: Plan, directory: Path) -> None:
         raise TornUnits(", ".join(torn))
 
 
+def _dropped(plan: Plan, directory: Path, split: str) -> Int[Tensor, " rows"]:
+    """The places, ascending, whose rows were dropped."""
+    if plan.largest_norm is None:
+        return torch.empty(0, dtype=torch.int64)
+    places = []
+    for unit in range(plan.units(split)):
+        with safe_open(unit_path(directory, split, unit), framework="pt") as file:
+            places.append(file.get_tensor("dropped"))
+    return torch.cat(places).sort().values
+
+
 def _shuffled(
-    plan: Plan, directory: Path, split: str, shard_rows: int, stop: StopFlag
+    plan: Plan, directory: Path, split: str, dropped: Int[Tensor, " rows"], shard_rows: int, stop: StopFlag
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Shards of a split in order: number of the first row, and the tensors."""
-    total = plan.rows[split]
+    total = plan.rows[split] - len(dropped)
     row_bytes = plan.d_model * DTYPES[plan.dtype].itemsize
     shards_per_pass = max(1, PASS_BYTES // (shard_rows * row_bytes))
     pass_rows = min(total, shards_per_pass * shard_rows)
@@ -135,6 +150,7 @@ def _shuffled(
                 raise Interrupted
             with safe_open(unit_path(directory, split, unit), framework="pt") as file:
                 place = file.get_tensor("place")
+                place -= torch.searchsorted(dropped, place)  # the rows behind a dropped one move up
                 low, high = torch.searchsorted(place, torch.tensor([start, end])).tolist()
                 into = place[low:high] - start
                 buffer.index_copy_(0, into, file.get_slice("x")[low:high])

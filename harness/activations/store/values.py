@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -103,4 +104,16 @@ def note_on_norms(norms: dict[str, float]) -> str | None:
     return (
         f"1 % of the training rows hold {share:.1%} of the sum of squared norms (the largest has {ratio}): fvu "
         f"measures mostly these rows"
+    )
+
+
+def note_on_outliers(description: dict[str, Any]) -> str | None:
+    """How many rows of massive norm a store left out; None if none were to be."""
+    outliers = description.get("outliers")
+    if outliers is None:
+        return None
+    dropped, factor = outliers["dropped"], outliers["factor"]
+    return (
+        f"dropped {dropped['train']:,} training and {dropped['heldout']:,} held-out rows whose norm is above "
+        f"{factor:g} times the median ({outliers['median_norm']:.4g})"
     )
