@@ -28,6 +28,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
 TEXTS = ("stdlib", "files", "hub")
 STORE_DTYPES = ("bf16", "fp16", "fp32")
+STATISTICS_ROWS = 131_072
+"""With windows: the mean, the variance and the initial values come from so many rows at the beginning of the text (from
+the rows of a window, if it has fewer)."""
 
 SERVICE = {"science": False}
 
@@ -86,6 +89,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "activations.synthetic.noise": (0, 1e6),
     "activations.layer": (0, 10**5),
     "activations.context": (1, 10**7),
+    "activations.window_tokens": (0, 1e12),
     "activations.outlier_factor": (0, 1e6),
     "activations.tokens": (1, MOST_TOKENS),
     "activations.heldout_tokens": (1, 1e12),
@@ -326,6 +330,11 @@ class ActivationsConfig:
     rows. The store counts them. 0: drop none."""
     tokens: float = 1e6
     """Number of training rows to harvest; fewer if the text ends first."""
+    keep: str = "store"
+    """`store`: all rows are on the disk before training begins. `window`: two windows of them are, and the language
+    model computes the next one while this one is trained on."""
+    window_tokens: float = 0.0
+    """With `keep=window`: training rows of a window. Rows are shuffled inside a window; the disk holds two."""
     heldout_tokens: float = 65536
     """Number of rows to harvest from held-out documents. They are never trained on."""
     seed: int = 0
@@ -349,6 +358,11 @@ class ActivationsConfig:
     store: str = _service("")
     """Name of the store, a hash of its recipe. The launcher sets it, so that a node without a hub finds the store."""
 
+    @property
+    def stored_tokens(self) -> float:
+        """Training rows of the store: all, or with windows the first ones, which give the statistics."""
+        return self.tokens if self.keep == "store" else min(self.tokens, self.window_tokens, STATISTICS_ROWS)
+
     def __post_init__(self) -> None:
         _check_values(self, "activations.")
         self.dir = user_path(self.dir)
@@ -369,6 +383,13 @@ class ActivationsConfig:
             self.text != "files" or bool(self.text_paths),
             "activations.text=files needs activations.text_paths=[…]",
         )
+        _one_of("activations.keep", self.keep, ("store", "window"))
+        _require(
+            (self.keep == "window") == (self.window_tokens > 0),
+            f"activations.keep={self.keep} with activations.window_tokens={self.window_tokens:g}: "
+            f"a window needs keep=window and window_tokens=ROWS",
+        )
+        _require(self.kind == "lm" or self.keep == "store", "activations.keep=window needs activations.kind=lm")
         _require(self.text != "hub" or bool(self.dataset), "activations.text=hub needs activations.dataset=NAME")
         _require(
             self.context > 1 or not self.drop_first_position or self.kind == "synthetic",
@@ -613,6 +634,12 @@ class Config:
             _require(
                 cut % shard == 0,
                 f"sae.{name}={cut} cannot be cut over mesh.shard={shard} ranks; choose a mesh.shard that divides it",
+            )
+        if MISSING not in (self.train, self.activations) and self.activations.keep == "window":
+            _require(
+                self.train.batch_tokens <= self.activations.window_tokens,
+                f"train.batch_tokens={self.train.batch_tokens} is more than a window of "
+                f"activations.window_tokens={self.activations.window_tokens:g}; raise window_tokens",
             )
         if self.train != MISSING:
             _require(

@@ -24,6 +24,7 @@ from harness.activations.store.paths import MANIFEST, is_complete, shares_forwar
 from harness.activations.store.read import open_store
 from harness.activations.store.values import check_once, note_on_norms, note_on_outliers
 from harness.activations.synthetic import Synthetic
+from harness.activations.window.source import Windows
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.parallel import Shards, Solo
@@ -78,7 +79,7 @@ def open_source(
         with together(shards):
             if shards.rank == 0:
                 check_once(directory)
-    return store
+    return store if cfg.keep == "store" else Windows(store, cfg, directory.with_suffix(".windows"), shards)
 
 
 def _require_id(cfg: ActivationsConfig) -> None:
@@ -235,7 +236,7 @@ def _begin(
     points = ", ".join(f"{each.hook} of layer {each.layer}" for each in (cfg, *(other for other, _ in others)))
     progress.note(f"harvesting {cfg.model}, {points}, over {cfg.text} text")
     plan, hooked = prepare(cfg, partial, stop, others)
-    wanted = {"train": round(cfg.tokens), "heldout": round(cfg.heldout_tokens)}
+    wanted = {"train": round(cfg.stored_tokens), "heldout": round(cfg.heldout_tokens)}
     for split, rows in plan.rows.items():
         if rows < wanted[split]:
             progress.note(f"the text ends after {rows:,} of {wanted[split]:,} {split} rows; harvesting these")

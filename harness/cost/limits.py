@@ -44,10 +44,13 @@ class Disk:
 
 
 def store_bytes(config: ActivationsConfig, d_model: int) -> float:
-    """Size of a store: its rows, and the document number of each row. Synthetic activations take no space."""
+    """Size of a store: its rows, and the document number of each row; with windows, two of them beside it. Synthetic
+    activations take no space."""
     if config.kind == "synthetic":
         return 0.0
-    return (config.tokens + config.heldout_tokens) * (d_model * NUMBER_BYTES[config.dtype] + 8)
+    row = d_model * NUMBER_BYTES[config.dtype] + 8
+    windows = 2 * config.window_tokens if config.keep == "window" else 0.0
+    return (config.stored_tokens + config.heldout_tokens + windows) * row
 
 
 def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk:

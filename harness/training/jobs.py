@@ -85,7 +85,8 @@ def _train_claimed(job: Job, store_dir: str, stop: StopFlag, shards: Shards, cla
 def _train_unfinished(job: Job, store_dir: str, stop: StopFlag, shards: Shards, claim_here: bool) -> None:
     writer, config = shards.rank == 0, job.config
     activations = config.activations
-    if store_dir and is_complete(Path(store_dir) / store_name(activations)):
+    # windows are written while they are read, by one rank for all nodes
+    if store_dir and activations.keep == "store" and is_complete(Path(store_dir) / store_name(activations)):
         activations = dataclasses.replace(activations, dir=store_dir)
     others = other_hooks(job.home, job.config)
     source = open_source(activations, Path(config.out), progress=writer, stop=stop, shards=shards, others=others)
