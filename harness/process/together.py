@@ -8,20 +8,24 @@ from contextlib import contextmanager
 
 import torch
 
+from harness.errors import UserError
 from harness.parallel import Shards
 from harness.process.signals import STOP, Interrupted, StopFlag
 
 SIGN_OF_LIFE_S = 10.0
 """Between two exchanges of ranks that wait for one that works long."""
 
+_REFUSED, _STOPPED, _FAILED = 1, 2, 3
+
 
 @contextmanager
 def together(shards: Shards, *, patient: bool = False) -> Iterator[None]:
-    """Run a block on every rank; all ranks meet at its end.
+    """Run a block on every rank; all ranks meet at its end, and raise alike.
 
-    Raises what the block raised on this rank. If it raised nothing here but something on another rank, raises
-    `Interrupted` if that was `Interrupted`, else `OSError`. `patient`: the block may take hours on one rank, and
-    exchanges nothing itself. The ranks then exchange signs of life meanwhile, so that no exchange runs into a timeout.
+    If the block raised on any rank, every rank raises: its own exception where that is of the gravest kind, else
+    `OSError` for a failure elsewhere, else `Interrupted` for that, else the `UserError` of another rank. `patient`:
+    the block may take hours on one rank, and exchanges nothing itself. The ranks then exchange signs of life meanwhile,
+    so that no exchange runs into a timeout.
     """
     problem: Exception | None = None
     with _signs_of_life(shards, patient):
@@ -29,15 +33,24 @@ def together(shards: Shards, *, patient: bool = False) -> Iterator[None]:
             yield
         except Exception as raised:
             problem = raised
-    interrupted = isinstance(problem, Interrupted)
-    flags = torch.tensor([int(interrupted), int(problem is not None and not interrupted)])
-    stopped, failed = shards.sum_(flags, "all", "scalars").tolist()
-    if problem is not None:
+    own = _gravity(problem)
+    ranks = shards.sum_(torch.tensor([int(own == kind) for kind in range(4)]), "all", "scalars").tolist()
+    gravest = max(kind for kind in range(4) if ranks[kind])
+    reasons = shards.texts(str(problem or "")) if gravest == _REFUSED else []
+    if problem is not None and own == gravest:
         raise problem
-    if failed:
-        raise OSError("another rank has failed; its log says why")
-    if stopped:
-        raise Interrupted
+    if gravest == _FAILED:
+        raise OSError("another rank has failed; its log says why") from problem
+    if gravest == _STOPPED:
+        raise Interrupted from problem
+    if gravest == _REFUSED:
+        raise UserError(next(filter(None, reasons)))
+
+
+def _gravity(problem: Exception | None) -> int:
+    if problem is None:
+        return 0
+    return _REFUSED if isinstance(problem, UserError) else _STOPPED if isinstance(problem, Interrupted) else _FAILED
 
 
 @contextmanager
@@ -87,6 +100,7 @@ def in_turns(count: int, work: Callable[[int], None], shards: Shards, stop: Stop
             work(first + shards.rank)
         except Exception as raised:
             problem = raised
+    shards.agree(0)  # `agree` may answer a call late: what ended these rounds must not end those of the next work
     if problem is not None:
         raise problem
     if stop.requested:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 # Of a run directory, <out>/<sweep>/<run_id>/.
+OTHER_HOOKS = "other_hooks.json"
+"""Beside a frozen configuration: others whose activations the same pass of the language model gives."""
 CONFIG = "config.yaml"
 """The frozen configuration, complete and resolved."""
 PROVENANCE = "provenance.json"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from harness.activations.store import assemble as assembling
 from harness.activations.store import shards as sharding
@@ -24,6 +25,7 @@ from tests.activations.units import half_made
 SHARDS_BEFORE = "c66bdb72f1343cec7694015ccccae3f6f6748b5f4614aaf1ac81562508153407"
 """Hash over the hashes of all shards, as the first version of `assemble` wrote them."""
 ROW_BYTES = 2 * 4
+NONE_DROPPED = {split: torch.empty(0, dtype=torch.int64) for split in ("train", "heldout")}
 
 
 @pytest.fixture
@@ -118,7 +120,7 @@ def test_ranks_share_the_shards(made: tuple[Plan, Path], monkeypatch: pytest.Mon
     for rank in range(3):
         one = Solo()
         one.rank, one.size = rank, 3
-        write_shards(plan, directory, 300, one, StopFlag(), lambda rows: None)
+        write_shards(plan, directory, NONE_DROPPED, 300, one, StopFlag(), lambda rows: None)
         written.append(len(list(directory.glob("*-*.safetensors"))))
     assert written == [8, 15, 20]
     assert digest(build(plan, directory)) == SHARDS_BEFORE
@@ -126,7 +128,7 @@ def test_ranks_share_the_shards(made: tuple[Plan, Path], monkeypatch: pytest.Mon
 
 def test_shards_of_another_size_that_a_killed_attempt_left_are_replaced(made: tuple[Plan, Path]) -> None:
     plan, directory = made
-    write_shards(plan, directory, 100, Solo(), StopFlag(), lambda rows: None)
+    write_shards(plan, directory, NONE_DROPPED, 100, Solo(), StopFlag(), lambda rows: None)
     assert digest(build(plan, directory)) == SHARDS_BEFORE
     remove_scratch(directory)
     assert (
@@ -136,7 +138,7 @@ def test_shards_of_another_size_that_a_killed_attempt_left_are_replaced(made: tu
 
 def test_a_record_does_not_stand_for_a_shard_that_is_gone(made: tuple[Plan, Path]) -> None:
     plan, directory = made
-    write_shards(plan, directory, 300, Solo(), StopFlag(), lambda rows: None)
+    write_shards(plan, directory, NONE_DROPPED, 300, Solo(), StopFlag(), lambda rows: None)
     (directory / "train-00003.safetensors").unlink()
     shutil.copy(directory / "train-00004.safetensors", directory / "train-00005.safetensors")
     assert digest(build(plan, directory)) == SHARDS_BEFORE

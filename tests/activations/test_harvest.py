@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from harness.activations.lm.contexts import kept_positions, open_contexts
@@ -50,7 +51,8 @@ def test_rows_are_the_hidden_states_of_the_kept_positions(
     cfg = dataclasses.replace(tiny, model=str(models_on_disk[family]))
     partial = tmp_path / "partial"
     partial.mkdir()
-    plan, hooked = prepare(cfg, partial, StopFlag())
+    plan, _ = prepare(cfg, partial, StopFlag())
+    model = transformers.AutoModel.from_pretrained(cfg.model, dtype=torch.float32).eval()
     contexts = open_contexts(partial, "train")
     expected = []
     for number in range(contexts.count):
@@ -58,7 +60,7 @@ def test_rows_are_the_hidden_states_of_the_kept_positions(
         kept = np.flatnonzero(kept_positions(ids, plan.dropped_ids, True))
         kept = kept[: contexts.rows[number + 1] - contexts.rows[number]]
         with torch.no_grad():
-            states = hooked.model(torch.from_numpy(ids)[None].long(), output_hidden_states=True).hidden_states
+            states = model(torch.from_numpy(ids)[None].long(), output_hidden_states=True).hidden_states
         expected.append(states[cfg.layer + 1][0, kept])
     source = opened(cfg, tmp_path)
     assert source.train_rows == cfg.tokens and source.d_model == 16

@@ -22,7 +22,7 @@ def sae_shapes(study: Study, *overrides: str) -> Counter[tuple[str, int, int, in
 def test_shipped_studies() -> None:
     assert set(study_names()) == {
         *("quick", "standard", "lr_width"),
-        *("gao2024_nk", "switch2024_flop_matched", "switch2024_width_matched"),
+        *("gao2024_nk", "gao2024_16m", "switch2024_flop_matched", "switch2024_width_matched"),
     }
 
 

@@ -38,7 +38,7 @@ class Place(NamedTuple):
 STEP = Place("harness.training.state:TrainState.train_step", after=True)
 EVALUATION = Place("harness.training.evaluate:_fill")
 PLANNING = Place("harness.activations.open:prepare")
-FORWARD = Place("harness.activations.lm.model:HookedModel.activations")
+FORWARD = Place("harness.activations.lm.model:HookedModel.all_activations")
 ASSEMBLY = Place("harness.activations.store.shards:write_tensors_atomic")
 ASSEMBLED = Place("harness.activations.open:remove_scratch")
 SAVE = {

@@ -18,7 +18,7 @@ from harness.activations.lm.contexts import SPLITS, open_contexts, remove_contex
 from harness.activations.statistics import Moments, explained_shares
 from harness.activations.store.harvest import OLD_PLAN_FILE, PLAN_FILE, Plan, unit_path
 from harness.activations.store.paths import MANIFEST, MANIFEST_VERSION
-from harness.activations.store.shards import RECORDS, RULES, records, write_shards
+from harness.activations.store.shards import RECORDS, RULES, dropped_places, records, write_shards
 from harness.activations.store.values import Facts, norms, record_values
 from harness.activations.store.verify import identity_of
 from harness.activations.store.verify import record as record_hashes
@@ -44,27 +44,34 @@ def assemble(
     stop: StopFlag,
     shards: Shards | None = None,
     on_rows: Callable[[int], None] = lambda rows: None,
-) -> dict[str, float]:
-    """Write shards, statistics and the manifest into `directory`, from its unit files. Returns `values.norms` of the
-    training rows, on the first rank. Called by all ranks.
+) -> dict[str, Any]:
+    """Write shards, statistics and the manifest into `directory`, from its unit files. Returns the manifest on the
+    first rank, nothing on others. Called by all ranks.
 
-    Row i of a split goes to its permuted place: that is the global shuffle. `on_rows`: see `write_shards`. Raises
-    `TornUnits` on every rank, `Interrupted` when `stop` is set, and `UserError` for rows that cannot be trained on.
+    Row i of a split goes to its permuted place: that is the global shuffle. Rows whose norm is above
+    `plan.largest_norm` are left out and counted. `on_rows`: see `write_shards`. Raises `TornUnits` on every rank,
+    `Interrupted` when `stop` is set, and `UserError` for rows that cannot be trained on.
     """
     shards = shards or Solo()
     if shards.rank == 0:
         remove_left_behind(directory)
     _check_units(plan, directory, shards, stop)
+    with together(shards, patient=True):
+        dropped = dropped_places(plan, directory, stop)
+    counts = {split: len(places) for split, places in dropped.items()}
+    if plan.largest_norm is not None:
+        description = {**description, "outliers": {**description["outliers"], "dropped": counts}}
+    plan = plan._replace(rows={split: plan.rows[split] - counts[split] for split in SPLITS})
     with together(shards):
-        write_shards(plan, directory, shard_rows, shards, stop, on_rows)
-    found: dict[str, float] = {}
+        write_shards(plan, directory, dropped, shard_rows, shards, stop, on_rows)
+    manifest: dict[str, Any] = {}
     with together(shards, patient=True):
         if shards.rank == 0:
-            found = _finish(plan, directory, shard_rows, description)
-    return found
+            manifest = _finish(plan, directory, shard_rows, description)
+    return manifest
 
 
-def _finish(plan: Plan, directory: Path, shard_rows: int, description: dict[str, Any]) -> dict[str, float]:
+def _finish(plan: Plan, directory: Path, shard_rows: int, description: dict[str, Any]) -> dict[str, Any]:
     """Statistics and manifest, from the records of all shards. Memory: four bytes per row for the norms."""
     entries: dict[str, list[dict[str, Any]]] = {}
     found: dict[str, dict[str, float]] = {}
@@ -112,7 +119,7 @@ def _finish(plan: Plan, directory: Path, shard_rows: int, description: dict[str,
     record_values(directory, identities)
     record_hashes({**identities, means.name: identity_of(means)}, directory)
     write_json_atomic(directory / MANIFEST, with_seal(manifest))
-    return found["train"]
+    return manifest
 
 
 def _explained(

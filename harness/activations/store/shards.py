@@ -2,19 +2,22 @@
 
 The rows of a unit lie in the order of their places in the store, so the rows of any range of places are one slice of
 every unit. Each rank maps every unit once. Then it fills ranges of a few shards: it copies the slices into memory and
-writes the shards. All bytes are read once and written once. Beside each finished shard lies a record with its hash and
+writes the shards. All bytes are read once and written once. Rows of massive norm were left out of the units: each later
+row moves up by the number of dropped rows before it. Beside each finished shard lies a record with its hash and
 the sums that the manifest needs; a shard with a record is not made again.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,6 +28,7 @@ from harness.activations.statistics import Sums, sums_of
 from harness.activations.store.harvest import Plan, unit_path
 from harness.activations.store.values import Facts, facts_of
 from harness.activations.store.verify import identity_of
+from harness.errors import UserError
 from harness.files import sha256_of, write_tensors_atomic
 from harness.parallel import Shards
 from harness.process.signals import Interrupted, StopFlag
@@ -61,6 +65,29 @@ class Record(NamedTuple):
     """By `RULES`; empty for held-out rows."""
 
 
+def dropped_places(plan: Plan, directory: Path, stop: StopFlag) -> dict[str, Int[Tensor, " rows"]]:
+    """For each split the places, ascending, whose rows the harvest dropped.
+
+    Raises `UserError` if a split has no other rows, and `Interrupted` when `stop` is set.
+    """
+    dropped = {str(split): torch.empty(0, dtype=torch.int64) for split in SPLITS}
+    if plan.largest_norm is None:
+        return dropped
+    for split in SPLITS:
+        places = []
+        for number in range(plan.units(split)):
+            if stop.requested:
+                raise Interrupted
+            places.append(_mapped(unit_path(directory, split, number))["dropped"])
+        dropped[split] = torch.cat(places).sort().values
+        if len(dropped[split]) == plan.rows[split]:
+            raise UserError(
+                f"all {plan.rows[split]:,} {split} rows have a norm above {plan.largest_norm:g}, so none is left; "
+                f"raise activations.outlier_factor"
+            )
+    return dropped
+
+
 def ranges(plan: Plan, shard_rows: int) -> list[Range]:
     """How a store is cut for assembly; a function of the plan, so that all ranks agree."""
     row_bytes = plan.d_model * DTYPES[plan.dtype].itemsize
@@ -79,13 +106,17 @@ def shard_name(split: str, number: int) -> str:
 def write_shards(
     plan: Plan,
     directory: Path,
+    dropped: Mapping[str, Int[Tensor, " rows"]],
     shard_rows: int,
     shards: Shards,
     stop: StopFlag,
     on_rows: Callable[[int], None],
 ) -> None:
-    """Write the shards that are missing in `directory`, with their records. `on_rows` gets the number of rows that are
-    done, as far as this rank can tell. Called by all ranks, which the caller has to join.
+    """Write the shards that are missing in `directory`, with their records. Called by all ranks, which the caller
+    has to join.
+
+    `plan.rows` counts the rows without those of `dropped`, see `dropped_places`. `on_rows` gets the number of rows that
+    are done, as far as this rank can tell.
 
     Raises `UserError` for rows that cannot be trained on, and `Interrupted` when `stop` is set.
     """
@@ -103,7 +134,7 @@ def write_shards(
         ]
         if missing:
             last = min(missing[-1] + shard_rows, end)
-            tensors = _shuffled(plan, Range(split, missing[0], last), units, directory, stop)
+            tensors = _shuffled(plan, Range(split, missing[0], last), dropped[split], units, directory, stop)
             for first in missing:
                 own = slice(first - missing[0], min(first + shard_rows, last) - missing[0])
                 part = {name: tensor[own] for name, tensor in tensors.items()}
@@ -120,22 +151,34 @@ def _mapped(path: Path) -> dict[str, Tensor]:
 
 
 def _shuffled(
-    plan: Plan, part: Range, units: Callable[[Path], dict[str, Tensor]], directory: Path, stop: StopFlag
+    plan: Plan,
+    part: Range,
+    dropped: Int[Tensor, " rows"],
+    units: Callable[[Path], dict[str, Tensor]],
+    directory: Path,
+    stop: StopFlag,
 ) -> dict[str, Tensor]:
     """The rows of a range in their order; of held-out rows also their documents."""
     count = part.end - part.start
     tensors = {"x": torch.empty(count, plan.d_model, dtype=DTYPES[plan.dtype])}
     if part.split == "heldout":
         tensors["document"] = torch.empty(count, dtype=torch.int64)
+    bounds = [_place(row, dropped) for row in (part.start, part.end)]
     for number in range(plan.units(part.split)):
         if stop.requested:
             raise Interrupted
         unit = units(unit_path(directory, part.split, number))
-        low, high = np.searchsorted(unit["place"].numpy(), [part.start, part.end])
-        into = unit["place"][low:high] - part.start
+        low, high = np.searchsorted(unit["place"].numpy(), bounds)
+        place = unit["place"][low:high]
+        into = place - torch.searchsorted(dropped, place) - part.start
         for name, tensor in tensors.items():
             tensor.index_copy_(0, into, unit[name][low:high])
     return tensors
+
+
+def _place(row: int, dropped: Int[Tensor, " rows"]) -> int:
+    """The place, counted with the dropped rows, of a row of the store."""
+    return row + bisect.bisect_right(range(len(dropped)), row, key=lambda number: int(dropped[number]) - number)
 
 
 def _write_shard(directory: Path, split: str, number: int, start: int, tensors: dict[str, Tensor]) -> None:

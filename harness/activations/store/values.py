@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -127,4 +127,16 @@ def note_on_norms(found: dict[str, float]) -> str | None:
     return (
         f"1 % of the training rows hold {share:.1%} of the sum of squared norms (the largest has {ratio}): fvu "
         f"measures mostly these rows"
+    )
+
+
+def note_on_outliers(description: dict[str, Any]) -> str | None:
+    """How many rows of massive norm a store left out; None if none were to be."""
+    outliers = description.get("outliers")
+    if outliers is None:
+        return None
+    dropped, factor = outliers["dropped"], outliers["factor"]
+    return (
+        f"dropped {dropped['train']:,} training and {dropped['heldout']:,} held-out rows whose norm is above "
+        f"{factor:g} times the median ({outliers['median_norm']:.4g})"
     )
