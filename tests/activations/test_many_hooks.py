@@ -118,20 +118,20 @@ def test_rows_above_the_factor_are_dropped_and_counted(
     monkeypatch.setattr("harness.activations.store.shards.ASSEMBLY_BYTES", assembly_bytes)
     monkeypatch.setattr("harness.activations.store.harvest.UNIT_TOKENS", 800)
     full = opened(tiny, tmp_path)
-    cfg = dataclasses.replace(tiny, outlier_factor=1.05)
+    cfg = dataclasses.replace(tiny, outlier_factor=1.0)
     assert store_id(cfg) != store_id(tiny)
     cut = opened(cfg, tmp_path)
     outliers = cut.description["outliers"]
-    assert isinstance(cut, Store) and outliers["factor"] == 1.05
+    assert isinstance(cut, Store) and outliers["factor"] == 1.0
     rows = all_rows(full)
     norms = rows.double().norm(dim=1)
     assert outliers["median_norm"] == pytest.approx(float(norms.median()), rel=0.05)
-    small = norms <= 1.05 * outliers["median_norm"]
+    small = norms <= 1.0 * outliers["median_norm"]
     assert torch.equal(all_rows(cut), rows[small])
     assert cut.train_rows == int(small.sum()) and outliers["dropped"]["train"] == int((~small).sum()) > 0
     assert cut.heldout_rows == full.heldout_rows - outliers["dropped"]["heldout"]
     held, documents = zip(*full.heldout(70), strict=True)
-    keep = torch.cat(held).double().norm(dim=1) <= 1.05 * outliers["median_norm"]
+    keep = torch.cat(held).double().norm(dim=1) <= 1.0 * outliers["median_norm"]
     held_cut, documents_cut = zip(*cut.heldout(70), strict=True)
     assert torch.equal(torch.cat(held_cut), torch.cat(held)[keep])
     assert torch.equal(torch.cat(documents_cut), torch.cat(documents)[keep])
