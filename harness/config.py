@@ -27,6 +27,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
 TEXTS = ("stdlib", "files", "hub")
 STORE_DTYPES = ("bf16", "fp16", "fp32")
+STATISTICS_ROWS = 131_072
+"""With windows: the mean, the variance and the initial values come from so many rows at the beginning of the text (from
+the rows of a window, if it has fewer)."""
 
 SERVICE = {"science": False}
 
@@ -73,6 +76,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "activations.synthetic.noise": (0, 1e6),
     "activations.layer": (0, 10**5),
     "activations.context": (1, 10**7),
+    "activations.window_tokens": (0, 1e12),
+    "activations.outlier_factor": (0, 1e6),
     "activations.tokens": (1, MOST_TOKENS),
     "activations.heldout_tokens": (1, 1e12),
     "activations.seed": (0, MOST_SEED),
@@ -309,8 +314,16 @@ class ActivationsConfig:
     """Tokens per context, including special tokens."""
     drop_first_position: bool = True
     """Drop position 0 of every context. In most models its norm is far from that of the others."""
+    outlier_factor: float = 0.0
+    """Drop rows whose norm is above this many times the median (massive activations), both of training and held-out
+    rows. The store counts them. 0: drop none."""
     tokens: float = 1e6
     """Number of training rows to harvest; fewer if the text ends first."""
+    keep: str = "store"
+    """`store`: all rows are on the disk before training begins. `window`: two windows of them are, and the language
+    model computes the next one while this one is trained on."""
+    window_tokens: float = 0.0
+    """With `keep=window`: training rows of a window. Rows are shuffled inside a window; the disk holds two."""
     heldout_tokens: float = 65536
     """Number of rows to harvest from held-out documents. They are never trained on."""
     seed: int = 0
@@ -322,12 +335,22 @@ class ActivationsConfig:
     """Rows per file of the store."""
     lm_batch: int = _service(32)
     """Contexts per forward pass of the language model."""
+    lm_dtype: str = "fp32"
+    """Type of the language model's weights: `fp32`, or `bf16` for half the memory and a residual stream in bf16."""
     lm_precision: str = _service("auto")
-    """Precision of the language model: `auto` (bf16 if the processor supports it), `fp32` or `bf16`."""
+    """Precision of the language model's products: `auto` (bf16 if the processor supports it), `fp32` or `bf16`."""
+    device_map: str = _service("")
+    """`auto`: `accelerate` spreads a language model that is larger than one GPU over all of them and the host's
+    memory. Empty: one device holds it."""
     dir: str = _service("")
     """Directory of the stores; empty: `<out>/_activations`."""
     store: str = _service("")
     """Name of the store, a hash of its recipe. The launcher sets it, so that a node without a hub finds the store."""
+
+    @property
+    def stored_tokens(self) -> float:
+        """Training rows of the store: all, or with windows the first ones, which give the statistics."""
+        return self.tokens if self.keep == "store" else min(self.tokens, self.window_tokens, STATISTICS_ROWS)
 
     def __post_init__(self) -> None:
         _check_values(self, "activations.")
@@ -339,10 +362,23 @@ class ActivationsConfig:
         _one_of("activations.text", self.text, TEXTS)
         _one_of("activations.dtype", self.dtype, STORE_DTYPES)
         _one_of("activations.lm_precision", self.lm_precision, ("auto", "fp32", "bf16"))
+        _one_of("activations.lm_dtype", self.lm_dtype, ("fp32", "bf16"))
+        _require(
+            (self.lm_dtype, self.lm_precision) != ("bf16", "fp32"),
+            "activations.lm_dtype=bf16 computes in bf16; leave activations.lm_precision alone or set lm_dtype=fp32",
+        )
+        _one_of("activations.device_map", self.device_map, ("", "auto"))
         _require(
             self.text != "files" or bool(self.text_paths),
             "activations.text=files needs activations.text_paths=[…]",
         )
+        _one_of("activations.keep", self.keep, ("store", "window"))
+        _require(
+            (self.keep == "window") == (self.window_tokens > 0),
+            f"activations.keep={self.keep} with activations.window_tokens={self.window_tokens:g}: "
+            f"a window needs keep=window and window_tokens=ROWS",
+        )
+        _require(self.kind == "lm" or self.keep == "store", "activations.keep=window needs activations.kind=lm")
         _require(self.text != "hub" or bool(self.dataset), "activations.text=hub needs activations.dataset=NAME")
         _require(
             self.context > 1 or not self.drop_first_position or self.kind == "synthetic",
@@ -622,6 +658,12 @@ class Config:
             _require(
                 cut % shard == 0,
                 f"sae.{name}={cut} cannot be cut over mesh.shard={shard} ranks; choose a mesh.shard that divides it",
+            )
+        if MISSING not in (self.train, self.activations) and self.activations.keep == "window":
+            _require(
+                self.train.batch_tokens <= self.activations.window_tokens,
+                f"train.batch_tokens={self.train.batch_tokens} is more than a window of "
+                f"activations.window_tokens={self.activations.window_tokens:g}; raise window_tokens",
             )
         if self.train != MISSING:
             _require(

@@ -18,7 +18,7 @@ from harness.process.device import pick_device
 from harness.process.rank import ranks_from_environment, run_as_rank, wait_for_ranks
 from harness.process.signals import Interrupted, stop_on_signals
 from harness.record.attempt import attempt_log, write_ended
-from harness.record.rundir import read_config
+from harness.record.rundir import other_hooks, read_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,14 @@ def harvest(directory: Path) -> None:
         shape, on_wait = config.mesh, wait_for_ranks(stop)
         shards = stack.enter_context(mesh(shape.dp, shape.shard, device, ranks, on_wait=on_wait))
         try:
-            open_source(config.activations, Path(config.out), progress=shards.rank == 0, stop=stop, shards=shards)
+            open_source(
+                config.activations,
+                Path(config.out),
+                progress=shards.rank == 0,
+                stop=stop,
+                shards=shards,
+                others=other_hooks(directory, config),
+            )
         except Interrupted:
             if log is not None:
                 write_ended([log.parent], outcome="saved", reason=stop.reason, step=None, requeued=False)

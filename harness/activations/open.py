@@ -6,7 +6,7 @@ import errno
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,18 +14,20 @@ import torch
 from safetensors import SafetensorError
 
 from harness.activations.lm.model import HookedModel
+from harness.activations.lm.rows import OnRows
 from harness.activations.source import ActivationSource
 from harness.activations.store.assemble import TornUnits, assemble, remove_scratch
-from harness.activations.store.harvest import OnRows, Plan, describe, forward_units, prepare, read_plan, rows_done
+from harness.activations.store.harvest import Plan, describe, forward_units, prepare, read_plan, rows_done
 from harness.activations.store.identity import store_id
-from harness.activations.store.paths import MANIFEST, is_complete, store_name, store_path
+from harness.activations.store.paths import MANIFEST, is_complete, shares_forwards, store_name, store_path
 from harness.activations.store.read import open_store
-from harness.activations.store.values import check_once, note_on_norms
+from harness.activations.store.values import note_on_norms, note_on_outliers
 from harness.activations.synthetic import Synthetic
+from harness.activations.window.source import Windows
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.parallel import Shards, Solo
-from harness.process.claim import Owner, claim
+from harness.process.claim import Claimed, Owner, claim
 from harness.process.memory import return_freed
 from harness.process.signals import StopFlag
 from harness.process.together import together
@@ -33,19 +35,27 @@ from harness.progress import Progress, own_progress
 
 
 def open_source(
-    cfg: ActivationsConfig, out: Path, *, progress: bool, stop: StopFlag, shards: Shards | None = None
+    cfg: ActivationsConfig,
+    out: Path,
+    *,
+    progress: bool,
+    stop: StopFlag,
+    shards: Shards | None = None,
+    others: Sequence[ActivationsConfig] = (),
 ) -> ActivationSource:
     """The rows that `cfg` describes. A missing store is harvested into `store_root(cfg, out)` first.
 
-    An interrupted harvest is continued. If another process is harvesting the same store, this one waits for it. All
-    ranks of `shards` (default: one process) call this and harvest together. Raises `UserError` for what the user can
-    cause (unknown model, unreadable text, full disk, damaged shard), `Interrupted` when `stop` is set.
+    Those of `others` that differ from `cfg` only in layer and hook are harvested with it, in one pass of the model, and
+    come out as if each had been harvested alone. An interrupted harvest is continued. If another process is harvesting
+    the same store, this one waits for it. All ranks of `shards` (default: one process) call this and harvest together.
+    Raises `UserError` for what the user can cause (unknown model, unreadable text, full disk, damaged shard),
+    `Interrupted` when `stop` is set.
     """
     if cfg.kind == "synthetic":
         _require_id(cfg)
         return Synthetic(cfg, store_name(cfg))
     directory = store_path(cfg, out)
-    shards = shards or Solo()
+    shards, shown = shards or Solo(), own_progress() if progress else Progress(io.StringIO())
     complete = torch.tensor(int(shards.rank == 0 and is_complete(directory)))
     made = bool(shards.sum_(complete, "all", "scalars"))
     if not made:
@@ -55,18 +65,16 @@ def open_source(
                 f"({local_id}); harvest it where the sweep was launched, or copy it here"
             )
         try:
-            _harvest_once(cfg, directory, own_progress() if progress else Progress(io.StringIO()), stop, shards)
+            one_pass = [other for other in others if shares_forwards(cfg, other)]
+            _harvest_once(cfg, directory, one_pass, shown, stop, shards)
         except (OSError, SafetensorError) as error:
             if (explanation := _explain(error, directory.parent)) is not None:
                 raise explanation from error
             raise
         return_freed()
-    store = open_store(directory, cfg, shards)
-    if made:
-        with together(shards):
-            if shards.rank == 0:
-                check_once(directory)
-    return store
+    # the values of a store that was made just now have been checked
+    store = open_store(directory, cfg, shards, out, shown, check_values=made)
+    return store if cfg.keep == "store" else Windows(store, cfg, directory.with_suffix(".windows"), shards)
 
 
 def _require_id(cfg: ActivationsConfig) -> None:
@@ -78,42 +86,120 @@ def _require_id(cfg: ActivationsConfig) -> None:
         )
 
 
-def _harvest_once(cfg: ActivationsConfig, directory: Path, progress: Progress, stop: StopFlag, shards: Shards) -> None:
-    """Harvest the store unless it exists by now. Rank 0 holds the claim, plans and assembles; all ranks share the
-    forwards. The ranks meet after each part, so that if one raises, all raise."""
+def _harvest_once(
+    cfg: ActivationsConfig,
+    directory: Path,
+    one_pass: Sequence[ActivationsConfig],
+    progress: Progress,
+    stop: StopFlag,
+    shards: Shards,
+) -> None:
+    """Harvest the store unless it exists by now, and with it those of `one_pass` that nobody has or makes. Rank 0 holds
+    the claims and plans; all ranks share the forwards and the assembly. The ranks meet after each part, so that if one
+    raises, all raise."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial, writer, missing = directory.with_suffix(".partial"), shards.rank == 0, False
     prepared: tuple[Plan, HookedModel] | None = None
+    taken = torch.zeros(len(one_pass), dtype=torch.int64)
 
     def on_wait(owner: Owner | None) -> None:
         progress.note(f"waiting: {owner or 'another process'} is harvesting the same activations")
 
+    def with_it() -> list[tuple[ActivationsConfig, Path]]:
+        return [
+            (each, directory.with_name(f"{store_name(each)}.partial"))
+            for each, mine in zip(one_pass, taken.tolist(), strict=True)
+            if mine
+        ]
+
     with ExitStack() as stack:
-        with together(shards):
+        with together(shards, patient=True):
             if writer:
                 stack.enter_context(claim(directory.with_suffix(".lock"), wait=True, stop=stop, on_wait=on_wait))
                 missing = _is_missing(directory, partial)
                 if missing:
+                    for number, each in enumerate(one_pass):
+                        taken[number] = _takes_along(directory.with_name(store_name(each)), partial, stack)
                     with _nothing_left_of_a_refusal(partial, loading=True):
-                        prepared = _begin(cfg, partial, progress, stop)
+                        prepared = _begin(cfg, partial, with_it(), progress, stop)
         missing = bool(shards.sum_(torch.tensor(int(missing)), "all", "scalars"))
+        taken = shards.sum_(taken, "all", "scalars")
+        others = with_it()
         if missing:
-            with together(shards):
-                plan, hooked = prepared or prepare(cfg, partial, stop)
-            try:
-                with together(shards), _nothing_left_of_a_refusal(partial if writer else None):
-                    forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress), shards)
+            with together(shards, patient=True):
+                plan, hooked = prepared or prepare(cfg, partial, stop, others)
+                plans = [_read_again(folder) for _, folder in others]
+            pairs = [(each, folder) for each, (_, folder) in zip(plans, others, strict=True)]
+
+            def forward() -> None:
                 with together(shards):
-                    if writer:
-                        with _nothing_left_of_a_refusal(partial):
-                            _assemble(cfg, plan, hooked, partial, progress, stop)
+                    forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress), shards, pairs)
+
+            try:
+                with _nothing_left_of_a_refusal(partial if writer else None):
+                    forward()
+                    _assemble(cfg, plan, partial, forward, progress, stop, shards)
+                for (each, folder), its_plan in zip(others, plans, strict=True):
+                    _assemble_other(each, its_plan, folder, forward, progress, stop, shards)
             except BaseException:
                 progress.finish("")
                 raise
-        with together(shards):
+        with together(shards, patient=True):
             if writer and not directory.exists():
-                remove_scratch(partial)
-                partial.rename(directory)
+                _into_place(partial)
+
+
+def _into_place(partial: Path) -> None:
+    remove_scratch(partial)
+    partial.rename(partial.with_suffix(""))
+
+
+def _takes_along(directory: Path, first: Path, stack: ExitStack) -> bool:
+    """Whether another store is harvested with that of the half-made `first`: it is missing, nobody else makes it, and
+    if it was begun, then with the same forwards."""
+    partial = directory.with_suffix(".partial")
+    if directory.exists():
+        return False
+    try:
+        stack.enter_context(claim(directory.with_suffix(".lock")))
+    except Claimed:
+        return False
+    if directory.exists() or is_complete(partial):
+        return False
+    partial.mkdir(exist_ok=True)
+    begun, own = read_plan(partial), read_plan(first)
+    return begun is None or (own is not None and (begun.precision, begun.lm_batch) == (own.precision, own.lm_batch))
+
+
+def _read_again(partial: Path) -> Plan:
+    plan = read_plan(partial)
+    assert plan is not None
+    return plan
+
+
+def _assemble_other(
+    cfg: ActivationsConfig,
+    plan: Plan,
+    partial: Path,
+    forward_again: Callable[[], None],
+    progress: Progress,
+    stop: StopFlag,
+    shards: Shards,
+) -> None:
+    """Finish a store that was taken along. Rows that cannot be trained on stop its own runs, not those of others.
+
+    Called by all ranks.
+    """
+    writer = shards.rank == 0
+    try:
+        with _nothing_left_of_a_refusal(partial if writer else None):
+            _assemble(cfg, plan, partial, forward_again, progress, stop, shards)
+    except UserError as refused:  # on every rank, see `together`
+        progress.finish(f"{cfg.hook} of layer {cfg.layer} is left out: {refused}")
+        return
+    with together(shards, patient=True):
+        if writer:
+            _into_place(partial)
 
 
 @contextmanager
@@ -142,10 +228,17 @@ def _is_missing(directory: Path, partial: Path) -> bool:
     return not is_complete(partial)
 
 
-def _begin(cfg: ActivationsConfig, partial: Path, progress: Progress, stop: StopFlag) -> tuple[Plan, HookedModel]:
-    progress.note(f"harvesting {cfg.model}, {cfg.hook} of layer {cfg.layer}, over {cfg.text} text")
-    plan, hooked = prepare(cfg, partial, stop)
-    wanted = {"train": round(cfg.tokens), "heldout": round(cfg.heldout_tokens)}
+def _begin(
+    cfg: ActivationsConfig,
+    partial: Path,
+    others: Sequence[tuple[ActivationsConfig, Path]],
+    progress: Progress,
+    stop: StopFlag,
+) -> tuple[Plan, HookedModel]:
+    points = ", ".join(f"{each.hook} of layer {each.layer}" for each in (cfg, *(other for other, _ in others)))
+    progress.note(f"harvesting {cfg.model}, {points}, over {cfg.text} text")
+    plan, hooked = prepare(cfg, partial, stop, others)
+    wanted = {"train": round(cfg.stored_tokens), "heldout": round(cfg.heldout_tokens)}
     for split, rows in plan.rows.items():
         if rows < wanted[split]:
             progress.note(f"the text ends after {rows:,} of {wanted[split]:,} {split} rows; harvesting these")
@@ -166,20 +259,37 @@ def _show_progress(plan: Plan, partial: Path, progress: Progress) -> OnRows:
 
 
 def _assemble(
-    cfg: ActivationsConfig, plan: Plan, hooked: HookedModel, partial: Path, progress: Progress, stop: StopFlag
+    cfg: ActivationsConfig,
+    plan: Plan,
+    partial: Path,
+    forward_again: Callable[[], None],
+    progress: Progress,
+    stop: StopFlag,
+    shards: Shards,
 ) -> None:
-    """Turn the units in `partial` into a complete store; damaged units are computed again."""
+    """Turn the units in `partial` into a complete store; damaged units are computed again. Called by all ranks."""
     while True:
+        progress.start("assemble", sum(plan.rows.values()), 0)
         try:
-            norms = assemble(plan, partial, cfg.shard_rows, describe(cfg, plan), stop)
+            made = assemble(
+                plan,
+                partial,
+                cfg.shard_rows,
+                describe(cfg, plan),
+                stop,
+                shards,
+                lambda rows: progress.update(rows, {}),
+            )
         except TornUnits as torn:
             progress.finish(f"computing units again that a crash damaged: {torn}")
-            forward_units(plan, hooked, partial, stop, _show_progress(plan, partial, progress))
+            forward_again()
             continue
-        rows = plan.rows
-        progress.finish(f"harvested {rows['train']:,} training and {rows['heldout']:,} held-out rows")
-        if (note := note_on_norms(norms)) is not None:
-            progress.note(note)
+        if made:
+            rows, about = made["rows"], made["description"]
+            progress.finish(f"harvested {rows['train']:,} training and {rows['heldout']:,} held-out rows")
+            for note in (note_on_outliers(about), note_on_norms(about["norms"])):
+                if note is not None:
+                    progress.note(note)
         return
 
 

@@ -7,7 +7,7 @@ import functools
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,31 +20,45 @@ from harness.activations.shuffle import permutation
 
 BLOCK_ROWS = 16_384
 """A permuted epoch permutes blocks of this many rows, then the rows in each block: one sequential read per block."""
+MAPPED_SHARDS = 64
+"""Shards of a split that stay mapped: far fewer than a process may open files, enough for the blocks in use."""
 PREFETCHED = 4
 """Batches that are prepared ahead."""
 
 
 class Rows:
-    """The rows of all shards as one long tensor, which is never in memory as a whole."""
+    """The rows of all shards as one long tensor, which is never in memory as a whole.
 
-    def __init__(self, shards: list[Tensor]) -> None:
-        self._shards = shards
-        self._starts = list(itertools.accumulate((len(shard) for shard in shards), initial=0))
+    A shard is mapped when a row of it is read; the last `MAPPED_SHARDS` stay mapped.
+    """
+
+    def __init__(self, sizes: Sequence[int], load: Callable[[int], Tensor], d_model: int, dtype: torch.dtype) -> None:
+        """`sizes`: rows of each shard. `load(i)` maps shard i."""
+        self._shard = functools.lru_cache(MAPPED_SHARDS)(load)
+        self._starts = list(itertools.accumulate(sizes, initial=0))
         self.total = self._starts[-1]
-        self.d_model = shards[0].shape[1]
-        self.dtype = shards[0].dtype
+        self.d_model, self.dtype = d_model, dtype
 
     def slices(self, start: int, end: int) -> Iterator[Tensor]:
         """Rows `start` … `end`−1 as views of their shards, in order."""
         shard = bisect.bisect_right(self._starts, start) - 1
         while start < end:
             stop = min(end, self._starts[shard + 1])
-            yield self._shards[shard][start - self._starts[shard] : stop - self._starts[shard]]
+            yield self._shard(shard)[start - self._starts[shard] : stop - self._starts[shard]]
             start, shard = stop, shard + 1
 
     def read(self, start: int, end: int) -> Tensor:
-        """Rows `start` … `end`−1, copied into one tensor."""
-        return torch.cat(list(self.slices(start, end)))
+        """Rows `start` … `end`−1 as one tensor: a view where they are in one shard, so that they are read from the disk
+        when they are used; else a copy."""
+        parts = self.slices(start, end)
+        first = next(parts)
+        if len(first) == end - start:
+            return first
+        rows, filled = torch.empty(end - start, self.d_model, dtype=self.dtype), 0
+        for part in self.slices(start, end):
+            rows[filled : filled + len(part)] = part
+            filled += len(part)
+        return rows
 
 
 class Order:

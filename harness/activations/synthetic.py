@@ -125,15 +125,19 @@ def _generator(seed: int, purpose: object, counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, counter, 0]))
 
 
-def recovered(
+def best_cosines(
     decoder: Float[Tensor, "n d"], dictionary: Float[Tensor, "features d"], block: int = 1024
-) -> dict[str, float]:
-    """How much of the true dictionary a decoder holds.
-
-    `recovered`: share of the true features that have a latent with cosine above 0.9. `mean_max_cosine`: mean over the
-    true features of the largest cosine with a latent. A zero row of the decoder has cosine 0 with everything.
-    """
+) -> Float[Tensor, " features"]:
+    """The largest cosine of each true feature with a latent; a zero row of the decoder has cosine 0 with everything."""
     latents = torch.nn.functional.normalize(decoder.detach().to(dictionary), dim=1)
     truth = torch.nn.functional.normalize(dictionary, dim=1)
-    best = torch.cat([(rows @ latents.T).amax(dim=1) for rows in truth.split(block)])
+    return torch.cat([(rows @ latents.T).amax(dim=1) for rows in truth.split(block)])
+
+
+def recovered(best: Float[Tensor, " features"]) -> dict[str, float]:
+    """How much of the true dictionary a decoder holds, from `best_cosines`.
+
+    `recovered`: share of the true features that have a latent with cosine above 0.9. `mean_max_cosine`: mean over the
+    true features of the largest cosine with a latent.
+    """
     return {"recovered": float((best > 0.9).float().mean()), "mean_max_cosine": float(best.mean())}

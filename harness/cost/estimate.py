@@ -166,7 +166,8 @@ def rank_memory(config: Config, d_model: int) -> dict[str, int]:
 def _mapped_bytes(activations: ActivationsConfig, d_model: int, tokens: float) -> float:
     if activations.kind == "synthetic":
         return 0.0
-    return (min(tokens, activations.tokens) + activations.heldout_tokens) * d_model * NUMBER_BYTES[activations.dtype]
+    rows = min(tokens, activations.tokens) if activations.keep == "store" else 2 * activations.window_tokens
+    return (rows + activations.heldout_tokens) * d_model * NUMBER_BYTES[activations.dtype]
 
 
 def _process_bytes(config: Config, calibration: Calibration) -> int:

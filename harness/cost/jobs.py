@@ -62,12 +62,14 @@ def _cut(
 ) -> Iterator[list[Run]]:
     """Packs of `cluster.pack` runs, or of as many as the plan prefers.
 
-    On this machine the plan packs nothing: one process trains all runs anyway. On a cluster it fills a pack until the
+    On this machine the plan packs nothing, since one process trains all runs anyway, unless the language model would
+    compute the windows again for every job. On a cluster it fills a pack until the
     job is estimated to take `cluster.pack_minutes` or to fill the memory.
     """
     cluster = runs[0].config.cluster
-    most = cluster.pack or (1 if cluster.name == "local" else MAX_MEMBERS)
-    limit_s = float("inf") if cluster.pack else 60 * cluster.pack_minutes
+    windows = runs[0].config.activations.keep == "window"
+    most = cluster.pack or (1 if cluster.name == "local" and not windows else MAX_MEMBERS)
+    limit_s = float("inf") if cluster.pack or (windows and cluster.name == "local") else 60 * cluster.pack_minutes
     part: list[Run] = []
     planned_s = 0.0
     for run in runs:

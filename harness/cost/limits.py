@@ -11,6 +11,7 @@ from pathlib import Path
 from harness.budget import HARVEST_COPIES
 from harness.config import ActivationsConfig, Config, MeshConfig
 from harness.cost.estimate import NUMBER_BYTES, Estimates, rank_memory
+from harness.cost.windows import window_bytes
 from harness.process.device import planned_on_gpu
 from harness.process.gpus import find_gpu
 from harness.record.job import Job
@@ -38,16 +39,19 @@ class Disk:
     """Final weights and records of the runs to do."""
     checkpoints: float
     """The most at any time, including checkpoints that are being written."""
+    windows: float
+    """The most at any time, of the jobs that compute their activations in windows."""
 
     def needed(self) -> float:
-        return max(self.stores, self.harvest) + self.results + self.checkpoints
+        return max(self.stores, self.harvest) + self.results + self.checkpoints + self.windows
 
 
 def store_bytes(config: ActivationsConfig, d_model: int) -> float:
-    """Size of a store: its rows, and the document number of each row. Synthetic activations take no space."""
+    """Size of a store: its rows, and the document number of each row; with windows, that of their first rows. Synthetic
+    activations take no space."""
     if config.kind == "synthetic":
         return 0.0
-    return (config.tokens + config.heldout_tokens) * (d_model * NUMBER_BYTES[config.dtype] + 8)
+    return (config.stored_tokens + config.heldout_tokens) * (d_model * NUMBER_BYTES[config.dtype] + 8)
 
 
 def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk:
@@ -68,12 +72,14 @@ def disk(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> Disk
             results += part.weights_bytes + LINE_BYTES * lines
         saving.append(2.0 * sum(part.checkpoint_bytes for part in parts))
     at_once = _at_once(jobs)
+    windows = [window_bytes(job.config.activations, job.runs[0].store.d_model or 0) for job in jobs]
     return Disk(
         stores=sum(new),
         harvest=sum(new) + (HARVEST_COPIES - 1) * max(new, default=0.0),
         stores_there=sum(existing),
         results=results,
         checkpoints=sum(sorted(saving, reverse=True)[:at_once]),
+        windows=sum(sorted(windows, reverse=True)[:at_once]),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from harness.cost.estimate import Estimate, Estimates
 from harness.cost.limits import Disk, disk, longer_than_the_limit, would_not_fit
 from harness.cost.repeats import repeats, repeats_line
+from harness.cost.windows import window_lines
 from harness.record.job import Job
 from harness.record.result import unfinished
 from harness.record.run import Run
@@ -91,6 +92,7 @@ def _summary(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> 
         lines.append(f"times: {calibration.problem}")
     needed = disk(runs, jobs, estimates)
     lines.append(f"disk: {_disk(needed)}")
+    lines += window_lines(jobs, estimates)
     lines += longer_than_the_limit(jobs, estimates)
     lines += [f"would not fit: {line}" for line in would_not_fit(jobs, estimates, needed)]
     return lines
@@ -127,7 +129,8 @@ def _time(jobs: Sequence[Job], estimates: Estimates) -> str:
 
 def _disk(needed: Disk) -> str:
     there = f" ({si(needed.stores_there)}B exist already)" if needed.stores_there else ""
+    windows = f", at most {si(needed.windows)}B of windows at a time" if needed.windows else ""
     return (
-        f"{si(needed.stores)}B of activations to harvest{there}, {si(needed.results)}B of weights and records, "
-        f"at most {si(needed.checkpoints)}B of checkpoints at a time"
+        f"{si(needed.stores)}B of activations to harvest{there}{windows}, "
+        f"{si(needed.results)}B of weights and records, at most {si(needed.checkpoints)}B of checkpoints at a time"
     )

@@ -41,6 +41,13 @@ def all_gather(parts: list[Tensor], tensor: Tensor, group: Group) -> None:
     dist.all_gather(parts, tensor, group=group)  # pyright: ignore[reportUnknownMemberType]
 
 
+def gather_texts(text: str, group: Group) -> list[str]:
+    """Every rank's `text`, in the order of ranks."""
+    texts = [""] * dist.get_world_size(group)
+    dist.all_gather_object(texts, text, group=group)  # pyright: ignore[reportUnknownMemberType]
+    return texts
+
+
 def barrier(group: Group = None) -> None:
     """Return when every rank of the group is here."""
     dist.barrier(group=group)  # pyright: ignore[reportUnknownMemberType]

@@ -10,6 +10,8 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+GATHER_BYTES = 2**26
+
 Axis = Literal["shard", "dp", "all"]
 
 Kind = Literal["selection", "reconstruction", "auxk", "gradients", "counters", "scalars", "evaluation"]
@@ -48,7 +50,12 @@ class Shards(Protocol):
         ...
 
     def gather(self, local: Tensor) -> Tensor:
-        """All rows of a tensor that is cut over `shard`, on every rank."""
+        """All rows of a tensor that is cut over `shard`, on every rank, in the memory of the host. The device never
+        holds more than `GATHER_BYTES` of them."""
+        ...
+
+    def texts(self, own: str) -> list[str]:
+        """The texts of all ranks, in the order of ranks, on every rank."""
         ...
 
     def take_sent(self) -> dict[Kind, float]:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from harness.errors import UserError
 from harness.parallel import collectives
-from harness.parallel.interface import Axis, Kind, Shards
+from harness.parallel.interface import GATHER_BYTES, Axis, Kind, Shards
 from harness.parallel.meeting import Waiting, meet, meeting_point
 from harness.parallel.solo import Solo
 
@@ -111,9 +111,18 @@ class Mesh:
         return DTensor.from_local(local, self.device_mesh, [Replicate(), placement], run_check=False)
 
     def gather(self, local: Tensor) -> Tensor:
-        parts = [torch.empty_like(local) for _ in range(self.shard)]
-        collectives.all_gather(parts, local.contiguous(), self._groups["shard"])
-        return torch.cat(parts)
+        rows = local.shape[0]
+        whole = torch.empty((rows * self.shard, *local.shape[1:]), dtype=local.dtype)
+        for first in range(0, rows, step := max(1, GATHER_BYTES * rows // (local.nbytes * self.shard))):
+            block = local[first : first + step].contiguous()
+            parts = [torch.empty_like(block) for _ in range(self.shard)]
+            collectives.all_gather(parts, block, self._groups["shard"])
+            for number, part in enumerate(parts):
+                whole[number * rows + first :][: len(part)] = part
+        return whole
+
+    def texts(self, own: str) -> list[str]:
+        return collectives.gather_texts(own, self._control)
 
     def agree(self, bits: int) -> int:
         """Returns the answer to the previous call, so that no rank waits for the slowest one."""

@@ -32,7 +32,10 @@ class Solo:
         return local
 
     def gather(self, local: Tensor) -> Tensor:
-        return local
+        return local.cpu()
+
+    def texts(self, own: str) -> list[str]:
+        return [own]
 
     def take_sent(self) -> dict[Kind, float]:
         return {}

@@ -26,7 +26,7 @@ from harness.record.provenance import now
 from harness.record.result import FINAL, read_result, set_failure_aside, write_failure
 from harness.record.result import describe as describe_error
 from harness.record.run import Run
-from harness.record.rundir import saved_step
+from harness.record.rundir import freeze_other_hooks, saved_step
 from harness.terminal import this_command
 
 WAIT_S = 2.0
@@ -142,6 +142,7 @@ class _Local:
                 provenance = write_provenance(job.run_dirs, store_id=job.runs[0].store.id, ops=config.ops, mesh=mesh)
                 logging.getLogger("harness.attempt").info("on %s", provenance["machine"]["host"])
                 if source is None:
+                    freeze_other_hooks(job.home, config, [other.config for other in self._jobs])
                     train_on_ranks(job.home, config, log.parent, stop, lines.progress)
                 else:
                     train_job(job, source, stop, lines.progress)
@@ -184,8 +185,11 @@ class _Local:
             from harness.activations.open import open_source
 
             activations, out = run.config.activations, Path(run.config.out)
+            others = [job.config.activations for job in self._jobs]
             try:
-                self._sources[run.store.id] = open_source(activations, out, progress=True, stop=self._stop)
+                self._sources[run.store.id] = open_source(
+                    activations, out, progress=True, stop=self._stop, others=others
+                )
             except OSError as error:
                 if _is_disk_full(error):
                     raise

@@ -135,12 +135,15 @@ def claim(
 
 
 def holder(path: Path) -> Owner | None:
-    """The live owner of a claim; None when nobody holds it, its owner is dead, or we may not read it."""
+    """The live owner of a claim; None when nobody holds it, its owner is dead, or we may not read it.
+
+    For those who only look: nothing is written. So the age of a claim of another host is measured by our own clock.
+    """
     try:
         owner = read_owner(path)
     except PermissionError:
         return None
-    return None if owner is None or _is_dead(path) else owner
+    return None if owner is None or _is_dead(path, only_look=True) else owner
 
 
 def _try(path: Path, owner: Owner) -> bool:
@@ -182,11 +185,12 @@ def read_owner(path: Path) -> Owner | None:
         return None
 
 
-def _is_dead(path: Path) -> bool:
+def _is_dead(path: Path, *, only_look: bool = False) -> bool:
     owner = read_owner(path)
     if owner is not None and is_here(owner):
         return not _runs(owner)
-    return abs(_age(path)) > STALE_S  # renewed in the future: before the clock was set back, and not since
+    now = time.time() if only_look else _now(path)
+    return abs(_age(path, now)) > STALE_S  # renewed in the future: before the clock was set back, and not since
 
 
 def is_here(owner: Owner) -> bool:
@@ -217,15 +221,20 @@ def _ticks(pid: int) -> int | None:
     return int(line.rpartition(")")[2].split()[19])  # the 22nd field; the second is a name, in brackets
 
 
-def _age(path: Path) -> float:
-    """Seconds since the claim was renewed, by the clock of its file system; by ours if we cannot write there."""
+def _now(path: Path) -> float:
+    """The time by the clock of the file system of `path`; by ours if we cannot write there."""
     probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}.clock")
     try:
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
     except OSError:
-        now = time.time()
+        return time.time()
+    return now
+
+
+def _age(path: Path, now: float) -> float:
+    """Seconds since the claim was renewed."""
     try:
         return now - path.stat().st_mtime
     except FileNotFoundError:

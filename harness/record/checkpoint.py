@@ -7,6 +7,7 @@ place: a directory with its final name is whole. The previous checkpoint is remo
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -108,8 +109,13 @@ def save_checkpoint(
             with _quietly():
                 writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
                 save(dict(views), storage_writer=writer, no_dist=shards.size == 1)
+            own = _described(beside, shards)
+        files: dict[str, Any] = {}
+        for described in shards.texts(json.dumps(own)):
+            files |= json.loads(described)
+        with together(shards):
             if shards.rank == 0:
-                _commit(root, beside, final, step, extra, run_id, shards)
+                _commit(root, beside, final, step, extra, run_id, shards, files)
     except BaseException:
         if shards.rank == 0:
             shutil.rmtree(beside, ignore_errors=True)  # on a full disk it is in the way
@@ -130,19 +136,32 @@ def _prepare(root: Path, beside: Path, views: Mapping[str, Tensor]) -> None:
     beside.mkdir()
 
 
-def _commit(
-    root: Path, beside: Path, final: Path, step: int, extra: dict[str, Any], run_id: str, shards: Shards
-) -> None:
-    files = sorted(beside.glob("*.safetensors"))
-    for file in files:
+def _described(beside: Path, shards: Shards) -> dict[str, Any]:
+    """Size and hash of the files that this rank has written, now on the disk."""
+    own = {}
+    for file in sorted(beside.glob(f"shard-{shards.rank + 1:05d}-*.safetensors")):
         fsync_file(file)
+        own[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    return own
+
+
+def _commit(
+    root: Path,
+    beside: Path,
+    final: Path,
+    step: int,
+    extra: dict[str, Any],
+    run_id: str,
+    shards: Shards,
+    files: dict[str, Any],
+) -> None:
     marker = {
         "format": FORMAT,
         "step": step,
         "run_id": run_id,
         "mesh": {"dp": shards.dp, "shard": shards.shard},
         "torch": torch.__version__,
-        "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files},
+        "files": dict(sorted(files.items())),
         "extra": extra,
     }
     write_json_atomic(beside / "marker.json", with_seal(marker))

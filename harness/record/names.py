@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 # Of a run directory, <out>/<sweep>/<run_id>/.
+OTHER_HOOKS = "other_hooks.json"
+"""Beside a frozen configuration: others whose activations the same pass of the language model gives."""
 CONFIG = "config.yaml"
 """The frozen configuration, complete and resolved."""
 PROVENANCE = "provenance.json"
@@ -30,7 +32,9 @@ ENDED = "ended.json"
 SAE = "sae"
 """Folder of the final weights."""
 WEIGHTS = "sae.safetensors"
-"""In `SAE`."""
+"""In `SAE`, where the weights fit one file; else its name, cut in two, begins and ends those of several."""
+WEIGHTS_INDEX = "sae.safetensors.index.json"
+"""In `SAE`, beside several files of weights: which tensor is in which."""
 WEIGHTS_CONFIG = "config.json"
 """In `SAE`: what is needed to use the weights."""
 QUALITY = "quality"

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import Config, from_container, run_id, science, to_container
+from harness.activations.store.paths import shares_forwards
+from harness.config import ActivationsConfig, Config, from_container, run_id, science, to_container
 from harness.errors import UserError
-from harness.files import write_text_atomic
+from harness.files import write_json_atomic, write_text_atomic
 from harness.record import names
-from harness.schema import read_text
+from harness.schema import TEXT, fields, list_of, read_json, read_text, whole
 
 RUN_ID = re.compile(r".+-s\d+-[0-9a-f]{10}")
 """A directory with such a name must hold the run of this name. Under another name anybody may keep a copy of a run."""
 
 STEP = re.compile(r"step-(\d{1,18})")
 """Name of the directory of a checkpoint."""
+
+_OTHER_HOOKS = list_of(fields({"layer": whole(), "hook": TEXT, "store": TEXT}))
 
 
 def run_directory(config: Config, run_id: str) -> Path:
@@ -51,6 +55,30 @@ def read_config(run_dir: Path) -> Config:
     if store and config.train.precision != "auto":  # else it was not frozen by a launch and has no name yet
         require_own(path, run_dir, run_id(config, store))
     return config
+
+
+def freeze_other_hooks(directory: Path, config: Config, others: Iterable[Config]) -> None:
+    """Write beside the frozen `config` at which other hooks the same pass of the language model is to harvest: those of
+    `others` that differ only in them."""
+    found = {other.activations.store: other.activations for other in others}
+    points = [
+        {"layer": each.layer, "hook": each.hook, "store": each.store}
+        for each in found.values()
+        if shares_forwards(config.activations, each)
+    ]
+    write_json_atomic(directory / names.OTHER_HOOKS, points)
+
+
+def other_hooks(directory: Path, config: Config) -> list[ActivationsConfig]:
+    """What `freeze_other_hooks` wrote into `directory` beside `config`; empty if nothing was.
+
+    Raises `UserError` for a damaged file.
+    """
+    path = directory / names.OTHER_HOOKS
+    if not path.is_file():
+        return []
+    points = read_json(path, _OTHER_HOOKS, f"delete {path}: each store is then harvested by itself")
+    return [dataclasses.replace(config.activations, **point) for point in points]
 
 
 def freeze(run_dir: Path, config: Config) -> None:

@@ -50,15 +50,18 @@ def _generator(seed: int, purpose: int, block: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def _unit_rows(seed: int, rows: slice, d_model: int, purpose: int = 1) -> Float[Tensor, "rows d"]:
-    first, last = rows.start // _ROWS_PER_SEED, -(-rows.stop // _ROWS_PER_SEED)
-    blocks = [
-        torch.randn(_ROWS_PER_SEED, d_model, dtype=torch.float64, generator=_generator(seed, purpose, block))
-        for block in range(first, last)
-    ]
-    start = rows.start - first * _ROWS_PER_SEED
-    drawn = torch.cat(blocks)[start : start + rows.stop - rows.start]
-    return drawn / norm(drawn, dim=1, keepdim=True)
+def _unit_rows(
+    seed: int, rows: slice, d_model: int, device: torch.device, dtype: torch.dtype, purpose: int = 1
+) -> Float[Tensor, "rows d"]:
+    """Random directions, drawn in float64 block by block: on the host there is never more than a block of them."""
+    drawn = torch.empty(rows.stop - rows.start, d_model, device=device, dtype=dtype)
+    for number in range(rows.start // _ROWS_PER_SEED, -(-rows.stop // _ROWS_PER_SEED)):
+        begin = number * _ROWS_PER_SEED
+        own = slice(max(rows.start, begin), min(rows.stop, begin + _ROWS_PER_SEED))
+        block = torch.randn(_ROWS_PER_SEED, d_model, dtype=torch.float64, generator=_generator(seed, purpose, number))
+        block = block[own.start - begin : own.stop - begin]
+        drawn[own.start - rows.start : own.stop - rows.start] = block / norm(block, dim=1, keepdim=True)
+    return drawn
 
 
 DECODER_NORM = 0.1
@@ -80,10 +83,9 @@ def initial_params(
     geometric median of the sample, as two tensors; router rows uniform in ±1/√d; b_enc zero. A free decoder has rows
     of norm 0.1 and b_dec zero. Then the architecture adds its own, or replaces some (`Activation.parameters`).
     """
-    directions = _unit_rows(seed, shards.rows(sae.n_latents), sae.d_model).to(device, dtype)
-    encoder = directions.clone()
-    if not tied:
-        encoder = _unit_rows(seed, shards.rows(sae.n_latents), sae.d_model, purpose=3).to(device, dtype)
+    rows = shards.rows(sae.n_latents)
+    directions = _unit_rows(seed, rows, sae.d_model, device, dtype)
+    encoder = directions.clone() if tied else _unit_rows(seed, rows, sae.d_model, device, dtype, purpose=3)
     # without a bias before the encoder, biases begin at zero
     center = geometric_median(sample) if sae.traits.pre_bias else sample.new_zeros(sae.d_model)
     params = {"W_enc": encoder, "W_dec": directions.clone(), "b_dec": center.to(device, dtype, copy=True)}

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from harness.config import SaeConfig
@@ -32,6 +30,7 @@ from harness.record.rundir import require_own
 from harness.saes.normalize import Normalizer, TokenUnits
 from harness.saes.sae import Params, Sae
 from harness.saes.step import encode
+from harness.saes.weights import read_weights
 from harness.schema import OBJECT, TEXT, fields, number, one_of, read_json, whole
 
 FORMAT = 1
@@ -200,14 +199,14 @@ def load(
     a kernel set that does not run on `device`.
     """
     device = torch.device(device)
-    config_path, weights_path = run_dir / names.SAE / names.WEIGHTS_CONFIG, run_dir / names.SAE / names.WEIGHTS
+    config_path = run_dir / names.SAE / names.WEIGHTS_CONFIG
     if not config_path.is_file():
         raise UserError(
             f"{run_dir} has no finished weights ({names.SAE}/{names.WEIGHTS_CONFIG}); let the run end first"
         )
     expected = _recorded_hashes(run_dir)
     sae, normalizer, config, origin = _read_settings(config_path, run_dir, hashed=bool(expected))
-    tensors = _read_weights(weights_path, sae)
+    tensors = _read_weights(run_dir / names.SAE, sae)
     _compare(run_dir / names.SAE, expected)
     params = {name: tensors[name].to(device, dtype) for name in sae.layout()}
     fire_counts = tensors["fire_counts"].to(device)
@@ -258,14 +257,10 @@ def _read_settings(path: Path, run_dir: Path, *, hashed: bool) -> tuple[Sae, Nor
     return sae, normalizer, config, origin
 
 
-def _read_weights(path: Path, sae: Sae) -> dict[str, Tensor]:
+def _read_weights(folder: Path, sae: Sae) -> dict[str, Tensor]:
     """The parameters and `fire_counts`, checked against the settings."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; {_AGAIN}")
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); {_AGAIN}") from error
+    tensors = read_weights(folder, _AGAIN)
+    path = folder / names.WEIGHTS
     for name, shape in {name: sae.shape(name) for name in (*sae.layout(), "fire_counts")}.items():
         if name not in tensors:
             raise UserError(f"{path} has no tensor {name}; {_AGAIN}")

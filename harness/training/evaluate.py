@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from harness.activations.source import ActivationSource
-from harness.activations.statistics import Statistics
+from harness.activations.statistics import Statistics, explained_shares
 from harness.budget import EVALUATION_BATCH
 from harness.errors import UserError
 from harness.process.runtime import Runtime
@@ -180,20 +180,18 @@ def _summary(table: Float[Tensor, "columns rows"], document: Int[Tensor, " rows"
 
 
 @functools.lru_cache(maxsize=4)
-def _explained_share(source: ActivationSource, normalizer: Normalizer) -> Float[Tensor, " d"]:
-    """At k − 1: share of the held-out squared distance to the training mean that the k largest directions explain."""
-    mean = normalised_mean(normalizer, source.statistics(normalizer.rule == "layernorm"))
-    moment = torch.zeros(source.d_model, source.d_model, dtype=torch.float64)
-    for raw, _ in source.heldout(EVALUATION_BATCH):
-        centred = normalizer(raw.cpu(), torch.float64) - mean
-        moment += centred.T @ centred
-    eigenvalues = torch.linalg.eigvalsh(moment).flip(0).clamp_min(0)
-    return eigenvalues.cumsum(0) / eigenvalues.sum()
+def _explained_shares(source: ActivationSource, layernorm: bool) -> Float64[Tensor, " d"]:
+    statistics = source.statistics(layernorm)
+    if statistics.explained is not None:
+        return statistics.explained
+    rows = (raw.cpu() for raw, _ in source.heldout(EVALUATION_BATCH))
+    return explained_shares(rows, statistics.mean, layernorm)
 
 
 def pca_fvu(source: ActivationSource, normalizer: Normalizer, rank: int) -> float:
     """fvu of the best linear reconstruction of rank `rank` around the training mean: an anchor without any dictionary.
 
-    In float64, computed once per source.
+    A store has it in its manifest, unless an earlier version made it; of other sources it is computed once. A constant
+    scale does not change it.
     """
-    return float(1 - _explained_share(source, normalizer)[min(rank, source.d_model) - 1])
+    return float(1 - _explained_shares(source, normalizer.rule == "layernorm")[min(rank, source.d_model) - 1])

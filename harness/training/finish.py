@@ -8,13 +8,14 @@ import torch
 
 from harness import budget
 from harness.config import to_container
-from harness.files import sha256_of, write_json_atomic, write_tensors_atomic
+from harness.files import sha256_of, write_json_atomic
 from harness.parallel import Shards
 from harness.process.memory import peak_bytes
 from harness.process.runtime import Runtime
 from harness.record import names
 from harness.record.heldout import write_heldout
 from harness.record.result import write_result
+from harness.saes.weights import write_weights
 from harness.training.evaluate import pca_fvu
 from harness.training.member import Member
 
@@ -47,18 +48,16 @@ def finish(member: Member, runtime: Runtime, started: str) -> None:
 
 
 def _save_weights(member: Member, shards: Shards) -> dict[str, str]:
-    """`sae/`: the final weights with their counters, whole, and all that is needed to use them.
+    """`sae/`: the final weights with their counters, and all that is needed to use them.
 
-    Returns the sha256 of each file, on the rank that writes.
+    Returns the sha256 of each file, on the first rank.
     """
     state, folder = member.state, member.run.run_dir / names.SAE
     counters = {"tokens_since_fired": state.silent, "fire_counts": state.fire_counts}
-    tensors = {name: shards.gather(value) if state.is_cut(name) else value for name, value in member.weights().items()}
-    tensors |= {name: shards.gather(value) for name, value in counters.items()}
+    tensors = {**member.weights(), **counters}
+    written = write_weights(folder, tensors, {*counters, *filter(state.is_cut, tensors)}, shards)
     if shards.rank != 0:
         return {}
-    folder.mkdir(exist_ok=True)
-    write_tensors_atomic(folder / names.WEIGHTS, tensors)
     write_json_atomic(
         folder / names.WEIGHTS_CONFIG,
         {
@@ -76,7 +75,7 @@ def _save_weights(member: Member, shards: Shards) -> dict[str, str]:
             "store_id": member.source.id,
         },
     )
-    return {name: sha256_of(folder / name) for name in (names.WEIGHTS, names.WEIGHTS_CONFIG)}
+    return {**written, names.WEIGHTS_CONFIG: sha256_of(folder / names.WEIGHTS_CONFIG)}
 
 
 def _summary(member: Member, shards: Shards) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from harness.progress import Progress, own_progress
 from harness.record.attempt import END_TIME, attempt, attempt_dirs, claimed, write_ended, write_provenance
 from harness.record.job import Job, read_job
 from harness.record.result import read_result
-from harness.record.rundir import attempts, saved_step
+from harness.record.rundir import attempts, other_hooks, saved_step
 from harness.training.run import train_job
 
 
@@ -85,9 +85,11 @@ def _train_claimed(job: Job, store_dir: str, stop: StopFlag, shards: Shards, cla
 def _train_unfinished(job: Job, store_dir: str, stop: StopFlag, shards: Shards, claim_here: bool) -> None:
     writer, config = shards.rank == 0, job.config
     activations = config.activations
-    if store_dir and is_complete(Path(store_dir) / store_name(activations)):
+    # windows are written while they are read, by one rank for all nodes
+    if store_dir and activations.keep == "store" and is_complete(Path(store_dir) / store_name(activations)):
         activations = dataclasses.replace(activations, dir=store_dir)
-    source = open_source(activations, Path(config.out), progress=writer, stop=stop, shards=shards)
+    others = other_hooks(job.home, job.config)
+    source = open_source(activations, Path(config.out), progress=writer, stop=stop, shards=shards, others=others)
     if writer and claim_here:
         mesh_shape = {"dp": config.mesh.dp, "shard": config.mesh.shard}
         write_provenance(job.run_dirs, store_id=source.id, ops=config.ops, mesh=mesh_shape)

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from harness.activations.source import ActivationSource
 from harness.activations.stream import Stream
-from harness.activations.synthetic import recovered
+from harness.activations.synthetic import best_cosines, recovered
 from harness.config import Config
 from harness.parallel import Shards
 from harness.process.runtime import Runtime
@@ -138,7 +139,13 @@ class Member:
     def recovery(self, shards: Shards) -> dict[str, float]:
         """How much of a known dictionary the decoder has recovered; empty without one."""
         truth = self.source.dictionary
-        return {} if truth is None else recovered(shards.gather(self.weights()["W_dec"]).float().cpu(), truth)
+        if truth is None:
+            return {}
+        # the best latent of each shard
+        best = torch.zeros(shards.shard, len(truth))
+        if shards.dp_rank == 0:
+            best[shards.shard_rank] = best_cosines(self.weights()["W_dec"].float().cpu(), truth)
+        return recovered(shards.sum_(best, "all", "evaluation").amax(dim=0))
 
     def _record(self, line: dict[str, Any]) -> None:
         self.metrics.append(line)

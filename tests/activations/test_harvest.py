@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from harness.activations.lm.contexts import kept_positions, open_contexts
@@ -24,7 +25,7 @@ from harness.activations.statistics import layernorm_rows
 from harness.activations.store.assemble import assemble
 from harness.activations.store.harvest import Plan, _check_disk, describe, forward_units, prepare, unit_path
 from harness.activations.store.identity import store_id
-from harness.activations.store.values import Values, check_once, note_on_norms
+from harness.activations.store.values import check_once, facts_of, norms, note_on_norms
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.process.signals import Interrupted, StopFlag
@@ -50,7 +51,8 @@ def test_rows_are_the_hidden_states_of_the_kept_positions(
     cfg = dataclasses.replace(tiny, model=str(models_on_disk[family]))
     partial = tmp_path / "partial"
     partial.mkdir()
-    plan, hooked = prepare(cfg, partial, StopFlag())
+    plan, _ = prepare(cfg, partial, StopFlag())
+    model = transformers.AutoModel.from_pretrained(cfg.model, dtype=torch.float32).eval()
     contexts = open_contexts(partial, "train")
     expected = []
     for number in range(contexts.count):
@@ -58,7 +60,7 @@ def test_rows_are_the_hidden_states_of_the_kept_positions(
         kept = np.flatnonzero(kept_positions(ids, plan.dropped_ids, True))
         kept = kept[: contexts.rows[number + 1] - contexts.rows[number]]
         with torch.no_grad():
-            states = hooked.model(torch.from_numpy(ids)[None].long(), output_hidden_states=True).hidden_states
+            states = model(torch.from_numpy(ids)[None].long(), output_hidden_states=True).hidden_states
         expected.append(states[cfg.layer + 1][0, kept])
     source = opened(cfg, tmp_path)
     assert source.train_rows == cfg.tokens and source.d_model == 16
@@ -76,6 +78,11 @@ def test_statistics_are_those_of_the_stored_rows(tiny: ActivationsConfig, tmp_pa
         torch.testing.assert_close(statistics.mean, x.mean(dim=0), rtol=1e-12, atol=1e-14)
         assert statistics.mean_sq_norm == pytest.approx(float(x.square().sum(1).mean()), rel=1e-12)
         assert statistics.variance == pytest.approx(float((x - x.mean(0)).square().sum(1).mean()), rel=1e-10)
+        held = torch.cat([rows for rows, _ in source.heldout(70)])
+        held = (layernorm_rows(held.double()) if layernorm else held.double()) - statistics.mean
+        squares = torch.linalg.svdvals(held).square()
+        assert statistics.explained is not None
+        torch.testing.assert_close(statistics.explained, squares.cumsum(0) / squares.sum())
     assert source.sample().dtype == torch.float32 and len(source.sample()) == 3000
 
 
@@ -278,7 +285,7 @@ def test_a_finished_store_keeps_no_temporary_file_of_a_killed_attempt(tiny: Acti
     opened(tiny, tmp_path)
     names = {path.name for path in (tmp_path / "_activations" / store_id(tiny)).iterdir()}
     shards = {f"train-{number:05d}.safetensors" for number in range(3)} | {"heldout-00000.safetensors"}
-    assert names == shards | {"statistics.safetensors", "manifest.json", "verified.json"}
+    assert names == shards | {"statistics.safetensors", "manifest.json", "verified.json", "checked.json"}
 
 
 def test_two_processes_that_need_the_same_store_harvest_it_once(tiny: ActivationsConfig, tmp_path: Path) -> None:
@@ -366,20 +373,19 @@ def test_a_shard_of_values_beyond_sense_is_refused_at_every_opening(
 def test_values_are_checked_once(tiny: ActivationsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(tiny, tmp_path)
     opened(tiny, tmp_path)
-    monkeypatch.setattr("harness.activations.store.values.Values.add", None)
+    monkeypatch.setattr("harness.activations.store.values.facts_of", None)
     opened(tiny, tmp_path)
 
 
 def test_norms_of_a_few_huge_rows_are_noted(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1000, 16, generator=generator)
-    even, sink = Values("train"), Values("train")
-    even.add(rows, tmp_path)
-    assert note_on_norms(even.norms()) is None
+    even = norms("train", [facts_of(rows, tmp_path)])
+    assert note_on_norms(even) is None
     norm = rows.double().norm(dim=1)
-    assert even.norms()["median"] == pytest.approx(float(norm.quantile(0.5)), rel=1e-6)
+    assert even["median"] == pytest.approx(float(norm.quantile(0.5)), rel=1e-6)
     rows[:10] *= 1000
-    sink.add(rows, tmp_path)
+    sink = norms("train", [facts_of(part, tmp_path) for part in rows.split(300)])
     norm = rows.double().norm(dim=1).sort().values
-    assert sink.norms()["top_share"] == pytest.approx(float(norm[-10:].square().sum() / norm.square().sum()), rel=1e-6)
-    assert "1 % of the training rows hold 100.0% of the sum of squared norms" in str(note_on_norms(sink.norms()))
+    assert sink["top_share"] == pytest.approx(float(norm[-10:].square().sum() / norm.square().sum()), rel=1e-6)
+    assert "1 % of the training rows hold 100.0% of the sum of squared norms" in str(note_on_norms(sink))

@@ -80,7 +80,7 @@ def test_a_harvest_that_is_stopped_and_killed_ends_as_the_same_store(
         Strike(PLANNING, 1, (signal.SIGTERM,), (0,)),
         Strike(FORWARD, 30, (signal.SIGTERM,), last),
         Strike(FORWARD, 5, (signal.SIGUSR1,), (0,)),
-        Strike(FORWARD, 30, (signal.SIGTERM,), everyone),
+        Strike(FORWARD, 10, (signal.SIGTERM,), everyone),
         Strike(ASSEMBLY, 2, (signal.SIGTERM,), (0,)),
     ):
         codes = join(cut.start(strike))
@@ -92,7 +92,7 @@ def test_a_harvest_that_is_stopped_and_killed_ends_as_the_same_store(
     for strike, all_of_them in (
         (Strike(PLANNING, 1, KILL, last), False),
         (Strike(FORWARD, 40, KILL, last), False),
-        (Strike(FORWARD, 30, KILL, (0,)), True),
+        (Strike(FORWARD, 20, KILL, (0,)), True),
         (Strike(ASSEMBLY, 2, KILL), False),
         (Strike(ASSEMBLY, 5, KILL), True),
         (Strike(ASSEMBLED, 1, KILL), False),

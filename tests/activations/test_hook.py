@@ -70,10 +70,10 @@ def test_a_block_that_nothing_explains_is_refused_in_one_line() -> None:
         with pytest.raises(
             UserError, match=f"activations.hook={hook}: .* no modules add up .* use resid_post"
         ) as caught:
-            find_hook(cfg, model)
+            find_hook(cfg, model, "h")
         assert "\n" not in str(caught.value)
     cfg = ActivationsConfig(model="bloom", layer=LAYER)
-    assert find_hook(cfg, model).module == "h.1"
+    assert find_hook(cfg, model, "h").module == "h.1"
 
 
 def test_a_model_that_does_not_run_on_text_is_one_line() -> None:
@@ -84,4 +84,4 @@ def test_a_model_that_does_not_run_on_text_is_one_line() -> None:
 
     model.register_forward_pre_hook(fail)
     with pytest.raises(UserError, match=r"LlamaModel does not run on a text alone \(pixel_values are missing\)"):
-        find_hook(ActivationsConfig(model="llama", hook="mlp_out"), model)
+        find_hook(ActivationsConfig(model="llama", hook="mlp_out"), model, "layers")

@@ -42,6 +42,8 @@ def test_settings_that_change_no_row_are_left_out(tiny: ActivationsConfig) -> No
         {"heldout_tokens": 200},
         {"seed": 1},
         {"dtype": "bf16"},
+        {"lm_dtype": "bf16", "lm_precision": "auto"},
+        {"outlier_factor": 10.0},
         {"text": "stdlib"},
     ],
     ids=str,

@@ -24,6 +24,12 @@ def load(model: str | Path, layer: int, hook: str = "resid_post", context: int =
     return load_model(cfg, locate(cfg), "fp32", CPU)
 
 
+def whole(model: str | Path) -> torch.nn.Module:
+    """The model with all its blocks, as `transformers` loads it."""
+    directory = locate(ActivationsConfig(model=str(model))).source
+    return transformers.AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
+
+
 def tokens_and_mask() -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.randint(4, 90, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
@@ -37,7 +43,8 @@ def test_resid_post_is_the_next_hidden_state(models_on_disk: dict[str, Path], fa
     tokens, mask = tokens_and_mask()
     hooked = load(models_on_disk[family], layer)
     with torch.no_grad():
-        states = hooked.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        model = whole(models_on_disk[family])
+        states = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
     activations = hooked.activations(tokens, mask)
     torch.testing.assert_close(activations[mask == 1], states[layer + 1][mask == 1], rtol=0, atol=0)
 
@@ -57,7 +64,7 @@ def test_minilm_resid_post(layer: int) -> None:
     tokens = torch.randint(1000, 5000, (2, 12), generator=torch.Generator().manual_seed(0))
     hooked = load(MINILM, layer)
     with torch.no_grad():
-        states = hooked.model(input_ids=tokens, output_hidden_states=True).hidden_states
+        states = whole(MINILM)(input_ids=tokens, output_hidden_states=True).hidden_states
     torch.testing.assert_close(hooked.activations(tokens, None), states[layer + 1], rtol=0, atol=0)
 
 
@@ -74,7 +81,7 @@ def test_block_output_is_the_sum_of_its_parts(models_on_disk: dict[str, Path], f
 def test_bert_hook_points_precede_residual_and_norm(models_on_disk: dict[str, Path]) -> None:
     tokens, mask = tokens_and_mask()
     hooked = load(models_on_disk["bert"], 1)
-    _, blocks = find_blocks(hooked.model)
+    _, blocks = find_blocks(whole(models_on_disk["bert"]))
     block = blocks[1]
     attention = load(models_on_disk["bert"], 1, "attn_out").activations(tokens, mask)
     mlp = load(models_on_disk["bert"], 1, "mlp_out").activations(tokens, mask)
@@ -86,13 +93,47 @@ def test_bert_hook_points_precede_residual_and_norm(models_on_disk: dict[str, Pa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_after_the_hook_is_computed(models_on_disk: dict[str, Path], family: str) -> None:
-    hooked = load(models_on_disk[family], 1)
-    ran = []
-    for number, block in enumerate(find_blocks(hooked.model)[1]):
-        block.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
-    hooked.activations(*tokens_and_mask())
-    assert ran == [0, 1]
+def test_blocks_after_the_hook_are_not_loaded(models_on_disk: dict[str, Path], family: str) -> None:
+    kept = sum(p.numel() for p in load(models_on_disk[family], 0).model.parameters())
+    all_blocks = sum(p.numel() for p in whole(models_on_disk[family]).parameters())
+    _, blocks = find_blocks(whole(models_on_disk[family]))
+    assert all_blocks - kept == sum(p.numel() for block in blocks[1:] for p in block.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_forward_gives_every_hook(models_on_disk: dict[str, Path], family: str) -> None:
+    wanted = [(1, "mlp_out"), (0, "resid_post"), (2, "resid_post"), (1, "attn_out"), (1, "resid_post")]
+    configs = [ActivationsConfig(model=str(models_on_disk[family]), layer=a, hook=b, context=16) for a, b in wanted]
+    together = load_model(configs[0], locate(configs[0]), "fp32", CPU, configs[1:])
+    values = together.all_activations(*tokens_and_mask())
+    for number, (layer, hook) in enumerate(wanted):
+        alone = load(models_on_disk[family], layer, hook)
+        assert torch.equal(values[number], alone.activations(*tokens_and_mask()))
+        assert (together.hooks[number], together.flops[number]) == (alone.hook, alone.flops[0])
+
+
+@pytest.mark.parametrize("hook", ["resid_post", "mlp_out", "attn_out"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_bf16(models_on_disk: dict[str, Path], family: str, hook: str) -> None:
+    tokens, mask = tokens_and_mask()
+    cfg = ActivationsConfig(model=str(models_on_disk[family]), layer=1, hook=hook, context=16, lm_dtype="bf16")
+    hooked = load_model(cfg, locate(cfg), "fp32", CPU)
+    exact = load(models_on_disk[family], 1, hook)
+    assert hooked.hook.module == exact.hook.module and hooked.precision == "bf16"
+    for (name, kept), original in zip(hooked.model.named_parameters(), exact.model.parameters(), strict=True):
+        assert torch.equal(kept, original.to(torch.bfloat16)), name
+    with hooked.computing():
+        activations = hooked.activations(tokens, mask)
+    off = (activations.float() - exact.activations(tokens, mask))[mask == 1]
+    assert activations.dtype == torch.bfloat16
+    assert 0 < off.norm() / exact.activations(tokens, mask)[mask == 1].norm() < 0.05
+
+
+def test_accelerate_places_the_model(models_on_disk: dict[str, Path]) -> None:
+    pytest.importorskip("accelerate")
+    cfg = ActivationsConfig(model=str(models_on_disk["llama"]), layer=1, context=16, device_map="auto")
+    placed, alone = load_model(cfg, locate(cfg), "fp32", CPU), load(models_on_disk["llama"], 1)
+    assert torch.equal(placed.activations(*tokens_and_mask()), alone.activations(*tokens_and_mask()))
 
 
 def test_the_model_computes_on_after_a_stop(models_on_disk: dict[str, Path]) -> None:

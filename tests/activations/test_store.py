@@ -2,6 +2,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from harness.activations.open import open_source
-from harness.activations.store import manifest, stage
+from harness.activations.store import stage, verify
 from harness.activations.store.identity import store_id
 from harness.activations.store.read import Store
 from harness.config import ActivationsConfig
@@ -73,7 +75,7 @@ def test_a_directory_without_manifest_in_the_way_is_not_overwritten(tiny: Activa
 def test_hashes_are_checked_once_and_again_after_a_change(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when whoever changed a file put its time back."""
     hashed: list[str] = []
-    monkeypatch.setattr(manifest, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    monkeypatch.setattr(verify, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
     Store(store)
     hashed.clear()
     Store(store)
@@ -84,6 +86,76 @@ def test_hashes_are_checked_once_and_again_after_a_change(store: Path, monkeypat
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(UserError, match="is damaged"):
         Store(store)
+
+
+def test_hashes_that_were_checked_before_a_kill_are_not_checked_again(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (store / "verified.json").unlink()
+    hashed: list[str] = []
+
+    def killed(path: Path) -> str:
+        if path.name == "train-00002.safetensors":
+            raise KeyboardInterrupt
+        hashed.append(path.name)
+        return sha256_of(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(verify, "sha256_of", killed)
+        Store(store)
+    before = set(json.loads((store / "verified.json").read_text()))
+    assert {"train-00000.safetensors", "train-00001.safetensors"} <= before
+    hashed.clear()
+    monkeypatch.setattr(verify, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    Store(store)
+    assert "train-00002.safetensors" in hashed and not before & set(hashed)
+
+
+def test_what_was_verified_is_recorded_elsewhere_if_a_store_may_only_be_read(
+    tiny: ActivationsConfig, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (store / "verified.json").unlink()
+    (store / "verified.json").mkdir()  # it cannot be written, also not by root
+    cfg, out = dataclasses.replace(tiny, dir=str(store.parent)), tmp_path / "mine"
+    out.mkdir()
+    hashed: list[str] = []
+    monkeypatch.setattr(verify, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    for _ in range(2):
+        open_source(cfg, out, progress=False, stop=StopFlag())
+    assert len(hashed) == 5  # three training shards, one of held-out rows, statistics
+    flip_a_byte(store / "train-00000.safetensors")
+    with pytest.raises(UserError, match="is damaged"):
+        open_source(cfg, out, progress=False, stop=StopFlag())
+
+
+def test_a_store_that_was_just_made_is_not_hashed_again(tiny: ActivationsConfig, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "sha256_of", None)
+        assert open_source(tiny, tmp_path, progress=False, stop=StopFlag()).train_rows == 3000
+
+
+MANY = """
+import resource, sys
+from pathlib import Path
+import torch
+from harness.activations.store.assemble import assemble
+from harness.activations.store.read import Store
+from harness.process.signals import StopFlag
+from tests.activations.units import half_made
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+directory = Path(sys.argv[1])
+plan = half_made(directory, 300, 100)
+assemble(plan, directory, 1, {"kind": "lm"}, StopFlag())
+store = Store(directory)
+assert len(store.sample()) == 300 and len(torch.cat([rows for rows, _ in store.heldout(7)])) == 100
+print(store.stream(1, 2000, torch.device("cpu")).batch(3).shape)
+"""
+
+
+def test_a_store_of_many_shards_opens_where_256_files_may_be_open(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", MANY, str(tmp_path / "many")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch.Size([2000, 4])\n"
 
 
 def test_rows_are_read_when_they_are_used(store: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
 from harness.activations.statistics import layernorm_rows
-from harness.activations.synthetic import recovered, zipf_probabilities
+from harness.activations.synthetic import best_cosines, recovered, zipf_probabilities
 from harness.config import ActivationsConfig, SyntheticConfig
 from harness.process.signals import StopFlag
 
@@ -113,13 +113,13 @@ def test_streams_held_out_rows_and_sample_are_unrelated() -> None:
 
 def test_recovered_counts_true_features_with_a_close_latent() -> None:
     truth = torch.eye(4, 8)
-    assert recovered(3 * truth[[2, 0, 1, 3]], truth) == {"recovered": 1.0, "mean_max_cosine": 1.0}
+    assert recovered(best_cosines(3 * truth[[2, 0, 1, 3]], truth)) == {"recovered": 1.0, "mean_max_cosine": 1.0}
     half = torch.stack([truth[0], truth[1] + 0.3 * truth[2], torch.zeros(8)])
-    measured = recovered(half, truth, block=3)
+    measured = recovered(best_cosines(half, truth, block=3))
     assert measured["recovered"] == 0.5
     cosine = 1 / (1 + 0.3**2) ** 0.5
     assert measured["mean_max_cosine"] == pytest.approx((1 + cosine + 0.3 * cosine + 0) / 4)
-    assert recovered(-truth, truth)["recovered"] == 0.0
+    assert recovered(best_cosines(-truth, truth))["recovered"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ import pytest
 
 from harness.cost import speed
 from harness.cost.estimate import Estimates, estimate
+from harness.cost.jobs import make_jobs
 from harness.cost.limits import disk, longer_than_the_limit, memory_limit, time_limit, would_not_fit
 from harness.cost.table import plan_text
+from harness.cost.windows import window_lines
 from harness.record.job import job_of
 from harness.record.run import Run
+from harness.terminal import duration
 from tests.cost.planned import a_config, a_run
 from tests.tiny import Launch
 
@@ -143,3 +146,36 @@ def test_a_dry_run_shows_time_and_disk(launch: Launch, capsys: pytest.CaptureFix
     assert launch("sae.n_latents=32,64", "--dry-run") == 0
     shown = capsys.readouterr().out
     assert "to do:" in shown and "2 shapes timed on" in shown and "one after the other" in shown and "disk:" in shown
+
+
+def test_windows_in_the_plan(tmp_path: Path) -> None:
+    """GPT-2 small up to block 8: two windows on the disk of a job, and the FLOPs of the language model."""
+    window = {
+        "activations__kind": "lm",
+        "activations__model": "m",
+        "activations__tokens": 1e9,
+        "activations__dtype": "bf16",
+        "activations__layer": 8,
+        "activations__keep": "window",
+        "activations__window_tokens": 1e6,
+        "train__tokens": 1e9,
+    }
+    cluster = {"name": "slurm", "gpu_type": "h200", "pack": 1}
+    on_gpu = a_config(cluster=cluster, train__device="auto", **window)
+    runs = [a_run(tmp_path, on_gpu, str(i), d_model=768) for i in range(2)]
+    jobs, known = plan(runs)
+    needed = disk(runs, jobs, known)
+    assert needed.windows == 2 * 2 * 1e6 * 1536
+    assert needed.stores == pytest.approx((131072 + 1500) * (1536 + 8))
+    flops = 9 * (24 * 768**2 + 4 * 64 * 768) * 1e9
+    (line,) = window_lines(jobs, known)
+    assert f"{flops:.1e} FLOPs" in line and "two of them 3.07GB" in line
+    assert f"{duration(flops / 0.5 / 989e12)} to {duration(flops / 0.1 / 989e12)}" in line
+    assert line in plan_text(runs, jobs, known)
+    local = a_config(**window)
+    (line,) = window_lines(*plan([a_run(tmp_path, local, d_model=768)]))
+    assert "known once it has run" in line
+    several = [a_run(tmp_path, a_config(**window), str(i), d_model=768) for i in range(3)]
+    # the language model computes a window once for all
+    assert [len(job.runs) for job in make_jobs(several, lambda run: 1.0, lambda job: True)] == [3]
+    assert window_lines(*plan([a_run(tmp_path, a_config())])) == []

@@ -245,3 +245,12 @@ def test_many_contenders_for_a_dead_claim_enter_one_at_a_time(path: Path, tmp_pa
         worker.join(timeout=60)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_only_looks_writes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the age of a claim decides, because its owner is on another host."""
+    claims._create(path, claims._this_process()._replace(host="elsewhere"))
+    monkeypatch.setattr(Path, "touch", None)
+    assert claims.holder(path) is not None
+    os.utime(path, (0, 0))
+    assert claims.holder(path) is None

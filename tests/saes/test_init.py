@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from harness.ops import reference
 from harness.parallel import Solo
 from harness.saes import Sae, geometric_median, initial_params, make_normalizer, match_norm
+from harness.saes.init import _generator, _unit_rows
 from harness.saes.step import forward
 from tests.training.members import runtime
 
@@ -114,3 +115,12 @@ def test_layernorm_centres_and_scales_each_row_to_norm_one() -> None:
     torch.testing.assert_close(y.mean(dim=1), torch.zeros(50, dtype=torch.float64))
     torch.testing.assert_close(y.norm(dim=1), torch.ones(50, dtype=torch.float64))
     assert torch.isfinite(normalizer(torch.ones(3, 16), torch.float32)).all()
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3000), slice(1500, 2100)])
+def test_directions_are_the_numbers_of_earlier_versions(rows: slice) -> None:
+    """They drew all rows at once, in float64."""
+    blocks = [torch.randn(1024, 48, dtype=torch.float64, generator=_generator(5, 1, block)) for block in range(3)]
+    drawn = torch.cat(blocks)[rows]
+    before = (drawn / drawn.norm(dim=1, keepdim=True)).to(torch.float32)
+    assert torch.equal(_unit_rows(5, rows, 48, CPU, torch.float32), before)

@@ -15,8 +15,11 @@ from torch import Tensor
 from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
 from harness.errors import UserError
+from harness.parallel import Solo
 from harness.process.signals import StopFlag
 from harness.record.rundir import read_config
+from harness.saes import weights
+from harness.saes.export import export
 from harness.saes.trained import TrainedSae, load
 
 RUNS = ("topk_run", "layernorm_run", "switch_run")
@@ -240,6 +243,29 @@ def test_what_is_wrong_is_said_in_one_line(damage: str, topk_run: Path, tmp_path
     with pytest.raises(UserError, match=message) as caught:
         load(copy)
     assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+
+
+def test_weights_in_several_files_are_the_same_sae(
+    topk_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, whole = tmp_path / topk_run.name, load(topk_run, ops="reference")
+    shutil.copytree(topk_run, copy)
+    tensors = load_file(copy / "sae/sae.safetensors")
+    cut = [name for name, tensor in tensors.items() if len(tensor) == 32]
+    monkeypatch.setattr(weights, "MOST_FILE_BYTES", 2500)
+    written = weights.write_weights(copy / "sae", tensors, cut, Solo())
+    rewrite_json(copy / "result.json", lambda result: result["weights"].pop("sae.safetensors"))
+    rewrite_json(copy / "result.json", lambda result: result["weights"].update(written))
+    x = heldout_rows(topk_run)
+    assert len(written) > 2 and not (copy / "sae/sae.safetensors").exists()
+    assert torch.equal(load(copy, ops="reference").forward(x), whole.forward(x))
+    export(copy, "saelens", tmp_path / "several")
+    export(topk_run, "saelens", tmp_path / "one")
+    one, several = (load_file(tmp_path / name / "sae_weights.safetensors") for name in ("one", "several"))
+    assert all(torch.equal(one[name], several[name]) for name in one)
+    flip(copy / "sae" / sorted(written)[1], -5)
+    with pytest.raises(UserError, match=r"its sha256 is not that in result\.json"):
+        load(copy)
 
 
 def test_a_model_is_named(topk_run: Path, tmp_path: Path) -> None:

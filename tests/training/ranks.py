@@ -38,8 +38,8 @@ class Place(NamedTuple):
 STEP = Place("harness.training.state:TrainState.train_step", after=True)
 EVALUATION = Place("harness.training.evaluate:_fill")
 PLANNING = Place("harness.activations.open:prepare")
-FORWARD = Place("harness.activations.lm.model:HookedModel.activations")
-ASSEMBLY = Place("harness.activations.store.assemble:write_tensors_atomic")
+FORWARD = Place("harness.activations.lm.model:HookedModel.all_activations")
+ASSEMBLY = Place("harness.activations.store.shards:write_tensors_atomic")
 ASSEMBLED = Place("harness.activations.open:remove_scratch")
 SAVE = {
     "begun": Place("harness.record.checkpoint:_prepare", after=True),

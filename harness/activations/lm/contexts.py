@@ -6,6 +6,8 @@ The contexts are written to disk, so that a resumed harvest needs neither the te
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,16 +120,16 @@ def cut_contexts(
     Training rows never come from a held-out document. Raises `UserError` when a split would be empty, `Interrupted`
     when `stop` is set.
     """
-    wanted = {"train": round(cfg.tokens), "heldout": round(cfg.heldout_tokens)}
+    wanted = {"train": round(cfg.stored_tokens), "heldout": round(cfg.heldout_tokens)}
     if cfg.context <= len(special.prefix) + len(special.suffix):
         raise UserError(f"activations.context={cfg.context} has no room beside the special tokens; raise it")
-    needed = wanted["heldout"] / sum(wanted.values())
+    needed = wanted["heldout"] / (round(cfg.tokens) + wanted["heldout"])
     shares = [share for share in HELDOUT_SHARES if share >= needed] or [HELDOUT_SHARES[-1]]
-    encode = _Encoder(tokenizer)
+    encode = Encoder(tokenizer)
 
-    def cut(splits: tuple[str, ...], share: float, fewest: int) -> dict[str, _Writer]:
+    def cut(splits: tuple[str, ...], share: float, fewest: int) -> dict[str, Writer]:
         most = {"train": wanted["train"], "heldout": max(1, wanted["heldout"] // fewest)}
-        writers = {split: _Writer(directory, split, wanted[split], most[split]) for split in splits}
+        writers = {split: Writer(directory, split, wanted[split], most[split]) for split in splits}
         _read(documents(cfg, revision), encode, special, cfg, share, writers, stop)
         return writers
 
@@ -155,25 +157,22 @@ def cut_contexts(
 
 def _read(
     read: Iterable[Document],
-    encode: _Encoder,
+    encode: Encoder,
     special: Special,
     cfg: ActivationsConfig,
     share: float,
-    writers: dict[str, _Writer],
+    writers: dict[str, Writer],
     stop: StopFlag,
 ) -> None:
     """Cut documents into contexts until every writer is full or the text ends."""
-    piece = cfg.context - len(special.prefix) - len(special.suffix)
     try:
-        for batch in _batched(_needed(read, writers, share)):
+        for batch in batched(_needed(read, writers, share)):
             if stop.requested:
                 raise Interrupted
             encoded = encode([document for _, _, document in batch])
             for (number, split, _), ids in zip(batch, encoded, strict=True):
                 writers[split].begin_document(number)
-                for start in range(0, len(ids), piece):
-                    context = np.array([*special.prefix, *ids[start : start + piece], *special.suffix], np.int32)
-                    kept = int(kept_positions(context, special.dropped, cfg.drop_first_position).sum())
+                for context, kept in pieces(ids, special, cfg):
                     if not writers[split].add(context, kept):
                         break
     finally:
@@ -181,7 +180,22 @@ def _read(
             writer.close()
 
 
-class _Encoder:
+def pieces(
+    ids: Int[np.ndarray, " tokens"], special: Special, cfg: ActivationsConfig
+) -> Iterator[tuple[Int[np.ndarray, " length"], int]]:
+    """The contexts of a document, and how many positions of each become rows."""
+    size = cfg.context - len(special.prefix) - len(special.suffix)
+    for start in range(0, len(ids), size):
+        context = np.array([*special.prefix, *ids[start : start + size], *special.suffix], np.int32)
+        yield context, int(kept_positions(context, special.dropped, cfg.drop_first_position).sum())
+
+
+def is_heldout(document: Document, share: float) -> bool:
+    """Whether a document is among the held-out ones, which its content decides."""
+    return int.from_bytes(document.digest[:8], "big") < share * 2**64
+
+
+class Encoder:
     """Tokenizes documents, and remembers the first ones for when a small text is read again."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -203,17 +217,17 @@ class _Encoder:
         return encoded_batch
 
 
-def _needed(read: Iterable[Document], writers: dict[str, _Writer], share: float) -> Iterator[tuple[int, str, Document]]:
+def _needed(read: Iterable[Document], writers: dict[str, Writer], share: float) -> Iterator[tuple[int, str, Document]]:
     """Number, split and document, for documents of splits that are not full. Ends when all splits are full."""
     for number, document in enumerate(read):
         if all(writer.full for writer in writers.values()):
             return
-        split = "heldout" if int.from_bytes(document.digest[:8], "big") < share * 2**64 else "train"
+        split = "heldout" if is_heldout(document, share) else "train"
         if split in writers and not writers[split].full:
             yield number, split, document
 
 
-def _batched(read: Iterable[tuple[int, str, Document]]) -> Iterator[list[tuple[int, str, Document]]]:
+def batched(read: Iterable[tuple[int, str, Document]]) -> Iterator[list[tuple[int, str, Document]]]:
     """Batches of about `_TOKENIZE_CHARACTERS` characters."""
     batch: list[tuple[int, str, Document]] = []
     characters = 0
@@ -227,7 +241,7 @@ def _batched(read: Iterable[tuple[int, str, Document]]) -> Iterator[list[tuple[i
         yield batch
 
 
-class _Writer:
+class Writer:
     """Writes the contexts of a split to disk until it has `wanted` rows, at most `most` of them from one document."""
 
     def __init__(self, directory: Path, split: str, wanted: int, most: int) -> None:
@@ -276,6 +290,18 @@ def open_contexts(directory: Path, split: str) -> Contexts:
     """The contexts that `cut_contexts` wrote."""
     tables = (np.fromfile(directory / f"{split}.{name}", np.int64) for name in _TABLES)
     return Contexts(np.memmap(directory / f"{split}.ids", np.int32, "r"), *tables)
+
+
+def link_contexts(directory: Path, other: Path) -> None:
+    """Give `other` the contexts of `directory`, without a copy on the disk where there are hard links."""
+    remove_contexts(other)
+    for split in SPLITS:
+        for name in ("ids", *_TABLES):
+            file = f"{split}.{name}"
+            try:
+                os.link(directory / file, other / file)
+            except OSError:
+                shutil.copyfile(directory / file, other / file)
 
 
 def remove_contexts(directory: Path) -> None:

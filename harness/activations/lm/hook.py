@@ -68,14 +68,15 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(candidates, key=lambda candidate: candidate[0].count("."))
 
 
-def find_hook(cfg: ActivationsConfig, model: nn.Module) -> Hook:
-    """The module whose output, times `module_scale`, are the rows of `cfg.hook`. `model` is in fp32.
+def find_hook(cfg: ActivationsConfig, model: nn.Module, blocks: str) -> Hook:
+    """The module whose output, times `module_scale`, are the rows of `cfg.hook`. `blocks` is the path of the list of
+    blocks in the base model.
 
     Raises `UserError` if the block has no such part, or if no modules add up to what the block adds.
     """
     base: nn.Module = model.base_model  # pyright: ignore
-    name, blocks = find_blocks(base)
-    place, block = f"{name}.{cfg.layer}", blocks[cfg.layer]
+    place = f"{blocks}.{cfg.layer}"
+    block = base.get_submodule(place)
     prefix: str = model.base_model_prefix  # pyright: ignore
     if cfg.hook == "resid_post":
         return Hook(place, 1.0, prefix)
@@ -157,12 +158,17 @@ def _pass(model: nn.Module, block: nn.Module, length: int) -> _Pass:
     embeddings = model.get_input_embeddings().weight  # pyright: ignore
     # ids spread over the lower half of the vocabulary: ids of images and other special inputs lie at its end
     tokens = torch.arange(length, device=embeddings.device) * max(1, embeddings.shape[0] // (2 * length))
+    # fp32 in the block, so that the sum can be checked; back in bf16, its weights have their bits again
+    dtype = embeddings.dtype
+    types = {name: value.dtype for name, value in block.state_dict().items()}
+    block.to(torch.float32)
     stream: list[Tensor] = []
     outputs: dict[str, Tensor] = {}
     norms: set[str] = set()
 
-    def begin(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def begin(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         stream.append(_rows(arguments[0] if arguments else named["hidden_states"]))
+        return None if dtype == torch.float32 else (_as_fp32(arguments), _as_fp32(named))
 
     def note(name: str, module: nn.Module, output: Any) -> None:
         value = _tensor(output)
@@ -198,7 +204,18 @@ def _pass(model: nn.Module, block: nn.Module, length: int) -> _Pass:
     finally:
         for handle in handles:
             handle.remove()
+        for name, value in (*block.named_parameters(), *block.named_buffers()):
+            value.data = value.data.to(types.get(name, dtype if value.is_floating_point() else value.dtype))
     return _Pass(before, after, outputs, any(torch.equal(outputs[name], after) for name in norms))
+
+
+def _as_fp32(value: Any) -> Any:
+    """A value of a block's arguments with its bf16 tensors in fp32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(map(_as_fp32, value))
+    return {key: _as_fp32(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _tensor(output: Any) -> Tensor | None:

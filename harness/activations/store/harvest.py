@@ -11,25 +11,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.activations.lm.contexts import (
     SPLITS,
     Contexts,
     cut_contexts,
-    kept_positions,
+    link_contexts,
     open_contexts,
     special_tokens,
 )
-from harness.activations.lm.location import locate
+from harness.activations.lm.location import Location, locate
 from harness.activations.lm.model import HookedModel, load_model, load_tokenizer, resolve_precision
+from harness.activations.lm.rows import OnRows, RowSettings, row_norms, unit_rows
 from harness.activations.shuffle import permute
 from harness.activations.source import DTYPES
 from harness.activations.store.identity import recipe, recipe_hash, store_id
@@ -39,19 +40,20 @@ from harness.errors import UserError
 from harness.files import write_json_atomic, write_tensors_atomic
 from harness.parallel import Shards, Solo
 from harness.process.device import pick_device
-from harness.process.signals import STOP, Interrupted, StopFlag
+from harness.process.signals import StopFlag
+from harness.process.together import in_turns
 from harness.schema import FLAG, OBJECT, TEXT, fields, list_of, number, read_json, whole
 
 UNIT_TOKENS = 32_768
 """Tokens of a unit: a kill loses at most these."""
 
+MEDIAN_TOKENS = 16_384
+"""Tokens of the contexts whose rows give the median norm from which outliers are told."""
+
 PLAN_FILE = "harvest.json"
 """In a half-made store: the `Plan` of its harvest."""
 OLD_PLAN_FILE = "plan.json"
 """Its name in earlier versions, whose half-made stores are continued."""
-
-OnRows = Callable[[int], None]
-"""Called with the number of rows after each forward."""
 
 
 class Plan(NamedTuple):
@@ -76,9 +78,17 @@ class Plan(NamedTuple):
     flops_per_token: float
     hook: dict[str, Any] | None = None
     """The hooked module, see `lm.hook.Hook`; None in plans of earlier versions."""
+    median_norm: float | None = None
+    """Median norm of a sample of the training rows, with `activations.outlier_factor`; else None."""
+    largest_norm: float | None = None
+    """Rows with a larger norm are dropped: `outlier_factor` times the median. None: no row is."""
 
     def units(self, split: str) -> int:
         return math.ceil(self.contexts[split] / self.contexts_per_unit)
+
+    @property
+    def row_settings(self) -> RowSettings:
+        return RowSettings(self.d_model, self.dtype, self.lm_batch, self.dropped_ids, self.drop_first)
 
     @property
     def contexts_per_unit(self) -> int:
@@ -111,10 +121,17 @@ def read_plan(directory: Path) -> Plan | None:
     return None
 
 
-def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Plan, HookedModel]:
+def prepare(
+    cfg: ActivationsConfig,
+    directory: Path,
+    stop: StopFlag,
+    others: Sequence[tuple[ActivationsConfig, Path]] = (),
+) -> tuple[Plan, HookedModel]:
     """Load the model. On the first attempt also cut the text into contexts, check the disk and write the plan.
 
-    Raises `UserError` (model, tokenizer, text, full disk), and `Interrupted` when `stop` is set.
+    `others`, harvested in the same pass, are configurations that differ from `cfg` in layer and hook, and their
+    directories; `read_plan` gives their plans. Raises `UserError` (model, tokenizer, text, full disk), and
+    `Interrupted` when `stop` is set.
     """
     location = locate(cfg)
     device = pick_device("auto")
@@ -122,9 +139,37 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
     if plan is not None and plan.id != store_id(cfg):
         raise UserError(f"{directory} is the unfinished harvest of another store ({plan.id}); delete it to begin anew")
     precision = plan.precision if plan else resolve_precision(cfg, device)
-    hooked = load_model(cfg, location, precision, device)
-    if plan:
-        return plan._replace(hook=hooked.hook._asdict()), hooked
+    hooked = load_model(cfg, location, precision, device, [other for other, _ in others])
+    wanted = [(cfg, directory), *others]
+    missing = [number for number, (_, folder) in enumerate(wanted) if read_plan(folder) is None]
+    if missing:
+        first = plan or _first_plan(cfg, location, directory, hooked, stop)
+        medians = _median_norms(cfg, first, hooked, directory, stop)
+        for number in missing:
+            each, folder = wanted[number]
+            if folder != directory:
+                link_contexts(directory, folder)
+            settings = recipe(each)
+            own = first._replace(
+                id=recipe_hash(settings),
+                recipe=settings,
+                hook=hooked.hooks[number]._asdict(),
+                flops_per_token=hooked.flops[number],
+                median_norm=medians[number],
+                largest_norm=None if (median := medians[number]) is None else each.outlier_factor * median,
+            )
+            _check_disk(own, folder)
+            (folder / "units").mkdir(exist_ok=True)
+            write_json_atomic(folder / PLAN_FILE, own._asdict())
+    plan = plan or read_plan(directory)
+    assert plan is not None
+    return plan._replace(hook=hooked.hook._asdict()), hooked
+
+
+def _first_plan(
+    cfg: ActivationsConfig, location: Location, directory: Path, hooked: HookedModel, stop: StopFlag
+) -> Plan:
+    """Cut the text into contexts in `directory`; the plan for the first hook, as far as no row has to be known."""
     tokenizer = load_tokenizer(location)
     special = special_tokens(tokenizer)
     settings = recipe(cfg)
@@ -138,12 +183,12 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
     contexts = {split: open_contexts(directory, split) for split in SPLITS}
     probe = torch.from_numpy(np.array(contexts["train"].ids[: contexts["train"].offsets[1]], np.int64))
     with hooked.computing():
-        width = hooked.activations(probe[None].to(device), None).shape[-1]
-    plan = Plan(
+        width = hooked.activations(probe[None].to(hooked.device), None).shape[-1]
+    return Plan(
         id=recipe_hash(settings),
         recipe=settings,
         d_model=width,
-        precision=precision,
+        precision=hooked.precision,
         lm_batch=cfg.lm_batch,
         context=cfg.context,
         dtype=cfg.dtype,
@@ -156,13 +201,21 @@ def prepare(cfg: ActivationsConfig, directory: Path, stop: StopFlag) -> tuple[Pl
         contexts={split: contexts[split].count for split in SPLITS},
         text={name: value for name, value in cut._asdict().items() if name != "largest_id"},
         model_class=hooked.name,
-        flops_per_token=hooked.flops_per_token,
-        hook=hooked.hook._asdict(),
+        flops_per_token=hooked.flops[0],
     )
-    _check_disk(plan, directory)
-    (directory / "units").mkdir(exist_ok=True)
-    write_json_atomic(directory / PLAN_FILE, plan._asdict())
-    return plan, hooked
+
+
+def _median_norms(
+    cfg: ActivationsConfig, plan: Plan, hooked: HookedModel, directory: Path, stop: StopFlag
+) -> list[float | None]:
+    """For every hook the median norm of the rows of training contexts that are spread over the text."""
+    if not cfg.outlier_factor:
+        return [None] * len(hooked.hooks)
+    contexts = open_contexts(directory, "train")
+    count = min(contexts.count, max(8, MEDIAN_TOKENS // plan.context))
+    spread = np.arange(count) * contexts.count // count
+    rows = unit_rows(plan.row_settings, hooked, contexts, spread, stop, lambda rows: None)
+    return [float(np.median(row_norms(each))) for each in rows]
 
 
 def _check_disk(plan: Plan, directory: Path) -> None:
@@ -183,106 +236,62 @@ def unit_path(directory: Path, split: str, unit: int) -> Path:
 
 
 def forward_units(
-    plan: Plan, hooked: HookedModel, directory: Path, stop: StopFlag, on_rows: OnRows, shards: Shards | None = None
+    plan: Plan,
+    hooked: HookedModel,
+    directory: Path,
+    stop: StopFlag,
+    on_rows: OnRows,
+    shards: Shards | None = None,
+    others: Sequence[tuple[Plan, Path]] = (),
 ) -> None:
     """Compute the missing units, shared among the ranks of `shards` (default: one process).
 
-    Raises `Interrupted` between two forwards when `stop` is set; the units written so far stay. If a rank stops or
-    fails, the others learn it a unit or two later and return early, so the caller has to join them (`together`).
+    `others` are the plans of the other hooks of `hooked`, in its order, and their directories. Raises `Interrupted`
+    between two forwards when `stop` is set; the units written so far stay. If a rank stops or fails, the others learn
+    it a unit or two later and return early, so the caller has to join them (`together`).
     """
-    shards = shards or Solo()
     contexts = {split: open_contexts(directory, split) for split in SPLITS}
-    problem: Exception | None = None
-    # the same number of rounds on every rank, whichever units exist
-    rounds = [(split, first) for split in SPLITS for first in range(0, plan.units(split), shards.size)]
-    for split, first in rounds:
-        if shards.agree(STOP * (stop.requested or problem is not None)) & STOP:
-            break
-        unit = first + shards.rank
-        path = unit_path(directory, split, unit)
-        if problem is not None or unit >= plan.units(split) or path.is_file():
-            continue
-        try:
-            _write_unit(plan, hooked, contexts[split], split, unit, path, stop, on_rows)
-        except Exception as raised:
-            problem = raised
-    if problem is not None:
-        raise problem
-    if stop.requested:
-        raise Interrupted
+    harvests = [(plan, directory), *others]
+    units = [(split, unit) for split in SPLITS for unit in range(plan.units(split))]
+
+    def work(number: int) -> None:
+        split, unit = units[number]
+        paths = [unit_path(folder, split, unit) for _, folder in harvests]
+        # a store that is finished or refused by now has no folder of units
+        missing = [path.parent.is_dir() and not path.is_file() for path in paths]
+        if any(missing):
+            numbers = np.arange(contexts[split].count)[unit * plan.contexts_per_unit :][: plan.contexts_per_unit]
+            rows = unit_rows(plan.row_settings, hooked, contexts[split], numbers, stop, on_rows)
+            for (each, _), path, values, wanted in zip(harvests, paths, rows, missing, strict=True):
+                if wanted:
+                    _write_unit(each, contexts[split], split, numbers, values, path)
+
+    in_turns(len(units), work, shards or Solo(), stop)
 
 
 def _write_unit(
     plan: Plan,
-    hooked: HookedModel,
     contexts: Contexts,
     split: str,
-    unit: int,
+    numbers: Int[np.ndarray, " contexts"],
+    rows: Float[Tensor, "rows d"],
     path: Path,
-    stop: StopFlag,
-    on_rows: OnRows,
 ) -> None:
-    first = unit * plan.contexts_per_unit
-    last = min(first + plan.contexts_per_unit, contexts.count)
-    rows = _unit_rows(plan, hooked, contexts, first, last, stop, on_rows)
-    numbers = np.arange(contexts.rows[first], contexts.rows[last])
-    place = permute(numbers, contexts.total_rows, "store", plan.seed, split)
-    order = np.argsort(place)
-    tensors = {"x": rows.index_select(0, torch.from_numpy(order)), "place": torch.from_numpy(place[order])}
+    first, last = int(numbers[0]), int(numbers[-1]) + 1
+    place = permute(
+        np.arange(contexts.rows[first], contexts.rows[last]), contexts.total_rows, "store", plan.seed, split
+    )
+    order, tensors = np.argsort(place), {}
+    if plan.largest_norm is not None:
+        large = row_norms(rows)[order] > plan.largest_norm
+        tensors["dropped"] = torch.from_numpy(place[order[large]])
+        order = order[~large]
+    tensors |= {"x": rows.index_select(0, torch.from_numpy(order)), "place": torch.from_numpy(place[order])}
     if split == "heldout":
         document = np.repeat(contexts.document[first:last], np.diff(contexts.rows[first : last + 1]))
         tensors["document"] = torch.from_numpy(document[order])
     # not durable: `assemble` detects a unit that a power cut damaged, and it is computed again
     write_tensors_atomic(path, tensors, durable=False)
-
-
-def _unit_rows(
-    plan: Plan,
-    hooked: HookedModel,
-    contexts: Contexts,
-    first: int,
-    last: int,
-    stop: StopFlag,
-    on_rows: OnRows,
-) -> Float[Tensor, "rows d"]:
-    """Rows of the contexts `first` … `last`−1 in order, in the storage dtype, on the CPU."""
-    base = int(contexts.rows[first])
-    rows = torch.empty(int(contexts.rows[last]) - base, plan.d_model, dtype=DTYPES[plan.dtype])
-    with hooked.computing():
-        for batch in _length_batches(contexts, first, last, plan.lm_batch):
-            if stop.requested:
-                raise Interrupted
-            lengths = (contexts.offsets[batch + 1] - contexts.offsets[batch]).tolist()
-            tokens = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
-            mask = torch.zeros_like(tokens)
-            kept = torch.zeros_like(tokens, dtype=torch.bool)
-            for line, (context, length) in enumerate(zip(batch, lengths, strict=True)):
-                ids = np.array(contexts.ids[contexts.offsets[context] : contexts.offsets[context + 1]])
-                positions = np.flatnonzero(kept_positions(ids, plan.dropped_ids, plan.drop_first))
-                tokens[line, :length] = torch.from_numpy(ids)
-                mask[line, :length] = 1
-                kept[line, positions[: contexts.rows[context + 1] - contexts.rows[context]]] = True
-            padded = min(lengths) < max(lengths)
-            value = hooked.activations(tokens.to(hooked.device), mask.to(hooked.device) if padded else None)
-            computed = value[kept.to(value.device)].to(rows.dtype).cpu()
-            if not torch.isfinite(computed).all():
-                raise UserError(
-                    f"the model gives values that {plan.dtype} cannot hold (not finite); set activations.dtype=bf16 "
-                    f"or fp32, or activations.lm_precision=fp32"
-                )
-            spans = zip(contexts.rows[batch].tolist(), contexts.rows[batch + 1].tolist(), strict=True)
-            into = np.concatenate([np.arange(begin, end) for begin, end in spans]) - base
-            rows.index_copy_(0, torch.from_numpy(into), computed)
-            on_rows(len(computed))
-    return rows
-
-
-def _length_batches(contexts: Contexts, first: int, last: int, size: int) -> Iterator[np.ndarray]:
-    """Numbers of the contexts `first` … `last`−1 in batches of similar length, so that there is little padding."""
-    lengths = contexts.offsets[first + 1 : last + 1] - contexts.offsets[first:last]
-    order = first + np.argsort(-lengths, kind="stable")
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
 
 
 def rows_done(plan: Plan, directory: Path) -> int:
@@ -305,6 +314,8 @@ def describe(cfg: ActivationsConfig, plan: Plan) -> dict[str, Any]:
     described = {name: settings[name] for name in names}
     if cfg.text == "hub":
         described |= {"dataset": cfg.dataset, "split": cfg.split}
+    if plan.largest_norm is not None:
+        described["outliers"] = {"factor": cfg.outlier_factor, "median_norm": plan.median_norm}
     return {
         **described,
         "model_class": plan.model_class,

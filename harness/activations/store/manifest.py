@@ -1,11 +1,9 @@
-"""The manifest of a store, and whether the files are those that it names. No torch."""
+"""The manifest of a store: what it must hold, and whether it is the one that is wanted. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,12 @@ from harness.activations.store.identity import recipe_hash
 from harness.activations.store.paths import MANIFEST, MANIFEST_VERSION
 from harness.config import ActivationsConfig
 from harness.errors import UserError
-from harness.files import sha256_of, write_json_atomic
 from harness.schema import (
     FILE_NAME,
     OBJECT,
     SHA256,
     TEXT,
     Check,
-    dict_of,
     fields,
     list_of,
     number,
@@ -30,16 +26,14 @@ from harness.schema import (
     whole,
 )
 
-VERIFIED = "verified.json"
-"""What `_identity` was of every file when its hash was last checked."""
-
 STORE_ID = re.compile(r"[0-9a-f]{16}")
 """A directory with such a name must hold the store of this name. Under another name anybody may keep a copy."""
 
 _FILE = fields({"file": FILE_NAME, "bytes": whole(1), "sha256": SHA256})
 _SHARDS = list_of(fields({"file": FILE_NAME, "bytes": whole(1), "sha256": SHA256, "rows": whole(1)}))
-_RAW = fields({"count": whole(1), "mean_sq_norm": number(above=0), "variance": number(above=0)})
-_LAYERNORM = fields({"count": whole(1), "mean_sq_norm": number(0), "variance": number(0)})
+_EXPLAINED = {"explained?": list_of(number(0))}
+_RAW = fields({"count": whole(1), "mean_sq_norm": number(above=0), "variance": number(above=0), **_EXPLAINED})
+_LAYERNORM = fields({"count": whole(1), "mean_sq_norm": number(0), "variance": number(0), **_EXPLAINED})
 
 
 def _split(item: Check) -> Check:
@@ -103,56 +97,3 @@ def require_recipe(directory: Path, manifest: dict[str, Any], cfg: ActivationsCo
                 f"activations.{name} is {settings[name]}, but the store {directory} was made with {recipe[name]}; "
                 "the configuration was edited: put the value back, or launch the cell anew"
             )
-
-
-def identity(directory: Path, manifest: dict[str, Any]) -> dict[str, list[int]]:
-    """File name → size, time of the last write, time of the last change of any kind, inode. Who writes into a file can
-    put the second back, not the third. Raises `UserError` for a file that is missing or has another size."""
-    again, found = f"delete {directory} to harvest it again", {}
-    for entry in _files(manifest):
-        path = directory / entry["file"]
-        if not path.is_file():
-            raise UserError(f"the shard {path} is missing; {again}")
-        status = path.stat()
-        if status.st_size != entry["bytes"]:
-            raise UserError(f"the shard {path} has {status.st_size} bytes instead of {entry['bytes']}; {again}")
-        found[entry["file"]] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    return found
-
-
-def verify(directory: Path, manifest: dict[str, Any]) -> dict[str, list[int]]:
-    """Compare every file with its hash, unless that was done before and `identity` is what it was then; return that.
-
-    Hashing takes about two seconds for a gigabyte on a slow core; the cores share the files. Raises `UserError` that
-    names the wrong file.
-    """
-    found, earlier = identity(directory, manifest), _verified_before(directory)
-    changed = [entry for entry in _files(manifest) if earlier.get(entry["file"]) != found[entry["file"]]]
-    try:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            hashes = list(pool.map(lambda entry: sha256_of(directory / entry["file"]), changed))
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename or directory}: {error.strerror or error}") from error
-    for entry, sha256 in zip(changed, hashes, strict=True):
-        if sha256 != entry["sha256"]:
-            raise UserError(
-                f"the shard {directory / entry['file']} is damaged (its sha256 is not the manifest's); "
-                f"delete {directory} to harvest it again"
-            )
-    if changed:
-        try:
-            write_json_atomic(directory / VERIFIED, found)
-        except OSError:
-            return found  # a store that this user may only read is verified at every opening
-    return found
-
-
-def _files(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return [*manifest["shards"]["train"], *manifest["shards"]["heldout"], manifest["statistics"]["file"]]
-
-
-def _verified_before(directory: Path) -> dict[str, list[int]]:
-    try:
-        return read_json(directory / VERIFIED, dict_of(list_of(whole())), "")
-    except (FileNotFoundError, UserError):
-        return {}

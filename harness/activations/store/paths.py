@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from harness.config import ActivationsConfig
@@ -36,3 +37,9 @@ def store_path(cfg: ActivationsConfig, out: Path) -> Path:
 def is_complete(store: Path) -> bool:
     """Whether the store exists and is whole."""
     return (store / MANIFEST).is_file()
+
+
+def shares_forwards(cfg: ActivationsConfig, other: ActivationsConfig) -> bool:
+    """Whether one pass gives the rows of both: they differ in layer or hook, and in nothing else."""
+    same = dataclasses.replace(other, layer=cfg.layer, hook=cfg.hook, store=cfg.store)
+    return same == cfg and (other.layer, other.hook) != (cfg.layer, cfg.hook)

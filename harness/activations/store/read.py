@@ -15,12 +15,15 @@ from torch import Tensor
 
 from harness.activations.source import DTYPES, SAMPLE_ROWS
 from harness.activations.statistics import Statistics
-from harness.activations.store.manifest import identity, read_manifest, require_recipe, verify
+from harness.activations.store.manifest import read_manifest, require_recipe
+from harness.activations.store.values import check_once
+from harness.activations.store.verify import VERIFIED, identity, verify
 from harness.activations.stream import Rows, StoreBatches, Stream
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.parallel import Shards
 from harness.process.together import together
+from harness.progress import Progress
 
 
 class Store:
@@ -49,16 +52,24 @@ class Store:
         self._means = {rule: _tensor(means, f"mean_{rule}", (d,), torch.float64) for rule in ("raw", "layernorm")}
 
         def rows(split: str) -> Rows:
-            return Rows([_tensor(directory / each["file"], "x", (each["rows"], d), dtype) for each in shards[split]])
+            def load(number: int) -> Tensor:
+                entry = shards[split][number]
+                return _tensor(directory / entry["file"], "x", (entry["rows"], d), dtype)
+
+            return Rows([entry["rows"] for entry in shards[split]], load, d, dtype)
 
         self._train, self._heldout = rows("train"), rows("heldout")
         documents = [(directory / each["file"], each["rows"]) for each in shards["heldout"]]
-        self._documents = torch.cat([_tensor(path, "document", (count,), torch.int64) for path, count in documents])
+        self._documents = torch.cat(
+            [_tensor(path, "document", (count,), torch.int64).clone() for path, count in documents]
+        )
 
     def statistics(self, layernorm: bool) -> Statistics:
         rule = "layernorm" if layernorm else "raw"
-        numbers = {name: self._statistics[rule][name] for name in ("count", "mean_sq_norm", "variance")}
-        return Statistics(mean=self._means[rule], **numbers)
+        known = self._statistics[rule]
+        numbers = {name: known[name] for name in ("count", "mean_sq_norm", "variance")}
+        explained = torch.tensor(known["explained"], dtype=torch.float64) if known.get("explained") else None
+        return Statistics(mean=self._means[rule], **numbers, explained=explained)
 
     def sample(self) -> Float[Tensor, "rows d"]:
         # the store is shuffled, so its beginning is a fair sample
@@ -74,22 +85,28 @@ class Store:
             yield self._heldout.read(start, end), self._documents[start:end]
 
 
-def open_store(directory: Path, cfg: ActivationsConfig, shards: Shards) -> Store:
+def open_store(
+    directory: Path, cfg: ActivationsConfig, shards: Shards, out: Path, progress: Progress, *, check_values: bool
+) -> Store:
     """The store of `cfg` in `directory`, opened by all ranks of `shards`. Raises `UserError` as `Store` does, and when
-    the store was made with other settings.
+    the store was made with other settings. `check_values`: also look at the rows (`check_once`).
 
-    Only the first rank hashes files. Another one hashes if it sees other files, such as a copy on its own node.
+    Only the first rank hashes files. Where ranks see other files, such as a copy on their own node, one of each node
+    does. `out`: where what was verified is recorded if the store may only be read.
     """
+    record = out / "_activations" / f"{directory.name}.{VERIFIED}"
     manifest, seen = {}, 0
-    with together(shards):
+    with together(shards, patient=True):
         manifest = read_manifest(directory)
         require_recipe(directory, manifest, cfg)
         if shards.rank == 0:
-            seen = _fingerprint(verify(directory, manifest))
+            seen = _fingerprint(verify(directory, manifest, record, progress))
+            if check_values:
+                check_once(directory)
     verified = int(shards.sum_(torch.tensor(seen), "all", "scalars"))
-    with together(shards):
+    with together(shards, patient=True):
         if _fingerprint(identity(directory, manifest)) != verified:
-            verify(directory, manifest)
+            verify(directory, manifest, record)
         store = Store(directory, manifest)
     return store
 

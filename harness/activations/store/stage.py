@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.activations.store.manifest import read_manifest, verify
+from harness.activations.store.manifest import read_manifest
 from harness.activations.store.paths import is_complete
+from harness.activations.store.verify import verify
 from harness.errors import UserError
 from harness.files import fsync_directory
 from harness.process.claim import claim

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.activations.store.paths import is_complete, store_path
+from harness.activations.store.paths import is_complete, shares_forwards, store_path
 from harness.budget import SAVE_BYTES_PER_S
 from harness.config import ClusterConfig, Config, to_container
 from harness.cost.estimate import Estimates
@@ -27,7 +27,7 @@ from harness.record.job import Job
 from harness.record.provenance import command_line, now
 from harness.record.result import FINAL, set_failure_aside
 from harness.record.run import Run
-from harness.record.rundir import freeze
+from harness.record.rundir import freeze, freeze_other_hooks
 from harness.record.state import state_of
 from harness.terminal import say
 
@@ -111,21 +111,29 @@ def _drop_unsubmitted(sweep_dir: Path, live: set[str]) -> None:
 
 
 def _submit_harvests(sweep_dir: Path, runs: Sequence[Run], submitted: list[Submitted]) -> dict[Path, str]:
-    """Submit a job for every missing store. Returns store → job id; the jobs that train wait for theirs."""
+    """Submit a job for the missing stores that one pass gives. Returns store → job id; the jobs that train wait for
+    theirs."""
     ids: dict[Path, str] = {}
     harvested = [run.config for run in runs if run.config.activations.kind != "synthetic"]
     stores = {store_path(config.activations, Path(config.out)): config for config in harvested}
-    for store, config in stores.items():
-        if is_complete(store):
+    missing = {store: config for store, config in stores.items() if not is_complete(store)}
+    for store, config in missing.items():
+        if store in ids:
             continue
         for failure in arrays_root(sweep_dir).glob("*/failed.txt"):
             failure.unlink()  # it is tried again
         directory = _array_directory(sweep_dir, "harvest")
         freeze(directory, config)
+        freeze_other_hooks(directory, config, missing.values())
         write_json_atomic(directory / "runs.json", [[]])
         array = _sbatch(directory, config, 1, LEAD_MARGIN_S, harvest=True, about=f"makes the store {store}")
         submitted.append(array)
         ids[store] = array.job_id
+        ids |= {
+            other: array.job_id
+            for other, its in missing.items()
+            if shares_forwards(config.activations, its.activations)
+        }
         say(f"job {array.job_id} harvests the activations first")
     return ids
 

@@ -1,0 +1,220 @@
+"""A source whose rows are never all on the disk: two windows of them are, beside the store of the first rows.
+
+The store gives what is needed before training: statistics, a sample for the initial values, and all held-out rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from torch import Tensor
+
+from harness.activations.source import DTYPES
+from harness.activations.statistics import Statistics
+from harness.activations.store.read import Store
+from harness.activations.stream import Stream
+from harness.activations.window import layout
+from harness.config import ActivationsConfig
+from harness.errors import UserError
+from harness.files import write_json_atomic
+from harness.parallel import Shards
+from harness.process.claim import Claimed, claim
+
+POLL_S = 0.05
+"""Between two looks for a window that is being computed."""
+MOST_SLOTS = 64
+"""Trainings of one store at the same time."""
+
+
+class Windows:
+    """An `ActivationSource` that computes its rows while they are trained on."""
+
+    dictionary = None
+
+    def __init__(self, store: Store, cfg: ActivationsConfig, directory: Path, shards: Shards) -> None:
+        """`directory`: where the windows of this store lie. `shards`: the ranks that read the same windows."""
+        self._store, self._cfg, self._directory, self._shards = store, cfg, directory, shards
+        self.id, self.d_model, self.heldout_rows = store.id, store.d_model, store.heldout_rows
+        self.description: dict[str, Any] = {**store.description, "window_tokens": round(cfg.window_tokens)}
+
+    @property
+    def train_rows(self) -> int | None:
+        """Rows before one repeats: of all windows of the text."""
+        rows = round(self._cfg.window_tokens)
+        known = layout.read_places(self._directory / layout.TEXT).windows
+        return rows * min(known or sys.maxsize, max(1, round(self._cfg.tokens) // rows))
+
+    def statistics(self, layernorm: bool) -> Statistics:
+        return self._store.statistics(layernorm)
+
+    def sample(self) -> Float[Tensor, "rows d"]:
+        return self._store.sample()
+
+    def heldout(self, batch_rows: int) -> Iterator[tuple[Float[Tensor, "rows d"], Int[Tensor, " rows"]]]:
+        return self._store.heldout(batch_rows)
+
+    def stream(self, seed: int, batch_tokens: int, device: torch.device, dp_rank: int = 0, dp: int = 1) -> Stream:
+        slot = torch.zeros(1, dtype=torch.int64)
+        held = ExitStack()
+        if self._shards.rank == 0:
+            slot[0] = _free_slot(self._directory, held)
+        slot = self._directory / str(int(self._shards.sum_(slot, "all", "scalars")))
+        producer = None
+        if self._shards.rank == 0:
+            producer = Producer(slot, self._cfg, self._directory.with_suffix(""), held)
+        rows = WindowRows(slot, round(self._cfg.window_tokens), seed, producer)
+        dtype = DTYPES[self._cfg.dtype]
+        return WindowStream(rows, self.d_model, dtype, batch_tokens, device, dp_rank, dp)
+
+
+def _free_slot(directory: Path, held: ExitStack) -> int:
+    """Claim a slot that no live training has. That of a killed one is taken over with its windows."""
+    directory.mkdir(exist_ok=True)
+    for slot in range(MOST_SLOTS):
+        with contextlib.suppress(Claimed):
+            held.enter_context(claim(directory / f"{slot}.lock"))
+            return slot
+    raise UserError(f"{MOST_SLOTS} trainings read windows in {directory}; wait for one, or pack the cells")
+
+
+class Producer:
+    """The process that computes the windows, as the rank that started it sees it."""
+
+    def __init__(self, slot: Path, cfg: ActivationsConfig, store: Path, held: ExitStack) -> None:
+        """`held` is closed with it: the claim of the slot."""
+        self._slot, self._held, self._process, self._at = slot, held, None, -1
+        self._request = {"activations": dataclasses.asdict(cfg), "store": str(store.absolute())}
+
+    def train_on(self, window: int) -> None:
+        """Let the producer compute `window` and the next one, and delete those before."""
+        if self._process is None:
+            self._slot.mkdir(exist_ok=True)
+            (self._slot / layout.FAILED).unlink(missing_ok=True)
+            write_json_atomic(self._slot / layout.REQUEST, self._request)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "harness.activations.window.produce", str(self._slot.absolute())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches the training, which closes the input when it has saved
+            )
+        if window != self._at:
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # `problem` tells
+                print(window, file=self._process.stdin, flush=True)
+            self._at = window
+
+    def problem(self) -> str | None:
+        """Why no further window will come; None while the process runs."""
+        if self._process is None or self._process.poll() is None:
+            return None
+        return f"the process that computes the windows ended with code {self._process.returncode}; the log says why"
+
+    def close(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
+            shutil.rmtree(self._slot, ignore_errors=True)
+        self._held.close()
+
+
+class WindowRows:
+    """Writes the rows of a stream at given positions: a pure function. It waits for windows that are not there yet."""
+
+    def __init__(self, slot: Path, window_rows: int, seed: int, producer: Producer | None) -> None:
+        self._slot, self.window_rows, self._seed, self.producer = slot, window_rows, seed, producer
+        self._opened = functools.lru_cache(maxsize=2)(self._open)
+        self.closed = False
+        self.waited_s = 0.0
+        """Seconds spent waiting for windows."""
+
+    def __call__(self, start: int, end: int, out: Tensor) -> None:
+        filled = 0
+        while start < end:
+            window, first = divmod(start, self.window_rows)
+            last = min(self.window_rows, first + end - start)
+            begins, units = self._opened(window)
+            rows = layout.shuffled_rows(first, last, int(begins[-1]), self._seed, window)
+            part = out[filled : filled + last - first]
+            unit_of = np.searchsorted(begins, rows, side="right") - 1
+            for unit in np.unique(unit_of):
+                here = np.flatnonzero(unit_of == unit)
+                part[torch.from_numpy(here)] = units[unit][torch.from_numpy(rows[here] - begins[unit])]
+            start, filled = start + last - first, filled + last - first
+
+    def _open(self, window: int) -> tuple[Int[np.ndarray, " units_plus_1"], list[Tensor]]:
+        path = layout.window_path(self._slot, window)
+        self._wait_for(path)
+        counts = layout.rows_of_units(path)
+        units = []
+        for unit in range(len(counts)):
+            with safe_open(layout.unit_file(path, unit), framework="pt") as file:
+                units.append(file.get_tensor("x"))
+        return np.concatenate([[0], np.cumsum(counts)]), units
+
+    def _wait_for(self, path: Path) -> None:
+        begun = time.monotonic()
+        while not layout.is_whole(path):
+            if self.closed:
+                raise OSError("the stream was closed")
+            problem = self.producer.problem() if self.producer else None
+            failed = self._slot / layout.FAILED
+            if failed.is_file():
+                raise UserError(failed.read_text(encoding="utf-8"))
+            if problem is not None:
+                raise OSError(problem)
+            time.sleep(POLL_S)
+        self.waited_s += time.monotonic() - begun
+
+
+class WindowStream(Stream):
+    """A `Stream` that tells the producer, on the rank that has it, which window is trained on."""
+
+    def __init__(
+        self,
+        rows: WindowRows,
+        d_model: int,
+        dtype: torch.dtype,
+        batch_tokens: int,
+        device: torch.device,
+        dp_rank: int,
+        dp: int,
+    ) -> None:
+        super().__init__(rows, d_model, dtype, batch_tokens, device, dp_rank, dp)
+        self._window_rows = rows
+
+    def batches(self, start_step: int) -> Iterator[Float[Tensor, "rows d"]]:
+        self._train_on(start_step)
+        for step, batch in enumerate(super().batches(start_step), start_step):
+            # every rank has its rows of all earlier batches by now, so their windows are not needed any more
+            self._train_on(step)
+            yield batch
+
+    def batch(self, step: int) -> Float[Tensor, "rows d"]:
+        self._train_on(step)
+        return super().batch(step)
+
+    def close(self) -> None:
+        self._window_rows.closed = True
+        super().close()
+        if self._window_rows.producer is not None:
+            self._window_rows.producer.close()
+
+    def _train_on(self, step: int) -> None:
+        if self._window_rows.producer is not None:
+            self._window_rows.producer.train_on(step * self._batch_tokens // self._window_rows.window_rows)
