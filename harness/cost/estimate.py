@@ -155,7 +155,7 @@ def _estimate(run: Run, times: Known | str | None, calibration: Calibration) -> 
 
 
 def rank_memory(config: Config, d_model: int) -> dict[str, int]:
-    """`budget.memory_bytes` with what the kernels hold: on a GPU, else on a CPU in two threads."""
+    """`budget.memory_bytes` with what the kernels hold: on a GPU, else on a CPU a tile per thread of the run."""
     if planned_on_gpu(config):
         from harness.ops import sizes
 
@@ -165,7 +165,9 @@ def rank_memory(config: Config, d_model: int) -> dict[str, int]:
     from harness.ops.cpu.arrays import TILE_ELEMENTS
 
     word = 8 if config.train.precision == "fp64" else 4
-    return budget.memory_bytes(config, d_model, 2 * TILE_ELEMENTS * word, 0)
+    on_cluster = config.cluster.name == "slurm"
+    threads = config.train.threads or (config.cluster.cpus_per_task if on_cluster else cores())
+    return budget.memory_bytes(config, d_model, threads * TILE_ELEMENTS * word, 0)
 
 
 def _mapped_bytes(activations: ActivationsConfig, d_model: int, tokens: float) -> float:

@@ -16,6 +16,7 @@ from harness.cost import estimate as module
 from harness.cost.calibrate import Timed, interpolate, probes
 from harness.cost.estimate import estimate, rank_memory
 from harness.cost.step_time import FLOOR_SHARE, step_seconds
+from harness.ops.cpu.arrays import TILE_ELEMENTS
 from harness.ops.reference import DENSE_ROWS_PER_K
 from harness.process.gpus import find_gpu
 from harness.record.job import job_of
@@ -264,3 +265,12 @@ def test_runs_that_have_ended_say_how_long_others_take(launch: Launch, tmp_path:
     assert known.calibration.source == "from 2 sizes of ended runs of this sweep"
     steps_s = result["tokens"] / result["tokens_per_s"]
     assert (known.of(run).train_s or 0) > steps_s * 0.999, "as many steps, and evaluations"
+
+
+def test_memory_counts_a_tile_per_thread_of_the_place_where_a_run_trains() -> None:
+    large = {"sae__n_latents": 65536, "train__batch_tokens": 65536, "train__tokens": 1e9}
+    cluster = {"name": "slurm", "gpus_per_task": 0}
+    one, many = (
+        rank_memory(a_config(cluster={**cluster, "cpus_per_task": threads}, **large), 16)["step"] for threads in (1, 65)
+    )
+    assert many - one == 64 * TILE_ELEMENTS * 4
