@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
         "--only", action="append", default=[], metavar="KEY=A,B", help="keep only cells with these values"
     )
     result.add_argument("--dry-run", action="store_true", help="show cells, costs and what is done; write nothing")
+    result.add_argument(
+        "--calibrate", action="store_true", help="time a few steps here for later plans, and leave; with Slurm in a job"
+    )
     result.add_argument("--wait", action="store_true", help="with cluster=slurm: return when all runs have ended")
     result.add_argument(
         "--cfg", choices=["job", "hydra", "all"], help="print the composed configuration of the first cell and leave"
@@ -84,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         print_config(requested_cells(request)[0].config)
         return 0
-    outcome = launch(request, dry_run=arguments.dry_run, wait=arguments.wait)
-    if outcome.exit_code == 0 and not arguments.dry_run and not outcome.submitted:
+    outcome = launch(request, dry_run=arguments.dry_run, wait=arguments.wait, calibrate=arguments.calibrate)
+    if outcome.exit_code == 0 and not (arguments.dry_run or arguments.calibrate) and not outcome.submitted:
         for sweep_dir in outcome.sweep_dirs:
             say(f"for the law and the report: {python_command('analysis', 'report', sweep_dir)}")
     return outcome.exit_code

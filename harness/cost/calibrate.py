@@ -1,4 +1,5 @@
-"""Time real training steps of a few cells on this machine; the times of the others are interpolated."""
+"""Time real training steps of a few cells on this machine; the times of the others are interpolated. Only `--calibrate`
+does this."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ import psutil
 from harness import budget
 from harness.config import Config, MeshConfig
 from harness.process.device import planned_on_gpu
-from harness.process.gpus import find_gpu, known_gpus
 from harness.record.provenance import machine, now
 from harness.record.run import Run
+from harness.schema import ANYTHING, TEXT, dict_of, fields, list_of, number
 
 SHAPES = 6
 """At most this many shapes are timed, unless there are more kinds of cells."""
@@ -57,6 +58,13 @@ PROCESS_BYTES = 450_000_000
 """Memory of a process with interpreter, torch and compiled kernels."""
 
 
+START_S = 1.0
+"""Assumed seconds that a run needs before its first step, where that was not measured."""
+
+DRAW_S_PER_NUMBER = 1e-8
+"""Assumed seconds to draw a row of synthetic activations, per feature and dimension."""
+
+
 class Timed(NamedTuple):
     """A measured point: FLOPs of what was timed, and seconds."""
 
@@ -76,7 +84,7 @@ class Calibration:
     """When it was made, ISO 8601."""
     seconds: float = 0.0
     """Duration of the calibration."""
-    start_s: float = 0.0
+    start_s: float = START_S
     """Seconds that a run needs before its first step, without drawing its sample."""
     process_bytes: int = PROCESS_BYTES
     """Memory of the process before anything is trained."""
@@ -88,6 +96,8 @@ class Calibration:
     """Kind of cell -> timed reconstructions of a batch."""
     draws: dict[str, float] = field(default_factory=dict)
     """Store id -> seconds to draw one row of synthetic activations."""
+    place: tuple[str, ...] = ()
+    """Where it was measured (`place_of`)."""
 
     def facts(self) -> dict[str, Any]:
         """The calibration as JSON values, for plan.json."""
@@ -97,7 +107,31 @@ class Calibration:
             name: [{"kind": list(kind), **point._asdict()} for kind, points in by_kind.items() for point in points]
             for name, by_kind in measured.items()
         }
-        return {**words, "start_s": self.start_s, "draws": self.draws, **points}
+        return {**words, "place": list(self.place), "start_s": self.start_s, "draws": self.draws, **points}
+
+    @classmethod
+    def of_facts(cls, facts: dict[str, Any]) -> Calibration | None:
+        """The measured calibration that `facts` describes; None if nothing was measured, or an earlier version did."""
+        try:
+            _FACTS(facts, "")
+        except ValueError:
+            return None
+        if not facts["steps"] or not facts["place"]:
+            return None
+        found = cls(facts["source"], time=facts["time"], start_s=facts["start_s"], draws=facts["draws"])
+        found.place = tuple(facts["place"])
+        for name in ("steps", "dead_steps", "evaluations"):
+            for point in facts[name]:
+                timed = Timed(point["flops"], point["seconds"])
+                getattr(found, name).setdefault(tuple(point["kind"]), []).append(timed)
+        return found
+
+
+_POINTS = list_of(fields({"kind": list_of(ANYTHING), "flops": number(0), "seconds": number(0)}))
+_FACTS = fields(
+    {"source": TEXT, "time": TEXT, "place": list_of(TEXT), "start_s": number(0), "draws": dict_of(number(0))}
+    | dict.fromkeys(("steps", "dead_steps", "evaluations"), _POINTS)
+)
 
 
 def sample_rows(config: Config) -> int:
@@ -126,6 +160,12 @@ def kind_of(config: Config) -> tuple[Any, ...]:
     """What two cells must share to differ only in size: their times can then be interpolated."""
     train = config.train
     return (config.sae.architecture, train.precision, train.device, threads_of(config), config.ops)
+
+
+def place_of(config: Config) -> tuple[str, ...]:
+    """Where a run trains, as far as its configuration tells."""
+    cluster = config.cluster
+    return (cluster.name, cluster.gpu_type, cluster.partition)
 
 
 def _executed(config: Config, d_model: int) -> dict[str, float]:
@@ -162,24 +202,15 @@ def interpolate(points: Sequence[Timed], flops: float) -> float:
 def calibrate(runs: Sequence[Run]) -> Calibration:
     """Time real steps of a few of the runs on this machine; `problem` says what cannot be timed."""
     calibration = Calibration(time=now())
-    here = [run for run in runs if not run.config.cluster.gpu_type and run.store.d_model is not None]
-    named = {run.config.cluster.gpu_type for run in runs} - {""}
-    sources = []
-    for name in sorted(named):
-        gpu = find_gpu(name)
-        if gpu is None:
-            calibration.problem = f"no figures for cluster.gpu_type={name}; known: {known_gpus()}"
-        else:
-            sources.append(f"data sheet of {gpu.name}, unmeasured")
+    here = [run for run in runs if run.store.d_model is not None]
     if here:
+        calibration.place = place_of(here[0].config)
         begin = time.perf_counter()
         try:
-            sources.append(_calibrate_here(here, calibration))
+            calibration.source = _calibrate_here(here, calibration)
         except (RuntimeError, ValueError, MemoryError) as error:
-            # the cluster that will train the runs may be able to do what this machine cannot
             calibration.problem = f"steps could not be timed here: {' '.join(str(error).split())}"
         calibration.seconds = time.perf_counter() - begin
-    calibration.source = "; ".join(sources)
     return calibration
 
 

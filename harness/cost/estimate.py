@@ -1,9 +1,8 @@
-"""The expected cost of a run: time, FLOPs, memory, disk. Times come from steps timed on this machine or, if
-`cluster.gpu_type` names a GPU, from its data sheet (`harness.process.gpus`)."""
+"""The expected cost of a run: time, FLOPs, memory, disk. Nothing is trained for it: `cost.known` has the times."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,16 +14,12 @@ from harness.cost.calibrate import (
     Calibration,
     calibrate,
     cores,
-    evaluation_flops,
-    interpolate,
-    kind_of,
     sample_rows,
-    step_flops,
 )
-from harness.cost.step_time import step_seconds
+from harness.cost.known import Known, at_once, earlier_calibration, ended_runs, known
 from harness.process.device import planned_on_gpu
-from harness.process.gpus import find_gpu
 from harness.record.job import Job
+from harness.record.provenance import now
 from harness.record.result import unfinished
 from harness.record.run import Run
 from harness.training.schedule import evaluation_steps
@@ -34,9 +29,6 @@ PROCESS_START_S = 6.0
 
 RUN_START_S = 0.5
 """Seconds for record, tracker and final weights of a run, in addition to the timed start."""
-
-EVALUATION_OVER_STEP = 0.5
-"""Cost of evaluating a row over training on it: an evaluation has no gradients and no update."""
 
 SAVE_COPIES = 2
 """Writing a checkpoint needs this many times its size in memory, in addition to the state."""
@@ -104,13 +96,25 @@ class Estimates:
         return own + max(part.shared_bytes for part in parts)
 
 
-def estimate(runs: Sequence[Run]) -> Estimates:
-    """Estimates of all runs. Takes a few seconds for a calibration unless every run has ended or names its GPU type."""
-    calibration = calibrate(unfinished(runs))
-    return Estimates(calibration, {run.run_dir: _estimate(run, calibration) for run in runs})
+def estimate(runs: Sequence[Run], *, measure: bool = False) -> Estimates:
+    """Estimates of all runs. Times come from `cost.known`; with `measure` a few steps are timed on this machine now."""
+    to_do = [run for run in unfinished(runs) if run.store.d_model is not None]
+    calibration = calibrate(to_do) if measure else earlier_calibration(to_do)
+    ended = {} if measure else ended_runs(to_do)
+    times = {run.run_dir: known(run, run.store.d_model or 0, ended, calibration) for run in to_do}
+    shown = calibration if measure else Calibration(time=now(), start_s=calibration.start_s)
+    found = [each.source for each in times.values() if isinstance(each, Known)]
+    shown.source = "; ".join(dict.fromkeys(found))
+    shown.problem = "; ".join(dict.fromkeys([*filter(None, [shown.problem]), *_reasons(times.values())]))
+    by_dir = {run.run_dir: _estimate(run, times.get(run.run_dir), calibration) for run in runs}
+    return Estimates(shown, by_dir)
 
 
-def _estimate(run: Run, calibration: Calibration) -> Estimate:
+def _reasons(times: Iterable[Known | str]) -> list[str]:
+    return [each for each in times if isinstance(each, str)]
+
+
+def _estimate(run: Run, times: Known | str | None, calibration: Calibration) -> Estimate:
     config, d_model = run.config, run.store.d_model
     if d_model is None:
         return Estimate()
@@ -119,9 +123,10 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
     per_token = budget.flops_per_token(config.sae, d_model, config.train.batch_tokens)
     start = _start_seconds(config)
     evaluated = _evaluated_rows(config, d_model)
-    trained = _train_seconds(config, d_model, calibration, evaluated)
+    steps = budget.total_steps(config, d_model)
+    trained = steps * times.step_s + evaluated * times.row_s if isinstance(times, Known) else None
     # every shard of a replica draws the same rows
-    draw_s = calibration.draws.get(run.store.id, 0.0) * config.mesh.shard / _at_once(config)
+    draw_s = times.draw_s * config.mesh.shard / at_once(config) if isinstance(times, Known) else 0.0
     drawn = tokens * draw_s
     if trained is not None:
         trained += drawn + evaluated * draw_s
@@ -150,7 +155,7 @@ def _estimate(run: Run, calibration: Calibration) -> Estimate:
 
 
 def rank_memory(config: Config, d_model: int) -> dict[str, int]:
-    """`budget.memory_bytes` with what the kernels hold: on a GPU, else on a CPU in two threads."""
+    """`budget.memory_bytes` with what the kernels hold: on a GPU, else on a CPU a tile per thread of the run."""
     if planned_on_gpu(config):
         from harness.ops import sizes
 
@@ -160,7 +165,9 @@ def rank_memory(config: Config, d_model: int) -> dict[str, int]:
     from harness.ops.cpu.arrays import TILE_ELEMENTS
 
     word = 8 if config.train.precision == "fp64" else 4
-    return budget.memory_bytes(config, d_model, 2 * TILE_ELEMENTS * word, 0)
+    on_cluster = config.cluster.name == "slurm"
+    threads = config.train.threads or (config.cluster.cpus_per_task if on_cluster else cores())
+    return budget.memory_bytes(config, d_model, threads * TILE_ELEMENTS * word, 0)
 
 
 def _mapped_bytes(activations: ActivationsConfig, d_model: int, tokens: float) -> float:
@@ -185,39 +192,8 @@ def _start_seconds(config: Config) -> float:
     return PROCESS_START_S * max(1.0, ranks / cores()) if ranks > 1 else 0.0
 
 
-def _train_seconds(config: Config, d_model: int, calibration: Calibration, evaluated: int) -> float | None:
-    """Seconds for the steps of a run and for evaluations of `evaluated` rows, without drawing rows; None if unknown."""
-    steps = budget.total_steps(config, d_model)
-    if config.cluster.gpu_type:
-        gpu = find_gpu(config.cluster.gpu_type)
-        step_s = None if gpu is None else step_seconds(gpu, config, d_model)
-        if step_s is None:
-            return None
-        row_s = EVALUATION_OVER_STEP * step_s / config.train.batch_tokens
-    else:
-        points = calibration.steps.get(kind_of(config))
-        if not points:
-            return None
-        at_once, flops = _at_once(config), step_flops(config, d_model)
-        dead = max(0.0, 1 - config.sae.dead_after_tokens / (steps * config.train.batch_tokens))
-        dead_step_s = interpolate(calibration.dead_steps[kind_of(config)], flops)
-        step_s = ((1 - dead) * interpolate(points, flops) + dead * dead_step_s) / at_once
-        batch_s = interpolate(calibration.evaluations[kind_of(config)], evaluation_flops(config, d_model))
-        row_s = batch_s / config.train.batch_tokens / at_once
-    return steps * step_s + evaluated * row_s
-
-
 def _evaluated_rows(config: Config, d_model: int) -> int:
     """Rows of all evaluations of a run, the final one on every held-out row included."""
     heldout = round(config.activations.heldout_tokens)
     evaluations = len(evaluation_steps(config, budget.total_steps(config, d_model)))
     return evaluations * min(config.train.eval_rows, heldout) + heldout
-
-
-def _at_once(config: Config) -> int:
-    """Expected speed of the mesh over that of one process: local ranks on the CPU share its cores."""
-    import torch
-
-    if config.cluster.name == "slurm":
-        return config.mesh.ranks
-    return max(1, min(config.mesh.ranks, torch.cuda.device_count())) if planned_on_gpu(config) else 1

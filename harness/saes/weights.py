@@ -14,7 +14,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from harness.errors import UserError
@@ -97,10 +98,9 @@ def _write_index(folder: Path, files: Collection[str]) -> dict[str, str]:
     places: dict[str, str] = {}
     size = 0
     for name in sorted(files):
-        with safe_open(folder / name, framework="pt") as file:
-            for tensor in file.keys():  # noqa: SIM118  (not a dict)
-                places[tensor] = name
-                size += file.get_tensor(tensor).nbytes
+        for tensor, value in load_file(folder / name).items():
+            places[tensor] = name
+            size += value.nbytes
     write_json_atomic(folder / names.WEIGHTS_INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     return {names.WEIGHTS_INDEX: sha256_of(folder / names.WEIGHTS_INDEX)}
 
@@ -140,7 +140,6 @@ def read_weights(folder: Path, again: str) -> dict[str, Tensor]:
 def _tensors_of(path: Path, again: str) -> dict[str, Tensor]:
     """The tensors of a file, memory-mapped."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); {again}") from error

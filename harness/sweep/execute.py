@@ -11,10 +11,10 @@ from harness.cost.estimate import Estimates, estimate
 from harness.cost.jobs import cut_into_jobs
 from harness.cost.repeats import repeats, repeats_line
 from harness.cost.table import plan_text
-from harness.errors import FAILED, INTERRUPTED
+from harness.errors import FAILED, INTERRUPTED, UserError
 from harness.places import joined
 from harness.places.lines import Lines
-from harness.process.slurm_task import SlurmTask
+from harness.process.slurm_task import SlurmTask, slurm_task
 from harness.record.result import FINAL, unfinished
 from harness.record.run import Run
 from harness.record.state import state_of
@@ -37,14 +37,20 @@ class Outcome:
     """Whether the runs were left to a cluster."""
 
 
-def launch(request: Request, *, dry_run: bool = False, wait: bool = False, command: str = "") -> Outcome:
+def launch(
+    request: Request, *, dry_run: bool = False, wait: bool = False, calibrate: bool = False, command: str = ""
+) -> Outcome:
     """Do what `request` asks for; with `dry_run` only show it. Raises `UserError` for a wrong request.
+
+    `calibrate`: only time a few steps here, for the plans of later launches.
 
     `command` is what to type to go on after a stop, by default the command of this process.
     On a cluster the runs are submitted; with `wait` the call returns when they have ended. Ctrl-C counts as an
     interruption from the start, also while libraries load.
     """
     try:
+        if calibrate:
+            return _calibrate(request)
         task = joined.joined_task()
         if task is not None and not dry_run:
             return _join(request, task)
@@ -53,6 +59,23 @@ def launch(request: Request, *, dry_run: bool = False, wait: bool = False, comma
     except KeyboardInterrupt:
         say(f"interrupted before anything was trained; to begin again: {command or this_command()}")
         return Outcome(INTERRUPTED, ())
+
+
+def _calibrate(request: Request) -> Outcome:
+    """Time a few steps of the cells here, keep the times in `plan.json`, and show the plan."""
+    task, cells = slurm_task(), requested_cells(request)
+    if cells[0].config.cluster.name == "slurm" and task is None:
+        raise UserError(
+            "--calibrate measures where it runs, and with cluster=slurm that must be a job: put srun with the flags of "
+            "your partition before the same command, on one task"
+        )
+    if task is not None and task.rank != 0:
+        return Outcome(0, ())
+    runs = plan_runs(cells, dry_run=False)
+    estimates = estimate(runs, measure=True)
+    record_intent(request.about(), runs, estimates)
+    print(plan_text(runs, cut_into_jobs(unfinished(runs), estimates), estimates))
+    return Outcome(FAILED if estimates.calibration.problem else 0, ())
 
 
 def _join(request: Request, task: SlurmTask) -> Outcome:

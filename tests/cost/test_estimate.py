@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,9 +16,12 @@ from harness.cost import estimate as module
 from harness.cost.calibrate import Timed, interpolate, probes
 from harness.cost.estimate import estimate, rank_memory
 from harness.cost.step_time import FLOOR_SHARE, step_seconds
+from harness.ops.cpu.arrays import TILE_ELEMENTS
 from harness.ops.reference import DENSE_ROWS_PER_K
 from harness.process.gpus import find_gpu
 from harness.record.job import job_of
+from harness.record.run import Run, Store
+from harness.record.rundir import read_config
 from harness.record.sweepdir import read_plan
 from harness.sweep.intent import record_intent
 from tests.cost.planned import a_config, a_run
@@ -65,7 +69,7 @@ def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fixed_speed")
 def test_steps_evaluations_and_start_are_counted(tmp_path: Path) -> None:
     run = a_run(tmp_path, a_config(train__eval_points=2, activations__heldout_tokens=640))
-    known = estimate([run]).of(run)
+    known = estimate([run], measure=True).of(run)
     looks = 2 * 512 + 640  # twice the first 512 held-out rows, all 640 at the end
     # nothing can be dead in the first 2,000 of 6,400 tokens; a step takes 2 ms when something is
     computed = 100 * (1e-3 * 2000 / 6400 + 2e-3 * 4400 / 6400) + looks / 64 * 5e-4
@@ -78,7 +82,7 @@ def test_steps_evaluations_and_start_are_counted(tmp_path: Path) -> None:
 def test_real_steps_are_timed(tmp_path: Path) -> None:
     few = a_run(tmp_path, a_config(), "few")
     many = a_run(tmp_path, a_config(train__tokens=64 * 1000), "many")
-    known = estimate([few, many])
+    known = estimate([few, many], measure=True)
     assert known.calibration.source and not known.calibration.problem and known.calibration.seconds > 0
     assert 0 < (known.of(few).train_s or 0) < (known.of(many).train_s or 0)
 
@@ -87,7 +91,7 @@ def test_the_number_of_threads_is_left_as_it_was(tmp_path: Path) -> None:
     import torch
 
     before = torch.get_num_threads()
-    estimate([a_run(tmp_path, a_config(train__threads=1))])
+    estimate([a_run(tmp_path, a_config(train__threads=1))], measure=True)
     assert torch.get_num_threads() == before
 
 
@@ -109,10 +113,9 @@ def test_runs_that_have_ended_need_no_calibration(tmp_path: Path, monkeypatch: p
     assert estimate([run]).of(run).memory_bytes
 
 
-def test_a_calibration_that_fails_leaves_the_plan_without_times(tmp_path: Path) -> None:
+def test_a_calibration_that_fails_says_why(tmp_path: Path) -> None:
     run = a_run(tmp_path, a_config(train__device="cuda", cluster={"name": "slurm"}))
-    known = estimate([run])
-    assert known.of(run).seconds is None
+    known = estimate([run], measure=True)
     assert "no GPU here" in known.calibration.problem
 
 
@@ -124,7 +127,7 @@ def test_an_unknown_width_leaves_everything_open(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fixed_speed")
 def test_a_pack_starts_and_draws_once_and_steps_in_turn(tmp_path: Path) -> None:
     runs = [a_run(tmp_path, a_config(cluster={"name": "slurm", "gpus_per_task": 0}), str(i)) for i in range(3)]
-    known = estimate(runs)
+    known = estimate(runs, measure=True)
     alone, three = known.job_seconds(job_of(runs[:1])), known.job_seconds(job_of(runs))
     assert alone is not None and three is not None
     assert three == pytest.approx(3 * alone - 2 * (module.PROCESS_START_S + 6400 * 1e-5))
@@ -186,7 +189,7 @@ def test_a_mesh_on_a_cluster_shares_work_and_weights(tmp_path: Path, monkeypatch
     cluster = {"name": "slurm", "gpus_per_task": 0}
     one = a_run(tmp_path, a_config(sae__n_latents=4096, cluster=cluster), "one")
     four = a_run(tmp_path, a_config(sae__n_latents=4096, cluster=cluster, mesh={"shard": 4}), "four")
-    known = estimate([one, four])
+    known = estimate([one, four], measure=True)
     assert known.of(four).train_s == pytest.approx((known.of(one).train_s or 0) / 4)
     assert (known.of(four).memory_bytes or 0) < (known.of(one).memory_bytes or 0)
 
@@ -214,3 +217,60 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
     (tmp_path / "s/plan.json").write_text("{")
     with pytest.raises(ValueError, match=r"plan\.json is damaged"):
         record_intent({}, [run], known)
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def must_not(*_: object) -> None:
+        raise AssertionError("a plan has trained")
+
+    for name in ("measure_speed", "measure_start", "measure_draw"):
+        monkeypatch.setattr(speed, name, must_not)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_without_anything_known_times_come_from_a_data_sheet_and_say_so(tmp_path: Path) -> None:
+    cpu = a_run(tmp_path, a_config(), "cpu")
+    gpu = a_run(tmp_path, a_config(train__device="auto", cluster={"name": "slurm"}), "gpu")
+    known = estimate([cpu, gpu])
+    assert (known.seconds_of(cpu) or 0) > 0 and (known.seconds_of(gpu) or 0) > 0
+    assert "per CPU thread, within a factor of 5" in known.calibration.source
+    assert "data sheet of a100, since cluster.gpu_type names none: within a factor of 5" in known.calibration.source
+
+
+@pytest.mark.usefixtures("fixed_speed")
+def test_what_was_measured_once_serves_later_plans_of_the_same_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = a_config(), a_config(cluster={"name": "slurm", "gpus_per_task": 0, "cpus_per_task": 1})
+    runs = [a_run(tmp_path, here)]
+    measured = estimate(runs, measure=True)
+    record_intent({}, runs, measured)
+    monkeypatch.setattr(speed, "measure_speed", None)
+    later = estimate(runs)
+    assert later.of(runs[0]).train_s == measured.of(runs[0]).train_s
+    assert later.calibration.source == measured.calibration.source
+    assert "assumed" in estimate([a_run(tmp_path, elsewhere)]).calibration.source
+
+
+@pytest.mark.usefixtures("no_training")
+def test_runs_that_have_ended_say_how_long_others_take(launch: Launch, tmp_path: Path) -> None:
+    assert launch("sae.n_latents=32,64") == 0
+    config = read_config(next(path.parent for path in (tmp_path / "t").glob("*n64*/result.json")))
+    result = json.loads(next((tmp_path / "t").glob("*n64*/result.json")).read_text())
+    seed = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=7))
+    store = Store(config.activations.store, result["d_model"])
+    run = Run(seed, tmp_path / "t" / "later", store)
+    known = estimate([run])
+    assert known.calibration.source == "from 2 sizes of ended runs of this sweep"
+    steps_s = result["tokens"] / result["tokens_per_s"]
+    assert (known.of(run).train_s or 0) > steps_s * 0.999, "as many steps, and evaluations"
+
+
+def test_memory_counts_a_tile_per_thread_of_the_place_where_a_run_trains() -> None:
+    large = {"sae__n_latents": 65536, "train__batch_tokens": 65536, "train__tokens": 1e9}
+    cluster = {"name": "slurm", "gpus_per_task": 0}
+    one, many = (
+        rank_memory(a_config(cluster={**cluster, "cpus_per_task": threads}, **large), 16)["step"] for threads in (1, 65)
+    )
+    assert many - one == 64 * TILE_ELEMENTS * 4
