@@ -70,7 +70,7 @@ def test_a_stopped_pass_goes_on_for_all_hooks(
         @property
         def requested(self) -> bool:
             self.looks += 1
-            return self.looks > 40
+            return self.looks > 50
 
     counted = Counted(monkeypatch)
     for cfg in configs:
@@ -80,7 +80,7 @@ def test_a_stopped_pass_goes_on_for_all_hooks(
         open_source(configs[0], tmp_path / "out", progress=False, stop=After(), others=configs[1:])
     assert any((tmp_path / "out" / "_activations").glob("*.partial/units/*"))
     open_source(configs[0], tmp_path / "out", progress=False, stop=StopFlag(), others=configs[1:])
-    assert counted.forwards < 1.5 * apart / len(configs)
+    assert counted.forwards < 2 * apart / len(configs)
     for cfg in configs:
         assert files_of(tmp_path / "out", cfg) == files_of(tmp_path / "apart", cfg)
     assert not list((tmp_path / "out" / "_activations").glob("*.*"))
@@ -114,20 +114,20 @@ def test_a_hook_whose_rows_are_refused_does_not_stop_the_others(
 def test_rows_above_the_factor_are_dropped_and_counted(tiny: ActivationsConfig, tmp_path: Path) -> None:
     """The rows left are those of the full store, in its order, without the large ones."""
     full = opened(tiny, tmp_path)
-    cfg = dataclasses.replace(tiny, outlier_factor=1.05)
+    cfg = dataclasses.replace(tiny, outlier_factor=1.0)
     assert store_id(cfg) != store_id(tiny)
     cut = opened(cfg, tmp_path)
     outliers = cut.description["outliers"]
-    assert isinstance(cut, Store) and outliers["factor"] == 1.05
+    assert isinstance(cut, Store) and outliers["factor"] == 1.0
     rows = all_rows(full)
     norms = rows.double().norm(dim=1)
     assert outliers["median_norm"] == pytest.approx(float(norms.median()), rel=0.05)
-    small = norms <= 1.05 * outliers["median_norm"]
+    small = norms <= 1.0 * outliers["median_norm"]
     assert torch.equal(all_rows(cut), rows[small])
     assert cut.train_rows == int(small.sum()) and outliers["dropped"]["train"] == int((~small).sum()) > 0
     assert cut.heldout_rows == full.heldout_rows - outliers["dropped"]["heldout"]
     held, documents = zip(*full.heldout(70), strict=True)
-    keep = torch.cat(held).double().norm(dim=1) <= 1.05 * outliers["median_norm"]
+    keep = torch.cat(held).double().norm(dim=1) <= 1.0 * outliers["median_norm"]
     held_cut, documents_cut = zip(*cut.heldout(70), strict=True)
     assert torch.equal(torch.cat(held_cut), torch.cat(held)[keep])
     assert torch.equal(torch.cat(documents_cut), torch.cat(documents)[keep])
