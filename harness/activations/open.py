@@ -273,7 +273,8 @@ def _assemble(
             forward_again()
             continue
         rows = made["rows"]
-        progress.finish(f"harvested {rows['train']:,} training and {rows['heldout']:,} held-out rows")
+        counted = f"{rows['train']:,} training and {rows['heldout']:,} held-out rows"
+        progress.finish(f"harvested {counted}, {cfg.hook} of layer {cfg.layer}")
         for note in (note_on_outliers(made["description"]), note_on_norms(made["description"]["norms"])):
             if note is not None:
                 progress.note(note)
