@@ -25,11 +25,14 @@ class ActivationSource(Protocol):
     id: str
     """Recipe hash of the store (see `store.identity`); part of the run_id."""
     d_model: int
-    train_rows: int | None
-    """Rows of one epoch; None when rows never repeat."""
     heldout_rows: int
     description: dict[str, Any]
     """Kind, model, hook, layer, context, text …: for trackers and exports."""
+
+    @property
+    def train_rows(self) -> int | None:
+        """Rows of one epoch; None when rows never repeat."""
+        ...
 
     @property
     def dictionary(self) -> Float[Tensor, "features d"] | None:
