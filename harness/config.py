@@ -25,7 +25,7 @@ NORMALIZATIONS = ("scale", "layernorm", "none")
 SCHEDULES = ("wsd", "constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
-TEXTS = ("stdlib", "files", "hub")
+TEXTS = ("stdlib", "files", "tokens", "hub")
 STORE_DTYPES = ("bf16", "fp16", "fp32")
 STATISTICS_ROWS = 131_072
 """With windows: the mean, the variance and the initial values come from so many rows at the beginning of the text (from
@@ -297,11 +297,12 @@ class ActivationsConfig:
     layer: int = 0
     """Index of the block, from 0; `resid_post` of layer L is `hidden_states[L + 1]`."""
     text: str = "stdlib"
-    """`stdlib` (the sources and docs of the running Python), `files`, or `hub` (a Hugging Face dataset)."""
+    """`stdlib` (the sources and docs of the running Python), `files`, `tokens` (files of token ids, which the model
+    sees as they are), or `hub` (a Hugging Face dataset)."""
     text_paths: list[str] = field(default_factory=list)
-    """For `files`: paths or globs of .txt, .jsonl or .parquet files."""
+    """For `files`: paths or globs of .txt, .jsonl or .parquet files; for `tokens`: of .parquet or .arrow files."""
     text_field: str = "text"
-    """Name of the text column in .jsonl, .parquet and hub datasets."""
+    """Name of the text column in .jsonl, .parquet and hub datasets. For `tokens`, `text` means `input_ids`."""
     dataset: str = ""
     """For `hub`: name of the dataset."""
     dataset_config: str = ""
@@ -369,8 +370,8 @@ class ActivationsConfig:
         )
         _one_of("activations.device_map", self.device_map, ("", "auto"))
         _require(
-            self.text != "files" or bool(self.text_paths),
-            "activations.text=files needs activations.text_paths=[…]",
+            self.text not in ("files", "tokens") or bool(self.text_paths),
+            f"activations.text={self.text} needs activations.text_paths=[…]",
         )
         _one_of("activations.keep", self.keep, ("store", "window"))
         _require(

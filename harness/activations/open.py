@@ -286,7 +286,8 @@ def _assemble(
             continue
         if made:
             rows, about = made["rows"], made["description"]
-            progress.finish(f"harvested {rows['train']:,} training and {rows['heldout']:,} held-out rows")
+            counted = f"{rows['train']:,} training and {rows['heldout']:,} held-out rows"
+            progress.finish(f"harvested {counted}, {cfg.hook} of layer {cfg.layer}")
             for note in (note_on_outliers(about), note_on_norms(about["norms"])):
                 if note is not None:
                     progress.note(note)

@@ -7,7 +7,7 @@ import functools
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -155,7 +155,7 @@ class Stream:
         """Rows r·B/dp … (r+1)·B/dp − 1 of batch `step` for replica r, in the storage dtype, on the device."""
         return self._to_device(self._host_batch(step))
 
-    def batches(self, start_step: int) -> Iterator[Float[Tensor, "rows d"]]:
+    def batches(self, start_step: int) -> Generator[Float[Tensor, "rows d"], None, None]:
         """`batch(start_step)`, `batch(start_step + 1)`, … without end; a background thread prepares them ahead."""
         prefetcher = _Prefetcher(self._host_batch, start_step)
         self._prefetchers.append(prefetcher)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.cost.estimate import Estimate, Estimates
 from harness.cost.limits import Disk, disk, longer_than_the_limit, would_not_fit
+from harness.cost.outliers import outlier_lines
 from harness.cost.repeats import repeats, repeats_line
 from harness.cost.windows import window_lines
 from harness.record.job import Job
@@ -93,6 +94,7 @@ def _summary(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> 
     needed = disk(runs, jobs, estimates)
     lines.append(f"disk: {_disk(needed)}")
     lines += window_lines(jobs, estimates)
+    lines += outlier_lines(to_do)
     lines += longer_than_the_limit(jobs, estimates)
     lines += [f"would not fit: {line}" for line in would_not_fit(jobs, estimates, needed)]
     return lines

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from harness.activations.source import ActivationSource
+from harness.activations.store.values import note_on_outliers
 from harness.mirror.follow import follow
 from harness.ops import Ops, choose_ops
 from harness.parallel import Shards, Solo
@@ -21,7 +22,7 @@ from harness.record import names
 from harness.record.checkpoint import Checkpoint, find_checkpoint, remove_checkpoints
 from harness.record.job import Job
 from harness.record.metrics import MetricsFile, NullMetrics, cut_back
-from harness.record.notes import add_note
+from harness.record.notes import add_note, read_notes
 from harness.record.provenance import now
 from harness.record.run import Run
 from harness.schema import fields
@@ -59,6 +60,11 @@ def train_job(
         log.info("goes on at step %d", checkpoint.step)
         if checkpoint.directory is None:
             checkpoint = None
+    outliers = note_on_outliers(source.description)
+    if shards.rank == 0 and outliers is not None:
+        for run in job.runs:
+            if not any(line.endswith(outliers) for line in read_notes(run.run_dir)):
+                add_note(run.run_dir, outliers)
     runtime = Runtime(device, shards, _kernels(job, checkpoint, device), stop)
     started = now()
     with ExitStack() as stack:

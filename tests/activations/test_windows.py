@@ -88,6 +88,7 @@ def test_statistics_and_heldout_rows_come_from_the_first_rows(cfg: ActivationsCo
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_text_that_ends_is_read_again(cfg: ActivationsConfig, tmp_path: Path) -> None:
     long = dataclasses.replace(cfg, tokens=1e6)
     source = opened(long, tmp_path)
@@ -107,6 +108,18 @@ def test_replicas_share_the_windows(cfg: ActivationsConfig, tmp_path: Path) -> N
         with source.stream(0, 100, CPU, rank, 2) as stream:
             parts.append(torch.stack([stream.batch(step).clone() for step in range(3)]))
     assert torch.equal(torch.cat(parts, dim=1).reshape(whole.shape), whole)
+
+
+def test_a_reader_that_leaves_waits_for_no_window(cfg: ActivationsConfig, tmp_path: Path) -> None:
+    """The thread that reads ahead waits for a window that is computed only once the one before is trained on."""
+
+    def first_batch() -> torch.Tensor:
+        with opened(cfg, tmp_path).stream(0, ROWS, CPU) as stream:
+            for batch in stream.batches(0):
+                return batch
+        raise AssertionError("a stream does not end by itself")
+
+    assert first_batch().shape == (ROWS, 16)
 
 
 @pytest.mark.slow

@@ -46,8 +46,9 @@ class Special(NamedTuple):
     dropped: list[int]
 
 
-def special_tokens(tokenizer: Any) -> Special:
-    """The special tokens of any tokenizer, read off the encoding of a word.
+def special_tokens(tokenizer: Any, text: str = "") -> Special:
+    """The special tokens of any tokenizer, read off the encoding of a word. None is put around contexts of
+    `text=tokens`, which are the ids as they come.
 
     Dropped are all tokens that the tokenizer calls special, markers of a chat included. The id for unknown words stands
     for content, so it is dropped only if it is also another special token. Raises `UserError` for a tokenizer that
@@ -60,12 +61,13 @@ def special_tokens(tokenizer: Any) -> Special:
     if not bare or not starts:
         raise UserError("the tokenizer encodes text differently with and without special tokens; it is not supported")
     prefix, suffix = full[: starts[0]], full[starts[0] + len(bare) :]
+    around = [*prefix, *suffix]
+    if text == "tokens":
+        prefix, suffix = [], []
     names = ("bos", "eos", "cls", "sep", "pad", "mask")
     named = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
     others = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    return Special(
-        prefix, suffix, sorted({*prefix, *suffix, *others, *(token for token in named if token is not None)})
-    )
+    return Special(prefix, suffix, sorted({*around, *others, *(token for token in named if token is not None)}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,13 +206,14 @@ class Encoder:
         self._room = _REMEMBERED_TOKENS
 
     def __call__(self, batch: list[Document]) -> list[Int[np.ndarray, " tokens"]]:
-        unknown = [document for document in batch if document.digest not in self._remembered]
+        unknown = [each for each in batch if each.ids is None and each.digest not in self._remembered]
         new: dict[bytes, Int[np.ndarray, " tokens"]] = {}
         if unknown:
             texts = [document.text for document in unknown]
             encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             new = {d.digest: np.array(ids, np.int32) for d, ids in zip(unknown, encoded, strict=True)}
-        encoded_batch = [new[d.digest] if d.digest in new else self._remembered[d.digest] for d in batch]
+        known = {document.digest: document.ids for document in batch if document.ids is not None} | new
+        encoded_batch = [known[d.digest] if d.digest in known else self._remembered[d.digest] for d in batch]
         if self._room > 0:
             self._remembered |= new
             self._room -= sum(map(len, new.values()))
@@ -233,7 +236,7 @@ def batched(read: Iterable[tuple[int, str, Document]]) -> Iterator[list[tuple[in
     characters = 0
     for item in read:
         batch.append(item)
-        characters += len(item[2].text)
+        characters += item[2].size
         if characters >= _TOKENIZE_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -1,4 +1,4 @@
-"""Text: documents of the Python standard library, of local files, or of a Hugging Face dataset.
+"""Text: documents of the Python standard library, of local files (also of token ids), or of a Hugging Face dataset.
 
 A document is one source file, one .txt file, one line of a .jsonl file, or one row of a .parquet file or a dataset; in
 .txt and .jsonl files a long one is cut at line ends. Files may be compressed (.gz, .bz2, .zst). A document is
@@ -19,7 +19,10 @@ import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
 
 from harness.activations.lm.hub import HUB_ERRORS, quiet, unreachable
 from harness.activations.shuffle import digest64
@@ -32,8 +35,14 @@ STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages"
 TXT_DOCUMENT_CHARACTERS = 65_536
 """A longer text is cut into several documents, so that one long book can be split for evaluation."""
 FILE_KINDS = (".txt", ".jsonl", ".parquet")
+TOKEN_KINDS = (".parquet", ".arrow")
+"""Files of `text=tokens`."""
+TOKENS_FIELD = "input_ids"
+"""Their column, unless `text_field` names another."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 """Endings of compressed files, and what pyarrow calls them."""
+CHARACTERS_PER_TOKEN = 4
+"""About how many characters of text a token stands for."""
 WINDOW_CHARACTERS = 1 << 26
 """Documents are sorted by hash within windows of this size, so that memory stays bounded for any text."""
 
@@ -41,7 +50,14 @@ WINDOW_CHARACTERS = 1 << 26
 class Document(NamedTuple):
     text: str
     digest: bytes
-    """sha256 of the UTF-8 text."""
+    """sha256 of the UTF-8 text, or of the ids."""
+    ids: Int[np.ndarray, " tokens"] | None = None
+    """Token ids of a text that comes tokenized; `text` is empty then."""
+
+    @property
+    def size(self) -> int:
+        """Characters, or about as many as its ids stand for."""
+        return len(self.text) if self.ids is None else CHARACTERS_PER_TOKEN * len(self.ids)
 
 
 def documents(cfg: ActivationsConfig, revision: str) -> Iterator[Document]:
@@ -58,11 +74,18 @@ def documents(cfg: ActivationsConfig, revision: str) -> Iterator[Document]:
 
 
 def text_files(cfg: ActivationsConfig) -> list[Path]:
-    """The files of `text=stdlib` or `text=files`. Raises `UserError` if there are none."""
-    return _stdlib_files() if cfg.text == "stdlib" else _matching_files(cfg.text_paths)
+    """The files of `text=stdlib`, `files` or `tokens`. Raises `UserError` if there are none."""
+    if cfg.text == "stdlib":
+        return _stdlib_files()
+    return _matching_files(cfg.text_paths, TOKEN_KINDS if cfg.text == "tokens" else FILE_KINDS)
 
 
-def _texts(cfg: ActivationsConfig, revision: str) -> Iterator[str]:
+def tokens_field(cfg: ActivationsConfig) -> str:
+    """The column of `text=tokens`."""
+    return TOKENS_FIELD if cfg.text_field == "text" else cfg.text_field
+
+
+def _texts(cfg: ActivationsConfig, revision: str) -> Iterator[str | Int[np.ndarray, " tokens"]]:
     if cfg.text == "hub":
         yield from _dataset_texts(cfg, revision)
         return
@@ -71,20 +94,25 @@ def _texts(cfg: ActivationsConfig, revision: str) -> Iterator[str]:
     for path in sorted(paths, key=lambda path: digest64(cfg.seed, file_digest(path))):
         if cfg.text == "stdlib":
             yield from _stdlib_texts(path)
+        elif cfg.text == "tokens":
+            yield from _token_rows(path, tokens_field(cfg))
         else:
             yield from _file_texts(path, cfg.text_field)
 
 
-def _ordered(texts: Iterable[str], seed: int) -> Iterator[Document]:
+def _ordered(texts: Iterable[str | Int[np.ndarray, " tokens"]], seed: int) -> Iterator[Document]:
     window: list[Document] = []
     characters = 0
     for text in texts:
-        if not text.strip():
+        if isinstance(text, np.ndarray):
+            window.append(Document("", hashlib.sha256(text.tobytes()).digest(), text))
+        elif text.strip():
+            # a lone surrogate is legal in JSON but has no UTF-8; it becomes a question mark
+            encoded = text.encode("utf-8", errors="replace")
+            window.append(Document(encoded.decode("utf-8"), hashlib.sha256(encoded).digest()))
+        else:
             continue
-        # a lone surrogate is legal in JSON but has no UTF-8; it becomes a question mark
-        encoded = text.encode("utf-8", errors="replace")
-        window.append(Document(encoded.decode("utf-8"), hashlib.sha256(encoded).digest()))
-        characters += len(text)
+        characters += window[-1].size
         if characters >= WINDOW_CHARACTERS:
             yield from _by_hash(window, seed)
             window, characters = [], 0
@@ -122,7 +150,7 @@ def _stdlib_texts(path: Path) -> Iterator[str]:
         raise UserError(f"cannot read {path} of the standard library as text: {error}") from error
 
 
-def _matching_files(patterns: Iterable[str]) -> list[Path]:
+def _matching_files(patterns: Iterable[str], kinds: tuple[str, ...]) -> list[Path]:
     paths: set[Path] = set()
     for pattern in patterns:
         literal = Path(user_path(pattern))
@@ -138,10 +166,11 @@ def _matching_files(patterns: Iterable[str]) -> list[Path]:
             raise UserError(f"activations.text_paths: no file matches {pattern!r} (from {Path.cwd()})")
         paths.update(path.resolve() for path in files)
     for path in sorted(paths):
-        if _kind(path) not in FILE_KINDS:
+        if _kind(path) not in kinds:
+            compressed = "" if kinds == TOKEN_KINDS else f" (also compressed: {', '.join(COMPRESSIONS)})"
             raise UserError(
-                f"activations.text_paths: {path} is no .txt, .jsonl or .parquet file (also compressed: "
-                f"{', '.join(COMPRESSIONS)}); convert or exclude it"
+                f"activations.text_paths: {path} is no {', '.join(kinds[:-1])} or {kinds[-1]} file{compressed}; "
+                f"convert or exclude it"
             )
     return sorted(paths)
 
@@ -166,7 +195,7 @@ def _file_texts(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> Any:
     """A file to read, unpacked if it is compressed."""
     if path.suffix not in COMPRESSIONS:
         return path.open("rb")
@@ -174,7 +203,7 @@ def _opened(path: Path) -> IO[bytes]:
 
     stream = pyarrow.input_stream(path, compression=COMPRESSIONS[path.suffix])
     # a Parquet file is read from its end
-    return io.BytesIO(stream.read()) if _kind(path) == ".parquet" else cast("IO[bytes]", stream)
+    return io.BytesIO(stream.read()) if _kind(path) == ".parquet" else stream
 
 
 def _cut(text: str) -> Iterator[str]:
@@ -199,7 +228,7 @@ def _jsonl_texts(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
         yield from _cut(_field(row, field, f"{path} line {number}"))
 
 
-def _parquet_texts(path: Path, data: IO[bytes], field: str) -> Iterator[str]:
+def _parquet_texts(path: Path, data: Any, field: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
@@ -212,6 +241,46 @@ def _parquet_texts(path: Path, data: IO[bytes], field: str) -> Iterator[str]:
                     yield _field(row, field, str(path))
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _token_rows(path: Path, field: str) -> Iterator[Int[np.ndarray, " tokens"]]:
+    """The lists of token ids in a column of a Parquet or an Arrow file, one document each."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in _record_batches(path):
+            if field not in batch.schema.names:
+                raise _no_field(field, str(path), batch.schema.names)
+            if not pyarrow.types.is_integer(getattr(batch.schema.field(field).type, "value_type", pyarrow.null())):
+                raise UserError(f"{path}: field {field!r} holds no lists of token ids; set activations.text_field")
+            for ids in batch.column(field):
+                row = np.asarray(ids.values if ids.is_valid else [], np.int32)
+                if row.size and row.min() < 0:
+                    raise UserError(f"{path}: field {field!r} holds the id {row.min()}, which is no token")
+                if row.size:
+                    yield row
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _record_batches(path: Path) -> Iterator[Any]:
+    """Of a Parquet file, or of an Arrow file or stream, as `datasets` writes them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix == ".parquet":
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=1024)
+        return
+    with pyarrow.memory_map(str(path)) as data:
+        try:
+            reader = pyarrow.ipc.open_stream(data)
+        except pyarrow.ArrowInvalid:
+            reader = pyarrow.ipc.open_file(data)
+            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            yield from reader
 
 
 def _dataset_texts(cfg: ActivationsConfig, revision: str) -> Iterator[str]:

@@ -171,14 +171,14 @@ def _first_plan(
 ) -> Plan:
     """Cut the text into contexts in `directory`; the plan for the first hook, as far as no row has to be known."""
     tokenizer = load_tokenizer(location)
-    special = special_tokens(tokenizer)
+    special = special_tokens(tokenizer, cfg.text)
     settings = recipe(cfg)
     cut = cut_contexts(cfg, tokenizer, special, settings["text"].get("commit", ""), directory, stop)
     vocabulary = hooked.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
     if cut.largest_id >= vocabulary:
         raise UserError(
-            f"the tokenizer of {cfg.model} gives id {cut.largest_id}, its model has {vocabulary} embeddings; "
-            f"model and tokenizer do not belong together"
+            f"the {'ids of the text have' if cfg.text == 'tokens' else f'tokenizer of {cfg.model} gives'} id "
+            f"{cut.largest_id}, its model has {vocabulary} embeddings; they do not belong together"
         )
     contexts = {split: open_contexts(directory, split) for split in SPLITS}
     probe = torch.from_numpy(np.array(contexts["train"].ids[: contexts["train"].offsets[1]], np.int64))

@@ -17,7 +17,7 @@ from typing import Any
 from harness.activations.lm import gguf
 from harness.activations.lm.hub import resolve_commit
 from harness.activations.lm.location import Location, locate, read_settings, special_markers, weight_files
-from harness.activations.lm.text import file_digest, read_otherwise_before, text_files
+from harness.activations.lm.text import file_digest, read_otherwise_before, text_files, tokens_field
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.files import user_path
@@ -150,6 +150,8 @@ def _text_identity(cfg: ActivationsConfig) -> dict[str, str]:
         contents = sorted(file_digest(path) for path in text_files(cfg))
         hashed = hashlib.sha256("\n".join(contents).encode()).hexdigest()
         identity = {"source": cfg.text, "sha256": hashed, "field": cfg.text_field if cfg.text == "files" else ""}
+        if cfg.text == "tokens":
+            identity["field"] = tokens_field(cfg)
         if cfg.text == "files" and any(map(read_otherwise_before, text_files(cfg))):
             identity["documents"] = "without BOM, long rows cut"
         return identity

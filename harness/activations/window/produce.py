@@ -76,7 +76,7 @@ class Producer:
         self._places_file = slot.parent / layout.TEXT
         self._hooked = load_model(cfg, location, about["precision"], pick_device("auto"))
         self._tokenizer = load_tokenizer(location)
-        self._special: Special = special_tokens(self._tokenizer)
+        self._special: Special = special_tokens(self._tokenizer, cfg.text)
         self._revision: str = recipe(cfg)["text"].get("commit", "")
         self._settings = RowSettings(
             manifest["d_model"], cfg.dtype, about["lm_batch"], about["dropped_ids"], cfg.drop_first_position

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -198,12 +198,19 @@ class WindowStream(Stream):
         super().__init__(rows, d_model, dtype, batch_tokens, device, dp_rank, dp)
         self._window_rows = rows
 
-    def batches(self, start_step: int) -> Iterator[Float[Tensor, "rows d"]]:
+    def batches(self, start_step: int) -> Generator[Float[Tensor, "rows d"], None, None]:
         self._train_on(start_step)
-        for step, batch in enumerate(super().batches(start_step), start_step):
-            # every rank has its rows of all earlier batches by now, so their windows are not needed any more
-            self._train_on(step)
-            yield batch
+        self._window_rows.closed = False
+        ahead = super().batches(start_step)
+        try:
+            for step, batch in enumerate(ahead, start_step):
+                # every rank has its rows of all earlier batches by now, so their windows are not needed any more
+                self._train_on(step)
+                yield batch
+        finally:
+            # first, because the thread that reads ahead may wait for a window that nobody needs now
+            self._window_rows.closed = True
+            ahead.close()
 
     def batch(self, step: int) -> Float[Tensor, "rows d"]:
         self._train_on(step)
