@@ -11,8 +11,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.config import ActivationsConfig, user_path
+from harness.config import ActivationsConfig
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
+from harness.files import user_path
 from harness.process.signals import stop_on_signals
 from harness.progress import own_progress
 from harness.quality.judge import TOKENS, chosen_metrics, judge
@@ -21,7 +22,7 @@ from harness.quality.registry import METRICS
 from harness.quality.subjects import foreign_subject, is_foreign, subjects_of
 from harness.saes.foreign import READERS
 from harness.sweep.request import Request, requested_cells
-from harness.terminal import counted, run_command, say
+from harness.terminal import counted, path_argument, run_command, say
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +46,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="JUDGE",
         help="of explanations: embedding (default), pattern, local:MODEL, http:URL#MODEL (key in JUDGE_API_KEY)",
     )
-    result.add_argument("--out", default="runs", metavar="DIR", help="where results of foreign SAEs go; default: runs")
+    result.add_argument(
+        "--out",
+        type=path_argument,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where results of foreign SAEs go; default: runs",
+    )
     result.add_argument("--force", action="store_true", help="evaluate again what exists")
     return result
 
@@ -69,7 +76,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     overrides = [word for word in arguments.targets if word.partition("=")[0].split(".")[0] == "activations"]
     for target in (word for word in arguments.targets if word not in overrides):
         if is_foreign(target):
-            out = Path(user_path(arguments.out)).resolve()
+            out = arguments.out.resolve()
             subjects.append(foreign_subject(target, foreign_activations(overrides), out))
             continue
         found, notes = subjects_of(Path(user_path(target)))

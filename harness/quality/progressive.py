@@ -29,7 +29,7 @@ _TRAIN_ROWS = 8192
 
 def widest(sae: TrainedSae, most: int) -> TrainedSae:
     """The SAE with `most` active latents per token where k chooses them, otherwise unchanged. Switch: of the expert."""
-    if not sae.sae.traits.has_k:
+    if sae.sae.traits.penalty:
         return sae
     architecture = "switch" if sae.sae.routed else "topk"
     return replace(sae, sae=replace(sae.sae, architecture=architecture, k=min(most, sae.sae.latents_per_expert)))
@@ -64,7 +64,7 @@ def thresholds(sae: TrainedSae, x: Float[Tensor, "rows d"], sizes: Sequence[int]
 
 def judge(sae: TrainedSae, rows: Rows, train: Float[Tensor, "rows d"], tick=lambda done: None) -> Outcome:
     """Figures of one SAE. `train`: rows from which thresholds are chosen."""
-    k = sae.sae.k if sae.sae.traits.has_k else max(1, round(_l0(sae, train[:_BATCH])))
+    k = max(1, round(_l0(sae, train[:_BATCH]))) if sae.sae.traits.penalty else sae.sae.k
     wide = widest(sae, MOST * k)
     most = min(MOST * k, sae.sae.latents_per_expert)
     sizes = sorted({size for size in (*(2**j for j in range(20)), k, most) if size <= most})

@@ -115,7 +115,7 @@ def _shared(rng, by: str, size: float = 0.01):
     frame = _frame().assign(**{"stream.seed": 0})
     values = frame[by].unique()
     common = dict(zip(values, np.exp(size * rng.standard_normal(len(values))), strict=True))
-    frame["fvu"] *= frame[by].map(common)
+    frame["fvu"] = frame["fvu"] * frame[by].map(common).astype(float)
     return _forecast(_table(frame, rng))
 
 

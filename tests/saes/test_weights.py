@@ -51,7 +51,7 @@ class Rank(Solo):
         return found
 
     def sum_(self, tensor: Tensor, over: str, kind: str) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return tensor.copy_(sum(torch.tensor(json.loads(text)) for text in self.texts(json.dumps(tensor.tolist()))))
+        return tensor.copy_(torch.tensor([json.loads(text) for text in self.texts(json.dumps(tensor.tolist()))]).sum(0))
 
 
 @pytest.mark.parametrize(("limit", "files"), [(4e9, 1), (200, 2), (100, 4)])
