@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = messages.in_one_line(error)
             say(f"error: the tracker did not take {run_dir}: {text}; try again later, or with tracker.KEY=VALUE")
             return 1
-        print(f"{run_dir.name}: sent" + (f" ({note})" if note else ""))
+        print(f"{Path(run_dir).name}: sent" + (f" ({note})" if note else ""))
     return 0
 
 

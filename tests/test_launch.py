@@ -68,7 +68,7 @@ WRONG = {
     "uneven replicas": (["mesh.dp=7"], "cannot be cut over mesh.dp=7 replicas"),
     "unknown cluster": (["cluster=kubernetes"], "there is no such cluster configuration"),
     "unknown tracker": (["tracker=tensorbord"], "there is no such tracker configuration"),
-    "unknown study": (["--study", "quik"], "there is no study 'quik'; available: gao2024_nk"),
+    "unknown study": (["--study", "quik"], "there is no study 'quik'; available: architectures"),
     "missing study file": (["--study", "nowhere/study.yaml"], "cannot read the study file"),
     "unknown filter": (["--only", "sae.kk=3"], "there is no key 'sae.kk'"),
     "empty filter": (["--only", "sae.k"], "write KEY=VALUE"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -160,19 +161,27 @@ def _cautions(findings: Findings) -> list[str]:
             f"The runs differ in {keys}. Each setting has a law of its own: {every}. Pictures, forecasts and "
             f"comparisons are of {findings.setting}."
         )
-    codes = ("worse_than_mean", "mixed_population", *DOUBTS)
-    for entry in findings.notes:
-        told = entry.severity == "info" or (findings.others and "each setting" in entry.message)
-        if entry.code in codes and not told:
-            lines.append(f"{entry.message[0].upper()}{entry.message[1:]}.")
+    lines.extend(_told(findings, ("worse_than_mean", "mixed_population")))
     if findings.rates is not None:
         lines.append("Several learning rates were run: the law is of the best one in each cell.")
-    if seen(table):
-        lines.append(seen(table))
     fitted = sum(len(each.main) for each in _laws(findings))
     if fitted < len(table) + len(table.excluded):
         lines.append(f"{fitted} of {len(table) + len(table.excluded)} runs were fitted; “Left out” lists the others.")
+    lines.extend(_told(findings, DOUBTS))
+    if seen(table):
+        lines.append(seen(table))
     return list(dict.fromkeys(lines))
+
+
+def _told(findings: Findings, codes: Collection[str]) -> list[str]:
+    """The notes with these codes as sentences, without those that other sentences say."""
+    return [
+        f"{entry.message[0].upper()}{entry.message[1:]}."
+        for entry in findings.notes
+        if entry.code in codes
+        and entry.severity != "info"
+        and not (findings.others and "each setting" in entry.message)
+    ]
 
 
 def _range(values: Any) -> str:

