@@ -17,6 +17,9 @@ from analysis.notes import Note, note
 MOST_CELLS = 150
 """Cells above which none is left out: one of so many decides nothing."""
 
+MOST_WORK = 3_000_000
+"""Cells times points above which none is left out: the fits would take minutes."""
+
 EVALUATIONS = 100
 """Most evaluations of the residuals in a fit without some rows. It starts from the fit to all."""
 
@@ -72,7 +75,7 @@ def influences(problem: Problem, theta: Array, cell: np.ndarray, level: float) -
     """
     cells = int(cell.max()) + 1
     names = exponents(problem)
-    if cells > MOST_CELLS or not names:
+    if cells > MOST_CELLS or cells * problem.points > MOST_WORK or not names:
         return []
     estimates = _named(problem, theta, names)
     found = []
