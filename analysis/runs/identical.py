@@ -13,6 +13,9 @@ from analysis.runs.table import RunTable
 SAME = 1e-7
 """Relative difference of two losses up to which they are one: another order of sums, no other seed or data."""
 
+MOST_RUNS = 30
+"""Runs of a cell above which none is taken for a copy: so many losses that scatter by 1 % come this close by chance."""
+
 _SETTINGS = ("n", "k", "experts", "d", "x", "lr")
 _COLUMNS = ("sae", "model", "hook", "layer", "normalize", "store_id")
 
@@ -29,11 +32,14 @@ def without_identical(table: RunTable, inputs: Sequence[str]) -> RunTable:
     columns = list(dict.fromkeys([*columns, *(name for name in _COLUMNS if name in frame)]))
     columns = [name for name in columns if name != table.roles["loss"]]
     order = np.lexsort([np.arange(len(table)), loss])
-    cell = frame[columns].astype(object).map(str).agg(" ".join, axis=1)
-    ordered = pd.DataFrame({"cell": cell.to_numpy()[order], "loss": np.log(loss[order])})
-    gap = ordered.groupby("cell", sort=False)["loss"].diff()
+    cell = np.zeros(len(table), dtype=np.int64)
+    for name in columns:
+        codes, values = pd.factorize(frame[name].astype(str))
+        cell = pd.factorize(cell * len(values) + codes)[0]
+    few = np.bincount(cell)[cell] <= MOST_RUNS
+    gap = pd.Series(np.log(loss[order])).groupby(cell[order], sort=False).diff()
     written = np.abs(loss - np.round(loss, 6)) > 1e-12 * loss
-    copies = order[(gap < SAME).to_numpy() & written[order]]
+    copies = order[(gap < SAME).to_numpy() & (written & few)[order]]
     if not len(copies):
         return table
     keep = np.ones(len(table), dtype=bool)
