@@ -34,7 +34,7 @@ def without_identical(table: RunTable, inputs: Sequence[str]) -> RunTable:
     order = np.lexsort([np.arange(len(table)), loss])
     cell = np.zeros(len(table), dtype=np.int64)
     for name in columns:
-        codes, values = pd.factorize(frame[name].astype(str))
+        codes, values = pd.factorize(frame[name], use_na_sentinel=False)
         cell = pd.factorize(cell * len(values) + codes)[0]
     few = np.bincount(cell)[cell] <= MOST_RUNS
     gap = pd.Series(np.log(loss[order])).groupby(cell[order], sort=False).diff()

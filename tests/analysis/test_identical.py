@@ -23,6 +23,7 @@ def test_copies_are_one_measurement_and_repeats_are_not() -> None:
     assert left([loss, loss * 1.001]) == 2
     assert left([loss, loss], sae=["topk", "switch"]) == 2, "another architecture is another cell"
     assert left([loss, loss], store_id=[None, "a"]) == 2, "a missing value is a value of its own"
+    assert left([loss, loss], sae=["topk", "switch"], store_id=None) == 2, "so is one that all lack"
     assert left([0.1234, 0.1234]) == 2, "values of four digits agree by chance"
 
 
