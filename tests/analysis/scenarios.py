@@ -121,7 +121,7 @@ def _shared(rng, by: str, size: float = 0.01):
 
 def _largest_off(rng):
     frame = _frame()
-    frame.loc[len(frame) - 1, "fvu"] *= 1.05
+    frame["fvu"] = frame["fvu"].where(frame.index < len(frame) - 1, 1.05 * frame["fvu"])
     return _forecast(_table(frame, rng))
 
 
