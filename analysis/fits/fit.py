@@ -22,10 +22,11 @@ from analysis.fits.result import FitResult, failed
 from analysis.fits.run_effects import with_run_effects
 from analysis.fits.solve import MANY, SAMPLE, Optimum, minimise, minimise_many
 from analysis.fits.status import Status, status_of
-from analysis.fits.weights import SeedNoise, cell_numbers, seed_noise
+from analysis.fits.weights import SeedNoise, seed_noise
 from analysis.laws.catalogue import get
 from analysis.laws.law import Array, Law
 from analysis.notes import any_error, by_severity
+from analysis.runs.cells import cell_numbers
 from analysis.runs.curves import curve_points
 from analysis.runs.identical import without_identical
 from analysis.runs.populations import at_best_rate, one_architecture, one_setting

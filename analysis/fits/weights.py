@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import chdtrc
 
 from analysis.laws.law import Array
+from analysis.runs.cells import cell_numbers
 
 MOST_DECIMALS = 7
 """Values with this many decimals or more are taken to be written in full."""
@@ -43,15 +43,6 @@ class SeedNoise:
     def sd(self) -> float:
         """Pooled standard deviation of ln y between seeds."""
         return float(np.sqrt(self.pure_error / self.dof))
-
-
-def cell_numbers(columns: Iterable[Array]) -> np.ndarray:
-    """The number of each point's cell (points,), from 0. Points with equal values in all columns share a cell."""
-    cell = np.zeros(1, dtype=np.int64)
-    for values in columns:
-        codes, levels = pd.factorize(values)
-        cell, _ = pd.factorize(cell * len(levels) + codes)
-    return cell
 
 
 def rounding(y: Array) -> Array:

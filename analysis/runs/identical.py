@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.notes import note
+from analysis.runs.cells import cell_numbers
 from analysis.runs.table import RunTable
 
 SAME = 1e-7
@@ -32,10 +33,7 @@ def without_identical(table: RunTable, inputs: Sequence[str]) -> RunTable:
     columns = list(dict.fromkeys([*columns, *(name for name in _COLUMNS if name in frame)]))
     columns = [name for name in columns if name != table.roles["loss"]]
     order = np.lexsort([np.arange(len(table)), loss])
-    cell = np.zeros(len(table), dtype=np.int64)
-    for name in columns:
-        codes, values = pd.factorize(frame[name], use_na_sentinel=False)
-        cell = pd.factorize(cell * len(values) + codes)[0]
+    cell = cell_numbers(frame[name] for name in columns)
     few = np.bincount(cell)[cell] <= MOST_RUNS
     gap = pd.Series(np.log(loss[order])).groupby(cell[order], sort=False).diff()
     written = np.abs(loss - np.round(loss, 6)) > 1e-12 * loss

@@ -67,6 +67,10 @@ class Reference(NamedTuple):
     """Principal directions in rows, that of the largest variance first."""
     median_norm: float
 
+    def ordinary(self, norms: Float[Tensor, "*rows"]) -> Bool[Tensor, "*rows"]:
+        """Which rows are not massive."""
+        return norms <= MASSIVE * self.median_norm
+
 
 class Text(NamedTuple):
     """Contexts of held-out documents and what the model computes at the hook."""
@@ -134,7 +138,7 @@ class Shared:
             owners.append(document[:room])
             seen += len(parts[-1])
         x, document = torch.cat(parts), torch.cat(owners)
-        kept = x.norm(dim=1) <= MASSIVE * self.reference.median_norm
+        kept = self.reference.ordinary(x.norm(dim=1))
         _, document = torch.unique(document[kept], return_inverse=True)
         return Rows(x[kept], document, self.reference.mean, float(kept.double().mean()))
 
@@ -180,7 +184,7 @@ class Shared:
         tensors = self.cached(f"text-{self.text_key}", self._make_text)
         norms = tensors["hidden"].norm(dim=-1)
         content = ~torch.isin(tensors["ids"], torch.tensor(self.special.dropped))
-        kept = content & (norms <= MASSIVE * self.reference.median_norm)
+        kept = content & self.reference.ordinary(norms)
         kept[:, 0] = False
         return Text(tensors["ids"], tensors["document"], tensors["hidden"], kept, content)
 

@@ -149,6 +149,20 @@ with torch.no_grad():
 """
 
 
+def encoded(python: str, script: str, run: Path, form: str, tmp_path: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What another tool's code makes of an export and the rows of its run (`z`, `x_hat`), and our codes, dense, in its
+    units, and reconstructions."""
+    export(run, form, tmp_path / "out")
+    trained, x = load(run), rows(run)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    files = [str(tmp_path / part) for part in ("out", "x.safetensors", "z.safetensors")]
+    done = subprocess.run([python, "-W", "ignore", "-c", script, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs, codes = load_file(files[2]), trained.encode(x)
+    ours = torch.zeros_like(theirs["z"]).scatter_add_(1, codes.index, codes.values * trained.normalizer.scale)
+    return theirs, ours, trained.forward(x)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ALL if name != "prolu"])
 def test_saelens_encodes_as_we_do(name: str, tmp_path: Path) -> None:
@@ -156,17 +170,9 @@ def test_saelens_encodes_as_we_do(name: str, tmp_path: Path) -> None:
     python = os.environ.get("INTEROP_PYTHON")
     if not python:
         pytest.skip("INTEROP_PYTHON names no Python with sae-lens and eai-sparsify")
-    run = architecture_run(name, tmp_path)
-    export(run, "saelens", tmp_path / "out")
-    trained, x = load(run), rows(run)
-    save_file({"x": x}, tmp_path / "x.safetensors")
-    files = [str(tmp_path / part) for part in ("out", "x.safetensors", "z.safetensors")]
-    done = subprocess.run([python, "-W", "ignore", "-c", ENCODERS, *files], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    theirs, codes = load_file(files[2]), trained.encode(x)
-    ours = torch.zeros_like(theirs["z"]).scatter_add_(1, codes.index, codes.values * trained.normalizer.scale)
+    theirs, ours, x_hat = encoded(python, ENCODERS, architecture_run(name, tmp_path), "saelens", tmp_path)
     torch.testing.assert_close(theirs["z"], ours, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(theirs["x_hat"], trained.forward(x), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(theirs["x_hat"], x_hat, rtol=1e-5, atol=1e-4)
 
 
 DICTIONARY = """
@@ -189,18 +195,11 @@ def test_dictionary_learning_encodes_as_we_do(name: str, tmp_path: Path) -> None
     if not python:
         pytest.skip("DICTIONARY_PYTHON names no Python with dictionary_learning")
     run = architecture_run(name, tmp_path)
-    export(run, "dictionary_learning", tmp_path / "out")
-    trained, x = load(run), rows(run)
-    save_file({"x": x}, tmp_path / "x.safetensors")
-    files = [str(tmp_path / part) for part in ("out", "x.safetensors", "z.safetensors")]
-    done = subprocess.run([python, "-W", "ignore", "-c", DICTIONARY, *files], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    theirs, codes = load_file(files[2]), trained.encode(x)
-    ours = torch.zeros_like(theirs["z"]).scatter_add_(1, codes.index, codes.values * trained.normalizer.scale)
+    theirs, ours, x_hat = encoded(python, DICTIONARY, run, "dictionary_learning", tmp_path)
     if not ARCHITECTURES[name].per_token:  # at inference theirs is a Multi-TopK with k latents, as ours
         assert torch.equal(theirs["z"] > 0, ours > 0)
     torch.testing.assert_close(theirs["z"], ours, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(theirs["x_hat"], trained.forward(x), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(theirs["x_hat"], x_hat, rtol=1e-5, atol=1e-4)
 
 
 LOADERS = """
