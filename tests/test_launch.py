@@ -20,7 +20,7 @@ MINILM = "activations=minilm"
 
 WRONG = {
     "no value": (["sae.k"], "cannot read the override 'sae.k'"),
-    "empty value": (["sae.k="], "could not be converted to Integer"),
+    "empty value": (["sae.k="], "sae.k: takes a whole number, not ''"),
     "unbalanced": (["sae.k=[1,2"], "cannot read the override"),
     "group misspelt": (["sea=topk"], "there is no key 'sea'; did you mean sae"),
     "option misspelt": (["sae=tokp"], "sae=tokp: there is no such sae configuration; did you mean topk?"),
@@ -29,9 +29,11 @@ WRONG = {
     "key of another group": (["optim.lr=1"], "did you mean train.lr?"),
     "added key": (["+sae.foo=1"], "there is no key 'sae.foo'"),
     "deleted key": (["~sae.k"], "would remove a key that every run needs"),
-    "wrong type": (["sae.k=two"], "sae.k: Value 'two' of type 'str' could not be converted to Integer"),
+    "wrong type": (["sae.k=two"], "sae.k: takes a whole number, not 'two'"),
     "wrong type in a sweep": (["sae.k=2,two"], "sae.k=two"),
-    "not a whole number": (["sae.k=2.5"], "could not be converted to Integer"),
+    "not a whole number": (["sae.k=2.5"], "sae.k: takes a whole number, not '2.5'"),
+    "an exponent": (["sae.n_latents=16e3"], "sae.n_latents: takes a whole number, not '16000.0'; write 16000"),
+    "no number": (["train.lr=fast"], "train.lr: takes a number, not 'fast'"),
     "null": (["sae.k=null"], "not Optional"),
     "interval": (["sae.k=interval(1,3)"], "an interval has no list of values"),
     "hydra key": (["hydra.run.dir=x"], "has no effect"),
@@ -177,7 +179,7 @@ def test_damaged_records_are_named(file: str, part: str, tmp_path: Path, capsys:
         (sweeps, ["--arch", "tokp"], "choose from: topk, switch"),
         (sweeps, ["--tokens", "10e3", "--dry-run", "train.warmup_tokens=20e3"], "cells: train.warmup_tokens=20000"),
         (sweeps, ["--study", "quik"], "there is no study 'quik'"),
-        (sweeps, ["--width", "256,x"], "could not be converted to Integer"),
+        (sweeps, ["--width", "256,x"], "takes a whole number, not 'x'"),
         (sweeps, ["--activations", "minlm"], "did you mean minilm?"),
     ],
 )

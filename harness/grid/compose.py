@@ -6,8 +6,9 @@ Hydra's own multirun is not used: it can neither skip finished runs nor resume (
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -109,10 +110,21 @@ def one_line(error: Exception) -> str:
     """What a Hydra or OmegaConf exception says is wrong, with the key, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0] if lines else type(error).__name__
+    if wrong := re.fullmatch(r"Value '(.*)' of type '\w+' could not be converted to (Integer|Float)", message):
+        kind = "a whole number" if wrong[2] == "Integer" else "a number"
+        message = f"takes {kind}, not '{wrong[1]}'" + _in_digits(wrong[1])
     if isinstance(error, OmegaConfBaseException) and error.full_key and error.full_key not in message:
         return f"{error.full_key}: {message}"
     details = [line for line in lines[1:] if not line.startswith(("full_key", "object_type", "reference_type"))]
     return " ".join([message, *details[:2]])
+
+
+def _in_digits(text: str) -> str:
+    """What to write instead of a whole number that Hydra took for a fraction, such as 16e3."""
+    with suppress(ValueError):
+        if (number := float(text)).is_integer() and abs(number) < 2**53:
+            return f"; write {number:.0f}"
+    return ""
 
 
 def compose_settings(overrides: Sequence[str]) -> DictConfig:
