@@ -1,5 +1,6 @@
 # Every target works as the first command after a clone. No logic here: variables are passed on, empty ones ignored.
 #   make sweep WIDTH=256,512,1024 K=8,16 ARCH=topk,switch EXPERTS=8 TOKENS=1e6 SEEDS=0,1 ACTIVATIONS=minilm
+#   make sweep UNTIL="forecast n=2**17 k=64 within 3%" BUDGET=1e17   chooses further cells until that is reached
 #   make sweep STUDY=standard SWEEP=mine OUT=runs CLUSTER=local DP=1 SHARD=1 ARGS="train.precision=fp32"
 PYTHON ?= python3
 OUT ?= runs
@@ -16,6 +17,8 @@ CLUSTER ?=
 DP ?=
 SHARD ?=
 METRICS ?=
+UNTIL ?=
+BUDGET ?=
 ARGS ?=
 SHAPES ?= C1,C2,C3
 SLURM_DIR ?= $(OUT)/_slurm
@@ -41,7 +44,7 @@ setup: $(READY) ## make .venv and install what requirements.lock pins
 sweep: $(READY) ## train what is missing of STUDY (default quick), fit, write the report
 	@$(PY) -m sweeps --study "$(STUDY)" --width "$(WIDTH)" --k "$(K)" --arch "$(ARCH)" --experts "$(EXPERTS)" \
 		--activations "$(ACTIVATIONS)" --tokens "$(TOKENS)" --seeds "$(SEEDS)" --cluster "$(CLUSTER)" --dp "$(DP)" \
-		--shard "$(SHARD)" --sweep "$(SWEEP)" --out "$(OUT)" $(ARGS)
+		--shard "$(SHARD)" --sweep "$(SWEEP)" --out "$(OUT)" --until "$(UNTIL)" --budget "$(BUDGET)" $(ARGS)
 
 evaluate: $(READY) ## judge the finished SAEs of a sweep (SWEEP, OUT; METRICS=downstream,geometry, default all)
 	@$(PY) -m harness.evaluate "$(SWEEP_DIR)" $(if $(METRICS),--metrics "$(METRICS)") $(ARGS)

@@ -58,7 +58,11 @@ def _cancel_elements(elements: Sequence[tuple[client.Element, list[str]]], run_i
     for element, runs in chosen:
         others = sorted(set(runs) - set(run_ids)) if run_ids else []
         together = f"; trained together with it and cancelled too: {', '.join(others)}" if others else ""
-        yield f"job {element.id} cancelled ({len(runs)} runs{together})" if runs else f"harvest {element.id} cancelled"
+        yield (
+            f"job {element.id} cancelled ({len(runs)} runs{together})"
+            if runs
+            else f"job {element.id} ({element.name}) cancelled"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

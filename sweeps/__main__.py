@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +20,14 @@ from harness.grid.study import load_study
 from harness.mirror.offline import sync_command, unsent
 from harness.process.signals import stop_on_signals
 from harness.progress import own_progress
-from harness.sweep.execute import launch
+from harness.sweep.execute import Outcome, launch
 from harness.sweep.request import Request
 from harness.terminal import python_command, run_command, say, shown_path, this_command
 
 DEFAULT_STUDY = "quick"
+
+CONTINUED = "--continued"
+"""Option with which a job of a sweep that chases a forecast goes on."""
 
 OVERRIDES = {
     "width": ("sae.n_latents", "numbers of latents, e.g. 256,512"),
@@ -91,7 +95,7 @@ def command(arguments: argparse.Namespace) -> str:
     """What to type to run the same again: `make sweep …` if make has started this, else the command of this process."""
     if "MAKELEVEL" not in os.environ:
         return this_command()
-    options = {name: getattr(arguments, name) for name in ("study", "arch", *OVERRIDES)}
+    options = {name: getattr(arguments, name) for name in ("study", "arch", *OVERRIDES, "until", "budget")}
     given = {name: value.strip() for name, value in options.items() if value.strip()}
     defaults = {"study": DEFAULT_STUDY, "out": "runs"}
     words = [f"{name.upper()}={value}" for name, value in given.items() if value != defaults.get(name)]
@@ -110,10 +114,36 @@ def parser() -> argparse.ArgumentParser:
         result.add_argument(f"--{name}", default="", metavar="A,B", help=f"{text} ({key})")
     result.add_argument("--dry-run", action="store_true", help="show cells and costs; write nothing")
     result.add_argument(
+        "--until", default="", metavar="GOAL", help="add cells until 'forecast n=2**17 k=64 within 3%%' is reached"
+    )
+    result.add_argument("--budget", default="", metavar="FLOPS", help="of the whole sweep, with --until; e.g. 1e17")
+    result.add_argument(CONTINUED, action="store_true", help=argparse.SUPPRESS)
+    result.add_argument(
         "--wait", action="store_true", help="with CLUSTER=slurm: return, with a report, when all have ended"
     )
     result.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further Hydra overrides")
     return result
+
+
+def _chase(asked: Request, arguments: argparse.Namespace, again: str, argv: Sequence[str]) -> Outcome:
+    if not arguments.until.strip() or not arguments.budget.strip():
+        raise UserError(
+            "--until (UNTIL) and --budget (BUDGET) go together, "
+            "e.g. UNTIL='forecast n=2**17 k=64 within 3%' BUDGET=1e17"
+        )
+    if arguments.wait:
+        raise UserError("--wait and --until (UNTIL) exclude each other: on Slurm nothing waits, jobs decide")
+    from sweeps.until import chase, parse_budget, parse_goal
+
+    return chase(
+        asked,
+        parse_goal(arguments.until),
+        parse_budget(arguments.budget),
+        dry_run=arguments.dry_run,
+        continued=arguments.continued,
+        again=again,
+        goes_on=["sweeps", *(word for word in argv if word != CONTINUED), CONTINUED],
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         wait, again = arguments.wait, command(arguments)
         asked = request(arguments)
         metrics = asked.study.evaluate if asked.study is not None else ()
-        outcome = launch(asked, dry_run=arguments.dry_run, wait=wait, command=again)
+        if arguments.until.strip() or arguments.budget.strip():
+            outcome = _chase(asked, arguments, again, sys.argv[1:] if argv is None else argv)
+        else:
+            outcome = launch(asked, dry_run=arguments.dry_run, wait=wait, command=again)
     except UserError as error:
         say(f"error: {error}")
         return WRONG_REQUEST
@@ -132,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if metrics and not evaluate(sweep_dir, metrics):
             return INTERRUPTED
         report(sweep_dir)
-    if outcome.exit_code:
+    if outcome.exit_code and not arguments.until.strip():
         for sweep_dir in outcome.sweep_dirs:
             say(f"some cells are not done; which and why: {python_command('harness.status', sweep_dir)}")
     return outcome.exit_code

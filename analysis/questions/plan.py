@@ -140,6 +140,7 @@ def plan(
     k: Sequence[float],
     cap: float | None = None,
     most_runs: int = 200,
+    truths: Sequence[Array] | None = None,
 ) -> Plan:
     """Choose further cells (n, k, repeats) for the forecast of an n–k law at `target`, e.g. {"n": 2**20, "k": 64}.
 
@@ -149,6 +150,7 @@ def plan(
         n, k: Candidate sizes; every pair whose cost is within the cap is a candidate.
         cap: Most FLOPs of one run (default: half of the budget).
         most_runs: Most runs of the plan.
+        truths: What `plausible_truths(result)` gives, where several plans are made from one fit.
 
     Raises `UserError` if the law is not one of n and k, the fit failed, the target is too far, or no candidate is
     affordable.
@@ -167,7 +169,7 @@ def plan(
     grid = {"n": np.array([a for a, _ in pairs], float), "k": np.array([b for _, b in pairs], float)}
     price = np.array([cost(a, b) for a, b in pairs])
     goal = {name: np.array([target[name]], float) for name in law.inputs}
-    thetas = _identified(result, [result.theta, *_plausible(result)])
+    thetas = _identified(result, [result.theta, *(plausible_truths(result) if truths is None else truths)])
     worlds = [_world(result, theta, grid, goal) for theta in thetas]
     start, jac, g = (np.stack(parts) for parts in zip(*worlds, strict=True))
     noise = result.variance
@@ -187,9 +189,10 @@ def plan(
     )
 
 
-def _plausible(result: FitResult) -> list[Array]:
-    """Coefficients of refits to data simulated from the fit (its values, its residual noise)."""
-    assert result.problem is not None
+def plausible_truths(result: FitResult) -> list[Array]:
+    """Coefficients of refits to data simulated from the fit (its values, its residual noise); none without its data."""
+    if result.problem is None:
+        return []
     rng, problem = np.random.default_rng(0), result.problem
     fitted = problem.law.log_value(result.theta, problem.phi)
     spread = math.sqrt(result.variance) / problem.root_weight

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.config import ClusterConfig, MeshConfig
@@ -57,15 +59,7 @@ def job_script(
         "--requeue" if cluster.requeue else "--no-requeue",
         *cluster.flags,
     ]
-    for flag in flags:
-        if not flag.isprintable():
-            raise UserError(
-                f"{flag!r} has a line break or another control character, and Slurm reads flags line by line"
-            )
-    if "\\" in str(directory):
-        raise UserError(
-            f"{directory} has a backslash, after which Slurm reads paths in another way; choose another out="
-        )
+    _check(flags, directory)
     srun = [
         "srun",
         "--kill-on-bad-exit=1",
@@ -99,6 +93,42 @@ def job_script(
         f'exec {python} -m harness.places.slurm end {here} "$SLURM_ARRAY_TASK_ID" $?',
     ]
     return "\n".join(lines) + "\n"
+
+
+def decision_script(directory: Path, cluster: ClusterConfig, command: Sequence[str]) -> str:
+    """The script of a job of one process that runs `python -m COMMAND`. Raises `UserError` as
+    `job_script` does."""
+    flags = [
+        f"--job-name={directory.name}",
+        f"--output={str(directory).replace('%', '%%')}/log/%j.out",
+        f"--time={cluster.harvest_time}",
+        *resources(dataclasses.replace(cluster, tasks_per_node=1), 1),
+        *cluster.flags,
+    ]
+    _check(flags, directory)
+    python = [*cluster.container, cluster.python or sys.executable]
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {shlex.quote(flag)}" for flag in flags),
+        "",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
+        *cluster.setup,
+        f"exec {quoted([*python, '-m', *command])}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _check(flags: Sequence[str], directory: Path) -> None:
+    """Raises `UserError` for flags and paths that Slurm would not read as they are meant."""
+    for flag in flags:
+        if not flag.isprintable():
+            raise UserError(
+                f"{flag!r} has a line break or another control character, and Slurm reads flags line by line"
+            )
+    if "\\" in str(directory):
+        raise UserError(
+            f"{directory} has a backslash, after which Slurm reads paths in another way; choose another out="
+        )
 
 
 def _network(cluster: ClusterConfig) -> list[str]:

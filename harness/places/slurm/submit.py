@@ -21,7 +21,7 @@ from harness.files import fsync_directory, write_json_atomic, write_text_atomic
 from harness.places.slurm import client
 from harness.places.slurm.environment import ignored_defaults
 from harness.places.slurm.queue import arrays, arrays_root, live_elements
-from harness.places.slurm.script import job_script
+from harness.places.slurm.script import decision_script, job_script
 from harness.process.claim import claim
 from harness.record.job import Job
 from harness.record.provenance import command_line, now
@@ -32,6 +32,9 @@ from harness.record.state import state_of
 from harness.terminal import say
 
 LEAD_MARGIN_S = 60
+
+DECISION = "decision"
+"""In the name of a job that decides what a sweep trains next."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,35 @@ def submit_runs(runs: Sequence[Run], estimates: Estimates) -> int:
         message = f"Slurm refused: {refused}; nothing was submitted; what a job asks for is set by cluster.*=…"
         raise UserError(message) from refused
     return sum(array.jobs for array in submitted)
+
+
+def submit_decision(sweep_dir: Path, config: Config, command: Sequence[str]) -> None:
+    """Submit a job of one process that runs `python -m COMMAND` when all jobs of the sweep have ended.
+
+    Does nothing if one waits already. Raises `UserError` when Slurm refuses.
+    """
+    with claim(arrays_root(sweep_dir) / "submit.lock", wait=True):
+        live = [element for element, _ in live_elements(sweep_dir)]
+        decisions = [element for element in live if element.name.startswith(f"{sweep_dir.name}-{DECISION}-")]
+        if any(element.state == "PENDING" for element in decisions):
+            return
+        working = {element.id.partition("_")[0] for element in live if element not in decisions}
+        directory = _array_directory(sweep_dir, DECISION)
+        write_json_atomic(directory / "runs.json", [[]])
+        after = [f"--dependency=afterany:{':'.join(sorted(working))}"] if working else []
+        try:
+            text = decision_script(directory.resolve(), config.cluster, command)
+            write_text_atomic(directory / "job.sh", text)
+            fsync_directory(directory)
+            job_id = client.submit(str(directory / "job.sh"), *after)
+        except client.SlurmError as refused:
+            shutil.rmtree(directory)
+            raise UserError(
+                f"Slurm refused the job that decides what comes next: {refused}; the runs go on, and the same command "
+                "decides when they have ended"
+            ) from refused
+        write_json_atomic(directory / "submitted.json", {"job_id": job_id, "jobs": 1, "time": now()})
+        say(f"job {job_id} decides what comes next, when these have ended")
 
 
 def _submit_sweep(sweep_dir: Path, runs: Sequence[Run], estimates: Estimates, submitted: list[Submitted]) -> None:
