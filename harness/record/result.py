@@ -17,6 +17,7 @@ from harness.schema import (
     FILE_NAME,
     FLAG,
     OBJECT,
+    SEAL,
     SHA256,
     TEXT,
     dict_of,
@@ -26,8 +27,10 @@ from harness.schema import (
     one_of,
     optional,
     read_json,
+    sealed,
     text,
     whole,
+    with_seal,
 )
 
 FINAL = ("done", "diverged")
@@ -53,14 +56,16 @@ _OTHERS = {
     "finished": TEXT,
 }
 
-_RESULT = fields(
-    {
-        "status": one_of("done", "diverged", "failed"),
-        "weights?": dict_of(SHA256, FILE_NAME),
-        "notes?": list_of(TEXT),
-    }
-    # null stands for a number that is not finite or unknown
-    | {f"{name}?": optional(check) for name, check in (_NUMBERS | _OTHERS).items()}
+_RESULT = sealed(
+    fields(
+        {
+            "status": one_of("done", "diverged", "failed"),
+            "weights?": dict_of(SHA256, FILE_NAME),
+            "notes?": list_of(TEXT),
+        }
+        # null stands for a number that is not finite or unknown
+        | {f"{name}?": optional(check) for name, check in (_NUMBERS | _OTHERS).items()}
+    )
 )
 
 
@@ -70,14 +75,15 @@ def unfinished(runs: Sequence[Run]) -> list[Run]:
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """The content of `result.json`; None when the run has not ended. Raises `UserError` when it is damaged or belongs
-    to another run."""
+    """The content of `result.json`; None when the run has not ended. Raises `UserError` when it is damaged, was
+    edited or belongs to another run."""
     path = run_dir / names.RESULT
     try:
         result = read_json(path, _RESULT, "remove it to run this cell again")
     except FileNotFoundError:
         return None
     require_own(path, run_dir, result.get("run_id", run_dir.name))
+    result.pop(SEAL, None)
     return result
 
 
@@ -101,7 +107,7 @@ def write_result(run: Run, outcome: Mapping[str, Any], started: str) -> dict[str
         "finished": now(),
         "config": to_container(config),
     }
-    write_json_atomic(run.run_dir / names.RESULT, result)
+    write_json_atomic(run.run_dir / names.RESULT, with_seal(result))
     return result
 
 
