@@ -66,11 +66,13 @@ def fit_from(args: argparse.Namespace, table: RunTable, law: Law | None = None) 
         starts=args.starts,
         seed=args.random_seed,
         regime=args.regime,
+        edges="keep" if args.keep_edges else "leave_out",
     )
 
 
 def run_compare(args: argparse.Namespace, table: RunTable) -> int:
     """Print the laws of `--laws` side by side; 1 if none can be fitted."""
+    args.keep_edges = True  # laws are compared on the same rows
     fits = [fit_from(args, table, get(name)) for name in args.laws.split(",")]
     refused = [refuse(result, table) for result in fits]
     if all(refused):

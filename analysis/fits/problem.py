@@ -58,6 +58,10 @@ class Problem:
         with np.errstate(over="ignore", invalid="ignore"):
             return self._whitened(self.root_weight[:, None] * self.law.jacobian(theta, self.phi))
 
+    def unit(self) -> Array:
+        """What an equal rise of ln y at all points takes from the residuals (points,)."""
+        return self._whitened(self.root_weight)
+
     def _whitened(self, values: Array) -> Array:
         """Values (points, …) less a share of their mean over each run."""
         if self.group is None or self.shrink == 0.0:
