@@ -97,7 +97,7 @@ def run_predict(args: argparse.Namespace, table: RunTable, result: FitResult) ->
     for point in points:
         check_point(result, table, point, args.far)
     inputs = {name: np.array([point[name] for point in points]) for name in given}
-    band = result.predict(inputs, args.kind)
+    band = result.forecast(inputs, args.kind)
     sizes = inputs[result.law.scale_input]
     if any(is_far(result, size) for size in sizes):
         band["far"] = ["far" if is_far(result, size) else "" for size in sizes]

@@ -213,7 +213,7 @@ def _forecasts(table: RunTable, k: float | None, result: FitResult) -> list[dict
         n = largest * np.array(BEYOND)
         sizes = [name for name in result.law.inputs if name != "d"]  # without tokens: at convergence
         inputs = {name: np.full(len(n), level) if name == "k" else n for name in sizes}
-        mean, new = (result.predict(inputs, kind) for kind in ("mean", "new_run"))
+        mean, new = (result.forecast(inputs, kind) for kind in ("mean", "new_run"))
         for i, size in enumerate(n):
             row = {"n": float(size), "k": float(level), "extrapolation": float(mean["extrapolation"][i])}
             row |= {"value": float(mean["value"][i]), "notes": result.band_notes(mean)}
