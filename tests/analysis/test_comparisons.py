@@ -299,6 +299,9 @@ def test_broken_power_law_finds_the_break():
     assert result.values["x1"] == pytest.approx(300, rel=1e-3)
     assert result.values["a"] == pytest.approx(0.2, rel=1e-3) and result.values["c"] == pytest.approx(0.4, rel=1e-3)
     assert compare([result, fit(table, "power_floor")])["law"][0] == "bnsl1"
+    level = y - 0.01
+    alone = fit(RunTable(pd.DataFrame({"x": x, "y": level}), {"x": "x", "loss": "y"}), "bnsl1_no_floor", ci="wald")
+    assert alone.values == pytest.approx({"A": 2.0, "x1": 300, "f": 0.5, "a": 0.2, "c": 0.4}, rel=1e-6)
 
 
 def test_bilinear_experts_and_monomial():
