@@ -126,7 +126,10 @@ def influence_notes(found: list[Influence], scale: str, noiseless: bool) -> list
         return []
     notes, worst = [], found[0]
     if worst.shift > DECIDES:
-        text = f"the cell {worst.where} decides the exponents: without it {worst.values}, which excludes the fit to all"
+        text = (
+            f"one cell, {worst.where}, decides the exponents: without it they are {worst.values}, and their intervals "
+            "do not hold the values with it"
+        )
         notes.append(note("one_cell_decides", "error", text))
     largest = max(entry.cell[scale] for entry in found)
     last = [entry for entry in found if entry.cell[scale] == largest]

@@ -96,4 +96,4 @@ def test_equal_floors_are_fitted_as_one_and_the_other_way_is_told():
     found = multiplier(table)
     assert not found.own_floors and found.at_loss is None and found.p_floor >= 0.1
     assert found.value == pytest.approx(truth, rel=0.05) and found.lo is not None and found.hi is not None
-    assert found.otherwise is not None and "with floors of their own" in floors_words(found)
+    assert found.otherwise is not None and "with a floor for each" in floors_words(found)
