@@ -142,7 +142,7 @@ def test_unfinished_runs_keep_their_reason():
         (["multiplier", str(QUICK)], 0, "executed FLOPs"),
         (["multiplier", str(QUICK), "--where", "sae=topk"], 1, ""),
         (["frontier", str(QUICK), "--where", "k<=16"], 0, "training FLOPs without AuxK"),
-        (["best-rates", str(QUICK)], 0, "grid_lr"),
+        (["best-rates", str(QUICK)], 1, ""),
         (["isoflop", str(QUICK)], 1, ""),
         (["frontier", str(QUICK), "--where", "k<=x"], 2, ""),
     ],

@@ -101,7 +101,7 @@ def _few_decade_ticks(ax: Axes) -> None:
     low, high = ax.get_xlim()
     narrow = low > 0 and np.log10(high / low) < 2
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=12))
-    ax.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False))
+    ax.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
