@@ -19,8 +19,8 @@ CURVES_READ = 40
 """Most runs whose curves are read to see whether they still fall."""
 
 CONSTANT_RATE = (
-    "train with a constant rate (train.decay_fraction=0 train.schedule=constant), then fit sae_nkd, which has a term for "
-    "tokens; or train.until=convergence"
+    "train with a constant rate (train.decay_fraction=0), then fit sae_nkd, which has a term for tokens; or "
+    "train.until=convergence"
 )
 """What to do about a level at a budget if the rates decay, so that no curve says what more tokens bring."""
 
