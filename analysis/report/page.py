@@ -40,7 +40,10 @@ from harness.errors import UserError
 from harness.files import write_text_atomic
 from harness.record import names
 
-DOUBTS = ("untuned_rates", "one_data_order", "identical_repeats", "edge_rows", "one_cell_decides", "large_residuals")
+DOUBTS = (
+    *("untuned_rates", "one_data_order", "identical_repeats", "edge_rows", "one_cell_decides", "large_residuals"),
+    *("structured_residuals", "lack_of_fit"),
+)
 """Notes on fits that belong before the numbers: no interval holds what they say."""
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

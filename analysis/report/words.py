@@ -176,9 +176,9 @@ def floors_words(result: Multiplier) -> str:
     if result.own_floors:
         used, other = f"{apart}, as a common one has p = {p}", common
     if result.otherwise is None or result.otherwise[0] is None:
-        return f"with {used}; with {other} there is no number"
+        return f"with {used}; with {other}, there is no number"
     value, low, high = result.otherwise
-    return f"with {used}; with {other} TopK / Switch is {number(value)} {interval(low, high)}"
+    return f"with {used}; with {other}, TopK / Switch is {number(value)} {interval(low, high)}"
 
 
 def _contradicts(value: float | None, other: float) -> bool:
