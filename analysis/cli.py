@@ -138,6 +138,9 @@ def _add_fit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--regime", default="auto", choices=REGIMES, help="runs at convergence or at fixed tokens; `all` mixes them"
     )
+    parser.add_argument(
+        "--keep-edges", action="store_true", help="also fit the rows at an edge that do not belong to the others"
+    )
     parser.add_argument("--starts", type=int, default=64)
     parser.add_argument("--far", action="store_true", help="also forecast beyond 8 times the largest n of the runs")
     parser.add_argument("--random-seed", type=int, default=0, help="seed of the random starts and resamples")

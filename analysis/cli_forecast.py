@@ -66,11 +66,13 @@ def fit_from(args: argparse.Namespace, table: RunTable, law: Law | None = None) 
         starts=args.starts,
         seed=args.random_seed,
         regime=args.regime,
+        edges="keep" if args.keep_edges else "leave_out",
     )
 
 
 def run_compare(args: argparse.Namespace, table: RunTable) -> int:
     """Print the laws of `--laws` side by side; 1 if none can be fitted."""
+    args.keep_edges = True  # laws are compared on the same rows
     fits = [fit_from(args, table, get(name)) for name in args.laws.split(",")]
     refused = [refuse(result, table) for result in fits]
     if all(refused):
@@ -95,7 +97,7 @@ def run_predict(args: argparse.Namespace, table: RunTable, result: FitResult) ->
     for point in points:
         check_point(result, table, point, args.far)
     inputs = {name: np.array([point[name] for point in points]) for name in given}
-    band = result.predict(inputs, args.kind)
+    band = result.forecast(inputs, args.kind)
     sizes = inputs[result.law.scale_input]
     if any(is_far(result, size) for size in sizes):
         band["far"] = ["far" if is_far(result, size) else "" for size in sizes]

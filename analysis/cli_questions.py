@@ -16,6 +16,7 @@ from analysis.report.findings import compared_architectures
 from analysis.report.words import law_sentences, multiplier_sentences, rate_sentences
 from analysis.runs.axes import AXES, at_equal_flops, axis_words
 from analysis.runs.curves import evaluations
+from analysis.runs.populations import at_best_rate
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 from harness.terminal import say, table
@@ -87,7 +88,11 @@ def run_multiplier(args: argparse.Namespace, runs: RunTable) -> int:
 
 
 def run_best_rates(args: argparse.Namespace, runs: RunTable) -> int:
-    """Print the best learning rate of every n and k, and its slope in n."""
+    """Print the best learning rate of every n and k, and its slope in n; 1 if every cell was run at one rate."""
+    runs = runs.use("n", "k", "lr", "loss")
+    if runs.has("lr") and len(at_best_rate(runs)) == len(runs):
+        say(f"{runs.name}: every cell was run at one learning rate; run several, e.g. train.lr_factor=2,4,8")
+        return 1
     kinds = runs.frame["sae"].unique() if "sae" in runs.frame else [None]
     for kind in kinds:
         part = runs if kind is None else runs.where("another architecture", sae=kind)

@@ -25,6 +25,7 @@ REMEDIES = {
     "unknown_words": "use words such as done, finished, failed for the status, and yes and no for converged",
     "commented_rows": "remove the # if they are rows, or put the value in quotes",
     "unconverged_run": "train longer (train.until=convergence), or read the law as one at fixed tokens",
+    "convergence_unsure": "evaluate on more rows (train.eval_rows), or train on to a smaller train.convergence_epsilon",
     "repeated_rows": "harvest more rows (activations.tokens), or read the law as one of repeated rows",
     "not_monotone": "look at the learning rates and dead latents of these sizes before reading the law",
     "mixed_dead_latents": "dead latents bend the law: lower the learning rate or strengthen AuxK where many die",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 from analysis.laws.law import Law
 from analysis.notes import Note, by_severity, note
@@ -18,6 +19,11 @@ SAME_TOKENS = 1.05
 """Ratio of the most to the fewest tokens up to which runs count as equally long."""
 CONVERGED_GAIN = 0.01
 """Relative gain over the last doubling of tokens above which a run without a `converged` flag is not converged."""
+
+EPSILON = "train.convergence_epsilon"
+"""The column with the gain over a doubling of tokens below which a run counts as converged."""
+SURE = 2.0
+"""Standard errors by which the gain of a converged run should lie below that."""
 
 
 def check_table(table: RunTable, law: Law) -> list[Note]:
@@ -61,6 +67,7 @@ def _data(table: RunTable, law: Law) -> list[Note]:
             severity = "warning" if converged.any() else "info"
             text = f"{int((~converged).sum())} of {len(frame)} runs are not converged"
             notes.append(note("unconverged_run", severity, text))
+        notes += _unsure(table, converged)
     elif table.histories:
         steep = [run for run, gain in last_doubling(table).items() if gain > CONVERGED_GAIN]
         if steep:
@@ -80,6 +87,23 @@ def _data(table: RunTable, law: Law) -> list[Note]:
         if np.ptp(log_n) > 0 and np.std(residual) < 0.02 * np.std(log_c):
             notes.append(note("confounded_n_flops", "info", "FLOPs follow from n alone in these runs"))
     return notes
+
+
+def _unsure(table: RunTable, converged: pd.Series) -> list[Note]:
+    """A note if runs count as converged although their last gain is below ε by less than its error."""
+    frame = table.frame
+    if not {"gain", "gain_se", EPSILON} <= set(frame):
+        return []
+    gain, se, epsilon = (pd.to_numeric(frame[name], errors="coerce") for name in ("gain", "gain_se", EPSILON))
+    unsure = converged & (gain + SURE * se >= epsilon)
+    if not unsure.any():
+        return []
+    run = frame.index[unsure][0]
+    example = f"{frame.loc[run, table.roles['run']]}: {100 * gain[run]:.2g} ± {100 * se[run]:.1g} %"
+    text = (
+        f"{int(unsure.sum())} run(s) gained less than ε over their last doubling by less than the error, e.g. {example}"
+    )
+    return [note("convergence_unsure", "info", text)]
 
 
 def _population(table: RunTable, law: Law) -> list[Note]:

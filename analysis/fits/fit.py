@@ -7,13 +7,14 @@ projection and from a random generator; intervals are profile-F; repeated cells 
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 import numpy as np
 
 from analysis.fits.bootstrap import cluster_bootstrap, percentile_intervals
 from analysis.fits.checks import check_fit
 from analysis.fits.design import check_table
-from analysis.fits.influence import edge_notes, influence_notes, influences
+from analysis.fits.influence import Edge, doubtful_edge, influence_notes, influences
 from analysis.fits.intervals import covariance, noiseless, profile, wald
 from analysis.fits.nested import compare_nested
 from analysis.fits.problem import Problem, pose, starting_points
@@ -25,7 +26,7 @@ from analysis.fits.status import Status, status_of
 from analysis.fits.weights import SeedNoise, seed_noise
 from analysis.laws.catalogue import get
 from analysis.laws.law import Array, Law
-from analysis.notes import any_error, by_severity
+from analysis.notes import any_error, by_severity, has, note
 from analysis.runs.cells import cell_numbers
 from analysis.runs.curves import curve_points
 from analysis.runs.identical import without_identical
@@ -37,6 +38,12 @@ from harness.errors import UserError
 SIGNIFICANT_SLOPE = 0.1
 """`weights="auto"` weights only if the noise depends on scale with this p-value. With few repeats the slope of the
 noise is itself noise, and weighting by it would do harm."""
+
+EDGE = "does not belong to the fit of the others"
+"""How the reason ends for which rows at an edge are left out."""
+
+MISFIT = ("structured_residuals", "large_residuals")
+"""Notes by which rows do not follow a law: then others that do not follow it either are not to blame."""
 
 
 def fit(
@@ -51,6 +58,7 @@ def fit(
     starts: int = 64,
     seed: int = 0,
     regime: str = "auto",
+    edges: str = "leave_out",
     evaluations: int = 2000,
     resamples: int = 1000,
 ) -> FitResult:
@@ -66,6 +74,9 @@ def fit(
         starts: Starts of the optimiser; `seed` fixes the random ones.
         regime: Runs at convergence and runs at fixed tokens follow different laws in n: `converged`, `fixed`, `all`, or
             `auto` (the converged runs if they suffice). A law in tokens or FLOPs takes all runs.
+        edges: What becomes of the rows at the smallest or largest value of an input if they do not belong to the fit of
+            the others: `leave_out`, unless the others do not follow the law either, or `keep`. Both give the note
+            `edge_rows`.
         evaluations: Most evaluations of the residuals per start.
         resamples: Bootstrap resamples.
 
@@ -73,7 +84,7 @@ def fit(
     wrong request: an unknown option, a role without a column, a regime without runs.
     """
     chosen = get(law) if isinstance(law, str) else law
-    _check_request(robust, delta, weights, ci, level, starts, regime)
+    _check_request(robust, delta, weights, ci, level, starts, regime, edges)
     table = one_architecture(table.use(*chosen.inputs, "loss"), chosen)
     if not follows_tokens(chosen, table):
         table = one_regime(table, regime, lambda part: not any_error(check_table(part, chosen)))
@@ -83,20 +94,66 @@ def fit(
     table = without_identical(table, chosen.inputs)
     if {"n", "k", "d"} <= set(chosen.inputs):
         table = curve_points(table)
-    notes = check_table(table, chosen)
+    fit_rows = partial(
+        _fit_rows,
+        law=chosen,
+        huber=delta if robust == "huber" else None,
+        weights=weights,
+        ci="bootstrap" if robust == "huber" and ci == "profile" else ci,
+        level=level,
+        starts=starts,
+        seed=seed,
+        evaluations=evaluations,
+        resamples=resamples,
+    )
+    result, edge = fit_rows(table)
+    if edge is None:
+        return result
+    others, further = result, edge
+    whole_runs = edge.input != "d" or not table.column("run").duplicated().any()
+    if edges == "leave_out" and whole_runs:
+        assert result.problem is not None
+        belongs = np.ones(len(table), dtype=bool)
+        belongs[result.problem.order[edge.points]] = False
+        reason = f"{edge.input} = {edge.value:g} {EDGE}"
+        others, further = fit_rows(table.keep(belongs, reason))
+    if further is None and not (others.status is Status.FAILED or any(has(others.notes, c) for c in MISFIT)):
+        text = f"{edge.text}; they are left out. The fit to all has {edge.with_them}"
+        result = others
+    else:
+        text = f"{edge.text}; they stay in the fit. Without them it has {edge.without}"
+    result.notes = by_severity([*result.notes, note("edge_rows", "error", text)])
+    result.status = status_of(result.notes, result.intervals.values())
+    return result
+
+
+def _fit_rows(
+    table: RunTable,
+    law: Law,
+    huber: float | None,
+    weights: str,
+    ci: str,
+    level: float,
+    starts: int,
+    seed: int,
+    evaluations: int,
+    resamples: int,
+) -> tuple[FitResult, Edge | None]:
+    """The fit to the rows of a table, all of them, and the rows at an edge that do not belong; see `fit`."""
+    notes = check_table(table, law)
     if any_error(notes):
-        return failed(chosen, notes, len(table), table.left_out())
-    notes += record_notes(table, chosen)
-    inputs = {role: table.values(role) for role in chosen.inputs}
+        return failed(law, notes, len(table), table.left_out()), None
+    notes += record_notes(table, law)
+    inputs = {role: table.values(role) for role in law.inputs}
     y = table.values("loss")
     of_curves = table.column("run").duplicated().any()
     sizes = [values for role, values in inputs.items() if role != "d" or not of_curves]
-    cell = cell_numbers([*sizes, *_apart(table, chosen)])
-    noise = None if of_curves else seed_noise(inputs, y, chosen.scale_input, cell)
-    weight, weighting = _weights(noise, inputs[chosen.scale_input], weights)
-    problem = pose(chosen, inputs, y, weight)
+    cell = cell_numbers([*sizes, *_apart(table, law)])
+    noise = None if of_curves else seed_noise(inputs, y, law.scale_input, cell)
+    weight, weighting = _weights(noise, inputs[law.scale_input], weights)
+    problem = pose(law, inputs, y, weight)
+    cell = cell[problem.order]
     runs = [str(run) for run in table.column("run").to_numpy()[problem.order]]
-    huber = delta if robust == "huber" else None
     if problem.points > MANY:
         sample = problem.take(np.linspace(0, problem.points - 1, SAMPLE).astype(int))
         optimum = minimise_many(problem, starting_points(sample, starts, seed), seed, huber, evaluations)
@@ -104,31 +161,31 @@ def fit(
     else:
         optimum = minimise(problem, starting_points(problem, starts, seed), huber, evaluations)
     if not np.isfinite(optimum.objective):
-        raise UserError(f"{chosen.name} cannot be evaluated on these data; look at their units")
+        raise UserError(f"{law.name} cannot be evaluated on these data; look at their units")
     common = 0.0
     if of_curves and huber is None:
         problem, optimum, common = with_run_effects(problem, optimum, np.array(runs), evaluations)
-    method = "bootstrap" if huber is not None and ci == "profile" else ci
-    result = _assemble(chosen, problem, optimum, method, level, runs, huber, resamples, seed)
-    notes += check_fit(problem, optimum, result.intervals, noise, runs, cell[problem.order])
+    result = _assemble(law, problem, optimum, ci, level, runs, huber, resamples, seed)
+    notes += check_fit(problem, optimum, result.intervals, noise, runs, cell)
+    edge = None
     if huber is None and problem.points <= MANY and result.dof > 0:
-        result.influences = influences(problem, optimum.theta, cell[problem.order], level)
-        notes += influence_notes(result.influences, noiseless(result.rss, problem.points))
-        notes += edge_notes(problem, optimum.theta)
+        result.influences = influences(problem, optimum.theta, cell, level)
+        notes += influence_notes(result.influences, law.scale_input, noiseless(result.rss, problem.points))
+        edge = doubtful_edge(problem, optimum.theta, cell)
     result.notes = by_severity(notes)
     result.status = status_of(result.notes, result.intervals.values())
     result.run_variance = common
-    result.regime = "" if follows_tokens(chosen, table) else regime_words(table)
-    result.robust = f"huber, delta={delta:g}" if huber is not None else None
-    result.columns = {role: table.roles[role] for role in (*chosen.inputs, "loss")}
+    result.regime = "" if follows_tokens(law, table) else regime_words(table)
+    result.robust = f"huber, delta={huber:g}" if huber is not None else None
+    result.columns = {role: table.roles[role] for role in (*law.inputs, "loss")}
     result.domain = {role: (float(values.min()), float(values.max())) for role, values in inputs.items()}
     result.weighting = weighting
     result.inputs, result.y, result.weights = inputs, y, weight
     result.excluded = table.left_out()
     result.data_hash = _hash(problem)
-    if chosen.nested and huber is None and not of_curves and problem.points <= MANY:
-        result.nested = compare_nested(chosen, problem, inputs, y, weight, optimum)
-    return result
+    if law.nested and huber is None and not of_curves and problem.points <= MANY:
+        result.nested = compare_nested(law, problem, inputs, y, weight, optimum)
+    return result, edge
 
 
 def _apart(table: RunTable, law: Law) -> list[Array]:
@@ -143,13 +200,14 @@ def follows_tokens(law: Law, table: RunTable) -> bool:
 
 
 def _check_request(
-    robust: str | None, delta: float, weights: str, ci: str, level: float, starts: int, regime: str
+    robust: str | None, delta: float, weights: str, ci: str, level: float, starts: int, regime: str, edges: str
 ) -> None:
     for name, value, allowed in (
         ("robust", robust, (None, "huber")),
         ("weights", weights, ("auto", "seeds", "none")),
         ("ci", ci, ("profile", "wald", "bootstrap")),
         ("regime", regime, REGIMES),
+        ("edges", edges, ("leave_out", "keep")),
     ):
         if value not in allowed:
             raise UserError(f"{name}={value!r} is not known; choose one of: {', '.join(map(str, allowed))}")

@@ -6,12 +6,15 @@ An end is *open* (None) if the fit never becomes that bad on its side: the data 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 from scipy.optimize import root_scalar
 from scipy.special import fdtri, stdtrit
 
 from analysis.fits.problem import Problem
-from analysis.fits.solve import constrained
+from analysis.fits.solve import constrained, solve
 from analysis.format import Interval
 from analysis.laws.law import Array
 
@@ -20,6 +23,9 @@ FARTHEST = 30.0
 
 PRECISION = 1e-9
 """Error of a profile's end, relative to its distance from the estimate."""
+
+HELD = 1e3
+"""Weight of a residual that holds the law at a value: so large that it misses it by 1e-7."""
 
 NOISELESS = 1e-8
 """Root-mean-square residual below which a profile would measure nothing but rounding."""
@@ -115,9 +121,58 @@ def profile(problem: Problem, theta: Array, rss: float, contrast: Array, se: flo
     estimate = float(contrast @ theta)
     if noiseless(rss, problem.points):
         return wald(estimate, se, dof, level)
-    root = np.sqrt(critical_f(dof, level))
+    return _both_ends(
+        lambda value, start: profile_f(problem, theta, rss, contrast, value, start),
+        theta,
+        estimate,
+        contrast / (contrast @ contrast),
+        se,
+        critical_f(dof, level),
+    )
+
+
+def value_profile(problem: Problem, theta: Array, rss: float, phi: Array, level: float) -> Interval:
+    """Profile-F interval of centred ln y of the law at any point; None for an open end.
+
+    A value is held by a point of overwhelming weight.
+
+    Args:
+        phi: Features of the point (terms, 1, params).
+    """
+    spare = problem.points - problem.size
+    if problem.dof < 1 or noiseless(rss, problem.points):
+        return None, None
+    slope, cov = problem.law.jacobian(theta, phi), covariance(problem, theta, rss / spare)
+    with np.errstate(invalid="ignore"):
+        se = float(np.sqrt(form_variance(slope, cov)[0]))
+        along = cov @ slope[0] / se**2
+    along = along if np.isfinite(along).all() else slope[0] / (slope[0] @ slope[0])
+
+    def held(value: float, start: Array) -> tuple[float, Array]:
+        more = {"phi": np.concatenate([problem.phi, phi], axis=1), "y": np.r_[problem.y, value]}
+        group = None if problem.group is None else np.r_[problem.group, problem.group.max() + 1]
+        firm = replace(problem, **more, root_weight=np.r_[problem.root_weight, HELD], group=group)
+        end, _ = solve(firm, start, evaluations=200)
+        worse = float(np.sum(problem.residual(end) ** 2)) - rss
+        return worse / max(rss / spare, np.finfo(float).tiny), end
+
+    estimate = float(problem.law.log_value(theta, phi)[0])
+    return _both_ends(held, theta, estimate, along, se, critical_f(problem.dof, level))
+
+
+Held = Callable[[float, Array], tuple[float, Array]]
+"""(value, start) → (F, theta) with a quantity held at that value and everything else optimised."""
+
+
+def _both_ends(held: Held, theta: Array, estimate: float, along: Array, se: float, limit: float) -> Interval:
+    """Where F reaches `limit` on either side of the estimate; None for an open end.
+
+    Args:
+        along: By how much theta changes, to first order, as the quantity grows by one (params,).
+    """
+    root = float(np.sqrt(limit))
     step = root * se if np.isfinite(se) and 0 < se * root < FARTHEST / 4 else 0.5
-    low, high = (_end(problem, theta, rss, contrast, estimate, sign * step, root) for sign in (-1.0, 1.0))
+    low, high = (_end(held, theta, estimate, along, sign * step, root) for sign in (-1.0, 1.0))
     return low, high
 
 
@@ -137,9 +192,7 @@ def profile_curve(problem: Problem, theta: Array, rss: float, contrast: Array, v
     return roots
 
 
-def _end(
-    problem: Problem, theta: Array, rss: float, contrast: Array, estimate: float, step: float, root: float
-) -> float | None:
+def _end(held: Held, theta: Array, estimate: float, along: Array, step: float, root: float) -> float | None:
     """Where √F first reaches `root` on the side of `step`; None if it does not within reach.
 
     The search steps outwards until it brackets the end, then closes in. Every constrained fit starts from the solution
@@ -148,12 +201,11 @@ def _end(
     """
     inner, start = 0.0, theta
     excesses = {0.0: -root}
-    unit = contrast / (contrast @ contrast)
 
     def excess(at: float) -> float:
         nonlocal inner, start
         if at not in excesses:
-            f, end = profile_f(problem, theta, rss, contrast, estimate + at, start + unit * (at - inner))
+            f, end = held(estimate + at, start + along * (at - inner))
             excesses[at] = float(np.sqrt(max(f, 0.0)) - root)
             if excesses[at] <= 0:
                 inner, start = at, end

@@ -58,6 +58,10 @@ class Problem:
         with np.errstate(over="ignore", invalid="ignore"):
             return self._whitened(self.root_weight[:, None] * self.law.jacobian(theta, self.phi))
 
+    def unit(self) -> Array:
+        """What an equal rise of ln y at all points takes from the residuals (points,)."""
+        return self._whitened(self.root_weight)
+
     def _whitened(self, values: Array) -> Array:
         """Values (points, …) less a share of their mean over each run."""
         if self.group is None or self.shrink == 0.0:
@@ -221,13 +225,13 @@ def _token_grid(problem: Problem) -> list[Array]:
 def _break_grid(problem: Problem, law: SmoothBreak) -> list[Array]:
     """The law without a break, with a bend of either sign added at several places."""
     u = problem.phi[0, :, 0]
-    plain = get("power_floor")
+    plain = get("power" if law.floor is None else "power_floor")
     simple = replace(problem, law=plain, phi=plain.features({"x": u}))
-    floors = sorted(_floor_grid(simple), key=lambda theta: float(np.sum(simple.residual(theta) ** 2)))[:3]
+    found = sorted(_grid(simple), key=lambda theta: float(np.sum(simple.residual(theta) ** 2)))[:3]
     places = np.quantile(u, [0.25, 0.5, 0.75])
     return [
-        np.array([log_e, log_a, place, log_f, a, c])
-        for (log_e, log_a, a), place, log_f, c in product(floors, places, (-1.5, 0.0), (-0.2, 0.2))
+        np.array([*levels, place, log_f, a, c])
+        for (*levels, a), place, log_f, c in product(found, places, (-1.5, 0.0), (-0.2, 0.2))
     ]
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.laws.law import Law
 from analysis.notes import Note, note
-from analysis.runs.curves import last_doubling
+from analysis.runs.curves import decays, last_doubling
 from analysis.runs.populations import WORSE_RATE
 from analysis.runs.table import RunTable
 
@@ -17,6 +17,12 @@ STILL_FALLING = 0.01
 
 CURVES_READ = 40
 """Most runs whose curves are read to see whether they still fall."""
+
+CONSTANT_RATE = (
+    "train with a constant rate (train.decay_fraction=0), then fit sae_nkd, which has a term for tokens; or "
+    "train.until=convergence"
+)
+"""What to do about a level at a budget if the rates decay, so that no curve says what more tokens bring."""
 
 RATES = 2
 """A size was tuned if at least this many learning rates were tried at it; a study tunes at least as many sizes."""
@@ -43,7 +49,8 @@ def _budget(table: RunTable, law: Law) -> list[Note]:
             return []
         middle, most = 100 * np.median(gains), 100 * gains.max()
         text = f"the curves still fall, by {middle:.2g} % over the last doubling of tokens (at most {most:.2g} %)"
-        return [note("level_at_budget", "warning", f"{text}: {meaning}")]
+        remedy = CONSTANT_RATE if all(decays(row) for _, row in table.frame.iterrows()) else ""
+        return [note("level_at_budget", "warning", f"{text}: {meaning}", remedy)]
     if flags.notna().any():
         return [note("level_at_budget", "warning", f"runs are not converged: {meaning}")]
     if table.has("d"):

@@ -15,7 +15,7 @@ import pandas as pd
 from analysis.fits import fit_json
 from analysis.fits.fitted import FittedLaw
 from analysis.fits.influence import Influence
-from analysis.fits.intervals import profile, wald
+from analysis.fits.intervals import critical_t, noiseless, profile, value_profile, wald
 from analysis.fits.nested import holdout_error, last_slope_error
 from analysis.fits.problem import Problem
 from analysis.fits.status import Status
@@ -108,6 +108,26 @@ class FitResult(FittedLaw):
                     )
                 weights[entry.param] = entry.sign * math.prod(math.log((at or {})[name]) for name in others)
         return self.contrast(weights)
+
+    def forecast(self, frame: pd.DataFrame | Mapping[str, Any], kind: str = "mean") -> pd.DataFrame:
+        """`predict`, with profile bands at points outside the data: there Wald's cover less than they say.
+
+        A fit without its data (read from JSON), or with other intervals than profiles, gives `predict`. Raises
+        `UserError` as `predict` does.
+        """
+        band = self.predict(frame, kind)
+        if self.problem is None or self.ci != "profile" or self.dof < 1 or noiseless(self.rss, self.points):
+            return band
+        inputs = self._inputs(frame)
+        phi = self._features(inputs)
+        spread = self.variance / self._relative_weight(inputs) if kind == "new_run" else np.zeros(len(band))
+        for i in np.flatnonzero(band["extrapolation"] > 0):
+            ends = value_profile(self.problem, self.theta, self.rss, phi[:, [i]], self.level)
+            log_y, new = math.log(band["value"].iloc[i]), critical_t(self.dof, self.level) * math.sqrt(spread[i])
+            for name, end, sign, opened in (("lo", ends[0], -1, 0.0), ("hi", ends[1], 1, math.inf)):
+                half = 0.0 if end is None else math.hypot(end + self.y_mean - log_y, new)
+                band.loc[i, name] = opened if end is None else math.exp(log_y + sign * half)
+        return band
 
     def holdout(self, by: str | None = None, top: int = 1) -> dict[str, float | None]:
         """How well the law predicts the `top` largest values of `by` if it is fitted without them.

@@ -3,7 +3,7 @@
 Sources: L(n, k) — Gao et al. 2024; E + A·N^−α + B·D^−β — Hoffmann et al. 2022; the law in the number of experts
 (without E) — Clark et al. 2022; the smoothly broken power law — Caballero et al. 2022.
 
-The form of a law without its floor is among its nested forms (`bnsl1` has none).
+The form of a law without its floor is among its nested forms.
 """
 
 from __future__ import annotations
@@ -141,6 +141,16 @@ LAWS: dict[str, Law] = {
             ((Entry("E"),), (*_POWER, Entry("c", ("x",), -1.0))),
             ("E", "A", "x1", "f"),
             floor=0,
+            scale_input="x",
+            nested=("bnsl1_no_floor",),
+            min_levels={"x": 6},
+        ),
+        SmoothBreak(
+            "bnsl1_no_floor",
+            "A·x^−a·(1 + (x/x1)^(1/f))^(−c·f)",
+            ("x",),
+            ((*_POWER, Entry("c", ("x",), -1.0)),),
+            ("A", "x1", "f"),
             scale_input="x",
             min_levels={"x": 6},
         ),

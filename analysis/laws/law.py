@@ -144,48 +144,50 @@ def _expand(monomial: Monomial, means: Mapping[str, float]) -> dict[Monomial, fl
 class SmoothBreak(Law):
     """E + A·x^−a·(1 + (x/x1)^(1/f))^(−c·f): a power law whose exponent changes from a to a + c around x1.
 
-    Coefficients: ln E, ln A, ln x1, ln f, a, c. With u = ln x and s = (u − ln x1)/f, the second term has the logarithm
-    ln A − a·u − c·f·ln(1 + e^s).
+    Coefficients: ln E (not if `floor` is None), ln A, ln x1, ln f, a, c. With u = ln x and s = (u − ln x1)/f, the
+    second term has the logarithm ln A − a·u − c·f·ln(1 + e^s).
     """
 
     @cached_property
     def params(self) -> tuple[str, ...]:
-        return ("E", "A", "x1", "f", "a", "c")
+        return (*self.floor_params, "A", "x1", "f", "a", "c")
 
     def features(self, logs: Mapping[str, Array]) -> Array:
         """ln x as (1, points, 1)."""
         return logs["x"][None, :, None]
 
     def centring_matrix(self, means: Mapping[str, float]) -> Array:
-        matrix = np.eye(6)
-        matrix[1, 4] = means["x"]
+        matrix = np.eye(len(self.params))
+        matrix[self.params.index("A"), self.params.index("a")] = means["x"]
         return matrix
 
     def centring_offset(self, means: Mapping[str, float], y_mean: float) -> Array:
-        return np.array([y_mean, y_mean, means["x"], 0.0, 0.0, 0.0])
+        shift = {"E": y_mean, "A": y_mean, "x1": means["x"]}
+        return np.array([shift.get(name, 0.0) for name in self.params])
 
     def log_value(self, theta: Array, phi: Array) -> Array:
-        return np.logaddexp(theta[0], self._second(theta, phi[0, :, 0])[0])
+        return np.logaddexp(self.log_floor(theta, phi), self._second(theta, phi[0, :, 0])[0])
 
     def jacobian(self, theta: Array, phi: Array) -> Array:
         u = phi[0, :, 0]
         second, s, f = self._second(theta, u)
-        share = np.exp(second - np.logaddexp(theta[0], second))
+        share = np.exp(second - np.logaddexp(self.log_floor(theta, phi), second))
         sigmoid = np.exp(-np.logaddexp(0.0, -s))
-        soft, c = np.logaddexp(0.0, s), theta[5]
-        columns = [1 - share, share, share * c * sigmoid]
+        soft, c = np.logaddexp(0.0, s), theta[-1]
+        columns = [share, share * c * sigmoid]
         columns += [share * -c * f * (soft - s * sigmoid), share * -u, share * -f * soft]
-        return np.stack(columns, axis=1)
+        return np.stack(columns if self.floor is None else [1 - share, *columns], axis=1)
 
     @property
     def floor_params(self) -> tuple[str, ...]:
-        return ("E",)
+        return () if self.floor is None else ("E",)
 
     def log_floor(self, theta: Array, phi: Array) -> Array:
-        return np.full(len(phi[0]), theta[0])
+        return np.full(len(phi[0]), -np.inf if self.floor is None else theta[0])
 
     @staticmethod
     def _second(theta: Array, u: Array) -> tuple[Array, Array, float]:
-        f = float(np.exp(np.clip(theta[3], -30, 30)))
-        s = (u - theta[2]) / f
-        return theta[1] - theta[4] * u - theta[5] * f * np.logaddexp(0.0, s), s, f
+        log_a, log_x1, log_f, a, c = theta[-5:]
+        f = float(np.exp(np.clip(log_f, -30, 30)))
+        s = (u - log_x1) / f
+        return log_a - a * u - c * f * np.logaddexp(0.0, s), s, f

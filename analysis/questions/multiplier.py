@@ -31,6 +31,7 @@ from analysis.questions.two_groups import (
     solved,
 )
 from analysis.runs.axes import AXES, at_equal_flops, on_axis
+from analysis.runs.regime import regime_words
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 
@@ -64,6 +65,8 @@ class Multiplier:
     notes: list[Note] = field(default_factory=list)
     axis: str = ""
     """Column of x."""
+    floor_word: str = "floor"
+    """What the floors are: "level at this budget" of runs that are not all converged."""
     floors: tuple[float, float] = (0.0, 0.0)
     """The floor of the first and of the second, each fitted with its own."""
     p_floor: float = 1.0
@@ -161,6 +164,7 @@ def _multiplier(
         crossing=crossing(used, at_used, values),
         floor_identified=not floor_open(used, at_used),
         axis=axis,
+        floor_word="level at this budget" if regime_words(table) in ("fixed tokens", "mixed") else "floor",
         floors=(with_own["E"], with_own["F"]),
         p_floor=p_floor,
         own_floors=not everywhere,
@@ -168,14 +172,13 @@ def _multiplier(
     if found.crossing is not None:
         found.crossing_lo, found.crossing_hi = crossing_interval(used, at_used, values, found.crossing, level)
     if not found.floor_identified:
-        found.notes.append(note("floor_not_identified", "warning", "the common floor may be zero"))
+        found.notes.append(note("floor_not_identified", "warning", f"the common {found.floor_word} may be zero"))
     at = middle if at_loss is None else at_loss
     other = (own, at_own) if everywhere else (apart, at_apart)
     found.otherwise = (at_loss_of(raw(other[0], other[1].theta), at), *at_loss_interval(*other, at, level))
     if at <= max(with_own["E"], with_own["F"]):
-        text = (
-            f"loss {at:.4g} lies below the floor of an architecture ({number(max(found.floors))}): no number is given"
-        )
+        lowest = f"the {found.floor_word} of an architecture ({number(max(found.floors))})"
+        text = f"loss {at:.4g} lies below {lowest}: no number is given"
         found.notes.append(note("extrapolation", "warning", text))
         return replace(found, at_loss=at, otherwise=None)
     if everywhere:

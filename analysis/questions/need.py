@@ -53,7 +53,7 @@ def need(result: FitResult, loss: float, k: float | None = None, cost: Cost | No
     flops = None if n is None or cost is None or k is None else cost(n, k)
     best, worst = (_first_below(sizes, band[edge].to_numpy(), loss) for edge in ("lo", "hi"))
     far = 0.0 if n is None else float(result.extrapolation({name: [n], **{o: [v] for o, v in others.items()}})[0])
-    return Need(n, best, worst, flops, floor, _floor_ends(result, {name: high, **others}), far)
+    return Need(n, best, worst, flops, floor, floor_interval(result, {name: high, **others}), far)
 
 
 def excluded(answer: Need, loss: float) -> bool:
@@ -61,7 +61,7 @@ def excluded(answer: Need, loss: float) -> bool:
     return answer.floor_ends[0] is not None and answer.floor_ends[0] > loss
 
 
-def _floor_ends(result: FitResult, at: Mapping[str, float]) -> Interval:
+def floor_interval(result: FitResult, at: Mapping[str, float]) -> Interval:
     """The interval of the floor at a point. Wald's would always be closed, since floors enter as logarithms."""
     law = result.law
     if law.floor is None or isinstance(law, SmoothBreak):

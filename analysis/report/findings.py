@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.fits.design import check_table
-from analysis.fits.fit import fit
+from analysis.fits.fit import EDGE, fit
 from analysis.fits.result import FitResult
 from analysis.fits.status import Status
 from analysis.laws.catalogue import get
@@ -192,8 +192,13 @@ def _attempt(findings: Findings, k: float | None, part: RunTable, names: list[st
         findings.failures.append(results[0])
         return
     findings.fits.append((k, best))
+    for row in best.excluded:
+        if row["reason"].endswith(EDGE):
+            out = findings.main.column("run").astype(str) == row["run"]
+            findings.main = findings.main.keep(~out.to_numpy(), row["reason"])
+    part = part.keep(part.column("run").isin(findings.main.column("run")).to_numpy(), "left out of the law")
     n = part.values("n")
-    blind = fit(part.keep(n < n.max(), "held out"), best.law, ci="wald")
+    blind = fit(part.keep(n < n.max(), "held out"), best.law, ci="wald", edges="keep")
     if blind.status is not Status.FAILED:
         findings.blind.append((k, blind))
 
@@ -208,7 +213,7 @@ def _forecasts(table: RunTable, k: float | None, result: FitResult) -> list[dict
         n = largest * np.array(BEYOND)
         sizes = [name for name in result.law.inputs if name != "d"]  # without tokens: at convergence
         inputs = {name: np.full(len(n), level) if name == "k" else n for name in sizes}
-        mean, new = (result.predict(inputs, kind) for kind in ("mean", "new_run"))
+        mean, new = (result.forecast(inputs, kind) for kind in ("mean", "new_run"))
         for i, size in enumerate(n):
             row = {"n": float(size), "k": float(level), "extrapolation": float(mean["extrapolation"][i])}
             row |= {"value": float(mean["value"][i]), "notes": result.band_notes(mean)}

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.fits.result import FitResult
+from analysis.fits.status import Status
 from analysis.format import interval, number
 from analysis.questions.multiplier import Multiplier
 from analysis.report.architectures import architecture_rows, architecture_sentences
@@ -29,6 +30,7 @@ from analysis.report.words import (
     law_sentences,
     multiplier_sentences,
     rate_sentences,
+    standing,
 )
 from analysis.runs.axes import AXES, axis_words
 from analysis.runs.curves import seen
@@ -38,7 +40,10 @@ from harness.errors import UserError
 from harness.files import write_text_atomic
 from harness.record import names
 
-DOUBTS = ("untuned_rates", "one_data_order", "identical_repeats", "edge_rows", "one_cell_decides", "large_residuals")
+DOUBTS = (
+    *("untuned_rates", "one_data_order", "identical_repeats", "edge_rows", "one_cell_decides", "large_residuals"),
+    *("structured_residuals", "lack_of_fit"),
+)
 """Notes on fits that belong before the numbers: no interval holds what they say."""
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -89,6 +94,7 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
         "versus": findings.versus,
         "architectures": architecture_rows(findings),
         "forecasts": [_forecast_row(row) for row in findings.forecasts],
+        "forecast_from": [standing(result)[0] for _, result in findings.fits],
         "comparisons": [_comparison_row(entry) for entry in findings.comparisons],
         "axes": [_axis_row(entry, *found) for entry in findings.comparisons for found in entry.by_axis],
         "axis": axis_words(findings.table.roles),
@@ -135,7 +141,8 @@ def _lead(findings: Findings) -> list[str]:
             what = f"the runs with {each.setting}" if each.setting else "these runs"
             lines.append(f"No law can be fitted to {what}; the section “What could not be fitted” says why.")
     regimes = {result.regime for _, result in findings.fits}
-    lines.extend(forecast_sentences(findings.forecasts, regimes.pop() if len(regimes) == 1 else ""))
+    doubtful = any(result.status is Status.UNRELIABLE for _, result in findings.fits)
+    lines.extend(forecast_sentences(findings.forecasts, regimes.pop() if len(regimes) == 1 else "", doubtful))
     lines.extend(architecture_sentences(findings))
     lines.extend(comparison_sentences(findings.versus, findings.paired, axis_words(main.roles)))
     lines.extend(multiplier_sentences(findings.comparisons))
@@ -164,9 +171,13 @@ def _cautions(findings: Findings) -> list[str]:
     lines.extend(_told(findings, ("worse_than_mean", "mixed_population")))
     if findings.rates is not None:
         lines.append("Several learning rates were run: the law is of the best one in each cell.")
-    fitted = sum(len(each.main) for each in _laws(findings))
-    if fitted < len(table) + len(table.excluded):
-        lines.append(f"{fitted} of {len(table) + len(table.excluded)} runs were fitted; “Left out” lists the others.")
+    fitted, total = sum(len(each.main) for each in _laws(findings)), len(table) + len(table.excluded)
+    if fitted < total:
+        out = len(_excluded_rows(findings))
+        others = total - fitted - out
+        which = [f"{out} {'is' if out == 1 else 'are'} listed under “Left out”"] if out else []
+        which += [f"{others} of other architectures are in the comparisons and cells"] if others > 0 else []
+        lines.append(f"{fitted} of {total} runs were fitted; {' and '.join(which)}.")
     lines.extend(_told(findings, DOUBTS))
     if seen(table):
         lines.append(seen(table))

@@ -15,6 +15,7 @@ from analysis.format import interval, number
 from analysis.report import plot
 from analysis.report.architectures import frontier_picture
 from analysis.report.plot.style import encode
+from analysis.report.words import floor_word
 
 if TYPE_CHECKING:
     from analysis.report.findings import Findings
@@ -46,7 +47,8 @@ def _loss_n(findings: Findings) -> dict[str, str]:
         plot.residuals_against_n(lower, main, pairs)
         lower.set_xlabel("number of latents n")
         what = f"Lines: {_names([result for _, result in findings.fits])}, with the bands of the mean and of a new run."
-        floor = " Dotted: its floor." if any(result.law.floor is not None for _, result in findings.fits) else ""
+        words = {floor_word(result) for _, result in findings.fits if result.law.floor is not None}
+        floor = f" Dotted: its {' or '.join(sorted(words))}." if words else ""
         caption = f"{what}{floor} Below: residuals, shifted sideways a little so that none hides another."
     else:
         plot.loss_against_n(figure.subplots(), main)

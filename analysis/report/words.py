@@ -14,6 +14,7 @@ from analysis.notes import has
 from analysis.questions.convergence import Convergence
 from analysis.questions.learning_rate import BestRates
 from analysis.questions.multiplier import Multiplier
+from analysis.questions.need import floor_interval
 from analysis.questions.paired import PairedErrors
 from analysis.questions.versus import mean_ratio
 from analysis.report.findings import Comparison
@@ -22,6 +23,9 @@ from analysis.runs.table import RunTable
 from harness.terminal import say
 
 Slope = tuple[float, float | None, float | None]
+
+WORSE_FORM = 2.0
+"""AICc above that of a simpler form from which on the simpler one describes the runs better."""
 
 
 def doubling(slope: Slope) -> str:
@@ -37,6 +41,8 @@ def law_sentences(result: FitResult, ks: Sequence[float]) -> list[str]:
         return []
     part = "reducible loss" if result.law.floor is not None else "loss"
     sentences = []
+    if result.status is Status.UNRELIABLE:
+        sentences.append("This fit is not reliable: read the notes of severity error before using its numbers.")
     if "k" in result.law.inputs:
         steps = [f"{doubling(result.slope('n', at={'k': k}))} at k = {k:g}" for k in _few(ks)]
         sentences.append(f"Doubling n lowers the {part} by {_and(steps)}.")
@@ -47,13 +53,21 @@ def law_sentences(result: FitResult, ks: Sequence[float]) -> list[str]:
     if result.dof > 0:
         spread = 100 * math.sqrt(result.variance)
         sentences.append(f"Runs scatter by {spread:.2g} % around the law ({result.sample()}).")
-    if result.status is Status.UNRELIABLE:
-        sentences.append("This fit is not reliable; see the notes before using its numbers.")
-    return sentences
+    return sentences + _simpler(result)
+
+
+def _simpler(result: FitResult) -> list[str]:
+    """That a nested form describes the runs better, if one does."""
+    rows = [row for row in result.nested if "aicc" in row and math.isfinite(row["delta_aicc"])]
+    own = next((row["delta_aicc"] for row in rows if row["law"] == result.law.name), 0.0)
+    if own < WORSE_FORM:
+        return []
+    best = min(rows, key=lambda row: row["aicc"])["law"]
+    return [f"The simpler form {best} describes these runs better: its AICc is lower by {own:.1f}."]
 
 
 def _short(result: FitResult) -> str:
-    column = result.columns.get("x", "x")
+    column = result.columns.get(result.law.scale_input, result.law.scale_input)
     return {"n_latents": "n", "flops": "the FLOPs"}.get(column, column)
 
 
@@ -74,19 +88,23 @@ def standing(result: FitResult) -> list[str]:
 
 
 def _floor_sentence(result: FitResult, ks: Sequence[float]) -> str:
+    """What the reducible loss lies above, and by how much the loss itself still falls with n."""
+    above = f"The reducible loss is what lies above a {floor_word(result)}"
     if has(result.notes, "floor_not_identified"):
-        return f"A {floor_word(result)} is not identified: these sizes do not show whether the fall ends."
-    what, why = f"a {floor_word(result)}", ""
-    if level_only(result):
-        why = " It is what this number of tokens leaves, not the floor of converged SAEs."
-    if "k" in result.law.inputs:
-        few = _few(ks)
-        inputs = {"k": np.array(few), "n": np.full(len(few), result.domain["n"][0])}
-        floors = result.floor({name: inputs[name] for name in result.law.inputs if name in inputs})
-        values = _and([f"{v:.3g} at k = {k:g}" for k, v in zip(few, floors, strict=True)])
-        return f"It falls towards {what} of {values}.{why}"
-    low, high = result.intervals["E"]
-    return f"It falls towards {what} of {result.values['E']:.3g} {interval(low, high)}.{why}"
+        return f"{above}, which is not identified: these sizes do not show whether the fall ends."
+    name = result.law.scale_input
+    largest, few = result.domain[name][1], _few(ks) if "k" in result.law.inputs else [None]
+    floors, falls = [], []
+    for k in few:
+        at, where = ({"k": k}, f" at k = {k:g}") if k is not None else ({}, "")
+        inputs = {name: np.array([largest / 2, largest])} | {key: np.full(2, value) for key, value in at.items()}
+        floor, ends = float(result.floor(inputs)[-1]), floor_interval(result, {name: largest, **at})
+        floors.append(f"{floor:.3g} {interval(*ends)}{where}")
+        before, after = result.value(inputs)
+        falls.append(f"{100 * (1 - after / before):.1f} %{where}")
+    why = ". It is what this number of tokens leaves, not the floor of converged SAEs" if level_only(result) else ""
+    last = f"The last doubling of {_short(result)} (to {number(largest)}) lowers the loss itself by {_and(falls)}."
+    return f"{above} of {_and(floors)}{why}. {last}"
 
 
 def comparison_sentences(rows: Sequence[dict], errors: PairedErrors | None = None, axis: str = "") -> list[str]:
@@ -103,20 +121,17 @@ def comparison_sentences(rows: Sequence[dict], errors: PairedErrors | None = Non
             continue
         ratios = np.array([row[f"ratio_{name}"] for row in rows if row.get(f"ratio_{name}") is not None])
         change, word = 100 * (found[0] - 1), "higher" if found[0] >= 1 else "lower"
-        if found[1] is None:
-            certain = ""
-        else:
+        certain, scope = "", ""
+        if found[1] is not None:
             ends = sorted(100 * (end - 1) * (1 if change >= 0 else -1) for end in found[1])
-            scope = "held-out documents" if errors is None or errors.repeat_sd is None else "documents and repeats"
-            certain = f" [{ends[0]:.2f}, {ends[1]:.2f}; {scope}]".replace("-", "−")
-        spread = ""
+            certain = f" [{ends[0]:.2f}, {ends[1]:.2f}]".replace("-", "−")
+            repeats = errors is not None and errors.repeat_sd is not None
+            scope = f" The interval holds the error of the held-out sample{' and the noise between repeats' * repeats}."
+        cells = "in the one cell that can be compared"
         if len(ratios) > 1:
             ends_text = f"{100 * (ratios.min() - 1):+.1f} to {100 * (ratios.max() - 1):+.1f}".replace("-", "−")
-            spread = f" (from {ends_text} %)"
-        cells = f"{len(ratios)} cell{'s' if len(ratios) > 1 else ''}"
-        sentences.append(
-            f"At {text}, Switch has {abs(change):.1f} %{certain} {word} fvu than TopK over {cells}{spread}."
-        )
+            cells = f"on average over {len(ratios)} cells, in which it is {ends_text} %"
+        sentences.append(f"At {text}, Switch has {abs(change):.1f} %{certain} {word} fvu than TopK {cells}.{scope}")
     return sentences
 
 
@@ -127,35 +142,43 @@ def multiplier_sentences(comparisons: Sequence[Comparison]) -> list[str]:
         result = entry.multiplier
         if result.value is None or entry.x != "flops":
             continue
-        who = f"k = {entry.k:g}: Switch with {entry.experts:g} experts needs"
-        where = "for every loss above the floor" if result.at_loss is None else f"for fvu {number(result.at_loss)}"
-        agree = "agree" if result.p_shared >= 0.05 else "differ"
-        why = f"exponents {agree}, p = {number(result.p_shared, 2)}"
-        times, ends, word = number(result.value), interval(result.lo, result.hi), "fewer"
+        word, what = result.floor_word, AXES.get(result.axis, "training FLOPs")
+        where = f"every loss above the {word}" if result.at_loss is None else f"fvu {number(result.at_loss)}"
+        more, less = "TopK", f"Switch with {entry.experts:g} experts"
+        times, ends = result.value, (result.lo, result.hi)
         if result.value < 1:
-            times, word = number(1 / result.value), "more"
-            ends = interval(_inverse(result.hi), _inverse(result.lo))
-        what = AXES.get(result.axis, "training FLOPs")
-        sentences.append(f"{who} {times} times {word} {what} than TopK {where} {ends} ({why}; {floors_words(result)}).")
+            more, less = less, more
+            times, ends = 1 / times, (_inverse(result.hi), _inverse(result.lo))
+        settled = "" if ends[0] is not None and ends[0] > 1 else "; which of them needs less is not settled"
+        shared = f"a shared exponent is {'not ' if result.p_shared >= 0.05 else ''}rejected, p = "
+        sentences.append(
+            f"k = {entry.k:g}: for {where}, {more} needs {number(times)} {interval(*ends)} times the {what} of "
+            f"{less}{settled} ({floors_words(result)}; {shared}{number(result.p_shared, 2)})."
+        )
         other = [
-            f"{number(m.value)} in {AXES[axis]}" for axis, m in entry.by_axis if _contradicts(m.value, result.value)
+            f"{number(m.value)} {interval(m.lo, m.hi)} in {AXES[axis]}"
+            for axis, m in entry.by_axis
+            if _contradicts(m.value, result.value)
         ]
         if other:
-            said = f"This claim depends on what is counted: TopK / Switch is {number(result.value)} in {what}, but"
+            own = f"{number(result.value)} {interval(result.lo, result.hi)} in {what}"
+            said = f"This claim depends on what is counted: the compute of TopK over that of Switch is {own}, but"
             sentences.append(f"{said} {_and(other)}.")
     return sentences
 
 
 def floors_words(result: Multiplier) -> str:
     """Whether a common floor was used, and what the other way gives."""
-    equal = f"p = {number(result.p_floor, 2)} that they are equal"
-    own = "with floors of their own, {} and {}".format(*(number(floor) for floor in result.floors))
-    used, other = (own, "with a common floor") if result.own_floors else ("with a common floor", own)
-    used = f"{used}, {equal}" if result.own_floors else f"{used}, p = {number(result.p_floor, 2)}"
+    word, p = result.floor_word, number(result.p_floor, 2)
+    apart = f"a {word} for each, {number(result.floors[0])} and {number(result.floors[1])}"
+    common = f"a common {word}"
+    used, other = f"{common}, p = {p}", apart
+    if result.own_floors:
+        used, other = f"{apart}, as a common one has p = {p}", common
     if result.otherwise is None or result.otherwise[0] is None:
-        return f"{used}; {other} there is no number"
+        return f"with {used}; with {other}, there is no number"
     value, low, high = result.otherwise
-    return f"{used}; {other} TopK / Switch is {number(value)} {interval(low, high)}"
+    return f"with {used}; with {other}, TopK / Switch is {number(value)} {interval(low, high)}"
 
 
 def _contradicts(value: float | None, other: float) -> bool:
@@ -172,11 +195,12 @@ def convergence_sentences(convergence: Convergence) -> list[str]:
     ]
 
 
-def forecast_sentences(rows: Sequence[dict], regime: str = "") -> list[str]:
+def forecast_sentences(rows: Sequence[dict], regime: str = "", unreliable: bool = False) -> list[str]:
     """The loss that a new run is expected to reach at the first size beyond the data, for each k.
 
     Args:
         regime: Of the runs behind the law, as `FitResult.regime`.
+        unreliable: Whether that is the status of the law.
     """
     if not rows:
         return []
@@ -190,7 +214,8 @@ def forecast_sentences(rows: Sequence[dict], regime: str = "") -> list[str]:
         return []
     same = ", with the tokens of these runs" if regime == "fixed tokens" else ""
     where = f"at n = {number(first)}, twice the largest{same}"
-    return [f"Forecast for a new run {where}, with 95 % intervals if the law holds there: fvu {_and(forecasts)}."]
+    doubt = "From a fit that is not reliable: forecast" if unreliable else "Forecast"
+    return [f"{doubt} for a new run {where}, with 95 % intervals if the law holds there: fvu {_and(forecasts)}."]
 
 
 def rate_sentences(best: BestRates) -> list[str]:

@@ -41,7 +41,8 @@ _NUMBERS = {
     **dict.fromkeys(("n_latents", "n_experts", "d_model", "attempts", "trained_together"), whole(1)),
     **dict.fromkeys(("k", "seed", "steps", "diverged_at_step", "peak_memory_bytes"), whole()),
     **dict.fromkeys(("tokens", "unique_tokens", "flops", "flops_core", "params", "wall_s", "tokens_per_s"), number(0)),
-    **dict.fromkeys(("fvu", "fvu_se", "mse", "l0", "dead_frac", "fvu_raw"), number(0)),
+    **dict.fromkeys(("fvu", "fvu_se", "mse", "l0", "dead_frac", "fvu_raw", "gain_se"), number(0)),
+    "gain": number(),
 }
 
 _OTHERS = {

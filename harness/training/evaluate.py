@@ -21,6 +21,9 @@ from harness.saes import Normalizer, Params, Sae, forward
 MOST_GROUPS = 8192
 """Most lines of `HeldOutErrors.by_document`: half a megabyte in the record of a run."""
 
+GAIN_GROUPS = 256
+"""Most groups of documents whose errors a checkpoint keeps: enough for a standard error."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -54,6 +57,14 @@ class HeldOutErrors:
     def evaluation(self, rows: int) -> Evaluation:
         """Of the first `rows` rows; a number beyond the held-out rows means all of them."""
         return _summary(self.table[:, :rows], self.document[:rows], self.layernorm)
+
+    def error_sums(self, rows: int) -> list[float]:
+        """Σ‖x − x̂‖² of the first `rows` rows over groups of neighbouring documents, at most `GAIN_GROUPS` of them."""
+        _, cluster = torch.unique(self.document[:rows], return_inverse=True)
+        count = int(cluster.max()) + 1
+        groups = min(count, GAIN_GROUPS)
+        sums = torch.zeros(groups, dtype=torch.float64)
+        return sums.index_add(0, cluster * groups // count, self.table[0, :rows]).tolist()
 
     def by_document(self) -> dict[str, np.ndarray]:
         """Sums over the rows of each document, in the order of the documents' numbers, for `record.heldout`.

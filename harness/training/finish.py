@@ -104,7 +104,7 @@ def _summary(member: Member, shards: Shards) -> dict[str, Any]:
         summary |= {"fvu": final.fvu, "fvu_se": final.fvu_se, "mse": final.mse, "l0": final.l0}
         if final.fvu_raw is not None:
             summary["fvu_raw"] = final.fvu_raw
-        summary |= member.recovery(shards)
+        summary |= member.gain() | member.recovery(shards)
     return summary
 
 

@@ -23,14 +23,20 @@ from harness.record.run import Run
 from harness.saes import Params
 from harness.schema import TEXT, fields, list_of, number, optional, whole
 from harness.training.evaluate import Evaluation, heldout_errors
-from harness.training.schedule import evaluation_steps, has_converged
+from harness.training.schedule import evaluation_steps, gain, half_of, has_converged
 from harness.training.state import TrainState
 
 _SCALARS = fields(
     {"done": whole(), "summed_steps": whole(), "wall_s": number(0), "eval_s": number(0), "flops_executed": number(0)}
 )
 COUNTERS = fields(
-    {"scalars": _SCALARS, "evaluations": list_of(list_of(optional(number()))), "metrics": whole(), "ops": TEXT}
+    {
+        "scalars": _SCALARS,
+        "evaluations": list_of(list_of(optional(number()))),
+        "error_sums?": list_of(list_of(list_of(optional(number())))),
+        "metrics": whole(),
+        "ops": TEXT,
+    }
 )
 """What `Member.counters` returns, read from a checkpoint."""
 
@@ -46,6 +52,8 @@ class Member:
     """Runs of its job, which share a stream."""
     evaluations: dict[int, float] = field(default_factory=dict)
     """Completed steps → fvu of the first `eval_rows` held-out rows: the curve that decides on convergence."""
+    error_sums: dict[int, list[float]] = field(default_factory=dict)
+    """Completed steps → `HeldOutErrors.error_sums` of those rows, over the last doubling of tokens."""
     status: str = ""
     """Empty while it trains, then `done` or `diverged`."""
     diverged_at: int | None = None
@@ -108,7 +116,7 @@ class Member:
             line["eval_rows"] = line.pop("rows")
             if evaluation.fvu_raw is None:
                 del line["fvu_raw"]
-            self._record(state.position() | line | self.recovery(runtime.shards))
+            self._record(state.position() | line | self.gain() | self.recovery(runtime.shards))
 
     def _reached_convergence(self) -> bool:
         until = self.config.train.until
@@ -128,9 +136,20 @@ class Member:
         if errors is None:
             return None
         self.evaluations[state.done] = errors.evaluation(few).fvu
+        self.error_sums[state.done] = errors.error_sums(few)
+        self.error_sums = {step: sums for step, sums in self.error_sums.items() if step >= state.done / 2 - 1}
         if whole:
             self.final_sums = errors.by_document()
         return errors.evaluation(rows)
+
+    def gain(self) -> dict[str, float]:
+        """How much the error of the first `eval_rows` rows fell over the last doubling of tokens, with its paired
+        standard error: what the decision on convergence rests on. Empty if no evaluation was at half the tokens."""
+        done = self.state.done
+        half = half_of(self.config, self.error_sums, done)
+        if half is None:
+            return {}
+        return dict(zip(("gain", "gain_se"), gain(self.error_sums[done], self.error_sums[half]), strict=True))
 
     def weights(self) -> Params:
         """The weights to evaluate and save: the moving average if there is one."""
@@ -157,6 +176,7 @@ class Member:
         return {
             "scalars": self.state.scalars(),
             "evaluations": evaluations,
+            "error_sums": [[[step], sums] for step, sums in self.error_sums.items()],
             "metrics": self.metrics.position(),
             "ops": ops_name,
         }
@@ -165,3 +185,7 @@ class Member:
         """Go on from a checkpoint; its tensors have been read into the state already."""
         self.state.restore(counters["scalars"], shards)
         self.evaluations = {step: math.nan if fvu is None else fvu for step, fvu in counters["evaluations"]}
+        self.error_sums = {
+            int(step): [math.nan if entry is None else entry for entry in sums]
+            for (step,), sums in counters.get("error_sums", [])
+        }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from harness.budget import learning_rate
 from harness.config import Config
@@ -50,10 +53,27 @@ def has_converged(config: Config, evaluations: Mapping[int, float], done: int) -
     `evaluations` maps completed steps to fvu, always of the same rows. Never true with a decaying learning rate, nor
     while the earlier of the two points lies in the warm-up.
     """
-    train = config.train
-    if train.decays or done not in evaluations:
-        return False
+    half = None if config.train.decays else half_of(config, evaluations, done)
+    return half is not None and evaluations[done] > (1 - config.train.convergence_epsilon) * evaluations[half]
+
+
+def half_of(config: Config, evaluations: Mapping[int, Any], done: int) -> int | None:
+    """The evaluated step with half the tokens of `done`; None if there is none, or if it lies in the warm-up."""
+    if done not in evaluations:
+        return None
     half = min(evaluations, key=lambda step: abs(step - done / 2))
-    if abs(half - done / 2) > 1 or half * train.batch_tokens < train.warmup_tokens:
-        return False
-    return evaluations[done] > (1 - train.convergence_epsilon) * evaluations[half]
+    late = half * config.train.batch_tokens >= config.train.warmup_tokens
+    return half if abs(half - done / 2) <= 1 and late else None
+
+
+def gain(now: Sequence[float], half: Sequence[float]) -> tuple[float, float]:
+    """(relative fall of the held-out error over a doubling of tokens, its standard error).
+
+    `now` and `half` are the sums of the error over the same groups of documents (`HeldOutErrors.error_sums`). The
+    variance of the rows is the same at both times, and what makes a document hard for both cancels.
+    """
+    after, before = np.asarray(now), np.asarray(half)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a run that blew up, or one without any error
+        ratio = float(after.sum() / before.sum())
+        apart = after / after.sum() - before / before.sum()
+    return 1 - ratio, ratio * float(np.linalg.norm(apart)) * math.sqrt(len(apart) / max(1, len(apart) - 1))

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis import RunTable, fit, load
+from analysis.cli import main
 from analysis.fits.compare import compare
 from analysis.notes import has
 from analysis.questions.frontier import frontier_law
@@ -260,7 +261,7 @@ def test_best_learning_rate_and_its_slope():
     np.testing.assert_allclose(result.rates["lr"], 2e-4 / np.sqrt(result.rates["n"] / 2**14), rtol=1e-6)
 
 
-def test_best_learning_rates_of_a_sweep_directory(tmp_path):
+def test_best_learning_rates_of_a_sweep_directory(tmp_path, capsys):
     """Rates as the launcher writes them: c of the rule c·2e-4/√(n/2^14); the best c here is 3 at every n but noisy."""
     rng = np.random.default_rng(0)
     for n in (256, 512, 1024, 2048, 4096):
@@ -271,7 +272,9 @@ def test_best_learning_rates_of_a_sweep_directory(tmp_path):
             content["run_id"] += f"-c{factor}"
             content["config"]["train"] |= {"lr_factor": factor, "lr": 0.0}
             (run / "result.json").write_text(json.dumps(content))
-    best = best_rates(load([str(path) for path in sorted(tmp_path.iterdir())]))
+    paths = [str(path) for path in sorted(tmp_path.iterdir())]
+    assert main(["best-rates", *paths]) == 0 and "grid_lr" in capsys.readouterr().out
+    best = best_rates(load(paths))
     assert best.law is not None and best.rates["bracketed"].all()
     low, high = best.law.intervals["p"]
     assert low is not None and high is not None
@@ -299,6 +302,9 @@ def test_broken_power_law_finds_the_break():
     assert result.values["x1"] == pytest.approx(300, rel=1e-3)
     assert result.values["a"] == pytest.approx(0.2, rel=1e-3) and result.values["c"] == pytest.approx(0.4, rel=1e-3)
     assert compare([result, fit(table, "power_floor")])["law"][0] == "bnsl1"
+    level = y - 0.01
+    alone = fit(RunTable(pd.DataFrame({"x": x, "y": level}), {"x": "x", "loss": "y"}), "bnsl1_no_floor", ci="wald")
+    assert alone.values == pytest.approx({"A": 2.0, "x1": 300, "f": 0.5, "a": 0.2, "c": 0.4}, rel=1e-6)
 
 
 def test_bilinear_experts_and_monomial():

@@ -1,6 +1,7 @@
 """The fit: recovery, intervals against an independent implementation, invariances, JSON, nested forms, weights."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 from scipy.optimize import minimize
 
 from analysis import FitResult, RunTable, Status, fit
+from analysis.fits.intervals import critical_f
+from analysis.fits.problem import starting_points
+from analysis.fits.solve import minimise
 from analysis.notes import has
 from harness.errors import UserError
 from tests.analysis.generate import GPT4, MINILM_LIKE, grid_frame, sae_nk
@@ -256,3 +260,33 @@ def test_wrong_requests_are_refused(wrong):
 def test_what_a_notebook_shows():
     text = fit(_floor_table(sizes=4, span=8.0, floor=0.02, seed=1), "power_floor")._repr_html_()
     assert "E + A·x^−a" in text and "floor_not_identified" in text and "open" in text
+
+
+def test_forecasts_outside_the_data_are_profiles(tmp_path):
+    """Inside, and for a law whose logarithm is linear in its coefficients, they are Wald's. At the ends F is critical,
+    found anew from many starts."""
+    x = np.geomspace(256, 4096, 8)
+    y = 2.0 * x**-0.3 * np.exp(0.01 * np.random.default_rng(0).standard_normal(8))
+    line = fit(RunTable(pd.DataFrame({"x": x, "y": y}), {"x": "x", "loss": "y"}), "power")
+    for kind in ("mean", "new_run"):
+        far = {"x": [2.0**20]}
+        np.testing.assert_allclose(line.forecast(far, kind), line.predict(far, kind), rtol=1e-6)
+    frame = grid_frame(2 ** np.arange(8, 13), [8, 32, 128], 0.005)
+    result = fit(RunTable(frame, {"n": "n_latents", "k": "k", "loss": "fvu"}))
+    inputs = {"n": [2.0**10, 2.0**15], "k": [32.0, 32.0]}
+    band, wald = result.forecast(inputs), result.predict(inputs)
+    assert band.iloc[0].equals(wald.iloc[0]) and abs(band["hi"][1] / wald["hi"][1] - 1) > 1e-4
+    problem, phi = result.problem, result._features({"n": [2.0**15], "k": [32.0]})
+    assert problem is not None
+    for end in (band["lo"][1], band["hi"][1]):
+        held = replace(
+            problem,
+            phi=np.concatenate([problem.phi, phi], axis=1),
+            y=np.r_[problem.y, np.log(end) - result.y_mean],
+            root_weight=np.r_[problem.root_weight, 1e3],
+        )
+        best = minimise(held, [result.theta, *starting_points(problem, 24, 0)])
+        f = (np.sum(problem.residual(best.theta) ** 2) - result.rss) / (result.rss / result.dof)
+        assert f == pytest.approx(critical_f(result.dof, 0.95), rel=0.02)  # another basin may be a little better
+    result.to_json(tmp_path / "fit.json")
+    assert FitResult.from_json(tmp_path / "fit.json").forecast(inputs).equals(wald)

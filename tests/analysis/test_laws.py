@@ -48,6 +48,13 @@ def test_chinchilla_parameters_are_in_the_contract_order():
     assert get("chinchilla").params == ("E", "A", "B", "alpha", "beta")
 
 
+@pytest.mark.parametrize("name", [name for name, law in LAWS.items() if law.floor is not None])
+def test_every_law_with_a_floor_has_its_form_without(name):
+    law = get(name)
+    (without,) = [get(form) for form in law.nested if get(form).floor is None]
+    assert set(without.params) == set(law.params) - set(law.floor_params)
+
+
 def test_old_names_are_accepted():
     assert get("tokens_to_convergence") is LAWS["monomial"] and "tokens_to_convergence" not in LAWS
 

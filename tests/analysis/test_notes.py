@@ -143,6 +143,12 @@ def _small(off):
     return fit(RunTable(frame, dict(ROLES)), "sae_nk_no_floor").notes
 
 
+def _gains(se):
+    """Converged runs whose error fell by 0.09 % ± se over the last doubling, where 0.1 % was asked for."""
+    settings = {"train.convergence_epsilon": 0.001, "gain": 0.0009, "gain_se": se}
+    return _grid(lambda f: _named(f, converged=True, **settings), roles={"converged": "converged", "run": "run"})
+
+
 def _edge(off):
     """The smallest n is off by that factor."""
     return lambda frame: frame.assign(fvu=frame["fvu"] * np.where(frame["n_latents"] == N_GRID[0], off, 1.0))
@@ -200,6 +206,7 @@ CASES = {
         lambda: _grid(_set("converged", lambda f: f["n_latents"] < 1e5), roles={"converged": "converged"}),
         lambda: _grid(_set("converged", True), roles={"converged": "converged"}),
     ),
+    "convergence_unsure": (lambda: _gains(0.0002), lambda: _gains(0.00002)),
     "not_monotone": (lambda: _rises(1.02), lambda: _rises(1.005)),
     "mixed_dead_latents": (
         lambda: _grid(_set("dead", lambda f: np.linspace(0, 0.08, len(f))), roles={"dead": "dead"}),
@@ -273,9 +280,35 @@ def test_a_curve_tells_whether_a_floor_is_a_level_at_this_budget(tmp_path):
         assert not has(fit(table, "sae_nk_no_floor", ci="wald", starts=8).notes, "level_at_budget")
 
 
-def test_the_note_on_rows_at_an_edge_says_which_how_far_off_and_the_fit_without_them():
-    found = next(entry for entry in CASES["edge_rows"][0]() if entry.code == "edge_rows")
-    assert "the 5 row(s) with n = 2048" in found.message and "+" in found.message and "gamma" in found.message
+def test_rows_at_an_edge_that_do_not_belong_are_named_and_not_fitted_through():
+    frame = _edge(1.05)(grid_frame(N_GRID, K_GRID, 0.005))
+    table = RunTable(frame, dict(ROLES))
+    result, kept = (fit(table, starts=16, edges=edges) for edges in ("leave_out", "keep"))
+    found, named = (next(e for e in r.notes if e.code == "edge_rows") for r in (result, kept))
+    assert (
+        found.message.startswith("the 5 rows with n = 2048 lie +4") and "left out. The fit to all has" in found.message
+    )
+    assert result.points == 40 and len(result.excluded) == 5 and result.domain["n"][0] == 4096
+    alone = fit(RunTable(frame[frame["n_latents"] > 2048], dict(ROLES)), starts=16)
+    assert result.values == alone.values and alone.status == "ok"
+    assert kept.points == 45 and not kept.excluded and "stay in the fit. Without them it has" in named.message
+    assert result.status == kept.status == "unreliable"
+
+
+def test_one_bad_cell_does_not_take_its_edge_out_of_the_fit():
+    def spoil(frame):
+        return frame.assign(fvu=frame["fvu"] * np.where(np.arange(len(frame)) == len(frame) - 1, 1.05, 1.0))
+
+    result = fit(RunTable(spoil(grid_frame(N_GRID, K_GRID, 0.005)), dict(ROLES)), starts=16)
+    assert result.points == 45 and not has(result.notes, "edge_rows")
+    found = next(entry for entry in result.notes if entry.code == "one_cell_decides")
+    assert "n=524288 k=512" in found.message and result.status == "unreliable"
+
+
+def test_a_law_of_the_wrong_form_loses_no_rows():
+    frame = pd.DataFrame({"x": X, "y": 0.1 + 2.0 * X**-0.35})
+    result = fit(RunTable(frame, {"x": "x", "loss": "y"}), "power")
+    assert result.points == len(X) and has(result.notes, "structured_residuals")
 
 
 def test_a_note_of_severity_error_makes_a_fit_unreliable_and_three_sizes_are_too_few_for_a_floor():

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from analysis.report.cells import cell_text
-from analysis.report.findings import read_runs
-from analysis.report.page import write_report
+from analysis.report.findings import gather, read_runs
+from analysis.report.page import _excluded_rows, _lead, write_report
 from harness.errors import UserError
 from tests.analysis.generate import MINILM_LIKE, sae_nk, write_run, write_sweep
 from tests.analysis.test_plan import degenerate_runs
@@ -179,3 +179,16 @@ def test_report_of_converged_runs(tmp_path):
     assert "<h1>Sweep standard — converged</h1>" in page
     assert "not converged, so not of the law at convergence" in page and "<h2>Tokens to convergence</h2>" in page
     assert re.search(r"k = 8: tokens to convergence go as n\^0\.6\b", page)
+
+
+def test_rows_at_an_edge_that_do_not_belong_are_listed_as_left_out(tmp_path):
+    sweep = write_sweep(
+        tmp_path / "sweep", widths=(256, 512, 1024, 2048, 4096, 8192), experts=1, repeats=0, broken=False
+    )
+    for path in sweep.glob("topk-n256-*/result.json"):
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"fvu": 1.1 * result["fvu"]}))
+    findings = gather(sweep)
+    assert findings.main.values("n").min() == 512 and findings.fits[0][1].points == len(findings.main) == 15
+    assert [row["reason"][:7] for row in _excluded_rows(findings)] == ["n = 256"] * 3
+    assert _lead(findings)[0] == "15 of 18 runs were fitted; 3 are listed under “Left out”."

@@ -15,9 +15,6 @@ from tests.analysis.scenarios import LAW, NO_FLOOR, SCENARIOS, TARGET, WIDTHS, m
 REPLICATES = 20
 """In the tests; the table of docs/analysis.md has more, by `python -m tests.analysis.scenarios`."""
 
-UNSEEN = {"nothing wrong", "largest cell off by 5 %"}
-"""Scenarios in which silent fits may be: a sound study, and a fault that the exponents hardly feel."""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -26,8 +23,8 @@ def test_a_hidden_fault_is_not_met_with_silence(name):
     print(f"{name}: coverage {100 * covered:.0f} %, silent {100 * silent:.0f} %")
     if name == "nothing wrong":
         assert covered >= 0.8 and silent >= 0.8
-    elif name not in UNSEEN:
-        assert silent <= 0.1
+    else:
+        assert silent <= 0.15
 
 
 @pytest.mark.slow
@@ -86,7 +83,7 @@ def test_different_floors_are_fitted_both_ways_and_no_number_is_below_one():
     table, at, truth = two_floors(np.random.default_rng(0))
     found = multiplier(table, at_loss=at)
     assert found.own_floors and found.p_floor < 0.01 and found.value == pytest.approx(truth, rel=0.1)
-    assert found.otherwise is not None and "with a common floor TopK / Switch is" in floors_words(found)
+    assert found.otherwise is not None and "with a common floor, TopK / Switch is" in floors_words(found)
     below = multiplier(table, at_loss=0.06)
     assert below.value is None and below.lo is None and any("below the floor" in e.message for e in below.notes)
 
@@ -96,4 +93,4 @@ def test_equal_floors_are_fitted_as_one_and_the_other_way_is_told():
     found = multiplier(table)
     assert not found.own_floors and found.at_loss is None and found.p_floor >= 0.1
     assert found.value == pytest.approx(truth, rel=0.05) and found.lo is not None and found.hi is not None
-    assert found.otherwise is not None and "with floors of their own" in floors_words(found)
+    assert found.otherwise is not None and "with a floor for each" in floors_words(found)

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from analysis.fits.result import FitResult
 from analysis.questions.isoflop import IsoFlop
 from analysis.report.plot.style import add_legend, k_style, log_axes
+from analysis.runs.axes import axis_words
 from analysis.runs.table import RunTable
 
 
@@ -45,7 +46,7 @@ def loss_against_flops(
         ax.plot(x, fit.value({"x": x}), color="#d55e00", lw=1.3, ls="--", label="fit of the frontier", zorder=2)
     if hollow.any():
         ax.plot([], [], "o", mfc="white", mec="0.3", label="hollow: Switch")
-    log_axes(ax, "training FLOPs", "held-out fvu")
+    log_axes(ax, axis_words(table.roles), "held-out fvu")
     add_legend(ax, ncols=2)
     return ax
 

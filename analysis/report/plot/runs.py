@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from analysis.questions.convergence import Convergence
 from analysis.questions.learning_rate import BestRates
 from analysis.report.plot.style import add_legend, k_style, log_axes
+from analysis.runs.axes import axis_words
 from analysis.runs.table import RunTable
 
 
@@ -31,7 +32,7 @@ def architectures(ax: Axes, table: RunTable, k: float, x: str, legend: bool = Tr
             lw=1.3,
             label=name,
         )
-    label = "number of latents n" if x == "n" else "training FLOPs"
+    label = "number of latents n" if x == "n" else axis_words(table.roles)
     log_axes(ax, label, "held-out fvu", part[table.roles["n"]].to_numpy(), powers_of_two=x == "n")
     ax.set_title(f"k = {k:g}", fontsize=10, loc="left")
     if legend:

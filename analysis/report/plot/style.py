@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter, NullLocator
 
 MARKERS = "osD^vP*X<>"
 GREY = "0.6"
@@ -89,9 +89,20 @@ def log_axes(
             ticks = ticks[::2]
         ax.set_xticks(ticks, [f"{tick:,.0f}" if tick < 1e5 else f"2^{np.log2(tick):.0f}" for tick in ticks])
         ax.xaxis.set_minor_locator(NullLocator())
+    else:
+        _few_decade_ticks(ax)
     if y_scale == "log":
         plain_log_ticks(ax)
     return ax
+
+
+def _few_decade_ticks(ax: Axes) -> None:
+    """Numbers at 1, 2 and 5 of each decade on the x axis, or at 1 if it spans several: more would overlap."""
+    low, high = ax.get_xlim()
+    narrow = low > 0 and np.log10(high / low) < 2
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=12))
+    ax.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def add_legend(ax: Axes, ncols: int = 1) -> None:
