@@ -17,6 +17,10 @@ from harness.saes import Params, Sae
 UNIT_ROWS = "W_dec"
 """The parameter whose rows have norm 1, unless the architecture leaves them free."""
 
+FASTER = {"log_threshold": 10.0}
+"""How many times the learning rate a parameter has. Adam moves each by about a learning rate a step; log θ must follow
+pre-activations, which grow several-fold, and learns from few entries."""
+
 
 class Optimizer:
     """Adam over the parameters of one SAE, the low-precision copies of the weights, and their moving average."""
@@ -78,7 +82,8 @@ class Optimizer:
         """Change the parameters, their copies and their average where `finite` is true."""
         for name, param in self.params.items():
             unit = name == UNIT_ROWS and self.sae.traits.unit_decoder
-            hyper = replace(common, project=unit and not self.config.clip_norm, unit_rows=unit)
+            rate = common.lr * FASTER.get(name, 1.0)
+            hyper = replace(common, lr=rate, project=unit and not self.config.clip_norm, unit_rows=unit)
             copy = self.compute.get(name)
             low_precision = None if copy is param else copy
             ops.update(param, self.grads[name], self.moments[name], hyper, finite, low_precision)
