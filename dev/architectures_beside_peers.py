@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from harness.activations.store.read import Store
+from harness.bench import peer_trainers
 from harness.bench.contender import Process
 from harness.config import SaeConfig
 from harness.parallel import Solo
@@ -35,11 +36,13 @@ from harness.saes import Params, initial_params, make_normalizer, resolve_sae
 from harness.saes.start import Start
 from harness.terminal import table
 
-WORKER = Path(__file__).with_name("peer_trainer.py")
+WORKER = Path(peer_trainers.__file__)
 PYTHONS = {"saelens": "INTEROP_PYTHON", "dictionary_learning": "DICTIONARY_PYTHON"}
 TRAINERS = ("ours", *PYTHONS)
-ARCHITECTURES = ("batchtopk", "matryoshka", "jumprelu", "gated", "relu")
-WITH_K = ("batchtopk", "matryoshka")
+ARCHITECTURES = ("batchtopk", "jumprelu", "gated", "relu", "matryoshka")
+BASELINES = ("topk", "multi_topk")
+"""Ours alone trains them too, so that `python -m analysis report OUT/runs/ours` shows the order at equal L0."""
+WITH_K = (*BASELINES, "batchtopk", "matryoshka")
 COEFFICIENTS: dict[tuple[str, str], tuple[float, float]] = {
     ("saelens", "relu"): (1.0, 3.0),
     ("saelens", "gated"): (1.0, 3.0),
@@ -105,22 +108,22 @@ def train_ours(every: list[Asked], arguments: argparse.Namespace) -> dict[str, d
     architecture = every[0].architecture
     name = "sae.k" if architecture in WITH_K else "sae.target_l0"
     grid = {name: "level", "train.lr": "lr", "train.seed": "seed"}
-    sweep = f"{architecture}_{len(list((arguments.out / 'runs').glob(architecture + '_*')))}"
     command = [
         sys.executable, "-m", "harness.launch", f"sae={architecture}", f"sae.n_latents={N_LATENTS}", "train=quick",
         *(f"{key}={_list(getattr(asked, field) for asked in every)}" for key, field in grid.items()),
         f"train.tokens={arguments.tokens}", f"train.batch_tokens={BATCH}", "train.eval_points=0",
         f"train.clip_norm={arguments.clip_norm:g}", f"activations.dir={arguments.store.parent}",
-        f"train.threads={arguments.threads}", "tracker=none", f"out={arguments.out / 'runs'}", f"sweep={sweep}",
+        f"train.threads={arguments.threads}", "tracker=none", f"out={arguments.out / 'runs'}", "sweep=ours",
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     answers = {}
-    for file in (arguments.out / "runs" / sweep).glob("*/result.json"):
+    for file in (arguments.out / "runs" / "ours").glob(f"{architecture}-*/result.json"):
         result = json.loads(file.read_text())
         config = result["config"]
         level = config["sae"]["k"] or config["sae"]["target_l0"]
         asked = Asked(architecture, level, config["train"]["lr"], config["train"]["seed"])
-        answers[asked.key] = {"fvu": result["fvu"], "l0": result["l0"]}
+        if asked in every:
+            answers[asked.key] = {"fvu": result["fvu"], "l0": result["l0"]}
     return answers
 
 
@@ -210,7 +213,8 @@ def train(
                     print(f"{results.trainer}: {key}: fvu {answer['fvu']:.4f} at L0 {answer['l0']:.2f}", flush=True)
             print(f"{time.monotonic() - begin:.0f} s", flush=True)
 
-    for architecture in arguments.architectures:
+    baselines = BASELINES if results.trainer == "ours" else ()
+    for architecture in (*baselines, *arguments.architectures):
         levels = results.levels(architecture, arguments.l0, arguments.lrs, lambda asked: all_of([asked]))
         all_of([Asked(architecture, level, lr, 0) for lr in arguments.lrs for level in levels])
         best = results.best_lr(architecture, levels, arguments.l0, arguments.lrs)

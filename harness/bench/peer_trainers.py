@@ -1,7 +1,8 @@
-"""Trains an SAE with somebody else's trainer, unmodified. Runs in the peers' own environment, imports nothing of ours.
+"""Somebody else's trainers, unmodified. Runs in the peers' own environment and imports nothing of ours.
 
-`python dev/peer_trainer.py saelens|dictionary_learning`: the first line of standard input is a JSON object with `data`
-(rows, initial weights) and what all SAEs share; each further line asks for one SAE and is answered by a line of JSON.
+`python harness/bench/peer_trainers.py saelens|dictionary_learning`: the first line of standard input is a JSON object
+with `data` (rows, initial weights) and what all SAEs share; each further line asks for one SAE and is answered by a
+line of JSON. `peer_worker` times single steps of the same trainers.
 """
 
 # pyright: reportMissingImports=false, reportUnknownVariableType=false
@@ -13,7 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -26,13 +27,21 @@ Coded = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 
 
-def batches(rows: torch.Tensor, task: Task) -> Iterator[torch.Tensor]:
+class Trainer(NamedTuple):
+    step: Callable[[torch.Tensor], Any]
+    """Train on one batch."""
+    fit: Callable[[], Coded]
+    """Train on all batches of the task."""
+    optimizer: torch.optim.Optimizer
+
+
+def batches(data: dict[str, torch.Tensor], task: Task) -> Iterator[torch.Tensor]:
     """The batches of every trainer, in the same order."""
     for step in range(task["steps"]):
-        yield rows[step * task["batch"] : (step + 1) * task["batch"]].float() * task["scale"]
+        yield data["train"][step * task["batch"] : (step + 1) * task["batch"]].float() * task["scale"]
 
 
-def saelens(task: Task, data: dict[str, torch.Tensor]) -> Coded:
+def saelens(task: Task, data: dict[str, torch.Tensor]) -> Trainer:
     """SAELens, whose settings are made for rows of mean squared norm d."""
     from sae_lens import SAE
     from sae_lens.config import SAETrainerConfig
@@ -67,12 +76,12 @@ def saelens(task: Task, data: dict[str, torch.Tensor]) -> Coded:
     else:
         penalty = {"l1_coefficient": task["sparsity"], "l1_warm_up_steps": warmup}
         sae = GatedTrainingSAE(GatedTrainingSAEConfig(**penalty, **common))
-    directions, center = data[f"directions.{task['seed']}"], data["center"]
     if not task["own_init"]:
+        directions = data[f"directions.{task['seed']}"]
         with torch.no_grad():
             sae.W_dec.copy_(directions)
             sae.W_enc.copy_(directions.T)
-            sae.b_dec.copy_(center)
+            sae.b_dec.copy_(data["center"])
     config = SAETrainerConfig(
         total_training_samples=task["steps"] * task["batch"],
         train_batch_size_samples=task["batch"],
@@ -82,19 +91,23 @@ def saelens(task: Task, data: dict[str, torch.Tensor]) -> Coded:
         lr_decay_steps=task["decay_steps"],
         dead_feature_window=task["dead_steps"],
     )
-    sae = SAETrainer(config, sae, batches(data["train"], task)).fit()
-    with tempfile.TemporaryDirectory() as folder:
-        sae.save_inference_model(folder)  # BatchTopK becomes a threshold
-        trained = SAE.load_from_disk(folder, device="cpu")
+    trainer = SAETrainer(config, sae, batches(data, task))
 
-    def coded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        z = trained.encode(x)
-        return z, trained.decode(z)
+    def fit() -> Coded:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.fit().save_inference_model(folder)  # BatchTopK becomes a threshold
+            trained = SAE.load_from_disk(folder, device="cpu")
 
-    return coded
+        def coded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            z = trained.encode(x)
+            return z, trained.decode(z)
+
+        return coded
+
+    return Trainer(trainer.step, fit, trainer.optimizer)
 
 
-def dictionary_learning(task: Task, data: dict[str, torch.Tensor]) -> Coded:
+def dictionary_learning(task: Task, data: dict[str, torch.Tensor]) -> Trainer:
     """dictionary_learning, whose settings are made for rows of mean squared norm 1."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.gdm import GatedSAETrainer
@@ -111,7 +124,7 @@ def dictionary_learning(task: Task, data: dict[str, torch.Tensor]) -> Coded:
         "lm_name": "none",
         "lr": task["lr"],
         "warmup_steps": task["warmup_steps"],
-        "decay_start": steps - task["decay_steps"],
+        "decay_start": steps - task["decay_steps"] if task["decay_steps"] else None,
         "seed": task["seed"],
         "device": "cpu",
     }
@@ -131,14 +144,19 @@ def dictionary_learning(task: Task, data: dict[str, torch.Tensor]) -> Coded:
         trainer = GatedSAETrainer(l1_penalty=task["sparsity"], **warmup, **common)
     if not task["own_init"]:
         _set_weights(trainer.ae, data[f"directions.{task['seed']}"], data["center"] * task["scale"])
-    for step, x in enumerate(batches(data["train"], task)):
-        trainer.update(step, x)
 
-    def coded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        z = trainer.ae.encode(x)
-        return z, trainer.ae.decode(z)
+    def fit() -> Coded:
+        for step, x in enumerate(batches(data, task)):
+            trainer.update(step, x)
 
-    return coded
+        def coded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            z = trainer.ae.encode(x)
+            return z, trainer.ae.decode(z)
+
+        return coded
+
+    # step 0 would compute a median
+    return Trainer(lambda x: trainer.update(1, x), fit, trainer.optimizer)
 
 
 def _set_weights(ae: Any, directions: torch.Tensor, center: torch.Tensor) -> None:
@@ -169,9 +187,15 @@ def judge(coded: Coded, data: dict[str, torch.Tensor], scale: float) -> dict[str
     return {"fvu": error / variance, "l0": active / len(data["heldout"])}
 
 
+TRAINERS: dict[str, Callable[[Task, dict[str, torch.Tensor]], Trainer]] = {
+    "saelens": saelens,
+    "dictionary_learning": dictionary_learning,
+}
+
+
 def main() -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # what a peer prints is not an answer
-    train = {"saelens": saelens, "dictionary_learning": dictionary_learning}[sys.argv[1]]
+    build = TRAINERS[sys.argv[1]]
     common = json.loads(sys.stdin.readline())
     torch.set_num_threads(common["threads"])
     data = load_file(common["data"])
@@ -179,7 +203,7 @@ def main() -> None:
         task = common | json.loads(line)
         # the rows on file have mean squared norm d
         task["scale"] = 1.0 if sys.argv[1] == "saelens" else task["d"] ** -0.5
-        out.write(json.dumps(judge(train(task, data), data, task["scale"])) + "\n")
+        out.write(json.dumps(judge(build(task, data).fit(), data, task["scale"])) + "\n")
         out.flush()
 
 
