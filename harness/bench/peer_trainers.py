@@ -201,6 +201,8 @@ def main() -> None:
     data = load_file(common["data"])
     for line in sys.stdin:
         task = common | json.loads(line)
+        if "l0" in task:
+            task["l0"] = round(task["l0"])  # dictionary_learning wants a whole number
         # the rows on file have mean squared norm d
         task["scale"] = 1.0 if sys.argv[1] == "saelens" else task["d"] ** -0.5
         out.write(json.dumps(judge(build(task, data).fit(), data, task["scale"])) + "\n")
