@@ -15,7 +15,7 @@ LRS, WANTED = [1e-3, 2e-3, 4e-3], [16, 64]
 
 
 def answer(asked: Asked) -> dict[str, float]:
-    """L0 = 40·λ^-0.8 where a coefficient is asked for, else what was asked for; loss = L0^-0.3, least at the second rate."""
+    """L0 = 40·λ^-0.8 where a coefficient is asked for, else what was asked for; loss = L0^-0.3 at the best rate."""
     l0 = 40 * asked.level**-0.8 if asked.level < 10 else asked.level
     return {"l0": l0, "fvu": l0**-0.3 * (1 + 0.1 * abs(math.log2(asked.lr / 2e-3))) * (1 + 0.001 * asked.seed)}
 
