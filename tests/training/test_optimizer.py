@@ -14,7 +14,7 @@ from tests.training.members import runtime
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_thresholds_learn_ten_times_as_fast(name: str) -> None:
+def test_thresholds_learn_four_times_as_fast(name: str) -> None:
     sae = make_sae("jumprelu")
     params = random_params(sae, torch.Generator().manual_seed(0))
     before = {key: value.clone() for key, value in params.items()}
@@ -25,4 +25,4 @@ def test_thresholds_learn_ten_times_as_fast(name: str) -> None:
     # the first step of either is the learning rate, whatever the gradient
     torch.testing.assert_close(before["b_enc"] - params["b_enc"], torch.full_like(params["b_enc"], 0.01))
     moved = before["log_threshold"] - params["log_threshold"]
-    torch.testing.assert_close(moved, torch.full_like(moved, 0.1))
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.04))
