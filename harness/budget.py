@@ -11,8 +11,9 @@ import math
 
 from harness.config import Config, SaeConfig
 
-ADAM_FLOPS = 12
-"""Per parameter: two moments (3 + 4), bias-corrected step with a square root and a division (5)."""
+OPTIMIZER_FLOPS = {"adam": 12, "signum": 9}
+"""Per parameter. Adam: two moments (3 + 4), bias-corrected step with a square root and a division (5). Signum: a step
+against the sign (3), the average (3), the point between both (3)."""
 
 EVALUATION_BATCH = 4096
 """Held-out rows that are reconstructed at a time."""
@@ -23,8 +24,9 @@ HARVEST_COPIES = 2.05
 SAVE_BYTES_PER_S = 1e8
 """How fast a checkpoint is assumed to be written before a save has been timed: a slow network disk."""
 
-UNIT_NORM_FLOPS = 7
-"""Per decoder weight, unless it is free: removing the parallel gradient (4) and renormalising the row (3)."""
+UNIT_NORM_FLOPS = {"adam": 7, "signum": 10}
+"""Per decoder weight, unless it is free: removing the parallel gradient (4) and renormalising the row (3, Signum of two
+sequences)."""
 
 
 def aux_k(sae: SaeConfig, d_model: int) -> int:
@@ -45,9 +47,9 @@ def active(sae: SaeConfig) -> float:
     return sae.active * sae.traits.passes
 
 
-def _optimizer(sae: SaeConfig, d_model: int, batch_tokens: int) -> float:
-    unit_norm = UNIT_NORM_FLOPS * sae.n_latents * d_model if sae.traits.unit_decoder else 0
-    per_step = ADAM_FLOPS * params(sae, d_model) + unit_norm
+def _optimizer(sae: SaeConfig, d_model: int, batch_tokens: int, name: str) -> float:
+    unit_norm = UNIT_NORM_FLOPS[name] * sae.n_latents * d_model if sae.traits.unit_decoder else 0
+    per_step = OPTIMIZER_FLOPS[name] * params(sae, d_model) + unit_norm
     return per_step / batch_tokens
 
 
@@ -56,7 +58,7 @@ def _router(sae: SaeConfig, d_model: int) -> float:
     return 4.0 * d_model * sae.n_experts if sae.traits.routed else 0.0
 
 
-def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int) -> dict[str, float]:
+def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int, optimizer: str = "adam") -> dict[str, float]:
     """Closed-form training FLOPs per token, by part.
 
     Only the routed expert's n/E latents are encoded. Each use of the k active latents costs 2·k·d: decode once, and
@@ -72,7 +74,7 @@ def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int) -> dict[str
         "gradients": 2.0 * (sae.traits.uses - 1) * active(sae) * d_model,
         "auxk": 8.0 * aux * d_model,
         "router": _router(sae, d_model),
-        "optimizer": _optimizer(sae, d_model, batch_tokens),
+        "optimizer": _optimizer(sae, d_model, batch_tokens, optimizer),
     }
 
 
@@ -82,7 +84,7 @@ def _per_use(width: float, k: float, d_model: int, dense_rows_per_k: int) -> flo
 
 
 def flops_executed_per_token(
-    sae: SaeConfig, d_model: int, batch_tokens: int, n_dead: float, dense_rows_per_k: int
+    sae: SaeConfig, d_model: int, batch_tokens: int, n_dead: float, dense_rows_per_k: int, optimizer: str = "adam"
 ) -> dict[str, float]:
     """What a step computes when `n_dead` latents are dead, by part; per token, averaged over experts.
 
@@ -104,14 +106,14 @@ def flops_executed_per_token(
         "gradients": (sae.traits.uses - 1) * use,
         "auxk": aux,
         "router": _router(sae, d_model),
-        "optimizer": _optimizer(sae, d_model, batch_tokens),
+        "optimizer": _optimizer(sae, d_model, batch_tokens, optimizer),
     }
 
 
 def total_steps(config: Config, d_model: int) -> int:
     """Steps that the budget buys (with `until=convergence`: at most): whole batches, at least one."""
     train = config.train
-    per_token = sum(flops_per_token(config.sae, d_model, train.batch_tokens).values())
+    per_token = sum(flops_per_token(config.sae, d_model, train.batch_tokens, train.optimizer).values())
     tokens = min(train.tokens or math.inf, train.flops / per_token if train.flops else math.inf)
     return max(1, int(tokens // train.batch_tokens))
 

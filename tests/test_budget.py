@@ -65,6 +65,10 @@ def test_closed_form_is_the_sparse_algorithm_with_nominal_auxk() -> None:
     assert budget.aux_k(config, 384) == 256 and parts["auxk"] == 8 * 256 * 384
     assert budget.flops_per_token(sae_config(aux_alpha=0.0), 384, 1024)["auxk"] == 0
     assert parts["optimizer"] == pytest.approx((12 * budget.params(config, 384) + 7 * 4096 * 384) / 1024)
+    signum = budget.flops_per_token(config, 384, 1024, "signum")
+    # a step against the sign, two interpolations; two sequences with unit rows, one gradient projected
+    assert signum["optimizer"] == pytest.approx((9 * budget.params(config, 384) + 10 * 4096 * 384) / 1024)
+    assert {part for part in parts if signum[part] != parts[part]} == {"optimizer"}
 
 
 @pytest.mark.parametrize("architecture", ["topk", "switch"])

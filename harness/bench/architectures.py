@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from harness.terminal import table
 
 VARIANTS = ("start", "dense")
 """`relu:start`: half of all latents are active. `relu:dense`: the same step, as plain dense products."""
+WITH_PEERS = ("batchtopk", "matryoshka", "jumprelu", "relu", "gated")
+"""Those that SAELens and dictionary_learning have too (`peer_trainers`)."""
 PARTS = ("select_ms", "decode_ms", "backward_ms", "optimizer_ms", "other_ms")
 
 
@@ -36,9 +39,12 @@ _VARIANTS = {("relu", variant) for variant in VARIANTS}
 
 
 def measure_architectures(
-    shape: Shape, names: list[str], settings: dict[str, Any], rounds: int
+    shape: Shape, names: list[str], peers: dict[str, list[str]], settings: dict[str, Any], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Name → milliseconds of a step and its parts (medians), and the median ratio to the first name's step."""
+    """Name → milliseconds of a step and its parts (medians), and the median ratio to the first name's step.
+
+    `NAME PEER` is the step of a peer's own trainer, without parts. `peers`: name → command of its worker.
+    """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         data = Path(folder) / "data.safetensors"
         write_data(shape, data)
@@ -49,7 +55,11 @@ def measure_architectures(
             base, _, variant = name.partition(":")
             of_it = task | {"architecture": base, "variant": variant}
             contenders[name] = stack.enter_context(Process(name, command, of_it))
-        answers: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        theirs = [name for name in names if name in WITH_PEERS]
+        for name, (peer, its_command) in itertools.product(theirs, peers.items()):
+            of_it = task | {"architecture": name, "peer": peer, "steel": True}
+            contenders[f"{name} {peer}"] = stack.enter_context(Process(f"{name} {peer}", its_command, of_it))
+        answers: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
         for number in range(WARM_UP + rounds):
             for name, process in contenders.items():
                 answer = process.ask("round")
@@ -59,10 +69,12 @@ def measure_architectures(
     results: dict[str, dict[str, Any]] = {}
     for name, rows in answers.items():
         steps = [row["step_ms"] for row in rows]
-        results[name] = {part: statistics.median(row[part] for row in rows) for part in ("step_ms", *PARTS)}
+        parts = [part for part in ("step_ms", *PARTS) if part in rows[0]]
+        results[name] = {part: statistics.median(row[part] for row in rows) for part in parts}
         results[name]["ratio"] = spread([own / other for own, other in zip(steps, first, strict=True)])
-        with_dead = [1 + row["auxk_extra_ms"] / row["step_ms"] for row in rows]
-        results[name]["auxk_step_ratio"] = statistics.median(with_dead)
+        if "auxk_extra_ms" in rows[0]:
+            with_dead = [1 + row["auxk_extra_ms"] / row["step_ms"] for row in rows]
+            results[name]["auxk_step_ratio"] = statistics.median(with_dead)
     return results
 
 
@@ -75,8 +87,8 @@ def text(shape: Shape, results: dict[str, dict[str, Any]]) -> str:
             name,
             f"{result['step_ms']:.1f}",
             f"{result['ratio']['median']:.2f}",
-            *(f"{result[part]:.1f}" for part in PARTS),
-            f"{result['auxk_step_ratio']:.2f}",
+            *(f"{result[part]:.1f}" if part in result else "" for part in PARTS),
+            f"{result['auxk_step_ratio']:.2f}" if "auxk_step_ratio" in result else "",
         )
         for name, result in results.items()
     ]

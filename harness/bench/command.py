@@ -30,6 +30,8 @@ REFERENCES = ("bionemo_like", "flashsae_like")
 PEERS = ("sparsify", "dictionary_learning", "saelens", "openai", *REFERENCES)
 GPU_PEERS = ("openai", *REFERENCES)
 """Peers that are compared only on a GPU."""
+TRAINERS = ("dictionary_learning", "saelens")
+"""Peers with trainers of other architectures."""
 WORKER = Path(__file__).with_name("peer_worker.py")
 REFERENCE_WORKER = "tests.peers.worker"
 
@@ -211,12 +213,14 @@ def main() -> int:
                 "--clock process adds up all threads and ignores the GPU: use it with --threads 1 on the CPU"
             )
         settings = {key: getattr(arguments, key) for key in ("precision", "ops", "device", "threads", "clock", "dead")}
-        peers = {} if arguments.architectures else installed_peers(arguments.peers_python, wanted)
+        if arguments.architectures:
+            wanted = [name for name in wanted if name in TRAINERS]
+        peers = installed_peers(arguments.peers_python, wanted)
         results: list[dict[str, Any]] = []
         if arguments.architectures:
             names = parse_architectures(arguments.architectures)
             for shape in shapes:
-                measured = measure_architectures(shape, names, settings, arguments.rounds)
+                measured = measure_architectures(shape, names, peers, settings, arguments.rounds)
                 results.append({"shape": shape.name, "architectures": measured})
                 print(architectures_text(shape, measured), flush=True)
             shapes = []

@@ -170,6 +170,22 @@ def openai(data: dict[str, torch.Tensor], k: int, steel: bool) -> tuple[Step, St
     return gradients, whole, lambda: {"W_enc": sae.encoder.weight.grad, "W_dec": sae.decoder.weight.grad.T}
 
 
+def trained_as(task: dict[str, Any], data: dict[str, torch.Tensor]) -> tuple[Step, Step, Callable[[], dict]]:
+    """A step of the peer's trainer of another architecture, which has no gradients apart."""
+    trainers = importlib.import_module("peer_trainers")  # beside this file
+    settled = {"batch": len(data["x"]), "steps": 10**6, "warmup_steps": 0, "decay_steps": 0, "sparsity_warmup_steps": 0}
+    settled |= {"dead_steps": 10**6, "lr": LR, "seed": 0, "own_init": True, "scale": 1.0}
+    settled |= {"l0": task["k"], "sparsity": 1.0, "first_threshold": {str(task["k"]): 2.0}}
+    trainer = trainers.TRAINERS[task["peer"]](task | settled, data)
+    for group in trainer.optimizer.param_groups if task["steel"] else []:
+        group["fused"] = True
+
+    def whole() -> None:
+        trainer.step(data["x"])
+
+    return whole, whole, dict
+
+
 class Peer(NamedTuple):
     """A contender that this worker can be."""
 
@@ -238,7 +254,10 @@ def main(peers: Mapping[str, Peer] = PEERS) -> None:
         torch.topk = functools.partial(torch.topk, sorted=False)
         plain = torch.Tensor.topk
         torch.Tensor.topk = lambda self, *args, **kw: plain(self, *args, **{"sorted": False, **kw})
-    gradients, whole, weight_grads = peer.build(data, task["k"], task["steel"])
+    if "architecture" in task:
+        gradients, whole, weight_grads = trained_as(task, data)
+    else:
+        gradients, whole, weight_grads = peer.build(data, task["k"], task["steel"])
     autocast = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=task["precision"] == "bf16")
     last_ms = SHORT_MS
     for line in sys.stdin:

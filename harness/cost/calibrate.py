@@ -174,7 +174,9 @@ def _executed(config: Config, d_model: int) -> dict[str, float]:
     from harness.ops import reference
 
     dense = reference.dense_rows_per_k(config.train.precision)
-    return budget.flops_executed_per_token(config.sae, d_model, config.train.batch_tokens, 0, dense)
+    return budget.flops_executed_per_token(
+        config.sae, d_model, config.train.batch_tokens, 0, dense, config.train.optimizer
+    )
 
 
 def step_flops(config: Config, d_model: int) -> float:

@@ -52,7 +52,9 @@ class Run:
         d_model, tokens = self.store.d_model, self.tokens
         if d_model is None or tokens is None:
             return None
-        return tokens * sum(budget.flops_per_token(self.config.sae, d_model, self.config.train.batch_tokens).values())
+        train = self.config.train
+        parts = budget.flops_per_token(self.config.sae, d_model, train.batch_tokens, train.optimizer)
+        return tokens * sum(parts.values())
 
 
 def frozen_run(run_dir: Path, config: Config) -> Run:

@@ -67,10 +67,10 @@ def _above(batch: Batch, theta: Float[Tensor, " rows"]) -> Codes:
     return batch.ops.select_above(batch.inputs, W_enc, bias, theta, batch.routing.groups)
 
 
-def _running_mean(mean: Tensor, value: Tensor, step: int, memory: int = 100) -> Tensor:
-    """The mean of the values so far, later of about the last `memory`: thresholds move as the weights do. It begins at
-    the first value, so it has no bias towards 0."""
-    return torch.lerp(mean, value.to(mean.dtype), 1 / min(step + 1, memory))
+def _running_mean(mean: Tensor, value: Tensor, step: int, most: int = 100) -> Tensor:
+    """The mean of about the last twentieth of the values, at most `most`: thresholds move as the weights do, most at
+    the start. It begins at the first value, so it has no bias towards 0."""
+    return torch.lerp(mean, value.to(mean.dtype), 1 / min(step // 20 + 1, most))
 
 
 def _largest_of_batch(

@@ -17,6 +17,10 @@ from harness.saes import Params, Sae
 UNIT_ROWS = "W_dec"
 """The parameter whose rows have norm 1, unless the architecture leaves them free."""
 
+THRESHOLD_RATE = 4.0
+"""Learning rate of JumpReLU's log θ, in units of that of the others. Adam moves a parameter by about a learning rate a
+step; log θ must follow pre-activations, which grow several-fold. At ten, L0 oscillates."""
+
 
 class Optimizer:
     """Adam over the parameters of one SAE, the low-precision copies of the weights, and their moving average."""
@@ -74,11 +78,17 @@ class Optimizer:
         self._update(replace(self._hyper(lr, number), scale=scale), finite, runtime.ops)
         return finite, norm
 
+    def _rate(self, name: str, lr: float) -> float:
+        """The learning rate of a parameter."""
+        return lr * (THRESHOLD_RATE if name == "log_threshold" and self.sae.traits.penalty == "l0" else 1.0)
+
     def _update(self, common: Hyper, finite: Bool[Tensor, ""], ops: Ops) -> None:
         """Change the parameters, their copies and their average where `finite` is true."""
         for name, param in self.params.items():
             unit = name == UNIT_ROWS and self.sae.traits.unit_decoder
-            hyper = replace(common, project=unit and not self.config.clip_norm, unit_rows=unit)
+            hyper = replace(
+                common, lr=self._rate(name, common.lr), project=unit and not self.config.clip_norm, unit_rows=unit
+            )
             copy = self.compute.get(name)
             low_precision = None if copy is param else copy
             ops.update(param, self.grads[name], self.moments[name], hyper, finite, low_precision)

@@ -39,7 +39,7 @@ class Signum(Optimizer):
             ops.project(self.params[UNIT_ROWS], self.grads[UNIT_ROWS])
         for name, fast in self.fast.items():
             sign = torch.where(finite, self.grads[name].sign(), 0.0)
-            fast.sub_(sign * step.to(fast.dtype))
+            fast.sub_(sign * (step * self._rate(name, 1.0)).to(fast.dtype))
         self._unit(self.fast)
         for name, param in self.params.items():
             average = self.average[name].lerp_(self.fast[name], share.to(param.dtype))

@@ -19,6 +19,9 @@ distance of log L0 from its target. INTEGRAL: per step, times the learning rate,
 move by about a learning rate a step. FAR: a distance beyond it counts as this in the sum, since λ must not run ahead
 while L0 is on its way."""
 
+SMOOTHING = {"log": 0.05, "linear": 0.25}
+"""Share of a step's log L0 in the mean that is steered by."""
+
 
 class Sparsity:
     """λ of the next step, on the device, and the state of the controller.
@@ -27,10 +30,9 @@ class Sparsity:
     1/`SMOOTHING` steps, so nothing waits for the device. A penalty on activations acts through all weights:
     log λ += P·(e − e before) + I·e. A penalty on L0 acts on thresholds alone, which hardly move
     unless it outweighs the error, so λ = first·(s + P·e), s += I·e, as with a quadratic penalty on the distance from
-    the target (dictionary_learning's JumpReLU). It may be negative: then it lowers thresholds.
+    the target (dictionary_learning's JumpReLU). It may be negative: then it lowers thresholds. They move at full speed
+    whatever λ is, so a mean over more steps oscillates.
     """
-
-    SMOOTHING = 0.05
 
     def __init__(self, config: Config, unit: float, device: torch.device) -> None:
         """`unit` = √(E‖x‖²)/V: what λ is measured in."""
@@ -59,7 +61,7 @@ class Sparsity:
             return
         steered, before, count = self.state
         distance = (l0.double().clamp(min=1e-3) / target).log()
-        count = (count + 1).clamp(max=1 / self.SMOOTHING)
+        count = (count + 1).clamp(max=1 / SMOOTHING[self.rule])
         now = before + (distance - before) / count
         far = FAR[self.rule]
         move = INTEGRAL[self.rule] * lr * now.clamp(-far, far)

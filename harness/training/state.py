@@ -190,12 +190,15 @@ class TrainState:
     def _count_flops(self, runtime: Runtime) -> None:
         train, n_dead = self.config.train, 0 if self._dead_latents is None else self._dead_latents.total
         dense = runtime.ops.dense_rows_per_k(train.precision)
-        executed = budget.flops_executed_per_token(self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense)
+        executed = budget.flops_executed_per_token(
+            self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense, train.optimizer
+        )
         self.flops_executed += sum(executed.values()) * train.batch_tokens
 
     def flops(self, auxk: bool = True) -> float:
         """Closed-form FLOPs so far, with or without the nominal AuxK."""
-        parts = budget.flops_per_token(self.config.sae, self.sae.d_model, self.config.train.batch_tokens)
+        train = self.config.train
+        parts = budget.flops_per_token(self.config.sae, self.sae.d_model, train.batch_tokens, train.optimizer)
         return self.tokens * sum(flops for part, flops in parts.items() if auxk or part != "auxk")
 
     def position(self) -> dict[str, Any]:

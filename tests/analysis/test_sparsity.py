@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.cli import main
 from analysis.questions.paired import PairedErrors
 from analysis.questions.sparsity import at_equal_l0, frontiers, order
 from analysis.report.page import write_report
@@ -81,3 +83,22 @@ def test_the_report_shows_several_architectures(tmp_path: Path) -> None:
     # 1.1·(1.2·8)^-0.5 against TopK at the same L0, which is (1.2·8)^-0.5·… lower by 1.2^0.5 than at k
     ratio = 1.1 * 1.2**0.5
     assert f"{ratio:.3f}" in page
+
+
+def test_a_law_in_measured_l0(tmp_path: Path) -> None:
+    # SAEs with a penalty end near their target, and the law holds for the L0 that they reached
+    miss = iter(np.random.default_rng(0).uniform(0.7, 1.4, 12))
+    for n in (256, 512, 1024):
+        for target in (8, 16, 32, 64):
+            l0 = target * next(miss)
+            write_run(tmp_path, sae="relu", n=n, k=target, fvu=3 * n**-0.2 * l0**-0.5, extra={"l0": l0})
+
+    def fit(*options: str) -> dict[str, float]:
+        out, law = tmp_path / "fit.json", "sae_nk_no_interaction_no_floor"
+        assert main(["fit", str(tmp_path), "--law", law, "--ci", "wald", *options, "--out", str(out)]) == 0
+        return {name: found["value"] for name, found in json.loads(out.read_text())["params"].items()}
+
+    measured = fit("--k", "l0")
+    assert measured["beta_n"] == pytest.approx(-0.2, abs=1e-6)
+    assert measured["beta_k"] == pytest.approx(-0.5, abs=1e-6)
+    assert abs(fit()["beta_k"] + 0.5) > 0.01

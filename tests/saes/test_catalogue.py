@@ -138,19 +138,18 @@ def test_batchtopk_is_exact_whatever_threshold_was_expected(threshold: float) ->
         assert_step_equals_dense(sae, params, x, torch.zeros(32, dtype=torch.int64), done=done)
 
 
-def test_the_threshold_is_the_mean_of_the_smallest_kept_values() -> None:
+@pytest.mark.parametrize(("done", "share"), [(0, 1.0), (19, 1.0), (20, 1 / 2), (400, 1 / 21), (10**6, 1 / 100)])
+def test_the_threshold_is_a_running_mean_of_the_smallest_kept_values(done: int, share: float) -> None:
     generator = torch.Generator().manual_seed(5)
     sae = make_sae("batchtopk")
     params = random_params(sae, generator)
-    params["threshold"].zero_()
-    smallest = []
-    for done in range(5):
-        x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
-        grads = {key: torch.zeros_like(value) for key, value in params.items()}
-        step(sae, params, params, x, runtime(Solo()), None, grads, done=done)
-        values = ((x - params["b_dec"]) @ params["W_enc"].T + params["b_enc"]).relu().flatten()
-        smallest.append(float(values.sort(descending=True).values[sae.k * 50 - 1]))
-        assert float(params["threshold"]) == pytest.approx(sum(smallest) / len(smallest))
+    params["threshold"].fill_(0.7)
+    x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    grads = {key: torch.zeros_like(value) for key, value in params.items()}
+    step(sae, params, params, x, runtime(Solo()), None, grads, done=done)
+    values = ((x - params["b_dec"]) @ params["W_enc"].T + params["b_enc"]).relu().flatten()
+    smallest = float(values.sort(descending=True).values[sae.k * 50 - 1])
+    assert float(params["threshold"]) == pytest.approx(0.7 + share * (smallest - 0.7))
 
 
 def test_batchtopk_at_inference_uses_the_threshold_alone() -> None:

@@ -295,6 +295,22 @@ with torch.no_grad():
     torch.testing.assert_close(cache[about.hook_name], seen[0])
     rows = seen[0].flatten(0, 1)
     torch.testing.assert_close(sae(rows), coder(rows).sae_out, rtol=1e-4, atol=1e-4)
+# its own evaluation, with the model and the hook that the export names
+from datasets import Dataset
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+texts = [path.read_text() for path in sorted((root / "text").glob("*.txt"))]
+store = ActivationsStore.from_sae(
+    hooked, sae, Dataset.from_dict({"text": texts}), streaming=False, store_batch_size_prompts=4
+)
+config = EvalConfig(
+    batch_size_prompts=4, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2, compute_ce_loss=True,
+    compute_kl=True, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
+)
+found, _ = run_evals(sae, store, hooked, ActivationScaler(), config, exclude_special_tokens=False)
+l0, clean = found["sparsity"]["l0"], found["model_performance_preservation"]["ce_loss_without_sae"]
+assert abs(l0 - sae.cfg.k) < 1e-3 and 0 < clean < 20, found
 """
 
 
