@@ -23,6 +23,12 @@ HARVEST_COPIES = 2.05
 SAVE_BYTES_PER_S = 1e8
 """How fast a checkpoint is assumed to be written before a save has been timed: a slow network disk."""
 
+NUMBER_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""dtype of a store -> bytes of a number."""
+
+PLANNED_DEAD = 0.25
+"""Share of dead latents that the memory of AuxK is planned for."""
+
 UNIT_NORM_FLOPS = 7
 """Per decoder weight, unless it is free: removing the parallel gradient (4) and renormalising the row (3)."""
 

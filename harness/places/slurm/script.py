@@ -42,17 +42,75 @@ def job_script(
 ) -> str:
     """The script of an array of `count` jobs whose tables lie in `directory`; `about` is a line for people. Raises
     `UserError` for flags and paths that Slurm would not read as they are meant."""
-    ranks = mesh.dp * mesh.shard
-    python = quoted([*cluster.container, cluster.python or sys.executable])
+    python, srun = _python(cluster), _srun(cluster)
     here = shlex.quote(str(directory))
     throttle = f"%{cluster.max_running}" if cluster.max_running else ""
+    time = cluster.harvest_time if harvest else cluster.time
+    work = "harness.harvest" if harvest else "harness.train"
+    lines = [
+        *_head(directory, cluster, mesh, f"0-{count - 1}{throttle}", time, lead_s, about),
+        "# freeze this element's runs; sets JOB (empty when nothing is left to do), STORE, where the ranks meet",
+        f'settings=$({python} -m harness.places.slurm begin {here} "$SLURM_ARRAY_TASK_ID") || exit',
+        'eval "$settings"',
+        '[ -n "$JOB" ] || exit 0',
+        "",
+        *_staging(cluster, python, harvest),
+        f"{quoted(srun)} {IGNORE_EARLY} \\",
+        f'    {python} -m {work} --saved-is-success "${{STAGED[@]}}" "$JOB"',
+        "",
+        "# done, or requeue this element alone, or give up after three failures at one step",
+        f'exec {python} -m harness.places.slurm end {here} "$SLURM_ARRAY_TASK_ID" $?',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def rehearsal_script(
+    directory: Path, cluster: ClusterConfig, mesh: MeshConfig, count: int, stop_after: int, *, about: str
+) -> str:
+    """The script of one job that trains the `count` jobs whose tables lie in `directory` one after the other, each in
+    two starts: the first stops after `stop_after` steps. Job i leaves its output in `directory/log/i.txt` and its exit
+    code in `directory/exit-i`. Raises `UserError` as `job_script` does."""
+    python, srun = _python(cluster), _srun(cluster)
+    here = shlex.quote(str(directory))
+    train = f"{quoted(srun)} {IGNORE_EARLY} {python} -m harness.train --saved-is-success"
+    lines = [
+        *_head(directory, cluster, mesh, "0", cluster.time, 1, about),
+        f"for ((i = 0; i < {count}; i++)); do",
+        "    {",
+        f'        settings=$({python} -m harness.places.slurm begin {here} "$i") && eval "$settings" &&',
+        f'        {train} --stop-after {stop_after} "$JOB" &&',
+        f'        {train} "$JOB"',
+        f"    }} > {here}/log/$i.txt 2>&1",
+        f"    echo $? > {here}/exit-$i",
+        "done",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _python(cluster: ClusterConfig) -> str:
+    return quoted([*cluster.container, cluster.python or sys.executable])
+
+
+def _srun(cluster: ClusterConfig) -> list[str]:
+    return [
+        "srun",
+        "--kill-on-bad-exit=1",
+        *([f"--gpu-bind={cluster.gpu_bind}"] if cluster.gpu_bind and cluster.gpus_per_task else []),
+        *cluster.srun_flags,
+    ]
+
+
+def _head(
+    directory: Path, cluster: ClusterConfig, mesh: MeshConfig, array: str, time: str, lead_s: int, about: str
+) -> list[str]:
+    """All lines before the work: what the job asks for, and its environment."""
     flags = [
         f"--job-name={directory.name}",
-        f"--array=0-{count - 1}{throttle}",
+        f"--array={array}",
         f"--output={str(directory).replace('%', '%%')}/log/%A_%a.out",
         "--open-mode=append",
-        f"--time={cluster.harvest_time if harvest else cluster.time}",
-        *resources(cluster, ranks),
+        f"--time={time}",
+        *resources(cluster, mesh.ranks),
         f"--signal=USR1@{lead_s}",
         "--requeue" if cluster.requeue else "--no-requeue",
         *cluster.flags,
@@ -66,14 +124,7 @@ def job_script(
         raise UserError(
             f"{directory} has a backslash, after which Slurm reads paths in another way; choose another out="
         )
-    srun = [
-        "srun",
-        "--kill-on-bad-exit=1",
-        *([f"--gpu-bind={cluster.gpu_bind}"] if cluster.gpu_bind and cluster.gpus_per_task else []),
-        *cluster.srun_flags,
-    ]
-    work = "harness.harvest" if harvest else "harness.train"
-    lines = [
+    return [
         "#!/bin/bash",
         *(f"#SBATCH {shlex.quote(flag)}" for flag in flags),
         # a line break would make a command of what follows it
@@ -86,19 +137,7 @@ def job_script(
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
         "trap : TERM USR1  # the last line runs however the ranks end",
         "",
-        "# freeze this element's runs; sets JOB (empty when nothing is left to do), STORE, where the ranks meet",
-        f'settings=$({python} -m harness.places.slurm begin {here} "$SLURM_ARRAY_TASK_ID") || exit',
-        'eval "$settings"',
-        '[ -n "$JOB" ] || exit 0',
-        "",
-        *_staging(cluster, python, srun, harvest),
-        f"{quoted(srun)} {IGNORE_EARLY} \\",
-        f'    {python} -m {work} --saved-is-success "${{STAGED[@]}}" "$JOB"',
-        "",
-        "# done, or requeue this element alone, or give up after three failures at one step",
-        f'exec {python} -m harness.places.slurm end {here} "$SLURM_ARRAY_TASK_ID" $?',
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _network(cluster: ClusterConfig) -> list[str]:
@@ -106,13 +145,13 @@ def _network(cluster: ClusterConfig) -> list[str]:
     return [f"export GLOO_SOCKET_IFNAME={name} NCCL_SOCKET_IFNAME={name}"] if cluster.network_interface else []
 
 
-def _staging(cluster: ClusterConfig, python: str, srun: list[str], harvest: bool) -> list[str]:
+def _staging(cluster: ClusterConfig, python: str, harvest: bool) -> list[str]:
     if not cluster.stage_dir or harvest:
         return ["STAGED=()"]
     # in double quotes: the directory may name a variable of the job
     directory = re.sub(r"^~(?=/|$)", "$HOME", cluster.stage_dir)
     target = '"' + directory.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'
-    once = quoted([*srun[:1], "--ntasks-per-node=1"])
+    once = "srun --ntasks-per-node=1"
     return [
         "# one copy of the store per node; without room for it the shared one is read",
         f"STAGED=(--store-dir {target})",

@@ -1,0 +1,43 @@
+"""The planned memory of a GPU against what the real code allocates at real sizes, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from harness.grid.study import load_study, study_names
+
+GPU_STUDIES = [name for name in study_names() if any("gpt2" in word for word in load_study(name).overrides)]
+
+
+def agree(*arguments: str) -> None:
+    # the tests let Triton interpret kernels, and then they need other buffers
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.bench.memory", *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+PAPER = ("activations=gpt2", "train=gao2024", "tracker=none")
+
+
+def test_the_plan_of_a_gpu_is_within_a_tenth_of_what_is_allocated() -> None:
+    agree(*PAPER, "sae=topk,multi_topk", "sae.n_latents=2048,65536", "sae.k=32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["mesh.shard=4", "mesh.dp=2", "train.precision=fp32", "train.ema=0"])
+def test_it_is_on_a_mesh_and_in_other_precisions(mesh: str) -> None:
+    agree(*PAPER, "sae=topk", "sae.n_latents=65536", "sae.k=16,256", mesh)
+    if not mesh.startswith("mesh.shard"):
+        agree(*PAPER, "sae=switch", "sae.n_experts=8", "sae.n_latents=65536", "sae.k=32", "train.clip_norm=1", mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GPU_STUDIES)
+def test_it_is_for_every_cell_of_the_shipped_studies(name: str) -> None:
+    agree("--study", name, "tracker=none")
