@@ -318,7 +318,7 @@ def _provenance(table: RunTable, directory: Path) -> list[tuple[str, str]]:
 
 def _dropped_rows(table: RunTable) -> list[str]:
     """What the runs' notes say of rows of massive norm that were left out, each text once."""
-    noted = table.frame["notes"] if "notes" in table.frame else ()
+    noted: Any = table.frame.get("notes", ())
     texts = [line.partition(" ")[2] for lines in noted if isinstance(lines, list) for line in lines]
     return list(dict.fromkeys(text for text in texts if text.startswith("dropped ")))
 

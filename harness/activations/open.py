@@ -236,7 +236,8 @@ def _begin(
     stop: StopFlag,
 ) -> tuple[Plan, HookedModel]:
     points = ", ".join(f"{each.hook} of layer {each.layer}" for each in (cfg, *(other for other, _ in others)))
-    progress.note(f"harvesting {cfg.model}, {points}, over {cfg.text} text")
+    text = " and ".join(text.text for text, _ in cfg.texts)
+    progress.note(f"harvesting {cfg.model}, {points}, over {text} text")
     plan, hooked = prepare(cfg, partial, stop, others)
     wanted = {"train": round(cfg.stored_tokens), "heldout": round(cfg.heldout_tokens)}
     for split, rows in plan.rows.items():
