@@ -152,7 +152,7 @@ def _estimate(run: Run, times: Known | str | None, calibration: Calibration) -> 
 
 
 def rank_memory(config: Config, d_model: int) -> dict[str, int]:
-    """`budget.memory_bytes` with what the kernels hold: on a GPU, else on a CPU a tile per thread of the run."""
+    """`gpu_memory`, or on a CPU `budget.memory_bytes` with what the kernels hold for each thread of the run."""
     if planned_on_gpu(config):
         from harness.cost.gpu_memory import gpu_memory
 
@@ -162,7 +162,9 @@ def rank_memory(config: Config, d_model: int) -> dict[str, int]:
     word = 8 if config.train.precision == "fp64" else 4
     on_cluster = config.cluster.name == "slurm"
     threads = config.train.threads or (config.cluster.cpus_per_task if on_cluster else cores())
-    return budget.memory_bytes(config, d_model, threads * TILE_ELEMENTS * word, 0)
+    # how many entries each thread has of each latent, where they begin, and where the next one goes
+    sort = threads * 3 * 8 * config.sae.n_latents // config.mesh.shard
+    return budget.memory_bytes(config, d_model, threads * TILE_ELEMENTS * word, sort)
 
 
 def _mapped_bytes(activations: ActivationsConfig, d_model: int, tokens: float) -> float:
