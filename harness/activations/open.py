@@ -74,6 +74,12 @@ def open_source(
         return_freed()
     # the values of a store that was made just now have been checked
     store = open_store(directory, cfg, shards, out, shown, check_values=made)
+    computed_in = store.description.get("precision")
+    if cfg.lm_precision not in ("auto", computed_in):
+        shown.note(
+            f"the activations in {directory} were computed in {computed_in}, not in activations.lm_precision="
+            f"{cfg.lm_precision}: both have one name, so delete the directory to have the other"
+        )
     return store if cfg.keep == "store" else Windows(store, cfg, directory.with_suffix(".windows"), shards)
 
 

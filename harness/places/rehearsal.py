@@ -62,6 +62,8 @@ def unfit(job: Job) -> str:
             return "it ended without a result"
         if result["status"] != "done":
             return f"it ended as {result['status']} at step {result.get('diverged_at_step')} of {STEPS}"
+        if result["attempts"] < 2:
+            return "it was not stopped and started again"
         refused = [note for note in result.get("notes", ()) if "refused" in note]
         if refused:
             return f"it did not go on from its save: {refused[0]}"

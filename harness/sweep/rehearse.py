@@ -130,10 +130,10 @@ def _short_config(run: Run, scratch: Path, seed: int) -> Config:
 
 
 def _few_rows(config: ActivationsConfig, out: Path, batch: int) -> ActivationsConfig:
-    """The store that exists, else one of the same recipe with few rows."""
+    """The store that exists, else one of the same recipe with few rows; windows are always small ones."""
     if config.kind == "synthetic":
         return config
-    if is_complete(store_path(config, out)):
+    if config.keep == "store" and is_complete(store_path(config, out)):
         return dataclasses.replace(config, dir=str(store_root(config, out).absolute()))
     window = float(max(ROWS, batch)) if config.keep == "window" else 0.0
     few = {"tokens": 2 * window or min(config.tokens, ROWS), "window_tokens": window}
