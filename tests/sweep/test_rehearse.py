@@ -88,3 +88,11 @@ def test_every_shipped_study_has_short_jobs(name: str, tmp_path: Path) -> None:
     runs = plan_runs(requested_cells(request), dry_run=True)
     shapes = {rehearsals._shape(job_of([run])) for run in runs}
     assert 0 < len(shapes) <= len(runs)
+
+
+@pytest.mark.slow
+def test_a_part_of_a_shipped_study_is_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = ("--only", "sae.n_latents=256", "--only", "sae.k=8")
+    assert main(["--study", "quick", *part, f"out={tmp_path}", "tracker=none", "--rehearse"]) == 0
+    assert capsys.readouterr().out.count("done") == 2, "TopK and Switch"
+    assert list(tmp_path.iterdir()) == []
