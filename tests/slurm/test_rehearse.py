@@ -14,12 +14,21 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 def test_every_shape_is_tried_in_one_job_per_mesh(cluster: Cluster, tmp_path: Path) -> None:
-    cells = ("sae=topk", "sae.n_latents=32,64", "train.tokens=1e6", "mesh.dp=1,2", "cluster.tasks_per_node=1")
+    cells = ("sae=topk", "sae.n_latents=32,64", "train.tokens=1e6", "mesh.dp=2", "cluster.tasks_per_node=1")
     done = command(
-        cluster, "harness.launch", *SYNTHETIC, f"out={tmp_path}", *CLUSTER, *cells, "--rehearse", timeout_s=500
+        cluster,
+        "harness.launch",
+        *SYNTHETIC,
+        f"out={tmp_path}",
+        *CLUSTER,
+        *cells,
+        "cluster.pack=1",
+        "--rehearse",
+        timeout_s=500,
     )
     assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stdout.count("done") == 2 and done.stdout.count("1 × 1") + done.stdout.count("2 × 1") == 2
+    assert done.stdout.count("done") == 2 and done.stdout.count("2 × 1") == 2
+    assert "rehearses 2 shapes" in done.stderr, "in one job"
     assert list(tmp_path.iterdir()) == []
 
 

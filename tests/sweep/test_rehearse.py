@@ -63,7 +63,7 @@ def test_ranks_stop_save_and_go_on(launch: Launch, tmp_path: Path, capsys: pytes
 @pytest.mark.slow
 def test_a_full_disk_shows_in_one_line(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, f"out={small_disk}", "sae.n_latents=2048", "--rehearse"]) == 1
-    assert "failed: no space is left on the disk" in capsys.readouterr().out
+    assert "no room for a checkpoint" in capsys.readouterr().out
     assert list(small_disk.iterdir()) == []
 
 
