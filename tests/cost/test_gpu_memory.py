@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from harness.grid.study import load_study, study_names
-
-GPU_STUDIES = [name for name in study_names() if any("gpt2" in word for word in load_study(name).overrides)]
+GPU_STUDIES = ("gao2024_nk", "gao2024_16m", "gao2024_baselines", "switch2024_flop_matched", "switch2024_width_matched")
+"""Those that need a cluster; the others are planned for CPUs."""
 
 
 def agree(*arguments: str) -> None:
@@ -39,5 +38,7 @@ def test_it_is_on_a_mesh_and_in_other_precisions(mesh: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GPU_STUDIES)
-def test_it_is_for_every_cell_of_the_shipped_studies(name: str) -> None:
-    agree("--study", name, "tracker=none")
+def test_it_is_for_the_shipped_studies(name: str) -> None:
+    # k moves it least, and all of the 42 cells of gao2024_nk would take minutes
+    few = {"gao2024_nk": ["sae.k=32"], "gao2024_baselines": [], "gao2024_16m": []}.get(name, ["sae.k=16,192"])
+    agree("--study", name, "tracker=none", *few)
