@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import math
 import weakref
@@ -32,7 +33,7 @@ from harness.activations.statistics import Statistics
 from harness.cell_names import cell_names
 from harness.config import Config, to_container
 from harness.cost.estimate import rank_memory
-from harness.errors import FAILED
+from harness.errors import FAILED, WRONG_REQUEST, UserError
 from harness.grid.study import load_study
 from harness.parallel import Shards, Solo
 from harness.parallel.mesh import Mesh
@@ -42,7 +43,7 @@ from harness.record.run import Run
 from harness.saes.dead import DeadLatents
 from harness.saes.sae import Sae
 from harness.sweep.request import Request, plan_runs, requested_cells
-from harness.terminal import run_command, si, table
+from harness.terminal import run_command, say, si, table
 
 BLOCK_BYTES = 512
 """What an allocation on a GPU is rounded up to."""
@@ -231,17 +232,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--study", default="", metavar="NAME|FILE")
     arguments = parser.parse_intermixed_args(argv)
-    study = load_study(arguments.study) if arguments.study else None
-    request = Request([*arguments.overrides, "cluster=slurm", "cluster.gpu_type=h100"], study)
+    try:
+        return _compare(arguments.study, arguments.overrides)
+    except UserError as error:
+        say(f"error: {error}")
+        return WRONG_REQUEST
+
+
+def _compare(name: str, overrides: Sequence[str]) -> int:
+    """Print the table. Raises `UserError`."""
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("the kernels of a GPU need the package triton; pip install triton")
+    study = load_study(name) if name else None
+    request = Request([*overrides, "cluster=slurm", "cluster.gpu_type=h100"], study)
     runs = shapes(plan_runs(requested_cells(request), dry_run=True))
     rows, apart = [], 0
-    for name, run in zip(cell_names([to_container(run.config) for run in runs]), runs, strict=True):
+    for cell, run in zip(cell_names([to_container(run.config) for run in runs]), runs, strict=True):
         found = track(run.config, run.store.d_model or 0)
         parts = [f"{si(found.phases[phase])}B" for phase in PHASES]
         mesh = f"{run.config.mesh.dp} × {run.config.mesh.shard}"
         ratio = found.planned / found.peak
         apart += abs(ratio - 1) > TOLERANCE
-        rows.append([name, mesh, *parts, f"{si(found.planned)}B", f"{ratio:.2f}"])
+        rows.append([cell, mesh, *parts, f"{si(found.planned)}B", f"{ratio:.2f}"])
     print(table(["cell", "mesh", *PHASES, "planned", "planned / peak"], rows))
     return FAILED if apart else 0
 
