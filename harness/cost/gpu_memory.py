@@ -37,7 +37,7 @@ def gpu_memory(config: Config, d_model: int) -> dict[str, int]:
 def _step(config: Config, entries: _Entries, k: int, rows: int, width: int) -> float:
     """The largest of: choosing latents, weight gradients, AuxK, the update."""
     sae, groups = config.sae, max(1, rows // width)
-    nested = len(sae.prefixes) if sae.architecture == "matryoshka" else sae.traits.passes > 1 and 2
+    nested = len(sae.prefixes) if sae.architecture == "matryoshka" else 2 * (sae.traits.passes > 1)
     held = entries.batch(budget.NUMBER_BYTES[config.activations.dtype]) + nested * entries.residual
     chosen = entries.codes(k)
     own = max(entries.select(k, width), entries.residual + chosen + entries.gradients(k, rows, width))
