@@ -24,6 +24,12 @@ HARVEST_COPIES = 2.05
 SAVE_BYTES_PER_S = 1e8
 """How fast a checkpoint is assumed to be written before a save has been timed: a slow network disk."""
 
+NUMBER_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""dtype of a store -> bytes of a number."""
+
+PLANNED_DEAD = 0.25
+"""Share of dead latents that the memory of AuxK is planned for."""
+
 UNIT_NORM_FLOPS = {"adam": 7, "signum": 10}
 """Per decoder weight, unless it is free: removing the parallel gradient (4) and renormalising the row (3, Signum of two
 sequences)."""
@@ -135,13 +141,13 @@ def schedule_problem(config: Config, tokens: float | None = None) -> str:
     )
 
 
-def memory_bytes(config: Config, d_model: int, tile_bytes: float, kernel_bytes_per_token: float) -> dict[str, int]:
-    """Bytes of one rank by part; on a GPU the device's. Compared with the CPU kernels in docs/lab-log.md.
+def memory_bytes(config: Config, d_model: int, tile_bytes: float, kernel_bytes: float) -> dict[str, int]:
+    """Bytes of one rank on a CPU by part, beside its process. Compared with real runs in docs/lab-log.md.
 
     weights: with gradients, moments, low-precision copies, average. counters: since when each latent is silent, how
-    often it fired, and in this batch. step: what a step (AuxK included, though it needs nothing while nothing is dead)
-    or an evaluation holds in addition, whichever is more. `tile_bytes`: pre-activations that the kernels hold at a
-    time, at most; `kernel_bytes_per_token`: what else they hold.
+    often it fired, and in this batch. step: what a step (with AuxK over `PLANNED_DEAD` of the latents, though it needs
+    nothing while nothing is dead) or an evaluation holds in addition, whichever is more. `tile_bytes`: pre-activations
+    that the kernels hold at a time, at most; `kernel_bytes`: what else they hold.
     """
     train, sae, mesh = config.train, config.sae, config.mesh
     word = 8 if train.precision == "fp64" else 4
@@ -150,10 +156,12 @@ def memory_bytes(config: Config, d_model: int, tile_bytes: float, kernel_bytes_p
     rows = params(sae, d_model) // mesh.shard
     tokens, width = train.batch_tokens // mesh.dp, sae.n_latents // sae.n_experts
     # normalised, in the experts' order, centred, residual and one in passing; values, indices and gradients of codes
-    per_token = 5 * d_model * word + round(active(sae)) * (2 * word + 8) * 2 + kernel_bytes_per_token
+    per_token = 5 * d_model * word + round(active(sae)) * (2 * word + 8) * 2
     aux = min(aux_k(sae, d_model), width) * (5 * word + 8) + 2 * d_model * word if sae.aux_alpha else 0
+    # copies of the dead rows of both matrices, and their gradients
+    dead = 4 * word * d_model * PLANNED_DEAD * sae.n_latents / mesh.shard if sae.aux_alpha else 0
     # the bias-corrected average that is evaluated is a copy of its own
-    step = max(tokens * (per_token + aux), EVALUATION_BATCH * per_token + rows * average)
+    step = kernel_bytes + max(tokens * (per_token + aux) + dead, EVALUATION_BATCH * per_token + rows * average)
     tile = min(tile_bytes, max(tokens, EVALUATION_BATCH) * width * word)
     return {
         "weights": rows * (4 * word + copies + average),

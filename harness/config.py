@@ -26,6 +26,8 @@ SCHEDULES = ("wsd", "constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
 TEXTS = ("stdlib", "files", "tokens", "hub")
+TEXT_SETTINGS = ("text", "text_paths", "text_field", "dataset", "dataset_config", "dataset_revision", "split")
+"""What each text of `activations.mixture` may set."""
 STORE_DTYPES = ("bf16", "fp16", "fp32")
 STATISTICS_ROWS = 131_072
 """With windows: the mean, the variance and the initial values come from so many rows at the beginning of the text (from
@@ -311,6 +313,9 @@ class ActivationsConfig:
     """For `hub`: revision of the dataset; empty: the default one."""
     split: str = "train"
     """For `hub`: name of the split."""
+    mixture: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """Several texts as one: for each the settings of `TEXT_SETTINGS` in which it differs from the ones here, and its
+    `weight`, in proportion to which characters are taken from it. The text ends where the first of them ends."""
     context: int = 64
     """Tokens per context, including special tokens."""
     drop_first_position: bool = True
@@ -353,8 +358,32 @@ class ActivationsConfig:
         """Training rows of the store: all, or with windows the first ones, which give the statistics."""
         return self.tokens if self.keep == "store" else min(self.tokens, self.window_tokens, STATISTICS_ROWS)
 
+    @property
+    def texts(self) -> list[tuple[ActivationsConfig, float]]:
+        """Every text with its weight: those of `mixture`, or the only one."""
+        if not self.mixture:
+            return [(self, 1.0)]
+        own = [{key: value for key, value in part.items() if key != "weight"} for part in self.mixture]
+        texts = [dataclasses.replace(self, mixture=[], **settings) for settings in own]
+        return list(zip(texts, (part["weight"] for part in self.mixture), strict=True))
+
+    def _check_mixture(self) -> None:
+        for part in self.mixture:
+            unknown = sorted({*part} - {*TEXT_SETTINGS, "weight"})
+            _require(not unknown, f"activations.mixture: {unknown} cannot be set; {', '.join(TEXT_SETTINGS)} can")
+            weight = part.get("weight")
+            _require(
+                isinstance(weight, int | float) and 0 < weight < 1e9,
+                f"activations.mixture: weight={weight} of a text is no positive number; write {{text: …, weight: 2}}",
+            )
+        _require(
+            all((text.text == "tokens") == (self.text == "tokens") for text, _ in self.texts),
+            "activations.mixture mixes token ids with text; tokenize all of it, or none",
+        )
+
     def __post_init__(self) -> None:
         _check_values(self, "activations.")
+        self._check_mixture()
         self.dir = user_path(self.dir)
         _one_of("activations.kind", self.kind, ("lm", "synthetic"))
         if self.kind == "lm":

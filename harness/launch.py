@@ -15,6 +15,7 @@ from harness.errors import WRONG_REQUEST, UserError
 from harness.grid.schema import CONF_DIR, groups
 from harness.grid.study import load_study, study_names
 from harness.sweep.execute import launch
+from harness.sweep.rehearse import rehearse
 from harness.sweep.request import Request, requested_cells
 from harness.terminal import python_command, run_command, say
 
@@ -50,6 +51,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dry-run", action="store_true", help="show cells, costs and what is done; write nothing")
     result.add_argument(
         "--calibrate", action="store_true", help="time a few steps here for later plans, and leave; with Slurm in a job"
+    )
+    result.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="try every shape of the grid for a few steps where it will train; keep nothing",
     )
     result.add_argument("--wait", action="store_true", help="with cluster=slurm: return when all runs have ended")
     result.add_argument(
@@ -87,6 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.cfg:
         print_config(requested_cells(request)[0].config)
         return 0
+    if arguments.rehearse:
+        if arguments.dry_run or arguments.calibrate:
+            raise UserError("--rehearse does not go with --dry-run or --calibrate; leave one of them out")
+        return rehearse(request)
     outcome = launch(request, dry_run=arguments.dry_run, wait=arguments.wait, calibrate=arguments.calibrate)
     if outcome.exit_code == 0 and not (arguments.dry_run or arguments.calibrate) and not outcome.submitted:
         for sweep_dir in outcome.sweep_dirs:

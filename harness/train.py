@@ -23,11 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--claimed", action="store_true", help="the starting process has the claims; end with it")
     parser.add_argument("--saved-is-success", action="store_true", help="exit 0, not 75, when stopped and saved")
     parser.add_argument("--store-dir", default="", metavar="DIR", help="read the store from here (a node-local copy)")
+    parser.add_argument("--stop-after", type=int, default=0, metavar="STEPS", help="save and stop after so many steps")
     arguments = parser.parse_args(argv)
     if arguments.claimed:
         end_with_starter()
     return run_as_rank(
-        lambda: train_jobs(arguments.jobs, arguments.store_dir, claim_here=not arguments.claimed),
+        lambda: train_jobs(
+            arguments.jobs,
+            arguments.store_dir,
+            claim_here=not arguments.claimed,
+            stop_after=arguments.stop_after,
+        ),
         saved_is_success=arguments.saved_is_success,
     )
 

@@ -309,7 +309,8 @@ def _excluded_rows(findings: Findings) -> list[dict[str, str]]:
 
 
 def _provenance(table: RunTable, directory: Path) -> list[tuple[str, str]]:
-    """The entries of the runs' `provenance.json` as (name, value); the first values if runs differ."""
+    """The entries of the runs' `provenance.json` as (name, value), the first values if runs differ; and which
+    activations were left out."""
     seen: dict[str, list[str]] = {}
     for run in table.directories.values():
         try:
@@ -321,7 +322,16 @@ def _provenance(table: RunTable, directory: Path) -> list[tuple[str, str]]:
             values = seen.setdefault(key, [])
             if text not in values:
                 values.append(text)
+    if dropped := _dropped_rows(table):
+        seen["activations"] = dropped
     return [("sweep", directory.resolve().name), *((key, _shortened(values)) for key, values in sorted(seen.items()))]
+
+
+def _dropped_rows(table: RunTable) -> list[str]:
+    """What the runs' notes say of rows of massive norm that were left out, each text once."""
+    noted: Any = table.frame.get("notes", ())
+    texts = [line.partition(" ")[2] for lines in noted if isinstance(lines, list) for line in lines]
+    return list(dict.fromkeys(text for text in texts if text.startswith("dropped ")))
 
 
 def _shortened(values: list[str]) -> str:

@@ -74,6 +74,12 @@ def open_source(
         return_freed()
     # the values of a store that was made just now have been checked
     store = open_store(directory, cfg, shards, out, shown, check_values=made)
+    computed_in = store.description.get("precision")
+    if cfg.lm_precision not in ("auto", computed_in):
+        shown.note(
+            f"the activations in {directory} were computed in {computed_in}, not in activations.lm_precision="
+            f"{cfg.lm_precision}: both have one name, so delete the directory to have the other"
+        )
     return store if cfg.keep == "store" else Windows(store, cfg, directory.with_suffix(".windows"), shards)
 
 
@@ -236,7 +242,8 @@ def _begin(
     stop: StopFlag,
 ) -> tuple[Plan, HookedModel]:
     points = ", ".join(f"{each.hook} of layer {each.layer}" for each in (cfg, *(other for other, _ in others)))
-    progress.note(f"harvesting {cfg.model}, {points}, over {cfg.text} text")
+    text = " and ".join(text.text for text, _ in cfg.texts)
+    progress.note(f"harvesting {cfg.model}, {points}, over {text} text")
     plan, hooked = prepare(cfg, partial, stop, others)
     wanted = {"train": round(cfg.stored_tokens), "heldout": round(cfg.heldout_tokens)}
     for split, rows in plan.rows.items():

@@ -33,9 +33,6 @@ RUN_START_S = 0.5
 SAVE_COPIES = 2
 """Writing a checkpoint needs this many times its size in memory, in addition to the state."""
 
-NUMBER_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-"""dtype of a store -> bytes of a number."""
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -155,26 +152,26 @@ def _estimate(run: Run, times: Known | str | None, calibration: Calibration) -> 
 
 
 def rank_memory(config: Config, d_model: int) -> dict[str, int]:
-    """`budget.memory_bytes` with what the kernels hold: on a GPU, else on a CPU a tile per thread of the run."""
+    """`gpu_memory`, or on a CPU `budget.memory_bytes` with what the kernels hold for each thread of the run."""
     if planned_on_gpu(config):
-        from harness.ops import sizes
+        from harness.cost.gpu_memory import gpu_memory
 
-        return budget.memory_bytes(
-            config, d_model, sizes.TILE_BYTES, sizes.bytes_per_token(round(budget.active(config.sae)), d_model)
-        )
+        return gpu_memory(config, d_model)
     from harness.ops.cpu.arrays import TILE_ELEMENTS
 
     word = 8 if config.train.precision == "fp64" else 4
     on_cluster = config.cluster.name == "slurm"
     threads = config.train.threads or (config.cluster.cpus_per_task if on_cluster else cores())
-    return budget.memory_bytes(config, d_model, threads * TILE_ELEMENTS * word, 0)
+    # how many entries each thread has of each latent, where they begin, and where the next one goes
+    sort = threads * 3 * 8 * config.sae.n_latents // config.mesh.shard
+    return budget.memory_bytes(config, d_model, threads * TILE_ELEMENTS * word, sort)
 
 
 def _mapped_bytes(activations: ActivationsConfig, d_model: int, tokens: float) -> float:
     if activations.kind == "synthetic":
         return 0.0
     rows = min(tokens, activations.tokens) if activations.keep == "store" else 2 * activations.window_tokens
-    return (rows + activations.heldout_tokens) * d_model * NUMBER_BYTES[activations.dtype]
+    return (rows + activations.heldout_tokens) * d_model * budget.NUMBER_BYTES[activations.dtype]
 
 
 def _process_bytes(config: Config, calibration: Calibration) -> int:

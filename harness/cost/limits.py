@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.budget import HARVEST_COPIES
+from harness.budget import HARVEST_COPIES, NUMBER_BYTES
 from harness.config import ActivationsConfig, Config, MeshConfig
-from harness.cost.estimate import NUMBER_BYTES, Estimates, rank_memory
+from harness.cost.estimate import Estimates, rank_memory
 from harness.cost.windows import window_bytes
 from harness.process.device import planned_on_gpu
 from harness.process.gpus import find_gpu

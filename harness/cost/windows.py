@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from harness.budget import NUMBER_BYTES
 from harness.config import ActivationsConfig
-from harness.cost.estimate import NUMBER_BYTES, Estimates
+from harness.cost.estimate import Estimates
 from harness.process.device import planned_on_gpu
 from harness.process.gpus import find_gpu
 from harness.record.job import Job

@@ -41,7 +41,7 @@ def refuse_secrets(configs: Iterable[Config]) -> None:
                     seen.add(id(setting))
                     walk(setting, f"{where}{name}.")
                 continue
-            for text in setting if isinstance(setting, list) else [setting]:
+            for text in _flat(setting):
                 if isinstance(text, str) and _is_secret(text, known):
                     raise UserError(
                         f"{where}{name} holds a key, token or password, and all settings are recorded and shown; "
@@ -51,6 +51,13 @@ def refuse_secrets(configs: Iterable[Config]) -> None:
 
     for config in configs:
         walk(config, "")
+
+
+def _flat(setting: Any) -> list[Any]:
+    """The single values of a setting, which may be a list, also of mappings."""
+    if isinstance(setting, dict):
+        setting = list(setting.values())
+    return [value for part in setting for value in _flat(part)] if isinstance(setting, list) else [setting]
 
 
 def _is_secret(text: str, known: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,9 +32,17 @@ GRACE_S = 20.0
 class RankFailed(RuntimeError):
     """A rank ended before the training did."""
 
+    def __init__(self, why: str, log: Path, line: str) -> None:
+        super().__init__(f"{why}; its log is {log}: {line or 'it is empty'}")
+        self.short = f"{why}: {line}" if line else why
+        """Without the path of the log."""
 
-def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag, progress: Progress) -> None:
-    """Train the job in `home`, whose claims the caller holds, by dp·shard processes (`python -m harness.train home`).
+
+def train_on_ranks(
+    home: Path, config: Config, attempt_dir: Path, stop: StopFlag, progress: Progress, arguments: Sequence[str] = ()
+) -> None:
+    """Train the job in `home`, whose claims the caller holds, by dp·shard processes: `python -m harness.train home`
+    with `arguments`.
 
     The output of rank r goes to `attempt_dir/rank<r>.log`; what rank 0 reports of its progress is shown on `progress`.
     A stop is passed on as SIGTERM, and `Interrupted` is raised when the ranks have saved. A second request kills ranks
@@ -49,7 +58,7 @@ def train_on_ranks(home: Path, config: Config, attempt_dir: Path, stop: StopFlag
         for rank, log in enumerate(logs):
             output = stack.enter_context(open_own(log, "wb"))
             process = subprocess.Popen(
-                [sys.executable, "-m", "harness.train", "--claimed", str(home)],
+                [sys.executable, "-m", "harness.train", "--claimed", *arguments, str(home)],
                 env=environment
                 | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 | ({RELAY_FD: str(reports)} if rank == 0 else {}),
@@ -115,9 +124,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: list[Path], stop: StopFla
             _wait(ranks, GRACE_S)
             # a killed rank is the cause; the others failed because they lost it
             rank = min(failed, key=lambda r: (codes[r] or 0) > 0)
-            raise RankFailed(
-                f"rank {rank} {_ending(codes[rank])}; its log is {logs[rank]}: {last_line(logs[rank]) or 'it is empty'}"
-            )
+            raise RankFailed(f"rank {rank} {_ending(codes[rank])}", logs[rank], last_line(logs[rank]))
         if None not in codes:
             if INTERRUPTED in codes:
                 raise Interrupted

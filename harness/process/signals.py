@@ -47,6 +47,8 @@ class StopFlag:
     def __init__(self, deadline: float | None = None, lead_s: float = 0.0) -> None:
         self._event = threading.Event()
         self._deadline, self._lead_s = deadline, lead_s
+        self.after_steps = 0
+        """Set the flag once this many steps are done; 0: never."""
         self.reason = ""
         """Why the flag was set, in a few words."""
         self.urgent = False
@@ -65,6 +67,11 @@ class StopFlag:
         lead = self._lead_s or 2 * save_s + DEADLINE_MARGIN_S
         if self._deadline is not None and time.time() > self._deadline - lead:
             self.request("time limit")
+
+    def look_at_step(self, done: int) -> None:
+        """Set the flag if no more than the `done` steps were asked for."""
+        if self.after_steps and done >= self.after_steps:
+            self.request(f"asked to stop after {self.after_steps} steps")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from harness.activations.lm.contexts import HELDOUT_SHARES, Special
-from harness.activations.lm.text import documents
+from harness.activations.lm.documents import documents
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.process.signals import Interrupted, StopFlag

@@ -26,13 +26,14 @@ def record_intent(about: Mapping[str, Any], runs: Sequence[Run], estimates: Esti
     a directory cannot be written or its files are damaged.
     """
     for sweep_dir in sweep_dirs_of(runs):
-        _make_writable(sweep_dir)
+        make_writable(sweep_dir)
         own = [run for run in runs if run.sweep_dir == sweep_dir]
         _record_study(sweep_dir, about, own)
         _record_plan(sweep_dir, own, estimates)
 
 
-def _make_writable(directory: Path) -> None:
+def make_writable(directory: Path) -> None:
+    """Make the directory if it is missing, and try to write into it. Raises `UserError` if that fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as probe:

@@ -30,6 +30,7 @@ class Checkpoints:
         train, done = active[0].config.train, active[0].state.done
         shards, stop = self._runtime.shards, self._runtime.stop
         stop.look_at_deadline(self._save_s)
+        stop.look_at_step(done)
         requests = STOP * stop.requested
         due = train.checkpoint_every_s and time.monotonic() - self._saved_at >= train.checkpoint_every_s
         if shards.rank == 0 and due:

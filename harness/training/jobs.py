@@ -33,13 +33,15 @@ def train_jobs(
     store_dir: str = "",
     *,
     claim_here: bool = True,
+    stop_after: int = 0,
     on_ended: Callable[[Job], None] = lambda job: None,
 ) -> None:
     """Train jobs of one mesh one after the other, as the rank that this process is.
 
     `store_dir` is a node-local copy to read the store from; without `claim_here` the process that started this one
-    holds the claims. `on_ended` is called with each job that has ended. Raises `Interrupted`, and `UserError` for jobs
-    of different meshes.
+    holds the claims. With `stop_after` a job stops once it has done so many steps, as if somebody had asked it to;
+    several ranks agree on it one step later. `on_ended` is called with each job that has ended. Raises `Interrupted`,
+    and `UserError` for jobs of different meshes.
     """
     ranks = ranks_from_environment()
     jobs = [read_job(home) for home in homes]
@@ -51,6 +53,7 @@ def train_jobs(
     deadline = float(os.environ[END_TIME]) if END_TIME in os.environ else None
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals(deadline, config.cluster.lead_s))
+        stop.after_steps = stop_after
         shape, on_wait = config.mesh, wait_for_ranks(stop)
         shards = stack.enter_context(mesh(shape.dp, shape.shard, device, ranks, on_wait=on_wait))
         for job in jobs:

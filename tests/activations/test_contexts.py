@@ -6,9 +6,9 @@ import pytest
 import transformers
 
 from harness.activations.lm.contexts import Cut, cut_contexts, kept_positions, open_contexts, special_tokens
+from harness.activations.lm.documents import documents
 from harness.activations.lm.location import locate
 from harness.activations.lm.model import load_tokenizer
-from harness.activations.lm.text import documents
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.process.signals import Interrupted, StopFlag

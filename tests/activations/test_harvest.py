@@ -67,6 +67,15 @@ def test_rows_are_the_hidden_states_of_the_kept_positions(
     np.testing.assert_allclose(sorted_rows(all_rows(source)), sorted_rows(torch.cat(expected)), rtol=2e-4, atol=2e-5)
 
 
+def test_a_store_of_another_precision_is_named(
+    tiny: ActivationsConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for precision in ("fp32", "bf16"):
+        cfg = dataclasses.replace(tiny, lm_precision=precision)
+        open_source(cfg, tmp_path, progress=True, stop=StopFlag())
+    assert "were computed in fp32, not in activations.lm_precision=bf16" in capsys.readouterr().err
+
+
 def test_statistics_are_those_of_the_stored_rows(tiny: ActivationsConfig, tmp_path: Path) -> None:
     source = opened(dataclasses.replace(tiny, dtype="bf16"), tmp_path)
     rows = all_rows(source)

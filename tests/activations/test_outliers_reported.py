@@ -1,10 +1,11 @@
-"""Rows that were dropped are told by the plan, by `status` and by the record."""
+"""Rows that were dropped are told by the plan, by `status`, by the record and by the report."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from analysis.report.page import write_report
 from harness.launch import main
 from harness.status import main as status
 from tests.tiny import TINY
@@ -31,5 +32,6 @@ def test_what_was_dropped_is_said_everywhere(
     assert said in json.loads(result.read_text())["notes"][0]
     assert status([str(tmp_path / "t")]) == 0
     assert said in capsys.readouterr().out
+    assert said in write_report(tmp_path / "t").read_text(encoding="utf-8")
     assert main([*words, "sae.k=4", "--dry-run"]) == 0
     assert said in capsys.readouterr().out

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from harness.activations.lm.text import COMPRESSIONS, TXT_DOCUMENT_CHARACTERS, documents
+from harness.activations.lm.documents import documents
+from harness.activations.lm.text import COMPRESSIONS, TXT_DOCUMENT_CHARACTERS
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 

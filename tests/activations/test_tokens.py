@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness.activations.lm.contexts import open_contexts
-from harness.activations.lm.text import documents
+from harness.activations.lm.documents import documents
 from harness.activations.store.harvest import prepare
 from harness.activations.store.identity import store_id
 from harness.config import ActivationsConfig

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from harness.activations.lm.contexts import special_tokens
+from harness.activations.lm.documents import documents
 from harness.activations.lm.location import locate
 from harness.activations.lm.model import load_tokenizer
-from harness.activations.lm.text import documents
 from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
 from harness.activations.store.identity import store_id

@@ -273,4 +273,4 @@ def test_memory_counts_a_tile_per_thread_of_the_place_where_a_run_trains() -> No
     one, many = (
         rank_memory(a_config(cluster={**cluster, "cpus_per_task": threads}, **large), 16)["step"] for threads in (1, 65)
     )
-    assert many - one == 64 * TILE_ELEMENTS * 4
+    assert many - one == 64 * (TILE_ELEMENTS * 4 + 3 * 8 * 65536)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from harness.activations.lm.text import Document, documents
+from harness.activations.lm.documents import Document, documents
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.files import open_own

@@ -129,4 +129,4 @@ def needs_hub(cfg: ActivationsConfig) -> bool:
     if cfg.kind == "synthetic":
         return False
     local_model = cfg.model.startswith("package:") or Path(user_path(cfg.model)).exists()
-    return not local_model or cfg.text == "hub"
+    return not local_model or any(text.text == "hub" for text, _ in cfg.texts)

@@ -1,9 +1,7 @@
-"""Text: documents of the Python standard library, of local files (also of token ids), or of a Hugging Face dataset.
+"""Text: of the Python standard library, of local files (also of token ids), or of a Hugging Face dataset.
 
-A document is one source file, one .txt file, one line of a .jsonl file, or one row of a .parquet file or a dataset; in
-.txt and .jsonl files a long one is cut at line ends. Files may be compressed (.gz, .bz2, .zst). A document is
-identified by the hash of its content, so that neither the order nor the choice of held-out documents depends on the
-file system.
+One piece is a source file, a .txt file, a line of a .jsonl file, or a row of a .parquet file or a dataset; in .txt and
+.jsonl files a long one is cut at line ends. Files may be compressed (.gz, .bz2, .zst).
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -41,36 +39,6 @@ TOKENS_FIELD = "input_ids"
 """Their column, unless `text_field` names another."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 """Endings of compressed files, and what pyarrow calls them."""
-CHARACTERS_PER_TOKEN = 4
-"""About how many characters of text a token stands for."""
-WINDOW_CHARACTERS = 1 << 26
-"""Documents are sorted by hash within windows of this size, so that memory stays bounded for any text."""
-
-
-class Document(NamedTuple):
-    text: str
-    digest: bytes
-    """sha256 of the UTF-8 text, or of the ids."""
-    ids: Int[np.ndarray, " tokens"] | None = None
-    """Token ids of a text that comes tokenized; `text` is empty then."""
-
-    @property
-    def size(self) -> int:
-        """Characters, or about as many as its ids stand for."""
-        return len(self.text) if self.ids is None else CHARACTERS_PER_TOKEN * len(self.ids)
-
-
-def documents(cfg: ActivationsConfig, revision: str) -> Iterator[Document]:
-    """Distinct documents in an order that depends only on their content and `cfg.seed`.
-
-    For a hub dataset, and for text longer than a window, it also depends on the order of the rows. `revision` is the
-    resolved commit of a hub dataset. Raises `UserError` for text that cannot be read.
-    """
-    seen: set[bytes] = set()
-    for document in _ordered(_texts(cfg, revision), cfg.seed):
-        if document.digest not in seen:
-            seen.add(document.digest)
-            yield document
 
 
 def text_files(cfg: ActivationsConfig) -> list[Path]:
@@ -85,7 +53,9 @@ def tokens_field(cfg: ActivationsConfig) -> str:
     return TOKENS_FIELD if cfg.text_field == "text" else cfg.text_field
 
 
-def _texts(cfg: ActivationsConfig, revision: str) -> Iterator[str | Int[np.ndarray, " tokens"]]:
+def texts(cfg: ActivationsConfig, revision: str) -> Iterator[str | Int[np.ndarray, " tokens"]]:
+    """The texts, or their token ids, as the files or the dataset have them. `revision` is the resolved commit of a hub
+    dataset. Raises `UserError` for text that cannot be read."""
     if cfg.text == "hub":
         yield from _dataset_texts(cfg, revision)
         return
@@ -98,29 +68,6 @@ def _texts(cfg: ActivationsConfig, revision: str) -> Iterator[str | Int[np.ndarr
             yield from _token_rows(path, tokens_field(cfg))
         else:
             yield from _file_texts(path, cfg.text_field)
-
-
-def _ordered(texts: Iterable[str | Int[np.ndarray, " tokens"]], seed: int) -> Iterator[Document]:
-    window: list[Document] = []
-    characters = 0
-    for text in texts:
-        if isinstance(text, np.ndarray):
-            window.append(Document("", hashlib.sha256(text.tobytes()).digest(), text))
-        elif text.strip():
-            # a lone surrogate is legal in JSON but has no UTF-8; it becomes a question mark
-            encoded = text.encode("utf-8", errors="replace")
-            window.append(Document(encoded.decode("utf-8"), hashlib.sha256(encoded).digest()))
-        else:
-            continue
-        characters += window[-1].size
-        if characters >= WINDOW_CHARACTERS:
-            yield from _by_hash(window, seed)
-            window, characters = [], 0
-    yield from _by_hash(window, seed)
-
-
-def _by_hash(window: list[Document], seed: int) -> list[Document]:
-    return sorted(window, key=lambda document: digest64(seed, document.digest))
 
 
 def _stdlib_files() -> list[Path]:

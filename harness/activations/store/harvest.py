@@ -312,7 +312,9 @@ def describe(cfg: ActivationsConfig, plan: Plan) -> dict[str, Any]:
     settings = dataclasses.asdict(cfg)
     names = ("kind", "model", "hook", "layer", "context", "text", "dtype", "seed", "drop_first_position")
     described = {name: settings[name] for name in names}
-    if cfg.text == "hub":
+    if cfg.mixture:
+        described["mixture"] = cfg.mixture
+    elif cfg.text == "hub":
         described |= {"dataset": cfg.dataset, "split": cfg.split}
     if plan.largest_norm is not None:
         described["outliers"] = {"factor": cfg.outlier_factor, "median_norm": plan.median_norm}

@@ -145,7 +145,9 @@ def _model_identity(location: Location) -> dict[str, str]:
     }
 
 
-def _text_identity(cfg: ActivationsConfig) -> dict[str, str]:
+def _text_identity(cfg: ActivationsConfig) -> dict[str, Any]:
+    if cfg.mixture:
+        return {"mixture": [{**_text_identity(text), "weight": weight} for text, weight in cfg.texts]}
     if cfg.text != "hub":
         contents = sorted(file_digest(path) for path in text_files(cfg))
         hashed = hashlib.sha256("\n".join(contents).encode()).hexdigest()

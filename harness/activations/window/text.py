@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from harness.activations.lm.contexts import Encoder, Special, Writer, batched, is_heldout, pieces
-from harness.activations.lm.text import documents
+from harness.activations.lm.documents import documents
 from harness.config import ActivationsConfig
 
 

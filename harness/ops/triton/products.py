@@ -15,17 +15,12 @@ from torch import Tensor
 
 from harness.ops import reference
 from harness.ops.interface import Codes, Groups, Reduce
-from harness.ops.sizes import TILE_BYTES
+from harness.ops.sizes import DENSE_ROWS_PER_K, TILE_BYTES
 from harness.ops.triton import gradients
 from harness.ops.triton.decode import decode
 from harness.ops.triton.dense import aligned_rows, spread, subtract
 from harness.ops.triton.grouped import latent_products, padded, reconstructions, weight_gradients
 from harness.ops.triton.selection import fits, select_rows
-
-DENSE_ROWS_PER_K = {"bf16": 120, "fp32": 20}
-"""A group of at most this many latents per active one is cheaper as dense products, by precision. Worked out, not
-measured: three gathers of k rows at 4.3 TB/s against four products at 790 (bf16) or 60 (fp32, no tensor cores) TFLOP/s
-on an H200."""
 
 
 def _widest(groups: Groups) -> int:

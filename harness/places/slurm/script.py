@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import shlex
@@ -17,7 +16,7 @@ IGNORE_EARLY = """bash -c 'trap "" USR1; exec "$@"' --"""
 """A signal would end the rank while Python loads; later its own handler takes over."""
 
 
-def quoted(words: list[str]) -> str:
+def quoted(words: Sequence[str]) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
@@ -44,30 +43,90 @@ def job_script(
 ) -> str:
     """The script of an array of `count` jobs whose tables lie in `directory`; `about` is a line for people. Raises
     `UserError` for flags and paths that Slurm would not read as they are meant."""
-    ranks = mesh.dp * mesh.shard
-    python = quoted([*cluster.container, cluster.python or sys.executable])
+    python, srun = _python(cluster), _srun(cluster)
     here = shlex.quote(str(directory))
     throttle = f"%{cluster.max_running}" if cluster.max_running else ""
-    flags = [
-        f"--job-name={directory.name}",
-        f"--array=0-{count - 1}{throttle}",
-        f"--output={str(directory).replace('%', '%%')}/log/%A_%a.out",
-        "--open-mode=append",
-        f"--time={cluster.harvest_time if harvest else cluster.time}",
-        *resources(cluster, ranks),
-        f"--signal=USR1@{lead_s}",
-        "--requeue" if cluster.requeue else "--no-requeue",
-        *cluster.flags,
+    time = cluster.harvest_time if harvest else cluster.time
+    work = "harness.harvest" if harvest else "harness.train"
+    lines = [
+        *_head(directory, cluster, mesh, f"0-{count - 1}{throttle}", time, lead_s, about),
+        "# freeze this element's runs; sets JOB (empty when nothing is left to do), STORE, where the ranks meet",
+        f'settings=$({python} -m harness.places.slurm begin {here} "$SLURM_ARRAY_TASK_ID") || exit',
+        'eval "$settings"',
+        '[ -n "$JOB" ] || exit 0',
+        "",
+        *_staging(cluster, python, harvest),
+        f"{quoted(srun)} {IGNORE_EARLY} \\",
+        f'    {python} -m {work} --saved-is-success "${{STAGED[@]}}" "$JOB"',
+        "",
+        "# done, or requeue this element alone, or give up after three failures at one step",
+        f'exec {python} -m harness.places.slurm end {here} "$SLURM_ARRAY_TASK_ID" $?',
     ]
-    _check(flags, directory)
-    srun = [
+    return "\n".join(lines) + "\n"
+
+
+def rehearsal_script(
+    directory: Path, cluster: ClusterConfig, mesh: MeshConfig, count: int, stop_after: int, *, about: str
+) -> str:
+    """The script of one job that trains the `count` jobs whose tables lie in `directory` one after the other, each in
+    two starts: the first stops after `stop_after` steps. Job i leaves its output in `directory/log/i.txt` and its exit
+    code in `directory/exit-i`. Raises `UserError` as `job_script` does."""
+    python, srun = _python(cluster), _srun(cluster)
+    here = shlex.quote(str(directory))
+    train = f"{quoted(srun)} {IGNORE_EARLY} {python} -m harness.train --saved-is-success"
+    lines = [
+        *_head(directory, cluster, mesh, "0", cluster.time, 1, about),
+        f"for ((i = 0; i < {count}; i++)); do",
+        "    {",
+        f'        settings=$({python} -m harness.places.slurm begin {here} "$i") && eval "$settings" &&',
+        f'        {train} --stop-after {stop_after} "$JOB" &&',
+        f'        {train} "$JOB"',
+        f"    }} > {here}/log/$i.txt 2>&1",
+        f"    echo $? > {here}/exit-$i",
+        "done",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def decision_script(directory: Path, cluster: ClusterConfig, command: Sequence[str], *, about: str) -> str:
+    """The script of a job of one process that runs `python -m COMMAND`. Raises `UserError` as `job_script` does."""
+    lines = [
+        *_head(directory, cluster, MeshConfig(), "0", cluster.harvest_time, 1, about),
+        f"exec {_python(cluster)} -m {quoted(command)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _python(cluster: ClusterConfig) -> str:
+    return quoted([*cluster.container, cluster.python or sys.executable])
+
+
+def _srun(cluster: ClusterConfig) -> list[str]:
+    return [
         "srun",
         "--kill-on-bad-exit=1",
         *([f"--gpu-bind={cluster.gpu_bind}"] if cluster.gpu_bind and cluster.gpus_per_task else []),
         *cluster.srun_flags,
     ]
-    work = "harness.harvest" if harvest else "harness.train"
-    lines = [
+
+
+def _head(
+    directory: Path, cluster: ClusterConfig, mesh: MeshConfig, array: str, time: str, lead_s: int, about: str
+) -> list[str]:
+    """All lines before the work: what the job asks for, and its environment."""
+    flags = [
+        f"--job-name={directory.name}",
+        f"--array={array}",
+        f"--output={str(directory).replace('%', '%%')}/log/%A_%a.out",
+        "--open-mode=append",
+        f"--time={time}",
+        *resources(cluster, mesh.ranks),
+        f"--signal=USR1@{lead_s}",
+        "--requeue" if cluster.requeue else "--no-requeue",
+        *cluster.flags,
+    ]
+    _check(flags, directory)
+    return [
         "#!/bin/bash",
         *(f"#SBATCH {shlex.quote(flag)}" for flag in flags),
         # a line break would make a command of what follows it
@@ -80,42 +139,7 @@ def job_script(
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
         "trap : TERM USR1  # the last line runs however the ranks end",
         "",
-        "# freeze this element's runs; sets JOB (empty when nothing is left to do), STORE, where the ranks meet",
-        f'settings=$({python} -m harness.places.slurm begin {here} "$SLURM_ARRAY_TASK_ID") || exit',
-        'eval "$settings"',
-        '[ -n "$JOB" ] || exit 0',
-        "",
-        *_staging(cluster, python, srun, harvest),
-        f"{quoted(srun)} {IGNORE_EARLY} \\",
-        f'    {python} -m {work} --saved-is-success "${{STAGED[@]}}" "$JOB"',
-        "",
-        "# done, or requeue this element alone, or give up after three failures at one step",
-        f'exec {python} -m harness.places.slurm end {here} "$SLURM_ARRAY_TASK_ID" $?',
     ]
-    return "\n".join(lines) + "\n"
-
-
-def decision_script(directory: Path, cluster: ClusterConfig, command: Sequence[str]) -> str:
-    """The script of a job of one process that runs `python -m COMMAND`. Raises `UserError` as
-    `job_script` does."""
-    flags = [
-        f"--job-name={directory.name}",
-        f"--output={str(directory).replace('%', '%%')}/log/%j.out",
-        f"--time={cluster.harvest_time}",
-        *resources(dataclasses.replace(cluster, tasks_per_node=1), 1),
-        *cluster.flags,
-    ]
-    _check(flags, directory)
-    python = [*cluster.container, cluster.python or sys.executable]
-    lines = [
-        "#!/bin/bash",
-        *(f"#SBATCH {shlex.quote(flag)}" for flag in flags),
-        "",
-        f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
-        *cluster.setup,
-        f"exec {quoted([*python, '-m', *command])}",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _check(flags: Sequence[str], directory: Path) -> None:
@@ -136,13 +160,13 @@ def _network(cluster: ClusterConfig) -> list[str]:
     return [f"export GLOO_SOCKET_IFNAME={name} NCCL_SOCKET_IFNAME={name}"] if cluster.network_interface else []
 
 
-def _staging(cluster: ClusterConfig, python: str, srun: list[str], harvest: bool) -> list[str]:
+def _staging(cluster: ClusterConfig, python: str, harvest: bool) -> list[str]:
     if not cluster.stage_dir or harvest:
         return ["STAGED=()"]
     # in double quotes: the directory may name a variable of the job
     directory = re.sub(r"^~(?=/|$)", "$HOME", cluster.stage_dir)
     target = '"' + directory.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'
-    once = quoted([*srun[:1], "--ntasks-per-node=1"])
+    once = "srun --ntasks-per-node=1"
     return [
         "# one copy of the store per node; without room for it the shared one is read",
         f"STAGED=(--store-dir {target})",

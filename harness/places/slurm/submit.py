@@ -89,7 +89,7 @@ def submit_decision(sweep_dir: Path, config: Config, command: Sequence[str]) -> 
         write_json_atomic(directory / "runs.json", [[]])
         after = [f"--dependency=afterany:{':'.join(sorted(working))}"] if working else []
         try:
-            text = decision_script(directory.resolve(), config.cluster, command)
+            text = decision_script(directory.resolve(), config.cluster, command, about=f"decides for {sweep_dir}")
             write_text_atomic(directory / "job.sh", text)
             fsync_directory(directory)
             job_id = client.submit(str(directory / "job.sh"), *after)
@@ -154,7 +154,7 @@ def _submit_harvests(sweep_dir: Path, runs: Sequence[Run], submitted: list[Submi
             continue
         for failure in arrays_root(sweep_dir).glob("*/failed.txt"):
             failure.unlink()  # it is tried again
-        directory = _array_directory(sweep_dir, "harvest")
+        directory = array_directory(sweep_dir, "harvest")
         freeze(directory, config)
         freeze_other_hooks(directory, config, missing.values())
         write_json_atomic(directory / "runs.json", [[]])
@@ -175,10 +175,8 @@ def _submit_array(
 ) -> Submitted:
     """Freeze the configurations of the elements, then submit the array, to start after its harvest has made the store
     and after the throttled array `before` has ended."""
-    directory = _array_directory(sweep_dir, "cells")
-    write_json_atomic(directory / "runs.json", [[run.run_id for run in job.runs] for job in jobs])
-    frozen = ({run.run_id: to_container(run.config) for run in job.runs} for job in jobs)
-    write_text_atomic(directory / "configs.jsonl", "".join(json.dumps(entry) + "\n" for entry in frozen))
+    directory = array_directory(sweep_dir, "cells")
+    write_tables(directory, jobs)
     config = jobs[0].config
     size = max(sum(estimates.of(run).checkpoint_bytes for run in job.runs) for job in jobs)
     cells = sum(len(job.runs) for job in jobs)
@@ -192,13 +190,20 @@ def _submit_array(
     return array
 
 
+def write_tables(directory: Path, jobs: Sequence[Job]) -> None:
+    """Freeze which runs each element of an array trains, and their configurations."""
+    write_json_atomic(directory / "runs.json", [[run.run_id for run in job.runs] for job in jobs])
+    frozen = ({run.run_id: to_container(run.config) for run in job.runs} for job in jobs)
+    write_text_atomic(directory / "configs.jsonl", "".join(json.dumps(entry) + "\n" for entry in frozen))
+
+
 def lead_s(cluster: ClusterConfig, checkpoint_bytes: float) -> int:
     """How many seconds before the end Slurm is to send its signal (it may come a minute early)."""
     lead = cluster.lead_s or round(LEAD_MARGIN_S + 2 * checkpoint_bytes / SAVE_BYTES_PER_S)
     return max(1, min(lead, round(time_limit(cluster.time) / 2)))
 
 
-def _array_directory(sweep_dir: Path, what: str) -> Path:
+def array_directory(sweep_dir: Path, what: str) -> Path:
     """A new directory; its name is the job's name."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for number in range(10_000):

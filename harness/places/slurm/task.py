@@ -113,7 +113,7 @@ def end(directory: Path, index: int, exit_code: int) -> int:
         write_ended(newest, outcome="saved", reason=reason, step=step, requeued=True)
         _again(directory, index)
         return 0
-    why = _log_end(home, exit_code)
+    why = log_end(home, exit_code)
     failures = _count_failures(directory, index, step)
     write_ended(newest, outcome="failed", reason=why, step=step, requeued=failures < SAME_STEP_FAILURES)
     if failures < SAME_STEP_FAILURES:
@@ -159,7 +159,7 @@ def _newest_attempts(home: Path, unfinished: Sequence[Path]) -> list[Path]:
     return folders
 
 
-def _log_end(home: Path, exit_code: int) -> str:
+def log_end(home: Path, exit_code: int) -> str:
     """Why the ranks ended: their exit code and the last line of the log."""
     log = home / names.ATTEMPTS / str(attempts(home)) / names.LOG
     line = last_line(log) if log.is_file() else ""

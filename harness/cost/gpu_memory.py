@@ -1,0 +1,128 @@
+"""The memory of one rank on a GPU as formulas. `python -m harness.bench.memory` compares them with the real code."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from harness import budget
+from harness.config import Config
+from harness.ops import sizes
+
+
+def gpu_memory(config: Config, d_model: int) -> dict[str, int]:
+    """Bytes of one rank by part, at the peak of a step, an evaluation or a save.
+
+    weights: with gradients, moments, low-precision copies, average. counters: since when each latent is silent, and how
+    often it fired. step: what a step with AuxK over a share `budget.PLANNED_DEAD` of the latents, or an evaluation,
+    holds in addition, whichever is more.
+    """
+    train, sae, mesh = config.train, config.sae, config.mesh
+    word = 8 if train.precision == "fp64" else 4
+    low = 2 if train.precision == "bf16" else word
+    rows, numbers = sae.n_latents // mesh.shard, budget.params(sae, d_model) // mesh.shard
+    matrices = 2 * rows * d_model
+    weights = numbers * word * (5 if train.ema else 4) + (low * matrices if low != word else 0)
+    k = min(round(budget.active(sae)), sae.n_latents)
+    entries = _Entries(train.batch_tokens // mesh.dp, d_model, word, low, mesh.shard if not sae.traits.routed else 1)
+    width = sae.n_latents // sae.n_experts // (1 if sae.traits.routed else mesh.shard)
+    evaluated = dataclasses.replace(entries, tokens=budget.EVALUATION_BATCH, low=word)
+    return {
+        "weights": weights,
+        "counters": (8 + 8 + 1) * rows,
+        "step": round(max(_step(config, entries, k, rows, width), _evaluation(config, evaluated, k, numbers, width))),
+    }
+
+
+def _step(config: Config, entries: _Entries, k: int, rows: int, width: int) -> float:
+    """The largest of: choosing latents, weight gradients, AuxK, the update."""
+    sae, groups = config.sae, max(1, rows // width)
+    nested = len(sae.prefixes) if sae.architecture == "matryoshka" else 2 * (sae.traits.passes > 1)
+    held = entries.batch(budget.NUMBER_BYTES[config.activations.dtype]) + nested * entries.residual
+    chosen = entries.codes(k)
+    own = max(entries.select(k, width), entries.residual + chosen + entries.gradients(k, rows, width))
+    aux = 0.0
+    if sae.aux_alpha:
+        dead = int(budget.PLANNED_DEAD * rows)
+        k_aux = max(1, min(budget.aux_k(sae, entries.d_model), dead // groups))
+        aux = entries.residual + chosen + _aux(entries, k_aux, dead, dead // groups)
+    # the norm of the gradient squares one matrix at a time
+    update = entries.residual + chosen + entries.word * rows * entries.d_model if config.train.clip_norm else 0.0
+    return held + max(own, aux, update)
+
+
+def _aux(entries: _Entries, k: int, dead: int, width: int) -> float:
+    """Copies of the dead rows of both matrices and their gradients, and a second selection and reconstruction."""
+    copies = dead * (2 * entries.d_model * entries.low + 8)
+    grads = dead * (2 * entries.d_model + 1) * entries.word
+    chosen = entries.codes(k)
+    return copies + max(entries.select(k, width), entries.residual + chosen + grads + entries.gradients(k, dead, width))
+
+
+def _evaluation(config: Config, entries: _Entries, k: int, numbers: int, width: int) -> float:
+    average = numbers * entries.word if config.train.ema else 0
+    held = entries.batch(budget.NUMBER_BYTES[config.activations.dtype])
+    return (
+        average + held + max(entries.select(k, width), entries.residual + entries.codes(k) + entries.decode(k, width))
+    )
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """A batch and its chosen latents on the GPU; all methods return bytes."""
+
+    tokens: int
+    d_model: int
+    word: int
+    low: int
+    """Bytes of a number in products."""
+    shards: int
+    """Ranks among which the latents of a token are chosen."""
+
+    @property
+    def residual(self) -> float:
+        return self.tokens * self.d_model * self.word
+
+    def batch(self, stored: int) -> float:
+        """The batch and the next one as they are stored; normalised; centred, also in the precision of products."""
+        low = self.low if self.low != self.word else 0
+        return self.tokens * self.d_model * (2 * stored + 2 * self.word + low)
+
+    def codes(self, k: int) -> float:
+        """Pre-activations, indices, activations and their gradients."""
+        return self.tokens * k * (3 * self.word + 8)
+
+    def _tile(self, width: int, number: int) -> float:
+        return min(sizes.TILE_BYTES, self.tokens * width * number)
+
+    def is_dense(self, k: int, width: int) -> bool:
+        return width <= (sizes.DENSE_ROWS_PER_K["bf16" if self.low == 2 else "fp32"]) * k
+
+    def select(self, k: int, width: int) -> float:
+        """Pre-activations of a block of tokens with their winners; values and indices of all tokens; candidates of all
+        shards."""
+        block = min(self.tokens, max(1, sizes.TILE_BYTES // (width * self.low)))
+        own = self._tile(width, self.low) + block * k * sizes.WINNER_BYTES + self.tokens * k * (self.word + 8)
+        # sent and received, at the owner in order of shards and sorted, and where they come from
+        exchanged = self.tokens * k * (5 * self.word + 2 * 8) if self.shards > 1 else 0
+        return max(own, self.tokens * k * (self.word + 8) + exchanged)
+
+    def decode(self, k: int, width: int) -> float:
+        """Beyond codes and residual. As dense products: of a block of tokens the codes and products as matrices, the
+        residual in the precision of products, and what is read from the products; and the columns of all."""
+        if not self.is_dense(k, width):
+            return 0.0
+        block = min(self.tokens, max(1, sizes.TILE_BYTES // (width * 4)))
+        low = block * self.d_model * self.low if self.low != self.word else 0
+        return self._tile(width, self.low) + self._tile(width, 4) + low + block * k * 2 * 4 + self.tokens * k * 8
+
+    def gradients(self, k: int, rows: int, width: int) -> float:
+        """Beyond codes and residual: weighted values and gradients, and either codes as matrices, or the entries in
+        order of their latents and sums of pieces of both matrices."""
+        weighted = self.tokens * k * 2 * self.word
+        if self.is_dense(k, width):
+            return max(weighted + self._tile(width, self.low), self.decode(k, width))
+        residual = self.tokens * self.d_model * self.low if self.low != self.word else 0
+        index = 2 if rows <= 1 << 16 else 4
+        order = self.tokens * k * (2 * index + 8) + rows * 3 * 8
+        return weighted + residual + order + self.tokens * k * 4 * (2 * self.d_model + 1) / sizes.PIECE
