@@ -21,7 +21,7 @@ from torch import Tensor
 from harness.activations.lm.contexts import Special, special_tokens
 from harness.activations.lm.location import locate
 from harness.activations.lm.model import load_tokenizer, resolve_precision
-from harness.activations.lm.splice import SplicedModel, load_spliced
+from harness.activations.lm.splice import LOGITS, SplicedModel, load_spliced
 from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
 from harness.activations.store.identity import recipe
@@ -39,8 +39,6 @@ VERSION = 1
 MASSIVE = 10.0
 """A row whose norm is above this many times the median norm is massive: no SAE is judged on it, and in splicing it
 keeps its own value. So does position 0, whose norm is far from that of the others in most models."""
-LOGITS = 2**26
-"""Most logits of one batch: 256 MB."""
 _ROWS = 8192
 
 
