@@ -98,9 +98,7 @@ def _by_activations(subjects: Iterable[Subject]) -> list[list[Subject]]:
 
 
 def _about(metric: Metric, subject: Subject, tokens: int, by: str) -> dict[str, Any]:
-    settings = {"tokens": tokens, "store": store_name(subject.activations)}
-    if metric.judged:
-        settings["judge"] = by
+    settings = {"tokens": tokens, "store": store_name(subject.activations), **metric.settings(by)}
     return {"metric": metric.name, "version": metric.version, "settings": settings, "weights": subject.weights}
 
 
