@@ -77,6 +77,15 @@ def judge(
     return judged
 
 
+def unfinished(subjects: Sequence[Subject], metrics: Sequence[Metric], tokens: int, by: str) -> list[Subject]:
+    """Those that miss a result of one of the metrics."""
+    return [
+        subject
+        for subject in subjects
+        if not all(_is_there(subject, _about(metric, subject, tokens, by)) for metric in metrics)
+    ]
+
+
 def _fits(subject: Subject, shared: Shared, judged: Judged) -> bool:
     """Whether a foreign SAE belongs to the activations; ours do."""
     if not subject.foreign:

@@ -28,6 +28,7 @@ from harness.activations.store.identity import recipe
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.files import write_tensors_atomic
+from harness.process.claim import Owner, claim
 from harness.process.device import pick_device
 from harness.process.signals import Interrupted, StopFlag
 from harness.progress import Progress
@@ -205,12 +206,18 @@ class Shared:
     def cached(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that were made before, or are made now. A file that cannot be read is made again."""
         path = self.out / names.SHARED / f"{name}.safetensors"
-        if path.is_file():
-            try:
-                return load_file(path)
-            except (OSError, SafetensorError):
-                self.progress.note(f"{path} is damaged and is made again")
-        tensors = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors_atomic(path, tensors)
+
+        def told(owner: Owner | None) -> None:
+            self.progress.note(f"waiting for {path}, which {owner or 'another process'} makes")
+
+        # jobs of one array start together: the first computes, the others wait for it
+        with claim(path.with_suffix(".lock"), wait=True, stop=self.stop, on_wait=told):
+            if path.is_file():
+                try:
+                    return load_file(path)
+                except (OSError, SafetensorError):
+                    self.progress.note(f"{path} is damaged and is made again")
+            tensors = make()
+            write_tensors_atomic(path, tensors)
         return tensors

@@ -37,21 +37,35 @@ def resources(cluster: ClusterConfig, ranks: int) -> list[str]:
     return flags
 
 
-def job_script(
-    directory: Path, cluster: ClusterConfig, mesh: MeshConfig, count: int, lead_s: int, *, harvest: bool, about: str
-) -> str:
-    """The script of an array of `count` jobs whose tables lie in `directory`; `about` is a line for people. Raises
-    `UserError` for flags and paths that Slurm would not read as they are meant."""
-    ranks = mesh.dp * mesh.shard
-    python = quoted([*cluster.container, cluster.python or sys.executable])
-    here = shlex.quote(str(directory))
+def python_of(cluster: ClusterConfig) -> str:
+    """The Python of the jobs, as the shell reads it."""
+    return quoted([*cluster.container, cluster.python or sys.executable])
+
+
+def srun_of(cluster: ClusterConfig) -> list[str]:
+    """`srun` and its flags."""
+    return [
+        "srun",
+        "--kill-on-bad-exit=1",
+        *([f"--gpu-bind={cluster.gpu_bind}"] if cluster.gpu_bind and cluster.gpus_per_task else []),
+        *cluster.srun_flags,
+    ]
+
+
+def header(
+    directory: Path, cluster: ClusterConfig, ranks: int, count: int, lead_s: int, limit: str, about: str
+) -> list[str]:
+    """The first lines of every script: flags for Slurm, where to be, what to ignore. `about` is a line for people.
+
+    Raises `UserError` for flags and paths that Slurm would not read as they are meant.
+    """
     throttle = f"%{cluster.max_running}" if cluster.max_running else ""
     flags = [
         f"--job-name={directory.name}",
         f"--array=0-{count - 1}{throttle}",
         f"--output={str(directory).replace('%', '%%')}/log/%A_%a.out",
         "--open-mode=append",
-        f"--time={cluster.harvest_time if harvest else cluster.time}",
+        f"--time={limit}",
         *resources(cluster, ranks),
         f"--signal=USR1@{lead_s}",
         "--requeue" if cluster.requeue else "--no-requeue",
@@ -66,14 +80,7 @@ def job_script(
         raise UserError(
             f"{directory} has a backslash, after which Slurm reads paths in another way; choose another out="
         )
-    srun = [
-        "srun",
-        "--kill-on-bad-exit=1",
-        *([f"--gpu-bind={cluster.gpu_bind}"] if cluster.gpu_bind and cluster.gpus_per_task else []),
-        *cluster.srun_flags,
-    ]
-    work = "harness.harvest" if harvest else "harness.train"
-    lines = [
+    return [
         "#!/bin/bash",
         *(f"#SBATCH {shlex.quote(flag)}" for flag in flags),
         # a line break would make a command of what follows it
@@ -86,6 +93,20 @@ def job_script(
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
         "trap : TERM USR1  # the last line runs however the ranks end",
         "",
+    ]
+
+
+def job_script(
+    directory: Path, cluster: ClusterConfig, mesh: MeshConfig, count: int, lead_s: int, *, harvest: bool, about: str
+) -> str:
+    """The script of an array of `count` jobs whose tables lie in `directory`. Raises `UserError` as `header` does."""
+    python = python_of(cluster)
+    here = shlex.quote(str(directory))
+    limit = cluster.harvest_time if harvest else cluster.time
+    srun = srun_of(cluster)
+    work = "harness.harvest" if harvest else "harness.train"
+    lines = [
+        *header(directory, cluster, mesh.dp * mesh.shard, count, lead_s, limit, about),
         "# freeze this element's runs; sets JOB (empty when nothing is left to do), STORE, where the ranks meet",
         f'settings=$({python} -m harness.places.slurm begin {here} "$SLURM_ARRAY_TASK_ID") || exit',
         'eval "$settings"',

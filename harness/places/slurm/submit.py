@@ -122,7 +122,7 @@ def _submit_harvests(sweep_dir: Path, runs: Sequence[Run], submitted: list[Submi
             continue
         for failure in arrays_root(sweep_dir).glob("*/failed.txt"):
             failure.unlink()  # it is tried again
-        directory = _array_directory(sweep_dir, "harvest")
+        directory = array_directory(sweep_dir, "harvest")
         freeze(directory, config)
         freeze_other_hooks(directory, config, missing.values())
         write_json_atomic(directory / "runs.json", [[]])
@@ -143,7 +143,7 @@ def _submit_array(
 ) -> Submitted:
     """Freeze the configurations of the elements, then submit the array, to start after its harvest has made the store
     and after the throttled array `before` has ended."""
-    directory = _array_directory(sweep_dir, "cells")
+    directory = array_directory(sweep_dir, "cells")
     write_json_atomic(directory / "runs.json", [[run.run_id for run in job.runs] for job in jobs])
     frozen = ({run.run_id: to_container(run.config) for run in job.runs} for job in jobs)
     write_text_atomic(directory / "configs.jsonl", "".join(json.dumps(entry) + "\n" for entry in frozen))
@@ -166,7 +166,7 @@ def lead_s(cluster: ClusterConfig, checkpoint_bytes: float) -> int:
     return max(1, min(lead, round(time_limit(cluster.time) / 2)))
 
 
-def _array_directory(sweep_dir: Path, what: str) -> Path:
+def array_directory(sweep_dir: Path, what: str) -> Path:
     """A new directory; its name is the job's name."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for number in range(10_000):
