@@ -22,7 +22,7 @@ from harness.quality.metric import Metric, Subject
 from harness.quality.registry import METRICS
 from harness.quality.subjects import foreign_subject, is_foreign, subjects_of
 from harness.record.quality import quality_path
-from harness.saes.foreign import READERS
+from harness.saes.foreign import KINDS
 from harness.sweep.request import Request, requested_cells
 from harness.terminal import counted, path_argument, run_command, say
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "targets",
         nargs="+",
         metavar="TARGET",
-        help=f"run or sweep directory, or KIND:PATH with activations=… (KIND: {', '.join(READERS)})",
+        help=f"run or sweep directory, or KIND:PATH with activations=… (KIND: {', '.join(KINDS)})",
     )
     result.add_argument("--metrics", default=",".join(METRICS), metavar="A,B", help="default: all")
     result.add_argument("--tokens", type=float, default=TOKENS, metavar="N", help=f"tokens of text; default {TOKENS}")

@@ -156,6 +156,14 @@ class Shared:
         self.require_model()
         return load_spliced(self.cfg, self.precision, self.device)
 
+    @functools.cached_property
+    def is_causal(self) -> bool:
+        """Whether there is a language model that predicts next tokens."""
+        try:
+            return self.model is not None
+        except UserError:
+            return False
+
     def require_model(self) -> None:
         if not self.has_model:
             raise UserError("synthetic activations have no language model: this metric needs one")
