@@ -13,6 +13,7 @@ from analysis.fits.result import FitResult
 from analysis.fits.status import Status
 from analysis.format import interval, number
 from analysis.questions.quality_pairs import KL, quality_pairs
+from analysis.questions.seeds import SHARED, seed_stability
 from analysis.report import plot
 from analysis.report.pictures import encode
 from analysis.report.plot.style import GREY, k_style
@@ -197,6 +198,18 @@ def _pairs(table: RunTable) -> list[str]:
     if len(pairs) > _MOST_PAIRS:
         lines.append(f"{len(pairs) - _MOST_PAIRS} more pairs: analysis.questions.quality_pairs.quality_pairs(table).")
     return lines
+
+
+def _seeds(table: RunTable) -> list[str]:
+    """A sentence per cell with two seeds: how much of its dictionary the other seed finds again."""
+    if "quality.geometry.duplicates" not in table.frame:
+        return []
+    return [
+        f"{entry.sae}, n = {entry.n:,}, k = {entry.k:g}: {100 * entry.shared:.0f} % of the decoder rows of one seed "
+        f"have a cosine above {SHARED:g} with a row of the other; the mean of the largest cosine is "
+        f"{number(entry.mean_cosine)} (random rows: {number(entry.random_cosine)})."
+        for entry in seed_stability(table)[:_MOST_PAIRS]
+    ]
 
 
 def _law_words(result: FitResult) -> str:

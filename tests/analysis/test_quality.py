@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 
 from analysis.cli import main
 from analysis.questions.quality_pairs import quality_pairs
+from analysis.questions.seeds import seed_stability
 from analysis.runs.load import load
 from harness.errors import UserError
 from harness.record.quality import Value, quality_path, write_quality
@@ -114,3 +116,28 @@ def test_sums_of_other_documents_are_not_paired(two_kinds: Path) -> None:
     path.write_bytes(b"damaged")
     with pytest.raises(UserError, match="cannot be read"):
         quality_pairs(load(two_kinds))
+
+
+def test_what_another_seed_finds_again(topk_run: Path, tmp_path: Path) -> None:
+    """Half of the rows are those of the other seed in another order, half are its own."""
+    result = json.loads((topk_run / "result.json").read_text())
+    generator = np.random.default_rng(0)
+    rows = generator.standard_normal((64, 400), dtype=np.float32)
+    other = rows[generator.permutation(64)].copy()
+    other[:32] = generator.standard_normal((32, 400), dtype=np.float32)
+    for seed, W_dec in enumerate((rows, 3 * other)):
+        run = tmp_path / "seeds" / f"seed{seed}"
+        (run / "sae").mkdir(parents=True)
+        about = {"run_id": run.name, "seed": seed, "n_latents": 64}
+        run.joinpath("result.json").write_text(json.dumps(result | about))
+        save_file({"W_dec": W_dec}, run / "sae" / "sae.safetensors")
+        about = {"metric": "geometry", "version": 1, "settings": {}, "weights": "", "tokens": 0}
+        write_quality(run, about, {"duplicates": Value(0.0)}, {}, {}, {})
+    (found,) = seed_stability(load(tmp_path / "seeds"))
+    assert found.shared == 0.5 and found.random_cosine < 0.3
+    assert found.mean_cosine == pytest.approx((1 + found.random_cosine) / 2, abs=0.05)
+    assert main(["report", str(tmp_path / "seeds")]) in (0, 1)
+    assert "50 % of the decoder rows of one seed" in (tmp_path / "seeds" / "report.html").read_text()
+    (tmp_path / "seeds" / "seed0" / "sae" / "sae.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot be read"):
+        seed_stability(load(tmp_path / "seeds"))
