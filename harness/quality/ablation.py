@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -18,31 +19,40 @@ from torch import Tensor
 from harness.quality.clusters import mean
 from harness.quality.metric import Outcome, Subject
 from harness.quality.refinement import effective
-from harness.quality.shared import LOGITS, Shared
+from harness.quality.shared import Shared
 from harness.record.quality import Value
 from harness.saes.trained import TrainedSae
 
-VERSION = 1
+VERSION = 2
 TOKENS = 50
 LATER = 16
 """Rows of logits, from that of the token on."""
 FIRST = 8
 """τ lies in the first `FIRST` … `FIRST` + `LATER` positions, so that prefixes are short."""
-CONTROLS = 8
+LATENTS = 8
+"""Active latents of a token that are ablated, chosen at random."""
+CONTROLS = 2
 """Random directions and channels per token."""
 
 
 def sparsity(change: Float[Tensor, "variants rows v"]) -> Float64[Tensor, " variants"]:
-    """S of each variant; NaN where nothing changes but a constant of each row. Rows are taken one by one."""
-    first = torch.zeros(len(change), dtype=torch.float64)
-    second = torch.zeros(len(change), dtype=torch.float64)
+    """S of each variant; NaN where nothing changes but a constant of each row."""
+    first = torch.zeros(len(change), dtype=torch.float64, device=change.device)
+    second = torch.zeros_like(first)
     for row in range(change.shape[1]):
-        v = change[:, row].double()
-        v = v - v.median(dim=1, keepdim=True).values
-        first += v.abs().sum(dim=1).cpu()
-        second += v.square().sum(dim=1).cpu()
+        v = change[:, row] - _median(change[:, row])
+        first += v.norm(p=1, dim=1, dtype=torch.float64)
+        second += v.norm(dim=1, dtype=torch.float64).square()
     entries = change.shape[1] * change.shape[2]
-    return (first.square() / second / entries).where(second > 0, torch.nan)
+    return (first.square() / second / entries).where(second > 0, torch.nan).cpu()
+
+
+def _median(rows: Float[Tensor, "rows v"]) -> Float[Tensor, "rows 1"]:
+    """The lower median. On processors numpy selects it fifteen times as fast as torch."""
+    if rows.device.type != "cpu":
+        return rows.median(dim=1, keepdim=True).values
+    middle = (rows.shape[1] - 1) // 2
+    return torch.from_numpy(np.partition(rows.numpy(), middle, axis=1)[:, middle, None])
 
 
 def chosen_places(shared: Shared) -> list[tuple[int, int]]:
@@ -63,19 +73,11 @@ def changes(
     shared: Shared, context: int, position: int, replaced: Float[Tensor, "variants d"]
 ) -> Float64[Tensor, " variants"]:
     """S of each value that may replace that of the token."""
-    text, model = shared.text, shared.model
-    end = position + LATER
-    ids = text.ids[context, :end][None].to(shared.device)
-    hidden = text.hidden[context, :end][None].to(shared.device)
-    clean = model.logits(ids, hidden, exact=True)[:, position:]
-    size = max(1, LOGITS // (end * model.vocabulary))
-    found = []
-    for part in replaced.split(size):
-        variants = hidden.expand(len(part), -1, -1).clone()
-        variants[:, position] = part.to(shared.device)
-        logits = model.logits(ids.expand(len(part), -1), variants, exact=True)[:, position:]
-        found.append(sparsity(logits - clean))
-    return torch.cat(found)
+    text, device = shared.text, shared.device
+    ids, hidden = (part[context, : position + LATER].to(device) for part in (text.ids, text.hidden))
+    (clean,) = shared.model.continuations(ids, hidden, position, hidden[position][None])
+    parts = shared.model.continuations(ids, hidden, position, replaced.to(device))
+    return torch.cat([sparsity(logits - clean) for logits in parts])
 
 
 def contributions(sae: TrainedSae, x: Float[Tensor, "tokens d"]) -> list[Float[Tensor, "active d"]]:
@@ -99,7 +101,8 @@ def judge(sae: TrainedSae, shared: Shared, done: int = 0) -> Outcome:
     for number, ((context, position), own, row) in enumerate(zip(places, contributions(sae, x), x, strict=True), 1):
         if not len(own):
             continue
-        few = own[torch.randperm(len(own), generator=generator)[:CONTROLS]]
+        own = own[torch.randperm(len(own), generator=generator)[:LATENTS]]
+        few = own[:CONTROLS]
         random = torch.nn.functional.normalize(torch.randn(len(few), d, generator=generator), dim=1)
         random = random * few.norm(dim=1, keepdim=True)
         channels = torch.randperm(d, generator=generator)[: len(few)]

@@ -193,6 +193,11 @@ def judge_sae(sae: TrainedSae, shared: Shared, judge: Judge, done: int = 0) -> O
     return Outcome(int(shared.text.kept.sum()), values, curves={"latents": lines})
 
 
+def settings(judge: str) -> dict[str, str]:
+    """What decides its values beside the text: who judges."""
+    return {"judge": judge}
+
+
 def run(subjects: Sequence[Subject], shared: Shared) -> Iterator[tuple[Subject, Outcome]]:
     judge = make_judge(shared.judge, shared.out / names.SHARED / "judge.jsonl")
     assert shared.text is not None  # loaded before the clock of the progress starts

@@ -117,12 +117,3 @@ def run(subjects: Sequence[Subject], shared: Shared) -> Iterator[tuple[Subject, 
     for number, subject in enumerate(subjects, 1):
         yield subject, judge(subject.load())
         shared.tick(number)
-
-
-def matched_cosine(
-    first: Float[Tensor, "n d"], second: Float[Tensor, "n d"], block: int = _BLOCK
-) -> Float[Tensor, " n"]:
-    """Cosine of each row of `first` with its nearest row of `second`: how much of a dictionary another seed finds
-    again."""
-    a, b = (torch.nn.functional.normalize(rows.float(), dim=1) for rows in (first, second))
-    return torch.cat([(part @ b.T).max(dim=1).values for part in a.split(block)])

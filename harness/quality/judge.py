@@ -77,6 +77,15 @@ def judge(
     return judged
 
 
+def unfinished(subjects: Sequence[Subject], metrics: Sequence[Metric], tokens: int, by: str) -> list[Subject]:
+    """Those that miss a result of one of the metrics."""
+    return [
+        subject
+        for subject in subjects
+        if not all(_is_there(subject, _about(metric, subject, tokens, by)) for metric in metrics)
+    ]
+
+
 def _fits(subject: Subject, shared: Shared, judged: Judged) -> bool:
     """Whether a foreign SAE belongs to the activations; ours do."""
     if not subject.foreign:
@@ -98,9 +107,7 @@ def _by_activations(subjects: Iterable[Subject]) -> list[list[Subject]]:
 
 
 def _about(metric: Metric, subject: Subject, tokens: int, by: str) -> dict[str, Any]:
-    settings = {"tokens": tokens, "store": store_name(subject.activations)}
-    if metric.judged:
-        settings["judge"] = by
+    settings = {"tokens": tokens, "store": store_name(subject.activations), **metric.settings(by)}
     return {"metric": metric.name, "version": metric.version, "settings": settings, "weights": subject.weights}
 
 

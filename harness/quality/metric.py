@@ -49,6 +49,10 @@ class Outcome:
     """Points of curves that belong to the values, e.g. fvu at several k."""
 
 
+def _nothing(_judge: str) -> dict[str, Any]:
+    return {}
+
+
 class Metric(NamedTuple):
     name: str
     version: int
@@ -57,5 +61,5 @@ class Metric(NamedTuple):
     """What it measures, in a line."""
     run: Callable[[Sequence[Subject], Shared], Iterator[tuple[Subject, Outcome]]]
     """Judges SAEs of the same activations; each outcome comes when it is complete. Raises `Interrupted`."""
-    judged: bool = False
-    """Whether its values depend on who judges explanations."""
+    settings: Callable[[str], dict[str, Any]] = _nothing
+    """Judge of explanations → what else decides its values; kept with the result."""

@@ -15,12 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.quality.clusters import by_document, mean, ratio
+from harness.quality.downstream import FEW, delta_ce, spliced_sums
 from harness.quality.metric import Outcome, Subject
 from harness.quality.shared import Rows, Shared
 from harness.record.quality import Value
 from harness.saes.trained import TokenCodes, TrainedSae
 
-VERSION = 1
+VERSION = 2
 _SWEEPS = 400
 _TOLERANCE = 1e-6
 _GATHERED = 2**23
@@ -118,8 +119,29 @@ def judge(sae: TrainedSae, rows: Rows, tick=lambda done: None) -> Outcome:
     return Outcome(len(rows.x), values)
 
 
+def downstream_gain(sae: TrainedSae, shared: Shared) -> dict[str, Value]:
+    """What the language model loses before and after, on every `FEW`th context: ΔCE and KL, and their paired gains."""
+
+    def better(rows: Tensor) -> Tensor:
+        return sae.decode(refined(sae, rows, sae.encode(rows)))
+
+    splices = {"before": sae.forward, "after": better}
+    sums = spliced_sums(shared, splices, every=FEW, label="losses before and after refinement")
+    before, after, clean = sums["before"], sums["after"], sums["clean"]
+    values = {f"delta_ce_{name}": delta_ce(sums[name], clean) for name in ("before", "after")}
+    values |= {f"kl_{name}": ratio(sums[name]["kl"], sums[name]["positions"]) for name in ("before", "after")}
+    return values | {
+        "delta_ce_gain": ratio(before["ce"] - after["ce"], clean["tokens"]),
+        "kl_gain": ratio(before["kl"] - after["kl"], before["positions"]),
+    }
+
+
 def run(subjects: Sequence[Subject], shared: Shared) -> Iterator[tuple[Subject, Outcome]]:
-    rows = shared.rows
-    shared.progress.start("refinement", len(subjects) * len(rows.x))
-    for number, subject in enumerate(subjects):
-        yield subject, judge(subject.load(), rows, lambda done, n=number: shared.tick(n * len(rows.x) + done))
+    rows, causal = shared.rows, shared.is_causal
+    for number, subject in enumerate(subjects, 1):
+        sae = subject.load()
+        shared.progress.start(f"refinement of SAE {number} of {len(subjects)}", len(rows.x))
+        outcome = judge(sae, rows, shared.tick)
+        if causal:
+            outcome.values.update(downstream_gain(sae, shared))
+        yield subject, outcome

@@ -17,9 +17,11 @@ from harness.quality.metric import Metric
 
 _ALL = (
     Metric("downstream", downstream.VERSION, "losses of the language model with x replaced", downstream.run),
-    Metric("probes", probes.VERSION, "what a single latent knows of a token", probes.run),
+    Metric("probes", probes.VERSION, "what a single latent knows of a token or a text", probes.run, probes.settings),
     Metric("explanations", explanations.VERSION, "precision and recall of token patterns", explanations.run),
-    Metric("detection", detection.VERSION, "whether a judge finds a latent by its words", detection.run, judged=True),
+    Metric(
+        "detection", detection.VERSION, "whether a judge finds a latent by its words", detection.run, detection.settings
+    ),
     Metric("ablation", ablation.VERSION, "how many logits a latent touches", ablation.run),
     Metric("geometry", geometry.VERSION, "duplicates, nearest neighbours and experts", geometry.run),
     Metric("refinement", refinement.VERSION, "shrinkage of activations", refinement.run),

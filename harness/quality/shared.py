@@ -21,13 +21,14 @@ from torch import Tensor
 from harness.activations.lm.contexts import Special, special_tokens
 from harness.activations.lm.location import locate
 from harness.activations.lm.model import load_tokenizer, resolve_precision
-from harness.activations.lm.splice import SplicedModel, load_spliced
+from harness.activations.lm.splice import LOGITS, SplicedModel, load_spliced
 from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
 from harness.activations.store.identity import recipe
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.files import write_tensors_atomic
+from harness.process.claim import Owner, claim
 from harness.process.device import pick_device
 from harness.process.signals import Interrupted, StopFlag
 from harness.progress import Progress
@@ -39,8 +40,6 @@ VERSION = 1
 MASSIVE = 10.0
 """A row whose norm is above this many times the median norm is massive: no SAE is judged on it, and in splicing it
 keeps its own value. So does position 0, whose norm is far from that of the others in most models."""
-LOGITS = 2**26
-"""Most logits of one batch: 256 MB."""
 _ROWS = 8192
 
 
@@ -157,6 +156,14 @@ class Shared:
         self.require_model()
         return load_spliced(self.cfg, self.precision, self.device)
 
+    @functools.cached_property
+    def is_causal(self) -> bool:
+        """Whether there is a language model that predicts next tokens."""
+        try:
+            return self.model is not None
+        except UserError:
+            return False
+
     def require_model(self) -> None:
         if not self.has_model:
             raise UserError("synthetic activations have no language model: this metric needs one")
@@ -207,12 +214,18 @@ class Shared:
     def cached(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that were made before, or are made now. A file that cannot be read is made again."""
         path = self.out / names.SHARED / f"{name}.safetensors"
-        if path.is_file():
-            try:
-                return load_file(path)
-            except (OSError, SafetensorError):
-                self.progress.note(f"{path} is damaged and is made again")
-        tensors = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors_atomic(path, tensors)
+
+        def told(owner: Owner | None) -> None:
+            self.progress.note(f"waiting for {path}, which {owner or 'another process'} makes")
+
+        # jobs of one array start together: the first computes, the others wait for it
+        with claim(path.with_suffix(".lock"), wait=True, stop=self.stop, on_wait=told):
+            if path.is_file():
+                try:
+                    return load_file(path)
+                except (OSError, SafetensorError):
+                    self.progress.note(f"{path} is damaged and is made again")
+            tensors = make()
+            write_tensors_atomic(path, tensors)
         return tensors

@@ -15,14 +15,14 @@ from harness.record import names
 from harness.record.result import read_result
 from harness.record.rundir import read_config
 from harness.record.sweepdir import require_sweep
-from harness.saes.foreign import READERS, load_foreign
+from harness.saes.foreign import KINDS, load_foreign
 from harness.saes.trained import TrainedSae, load
 
 _FIT_ROWS = 4096
 
 
 def is_foreign(target: str) -> bool:
-    return target.partition(":")[0] in READERS
+    return target.partition(":")[0] in KINDS
 
 
 def foreign_subject(target: str, activations: ActivationsConfig, out: Path) -> Subject:

@@ -1,5 +1,5 @@
 """SAEs that other tools have written, as `TrainedSae`: `saelens:DIR`, `sparsify:DIR`, `dictionary_learning:DIR`,
-`gemma_scope:FILE.npz`, `openai:FILE.pt`.
+`gemma_scope:FILE.npz`, `openai:FILE.pt`; and `saelens-release:RELEASE/ID`, which SAELens loads where it is installed.
 
 All of them compute what one of our architectures computes. Where an encoder sees x and not x − b_dec, W_enc·b_dec is
 added to its bias; where activations are scaled by the decoder's norms, the scale moves into the encoder. Pickles are
@@ -9,6 +9,7 @@ read with `weights_only`, which runs no code.
 from __future__ import annotations
 
 import math
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +56,10 @@ def load_foreign(target: str) -> TrainedSae:
     """The SAE of `KIND:PATH`. Raises `UserError` for an unknown kind, and for files that are missing, damaged or hold
     an SAE that none of our architectures equals."""
     kind, _, place = target.partition(":")
-    if kind not in READERS:
-        raise UserError(f"{target}: the kind {kind!r} is not known; choose from: {', '.join(READERS)}")
+    if kind not in KINDS:
+        raise UserError(f"{target}: the kind {kind!r} is not known; choose from: {', '.join(KINDS)}")
+    if kind == RELEASE:
+        return _ours(_released(place, target), target)
     path = Path(place).expanduser()
     if not path.exists():
         raise UserError(f"{target}: there is no {path}")
@@ -150,6 +153,24 @@ def _saelens(path: Path) -> Foreign:
     )
 
 
+def _released(place: str, target: str) -> Foreign:
+    """The SAE of `RELEASE/ID`, which SAELens itself finds, downloads and converts."""
+    release, _, identity = place.partition("/")
+    if not release or not identity:
+        raise UserError(f"{target}: name the release and the SAE in it, as {RELEASE}:RELEASE/ID")
+    try:
+        from sae_lens import SAE  # pyright: ignore
+    except ImportError as error:
+        raise UserError(f"{target}: {RELEASE} needs SAELens (pip install 'sae-scaling[saelens]'): {error}") from None
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            SAE.from_pretrained(release, identity).save_model(directory)
+        except Exception as error:  # of SAELens, of the hub, of any loader in between
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(f"{target}: SAELens cannot load it ({type(error).__name__}: {reason})") from error
+        return _saelens(Path(directory))
+
+
 def _sparsify(path: Path) -> Foreign:
     about = read_json(path / "cfg.json", OBJECT, "copy the SAE again")
     if about.get("activation", "topk") != "topk" or about.get("skip_connection") or about.get("transcode"):
@@ -194,6 +215,7 @@ def _openai(path: Path) -> Foreign:
     return Foreign("topk", *weights, k=int(tensors["activation_state_dict"]["k"]), layernorm=True)
 
 
+RELEASE = "saelens-release"
 READERS: dict[str, Callable[[Path], Foreign]] = {
     "saelens": _saelens,
     "sparsify": _sparsify,
@@ -201,3 +223,5 @@ READERS: dict[str, Callable[[Path], Foreign]] = {
     "gemma_scope": _gemma_scope,
     "openai": _openai,
 }
+KINDS = (*READERS, RELEASE)
+"""What may stand before the colon of a target."""

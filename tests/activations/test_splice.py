@@ -51,6 +51,23 @@ def test_the_suffix_gives_the_logits_of_the_whole(name: str, tmp_path: Path) -> 
         assert torch.equal(model.hooked.model(input_ids=IDS).logits, whole)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gemma3", "neox parallel", "qwen3"])
+@pytest.mark.parametrize("hook", ["resid_post", "mlp_out"])
+def test_continuations_are_the_logits_of_whole_texts(name: str, hook: str, tmp_path: Path) -> None:
+    """What stands before the changed position is computed once, and kept from one part of the variants to the next."""
+    model = spliced(causal(tmp_path, name), hook=hook)
+    ids, hidden = IDS[0], model.hidden(IDS[:1])[0]
+    values = hidden[5] + torch.randn(7, len(hidden[5]), generator=torch.Generator().manual_seed(0))
+    texts = hidden.repeat(7, 1, 1)
+    texts[:, 5] = values
+    whole = model.logits(ids.expand(7, -1), texts)[:, 5:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.activations.lm.splice.LOGITS", 3 * len(ids) * model.vocabulary)
+        parts = list(model.continuations(ids, hidden, 5, values))
+    assert [len(part) for part in parts] == [3, 3, 1]
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("hook", ["mlp_out", "attn_out"])
 def test_other_hooks_replace_their_output(hook: str, tmp_path: Path) -> None:
     model = spliced(causal(tmp_path, "granite"), hook)

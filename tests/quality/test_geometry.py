@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.quality.geometry import DUPLICATE, expert_map, judge, matched_cosine, neighbours
+from harness.quality.geometry import DUPLICATE, expert_map, judge, neighbours
 from harness.saes.trained import load
 
 
@@ -50,11 +50,6 @@ def test_random_rows_match_the_simulated_null() -> None:
     rows = torch.randn(4096, 576, generator=torch.Generator().manual_seed(0))
     found = neighbours(rows, torch.zeros(4096, dtype=torch.int64))
     assert float(found.nearest.mean()) == pytest.approx(0.151, abs=0.003)
-
-
-def test_a_dictionary_matches_itself() -> None:
-    rows = random(50)
-    torch.testing.assert_close(matched_cosine(rows, rows[torch.randperm(50)], 8), torch.ones(50))
 
 
 def test_a_switch_run_has_controls(switch_run: Path) -> None:

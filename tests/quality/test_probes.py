@@ -10,7 +10,8 @@ import torch
 from scipy.optimize import minimize
 
 from harness.quality.labels import token_labels
-from harness.quality.probes import Halves, best_of, controls, cross_entropy, fit, judge
+from harness.quality.logistic import cross_entropy, fit, fit_all, logistic, loss_of
+from harness.quality.probes import Tasks, best_of, controls, judge, random_losses
 from tests.quality.planted import planted
 
 
@@ -22,9 +23,9 @@ def data(tokens: int = 1600) -> tuple[torch.Tensor, torch.Tensor]:
     return z, y
 
 
-def halves(z: torch.Tensor, y: torch.Tensor) -> Halves:
+def halves(z: torch.Tensor, y: torch.Tensor) -> Tasks:
     document = torch.arange(len(z)) // 10
-    return Halves(z, document % 2 == 0, {"planted": y}, document)
+    return Tasks(z, document % 2 == 0, {"planted": y})
 
 
 def test_newton_equals_scipy() -> None:
@@ -37,6 +38,31 @@ def test_newton_equals_scipy() -> None:
     assert float(cross_entropy(probe, z[:, 7:8], y)) == pytest.approx(exact.fun, abs=1e-6)
 
 
+def test_a_regression_on_all_channels_equals_scipy() -> None:
+    """scikit-learn's C = 1 is a ridge of 1/rows; the bias is free."""
+    z, y = data(400)
+    x, signs = z[:, :8].double().numpy() * 2 + 1, np.where(y.numpy(), 1.0, -1.0)
+
+    def loss(p: np.ndarray) -> float:
+        return np.logaddexp(0, -signs * (x @ p[:-1] + p[-1])).mean() + (p[:-1] ** 2).sum() / 2 / len(x)
+
+    exact = minimize(loss, np.zeros(9), tol=1e-12)
+    assert logistic(torch.from_numpy(x), y, 1 / len(x)).tolist() == pytest.approx(exact.x.tolist(), abs=1e-4)
+
+
+def test_a_regression_on_separable_rows_ends() -> None:
+    x = torch.linspace(-1, 1, 50)[:, None]
+    weight = logistic(x, x[:, 0] > 0, 1e-6)
+    assert weight.isfinite().all() and loss_of(x.double()[:, 0] * weight[0] + weight[1], x[:, 0] > 0) < 0.05
+
+
+def test_a_probe_on_all_channels_is_no_worse_than_the_constant_on_noise() -> None:
+    """As many channels as rows: without a ridge that is chosen, it would learn the noise."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(400, 200, generator=generator), torch.rand(400, generator=generator) < 0.5
+    assert loss_of(fit_all(x[:200], y[:200])(x[200:]), y[200:]) < math.log(2) + 0.15
+
+
 def test_signs_and_affine_changes_do_not_matter() -> None:
     z, y = data()
     column = z[:, 7:8]
@@ -46,35 +72,35 @@ def test_signs_and_affine_changes_do_not_matter() -> None:
 
 def test_the_planted_latent_wins() -> None:
     z, y = data()
-    latent, loss = best_of(lambda x, span: x[:, span], 40, halves(z, y))["planted"]
+    latent, loss = best_of(lambda x, latents: x[:, latents], 40, halves(z, y))["planted"]
     assert latent == 7 and loss < 0.45
 
 
 def test_a_latent_that_is_the_label() -> None:
     z, y = data()
     z[:, 3] = y.float()
-    assert best_of(lambda x, span: x[:, span], 40, halves(z, y))["planted"][1] < 0.1
+    assert best_of(lambda x, latents: x[:, latents], 40, halves(z, y))["planted"][1] < 0.1
 
 
 def test_random_labels_are_not_learned() -> None:
     """The smallest of many training losses is below H(y); on other documents it is not."""
     z, _ = data(3200)
     y = torch.rand(3200, generator=torch.Generator().manual_seed(5)) < 0.5
-    _, loss = best_of(lambda x, span: x[:, span], 40, halves(z, y))["planted"]
+    _, loss = best_of(lambda x, latents: x[:, latents], 40, halves(z, y))["planted"]
     assert loss >= math.log(2) - 0.002
 
 
 def test_controls_and_values() -> None:
     z, y = data()
     part = halves(z, y)
-    beside = controls(part, 64)
+    beside = controls([part]) | {"random": random_losses([part], 64)}
     share = float(y[part.train].float().mean())
     assert beside["constant"]["planted"] == pytest.approx(
         -(share * math.log(share) + (1 - share) * math.log(1 - share)), abs=0.02
     )
     assert beside["full"]["planted"] < beside["constant"]["planted"]
     W = torch.eye(40)
-    outcome = judge(planted(W, k=4), part, beside)
+    outcome = judge(planted(W, k=4), [part], beside, {})
     assert outcome.curves["labels"][0]["latent"] == 7
     assert outcome.values["loss"].value == pytest.approx(beside["channel"]["planted"], abs=1e-3)
     assert outcome.values["loss_shuffled"].value > outcome.values["loss"].value + 0.1

@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy.optimize import nnls as scipy_nnls
 
-from harness.quality.refinement import judge, nnls, refined
+from harness.quality.refinement import downstream_gain, judge, nnls, refined
+from harness.quality.shared import Shared
 from tests.quality.planted import orthonormal, planted, rows, sparse
 
 
@@ -45,3 +46,15 @@ def test_the_support_is_kept() -> None:
     start = torch.tensor([[1.0, 0.0, 2.0]])
     found = nnls(D[:3].sum(dim=0, keepdim=True), torch.tensor([[0, 1, 2]]), start, D)
     torch.testing.assert_close(found, torch.tensor([[1.0, 0.0, 1.0]]), atol=1e-6, rtol=0)
+
+
+def test_losses_before_and_after(shared: Shared) -> None:
+    """On orthonormal rows with a bias that shrinks, refinement brings back what the model loses."""
+    shrinking = planted(orthonormal(16), architecture="relu", b_enc=torch.full((16,), -0.5))
+    values = downstream_gain(shrinking, shared)
+    assert 0 <= values["kl_after"].value < values["kl_before"].value
+    assert values["kl_gain"].value == pytest.approx(values["kl_before"].value - values["kl_after"].value)
+    gain = values["delta_ce_before"].value - values["delta_ce_after"].value
+    assert values["delta_ce_gain"].value == pytest.approx(gain, abs=1e-9)
+    kept = downstream_gain(planted(orthonormal(16), k=16), shared)
+    assert kept["kl_gain"].value == pytest.approx(0, abs=1e-5)

@@ -6,7 +6,9 @@ Files of the formats that we write are written by `harness.export`, which is tes
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,3 +144,34 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "noise.npz").write_bytes(b"no zip")
     with pytest.raises(UserError, match="cannot be read"):
         load_foreign(f"gemma_scope:{tmp_path / 'noise.npz'}")
+
+
+class Released:
+    """Stands in for `sae_lens.SAE`."""
+
+    def __init__(self, release: str, identity: str) -> None:
+        if (release, identity) != ("r", "block/0"):
+            raise ValueError(f"Release {release} not found")
+
+    @classmethod
+    def from_pretrained(cls, release: str, identity: str) -> Released:
+        return cls(release, identity)
+
+    def save_model(self, place: str) -> None:
+        w = weights()
+        kept = {"W_enc": w["W_enc"].T.contiguous(), "W_dec": w["W_dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"]}
+        save_file(kept, f"{place}/sae_weights.safetensors")
+        Path(place, "cfg.json").write_text(json.dumps({"architecture": "topk", "k": K, "metadata": {}}))
+
+
+def test_saelens_finds_its_own_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sae_lens", SimpleNamespace(SAE=Released))
+    w, sae = weights(), load_foreign("saelens-release:r/block/0")
+    torch.testing.assert_close(dense(sae, x()), topk((x() - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]))
+    with pytest.raises(UserError, match=r"SAELens cannot load it .ValueError: Release q not found"):
+        load_foreign("saelens-release:q/block/0")
+    with pytest.raises(UserError, match=r"name the release"):
+        load_foreign("saelens-release:r")
+    monkeypatch.setitem(sys.modules, "sae_lens", None)
+    with pytest.raises(UserError, match=r"needs SAELens .pip install"):
+        load_foreign("saelens-release:r/block/0")

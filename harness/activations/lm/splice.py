@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,6 +16,8 @@ from harness.activations.lm.location import locate
 from harness.activations.lm.model import HookedModel, load_model
 from harness.config import ActivationsConfig
 
+LOGITS = 2**26
+"""Most logits of one batch: 256 MB."""
 _CHECKED_TOKENS = 8
 _EQUAL = 1e-4
 """How far logits of the two routes may differ, relative to the largest one."""
@@ -71,6 +74,43 @@ class SplicedModel:
         precision = nullcontext() if exact else self.hooked.computing()
         with self._skipping(hidden) if self._skips else self._replacing(hidden), precision:
             return self._model(input_ids=ids, use_cache=False).logits.float()
+
+    def continuations(
+        self,
+        ids: Int[Tensor, " length"],
+        hidden: Float[Tensor, "length d"],
+        position: int,
+        values: Float[Tensor, "variants d"],
+    ) -> Iterator[Float[Tensor, "variants later vocabulary"]]:
+        """Logits from `position` (at least 1) on when the value there is each of `values`, in parts of at most `LOGITS`
+        logits. In fp32, for differences that rounding to bf16 would drown.
+
+        What stands before `position` is the same for all variants and is computed once, where blocks can be skipped.
+        """
+        past = self._past(ids[None, :position]) if self._skips else None
+        for part in values.split(max(1, LOGITS // (len(ids) * self.vocabulary))):
+            new = hidden.repeat(len(part), 1, 1)
+            new[:, position] = part
+            each = ids.expand(len(part), -1)
+            if past is None:
+                yield self.logits(each, new, exact=True)[:, position:]
+            else:
+                yield self._continued(each[:, position:], new[:, position:], past)
+
+    @torch.no_grad()
+    def _past(self, ids: Int[Tensor, "1 length"]) -> Any:
+        import transformers
+
+        past = transformers.DynamicCache(config=self._model.config)
+        self._model(input_ids=ids, past_key_values=past, use_cache=True)
+        return past
+
+    @torch.no_grad()
+    def _continued(self, ids: Tensor, hidden: Tensor, past: Any) -> Tensor:
+        past = copy.deepcopy(past)
+        past.batch_repeat_interleave(len(ids))
+        with self._skipping(hidden):
+            return self._model(input_ids=ids, past_key_values=past, use_cache=True).logits.float()
 
     @contextmanager
     def _skipping(self, hidden: Tensor) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""`python -m harness.places.slurm begin|end ARRAY_DIR INDEX [EXIT_CODE]`: called by job scripts."""
+"""`python -m harness.places.slurm begin|end|evaluated ARRAY_DIR INDEX [EXIT_CODE]`: called by job scripts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.places.slurm.evaluations import evaluated
 from harness.places.slurm.task import begin, end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.places.slurm", description="Called by job scripts.")
-    parser.add_argument("when", choices=["begin", "end"])
+    parser.add_argument("when", choices=["begin", "end", "evaluated"])
     parser.add_argument("array", type=Path, metavar="ARRAY_DIR")
     parser.add_argument("index", type=int, metavar="SLURM_ARRAY_TASK_ID")
     parser.add_argument("exit_code", type=int, nargs="?", default=0, help="of the ranks")
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.when == "begin":
         print(begin(arguments.array, arguments.index))
         return 0
+    if arguments.when == "evaluated":
+        return evaluated(arguments.array, arguments.index, arguments.exit_code)
     return end(arguments.array, arguments.index, arguments.exit_code)
 
 

@@ -85,7 +85,7 @@ def submit_decision(sweep_dir: Path, config: Config, command: Sequence[str]) -> 
         if any(element.state == "PENDING" for element in decisions):
             return
         working = {element.id.partition("_")[0] for element in live if element not in decisions}
-        directory = _array_directory(sweep_dir, DECISION)
+        directory = array_directory(sweep_dir, DECISION)
         write_json_atomic(directory / "runs.json", [[]])
         after = [f"--dependency=afterany:{':'.join(sorted(working))}"] if working else []
         try:

@@ -100,7 +100,7 @@ def end(directory: Path, index: int, exit_code: int) -> int:
         unfinished = [run_dir for run_dir in job.run_dirs if read_result(run_dir) is None]
     if not unfinished:
         return 0
-    state = _own_state()
+    state = own_state()
     newest = _newest_attempts(home, unfinished)
     ended = read_ended(newest[0])
     step = saved_step(home)
@@ -111,14 +111,14 @@ def end(directory: Path, index: int, exit_code: int) -> int:
     if ended is not None and ended["outcome"] == "saved":
         reason = "time limit" if _near_the_end() or ended["reason"] == "time limit" else "preempted"
         write_ended(newest, outcome="saved", reason=reason, step=step, requeued=True)
-        _again(directory, index)
+        again(directory, index)
         return 0
     why = log_end(home, exit_code)
     failures = _count_failures(directory, index, step)
     write_ended(newest, outcome="failed", reason=why, step=step, requeued=failures < SAME_STEP_FAILURES)
     if failures < SAME_STEP_FAILURES:
         time.sleep(config.cluster.backoff_s * (2**failures - 1))
-        _again(directory, index)
+        again(directory, index)
         return 0
     problem = RuntimeError(f"failed {failures} times at step {step or 0}: {why}")
     if home == directory:
@@ -135,7 +135,7 @@ def _near_the_end() -> bool:
     return time.time() > float(os.environ.get(END_TIME, "inf")) - NEAR_THE_END_S
 
 
-def _own_state() -> str:
+def own_state() -> str:
     """The state of this job. While its last processes end, Slurm says COMPLETING: without a preemption, a requeue or a
     time limit that means CANCELLED."""
     task = _task()
@@ -178,7 +178,7 @@ def _count_failures(directory: Path, index: int, step: int | None) -> int:
     return count
 
 
-def _again(directory: Path, index: int) -> None:
+def again(directory: Path, index: int) -> None:
     """Start this element once more: requeue it, or submit it anew where the site forbids requeueing."""
     try:
         client.insist("scontrol", "requeue", f"{_task().array_job_id}_{index}")
