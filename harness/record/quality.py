@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,8 +117,9 @@ def _write_parquet(path: Path, columns: Mapping[str, Any]) -> None:
         )
 
 
-def read_table(run_dir: Path, metric: str, name: str) -> dict[str, Any]:
-    """Column → array with a line per row (lists for strings) of a table that `write_quality` wrote.
+def read_table(run_dir: Path, metric: str, name: str, columns: Sequence[str] | None = None) -> dict[str, Any]:
+    """Column → array with a line per row (lists for strings) of a table that `write_quality` wrote; `columns`: only
+    these, of those that exist.
 
     Raises `UserError` if it is missing or cannot be read.
     """
@@ -127,7 +128,8 @@ def read_table(run_dir: Path, metric: str, name: str) -> dict[str, Any]:
 
     path = run_dir / names.QUALITY / f"{metric}.{name}.parquet"
     try:
-        table = pyarrow.parquet.read_table(path)
+        known = pyarrow.parquet.read_schema(path).names
+        table = pyarrow.parquet.read_table(path, columns=[name for name in known if columns is None or name in columns])
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path} cannot be read ({reason}); evaluate the run again with --force") from error
