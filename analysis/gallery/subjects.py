@@ -59,7 +59,7 @@ class Subject:
 
 
 def gather(targets: Sequence[Path]) -> tuple[list[Subject], list[str]]:
-    """The SAEs of run directories, of sweeps and of results of foreign SAEs, by name, and a note per SAE that is left out.
+    """The SAEs of run directories, of sweeps and of results of foreign SAEs, and a note per SAE that is left out.
 
     Raises `UserError` when a target is no directory, none has examples, or a file is damaged.
     """
