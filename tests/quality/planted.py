@@ -58,7 +58,6 @@ def sparse(rows: int, n: int, active: int, seed: int = 0) -> Tensor:
     codes = torch.zeros(rows, n)
     place = torch.rand(rows, n, generator=generator).argsort(dim=1)[:, :active]
     return codes.scatter(1, place, torch.rand(rows, active, generator=generator) + 0.5)
-/root/.pyenv/libexec/pyenv-hooks: line 24: enable: cannot open shared object /root/.pyenv/libexec/pyenv-realpath.dylib: /root/.pyenv/libexec/pyenv-realpath.dylib: cannot open shared object file: No such file or directory
 
 
 def planted_words(shared: Shared) -> TrainedSae:
