@@ -158,12 +158,13 @@ def _ablations(sae: TrainedSae, shared: Shared, columns: dict[str, Any], places:
     lines = []
     for latent in chosen.tolist():
         context, position = divmod(int(columns["example_place"][latent, 0]), places.ids.shape[1])
-        ids = torch.tensor(places.ids[context : context + 1], dtype=torch.int64, device=shared.device)
+        # causal: what stands behind the token changes nothing
+        ids = torch.tensor(places.ids[context, : position + 1][None], dtype=torch.int64, device=shared.device)
         hidden = shared.model.hidden(ids)
-        codes = sae.encode(hidden[0, position : position + 1])
+        codes = sae.encode(hidden[0, -1:])
         value = float((effective(codes) * (codes.index == latent)).sum())
         scale = sae.normalizer.scale if codes.units is None else float(codes.units.norm)
-        effect = ablation(shared.model, ids, hidden, position, sae.W_dec[latent].cpu() * value * scale)
+        effect = ablation(shared.model, ids, hidden, sae.W_dec[latent].cpu() * value * scale)
         lines.append({"latent": latent, "context": context, "position": position, **effect})
         shared.tick(0)
     return lines

@@ -62,15 +62,13 @@ def ablation(
     model: SplicedModel,
     ids: Int[Tensor, "1 length"],
     hidden: Float[Tensor, "1 length d"],
-    position: int,
     contribution: Float[Tensor, " d"],
     most: int = 5,
 ) -> dict[str, Any]:
-    """The next token with and without what a latent adds at `position`: KL in nats, and the tokens whose probability
-    changes most."""
-    ids, hidden = ids[:, : position + 1], hidden[:, : position + 1]
+    """The next token with and without what a latent adds at the last position: KL in nats, and the tokens whose
+    probability changes most."""
     without = hidden.clone()
-    without[0, position] -= contribution.to(without)
+    without[0, -1] -= contribution.to(without)
     p, q = (model.logits(ids, each, exact=True)[0, -1].double().log_softmax(0) for each in (hidden, without))
     change = q.exp() - p.exp()
     both = torch.cat([change.topk(most).indices, (-change).topk(most).indices]).tolist()
