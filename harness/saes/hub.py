@@ -32,12 +32,11 @@ def parse(address: str) -> Address:
 @contextmanager
 def speaking(address: str) -> Iterator[None]:
     """Raises `UserError` in one line for whatever the hub or the way to it answers."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the client raises errors of several libraries, which differ by its version
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise UserError(f"{address}: {reason}") from error
 

@@ -60,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
             about = json.loads(body)
             name = f"{about['organization']}/{about['name']}" if about.get("organization") else about["name"]
             self.server.repositories.setdefault(name, {})
-            return self._answer({"url": f"{self.server.url}/{name}", "name": name, "private": about["private"]})
+            return self._answer({"url": f"{self.server.url}/{name}", "name": name})
         name = "/".join(path.split("/")[3:5])
         if "/preupload/" in path:
             files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]

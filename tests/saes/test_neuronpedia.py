@@ -71,5 +71,5 @@ def test_the_tree(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> 
 
 
 def test_without_examples_it_says_how_to_get_them(topk_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="harness.evaluate .* --metrics examples"):
+    with pytest.raises(UserError, match=r"harness.evaluate .* --metrics examples"):
         export(topk_run, "neuronpedia", tmp_path / "out")
