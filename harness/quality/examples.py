@@ -152,7 +152,9 @@ def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _ablations(sae: TrainedSae, shared: Shared, columns: dict[str, Any], places: latents.Place) -> list[dict[str, Any]]:
+def _ablations(
+    sae: TrainedSae, shared: Shared, columns: dict[str, Any], places: latents.Place, done: int
+) -> list[dict[str, Any]]:
     live = np.flatnonzero(columns["count"])
     chosen = np.sort(np.random.default_rng(0).permutation(live)[:ABLATED])
     lines = []
@@ -166,7 +168,7 @@ def _ablations(sae: TrainedSae, shared: Shared, columns: dict[str, Any], places:
         scale = sae.normalizer.scale if codes.units is None else float(codes.units.norm)
         effect = ablation(shared.model, ids, hidden, sae.W_dec[latent].cpu() * value * scale)
         lines.append({"latent": latent, "context": context, "position": position, **effect})
-        shared.tick(0)
+        shared.tick(done)
     return lines
 
 
@@ -205,7 +207,7 @@ def _outcome(
 ) -> Outcome:
     """Of one SAE; `done` latents of other SAEs come before in the progress."""
     columns = describe(sae, files, places, lens, lambda latent: shared.tick(done + latent))
-    ablated = _ablations(sae, shared, columns, places) if lens is not None else []
+    ablated = _ablations(sae, shared, columns, places, done + sae.sae.n_latents) if lens is not None else []
     return Outcome(
         len(places.flat),
         _values(columns),
