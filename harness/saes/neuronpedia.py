@@ -29,6 +29,12 @@ _BATCH = 128
 _GROUPS = ((20, -1.0, 99.0, -1.0), *((5, 0.2 * g, 0.2 * (g + 1), 0.2) for g in range(5)))
 """Examples in the order of the table: how many, and how the group is marked; −1 and 99 stand for the top."""
 _VISIBILITY = "PRIVATE"
+_NOT_MEASURED: dict[str, Any] = {
+    f"{name}_{kind}": [] for name in ("neuron_alignment", "correlated_neurons") for kind in ("indices", "l1")
+}
+_NOT_MEASURED |= {"neuron_alignment_values": [], "correlated_neurons_pearson": [], "correlated_features_l1": []}
+_NOT_MEASURED |= {"logits_hist_data_bar_heights": [], "logits_hist_data_bar_values": [], "decoder_weights_dist": []}
+"""Fields of a feature that readers expect."""
 
 
 def identity(trained: TrainedSae) -> tuple[str, str, str]:
@@ -64,9 +70,13 @@ def write(trained: TrainedSae, run_dir: Path, out: Path) -> None:
     for number, start in enumerate(range(0, len(table["count"]), _BATCH)):
         latents = range(start, min(start + _BATCH, len(table["count"])))
         of_all = {"modelId": model, "layer": source, "creatorId": "", "createdAt": made}
-        features = ({**of_all, **dashboards.feature(latent)} for latent in latents)
+        features = ({**of_all, **_NOT_MEASURED, **dashboards.feature(latent)} for latent in latents)
         _write_lines(folder / "features" / f"batch-{number}.jsonl.gz", features)
-        activations = ({**of_all, **row} for latent in latents for row in dashboards.activations(latent))
+        activations = (
+            {**of_all, "dfaValues": [], "lossValues": [], **row}
+            for latent in latents
+            for row in dashboards.activations(latent)
+        )
         _write_lines(folder / "activations" / f"batch-{number}.jsonl.gz", activations)
 
 

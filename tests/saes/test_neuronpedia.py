@@ -27,7 +27,7 @@ FEATURE = OF_ALL | {
 }
 ACTIVATION = OF_ALL | {
     *("id", "tokens", "maxValue", "maxValueTokenIndex", "minValue", "values", "binMin", "binMax", "binContains"),
-    *("qualifyingTokenIndex",),
+    *("qualifyingTokenIndex", "dfaValues", "lossValues"),
 }
 WORDS = [f" word{number}" for number in range(40)] + ['"<b>']
 
@@ -55,7 +55,10 @@ def test_the_tree(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> 
         [row] = lines(source / f"{name}.jsonl")
         assert keys <= set(row)
     features = lines(source / "features" / "batch-0.jsonl.gz")
-    assert [row["index"] for row in features] == list(range(n)) and set(features[0]) <= FEATURE
+    assert [row["index"] for row in features] == list(range(n)) and set(features[0]) == FEATURE - {
+        "vectorLabel",
+        "sourceSetName",
+    }
     assert features[0]["frac_nonzero"] == pytest.approx(table["density"][0])
     assert features[0]["pos_str"] == [WORDS[token] for token in table["promoted"][0]]
     activations = lines(source / "activations" / "batch-0.jsonl.gz")

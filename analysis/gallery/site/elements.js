@@ -52,7 +52,7 @@ function link(sae, latent, ...children) {
   return element("a", { href: address(sae, latent) }, children.length ? children : visible(sae.name));
 }
 
-/** A table. Headers are texts; rows hold lists of cells: texts, numbers (right-aligned) or elements. */
+/** A table. Headers are texts; rows hold lists of cells: texts, numbers or elements. */
 function table(headers, rows, caption) {
   const cell = (content) =>
     element("td", { class: typeof content === "number" ? "number" : null },

@@ -12,7 +12,7 @@ async function latentOf(index, sae, number, list, text) {
     element("h1", {}, `Latent ${number}`),
     heading(at),
     ...(largest > 0 ? [
-      section("Strongest contexts", examples(at, 0, TOP), "At most one per document. Darker and more thickly underlined: more active."),
+      section("Strongest contexts", examples(at, 0, TOP), "At most one per document. Stronger colour, thicker underline: more active."),
       section("Activations", [histogram(at), quantiles(at)]),
       ...groups(at),
       section("Where it is silent", examples(at, TOP + GROUPS * PER_GROUP, 5), "Random contexts without an activation."),
