@@ -1,4 +1,4 @@
-"""From the tables of an SAE to the columns of its pages: the list of its latents, and shards of 256."""
+"""From the tables of an SAE to the columns of its pages: the list of its latents, and shards of 128."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from analysis.gallery.pack import shares, smallest
 from analysis.gallery.subjects import Subject
 from analysis.gallery.texts import Text
 
-SHARD = 256
+SHARD = 128
 """Latents of a file: what is read to show one."""
 
 

@@ -35,7 +35,7 @@ def packed(columns: Mapping[str, np.ndarray], **content: Any) -> str:
     header = json.dumps({"columns": places, **content}, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-(4 + len(header)) % 8)
     raw = len(header).to_bytes(4, "little") + header + b"".join(parts)
-    return base64.b64encode(gzip.compress(raw, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(raw, 6, mtime=0)).decode()
 
 
 def write_script(folder: Path, name: str, columns: Mapping[str, np.ndarray], **content: Any) -> None:

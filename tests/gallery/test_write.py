@@ -17,6 +17,7 @@ from analysis.gallery.across import nearest
 from analysis.gallery.pack import packed
 from analysis.gallery.write import write_gallery
 from harness.errors import UserError
+from harness.record.quality import Value, write_quality
 from tests.gallery.made_up import write_examples
 
 WORDS = [f" word{number}" for number in range(300)]
@@ -63,7 +64,7 @@ def test_files_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]) -> No
         ("topk-n300", 300, [1]),
         ("topk-n600", 600, [0]),
     ]
-    assert sorted(path.name for path in (data / "1").iterdir()) == ["0.js", "1.js", "2.js", "list.js"]
+    assert sorted(path.name for path in (data / "1").iterdir()) == [*(f"{part}.js" for part in range(5)), "list.js"]
     content, columns = read_script(data / "0" / "list.js")
     assert content["ablation"]["0"]["kl"] == 0.125 and columns["density"].shape == (300,)
     assert main(["gallery", str(sweep)]) == 0  # an earlier gallery is replaced, and is no run
@@ -74,15 +75,35 @@ def test_a_shard_holds_what_the_table_says(sweep: Path) -> None:
     table = write_examples(sweep / "again", 300, WORDS, seed=0)
     _, shard = read_script(sweep / "gallery" / "data" / "0" / "1.js")
     text, columns = read_script(sweep / "gallery" / "data" / "text0.js")
-    own = slice(256, 300)
+    own = slice(128, 256)
     np.testing.assert_array_equal(shard["count"], table["count"][own])
     np.testing.assert_array_equal(shard["example_acts"], table["example_acts"][own])
     np.testing.assert_array_equal(shard["coactive"].astype(int) - 1, table["coactive"][own])
     words = [text["words"][token - 1] for token in shard["promoted"][0]]
-    assert words == [WORDS[token] for token in table["promoted"][256]]
+    assert words == [WORDS[token] for token in table["promoted"][128]]
     largest = table["largest"][own, None]
     np.testing.assert_allclose(shard["example_value"] / 65535 * largest, table["example_value"][own], atol=1e-4 * 50)
     assert columns["ids"].shape[1] == 40
+
+
+def test_explanations_and_scores_of_other_metrics(sweep: Path) -> None:
+    run = sweep / "topk-n300"
+    about = {"version": 1, "weights": "0" * 64, "settings": {}, "tokens": 1}
+    patterns = [{"latent": 7, "patterns": ["a *"], "precision": 0.5, "recall": float("nan")}]
+    scores = [{"latent": 8, "explanation": "words | of it", "detection_auc": 0.75, "fuzzing_auc": 0.5}]
+    labels = [{"label": "digit", "latent": 8, "loss": 0.125}]
+    for metric, curve in (("explanations", patterns), ("detection", scores), ("probes", labels)):
+        name = "labels" if metric == "probes" else "latents"
+        write_quality(run, {"metric": metric, **about}, {"x": Value(1.0)}, {}, {}, {name: curve})
+    write_gallery([sweep])
+    notes = read_script(sweep / "gallery" / "data" / "0" / "list.js")[0]["notes"]
+    assert notes["7"] == {"patterns": ["a *"], "precision": 0.5, "recall": None}
+    assert notes["8"] == {
+        "explanation": "words | of it",
+        "detection": 0.75,
+        "fuzzing": 0.5,
+        "labels": ["digit (0.125 nats)"],
+    }
 
 
 def test_nearest_rows_of_another_sae() -> None:

@@ -31,7 +31,8 @@ const ARRAYS = {
 };
 
 async function unpack(text) {
-  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const characters = atob(text), bytes = new Uint8Array(characters.length);
+  for (let place = 0; place < bytes.length; place++) bytes[place] = characters.charCodeAt(place);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   const buffer = await new Response(stream).arrayBuffer();
   const length = new DataView(buffer).getUint32(0, true);
@@ -39,16 +40,20 @@ async function unpack(text) {
   for (const [name, place] of Object.entries(header.columns)) {
     const size = place.shape.reduce((product, count) => product * count, 1);
     const raw = new ARRAYS[place.type](buffer, 4 + length + place.at, size);
-    const values = place.type === "f2" ? Float32Array.from(raw, half) : raw;
+    const values = place.type === "f2" ? halves(raw) : raw;
     const width = place.shape.slice(1).reduce((product, count) => product * count, 1);
     header[name] = { values, shape: place.shape, row: (number) => values.subarray(number * width, (number + 1) * width) };
   }
   return header;
 }
 
-/** The number that 16 bits of a half-precision float stand for. */
-function half(bits) {
-  const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  if (exponent === 31) return fraction ? NaN : sign * Infinity;
-  return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : (2 ** -14 * fraction) / 1024);
+/** The numbers that half-precision floats of 16 bits stand for. */
+function halves(raw) {
+  const values = new Float32Array(raw.length);
+  for (let place = 0; place < raw.length; place++) {
+    const sign = raw[place] & 0x8000 ? -1 : 1, exponent = (raw[place] >> 10) & 31, fraction = raw[place] & 1023;
+    if (exponent === 31) values[place] = fraction ? NaN : sign * Infinity;
+    else values[place] = sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : (2 ** -14 * fraction) / 1024);
+  }
+  return values;
 }

@@ -65,14 +65,17 @@ function examples(at, first, count) {
     const ids = text.ids.row(contexts[place] - 1), position = positions[place];
     const start = Math.max(0, Math.min(position - Math.floor(sae.width / 2), ids.length - sae.width));
     const shown = [];
+    let silent = ""; // tokens without an activation share an element: a page has thousands
+    const flush = () => { if (silent) shown.push(element("bdi", {}, silent)); silent = ""; };
     for (let offset = 0; offset < sae.width; offset++) {
-      const act = acts[place * sae.width + offset] / 255, peak = start + offset === position && act > 0;
+      const act = acts[place * sae.width + offset] / 255, peak = start + offset === position;
       const word = visible(text.words[ids[start + offset] - 1]);
-      const about = act ? `activation ${shortNumber(act * largest)}` : null;
-      shown.push(element(peak ? "strong" : "span",
-        { class: act ? "heat" : null, style: act ? { "--a": act.toFixed(3) } : {}, title: about },
-        element("bdi", {}, word)), document.createElement("wbr"));
+      if (!act) { silent += word; continue; }
+      flush();
+      shown.push(element(peak ? "strong" : "span", { class: "heat", style: { "--a": act.toFixed(3) },
+        title: `activation ${shortNumber(act * largest)}` }, element("bdi", {}, word)));
     }
+    flush();
     const value = (values[place] / 65535) * largest;
     lines.push(element("li", {}, element("span", { class: "value" }, value ? shortNumber(value) : "0"),
       element("span", { class: "context" }, shown)));

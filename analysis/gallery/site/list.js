@@ -39,9 +39,9 @@ const ORDERS = {
 /** Latents that the settings leave, in their order. */
 function chosen(list, text, settings) {
   const wanted = settings.search.trim().toLowerCase();
-  const texts = words(list, text);
+  const texts = wanted ? words(list, text) : null;
   const found = [];
-  for (let latent = 0; latent < texts.length; latent++) {
+  for (let latent = 0; latent < list.density.values.length; latent++) {
     const density = list.density.values[latent];
     if (wanted && !texts[latent].includes(wanted) && String(latent) !== wanted) continue;
     if (settings.live === "live" && density === 0) continue;
