@@ -12,7 +12,7 @@ from harness.errors import UserError
 from harness.record import names
 
 PREFIX = "hf:"
-_ADDRESS = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?")
+_ADDRESS = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?")
 
 
 class Address(NamedTuple):
