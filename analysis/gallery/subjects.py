@@ -16,6 +16,8 @@ from harness.record.quality import read_qualities, read_table
 from harness.record.result import read_result
 
 METRIC = "examples"
+VERSION = 1
+"""Of the metric: the one whose tables are understood."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,12 @@ def gather(targets: Sequence[Path]) -> tuple[list[Subject], list[str]]:
         single = (target / names.QUALITY).is_dir() or (target / names.CONFIG).is_file()
         for path in [target] if single else sorted(path for path in target.iterdir() if path.is_dir()):
             qualities = read_qualities(path)
-            if METRIC in qualities:
+            version = qualities.get(METRIC, {}).get("version", VERSION)
+            if version != VERSION:
+                notes.append(
+                    f"{path.name} is left out: its examples are of version {version}, not {VERSION}; collect them again"
+                )
+            elif METRIC in qualities:
                 found[path.resolve()] = Subject(path.resolve().name, path, read_result(path) or {}, qualities)
             elif (path / names.RESULT).is_file():
                 notes.append(f"{path.name} is left out: its examples were not collected")
@@ -93,6 +100,7 @@ def _require_different(run_names: Sequence[str]) -> None:
 
 
 def title_of(targets: Sequence[Path]) -> str:
-    if len(targets) == 1:
+    """The title of a sweep; otherwise the names of the targets."""
+    if len(targets) == 1 and not (targets[0] / names.QUALITY).is_dir():
         return read_study(targets[0]).title
     return " and ".join(target.resolve().name for target in targets)

@@ -130,6 +130,16 @@ def test_what_is_refused(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+def test_other_versions_are_left_out(sweep: Path) -> None:
+    path = sweep / "topk-n300" / "quality" / "examples.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps({**content, "version": 99}))
+    page, [note] = write_gallery([sweep])
+    assert "topk-n300 is left out: its examples are of version 99" in note
+    assert [sae["name"] for sae in read_script(page.parent / "data" / "index.js")[0]["saes"]] == ["topk-n600"]
+
+
 def test_a_damaged_table_is_named(sweep: Path) -> None:
     path = sweep / "topk-n300" / "quality" / "examples.per_latent.parquet"
     path.write_bytes(path.read_bytes()[:1000])

@@ -74,6 +74,18 @@ def embedding_shared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     yield from _shared(directory, corpus, tmp_path_factory.mktemp("out"))
 
 
+@pytest.fixture(scope="session")
+def encoder_shared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """The same for an encoder, which predicts no next token."""
+    directory = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(transformers.BertConfig(**TINY, vocab_size=len(VOCABULARY))).save_pretrained(
+        directory
+    )
+    save_tokenizer(directory)
+    yield from _shared(directory, corpus, tmp_path_factory.mktemp("out"))
+
+
 def _shared(model: Path, corpus: Path, out: Path) -> Iterator[Shared]:
     cfg = ActivationsConfig(
         model=str(model),

@@ -152,6 +152,11 @@ def test_a_planted_latent(embedding_shared: Shared) -> None:
     assert (table["example_place"][3][: -latents.SILENT] == -1).all()
 
 
+def test_an_encoder_has_no_lens(encoder_shared: Shared) -> None:
+    outcome = outcome_of(planted(orthonormal(16), k=3), encoder_shared)
+    assert outcome.tokens > 0 and "promoted" not in outcome.per_latent and outcome.curves == {"ablation": []}
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Gemma", "GPT2", "GPTNeoX"])
 def test_the_gain_of_the_final_norm(kind: str) -> None:
     further = {"n_embd": 16, "n_head": 2, "n_layer": 3} if kind == "GPT2" else TINY

@@ -36,6 +36,11 @@ const ORDERS = {
   score: ["best score", (list, a, b) => (score(list, b) ?? -1) - (score(list, a) ?? -1)],
 };
 
+const DENSITIES = {
+  "": ["all", 0, 2], rare: ["below 0.1 %", 0, 0.001], seldom: ["0.1 to 1 %", 0.001, 0.01], often: ["1 to 10 %", 0.01, 0.1],
+  dense: ["above 10 %", 0.1, 2],
+};
+
 /** Latents that the settings leave, in their order. */
 function chosen(list, text, settings) {
   const wanted = settings.search.trim().toLowerCase();
@@ -44,6 +49,8 @@ function chosen(list, text, settings) {
   for (let latent = 0; latent < list.density.values.length; latent++) {
     const density = list.density.values[latent];
     if (wanted && !texts[latent].includes(wanted) && String(latent) !== wanted) continue;
+    const [, least, most] = DENSITIES[settings.density];
+    if (density < least || density >= most) continue;
     if (settings.live === "live" && density === 0) continue;
     if (settings.live === "silent" && density > 0) continue;
     if (settings.live === "duplicates" && list.nearest.values[latent] <= DUPLICATE) continue;
@@ -61,7 +68,7 @@ function choice(label, options, value, change) {
 }
 
 function listOf(sae, list, text, state) {
-  const settings = (state[sae.name] ??= { search: "", order: "index", live: "live", expert: "", page: 0 });
+  const settings = (state[sae.name] ??= { search: "", order: "index", live: "live", density: "", expert: "", page: 0 });
   const body = element("tbody", {}), status = element("p", { role: "status" });
   const pages = element("div", { class: "pages" });
   const scored = Object.keys(list.notes).some((latent) => score(list, latent) !== undefined);
@@ -104,6 +111,7 @@ function listOf(sae, list, text, state) {
     choice("Order", Object.entries(ORDERS).map(([key, [shown]]) => [key, shown]), settings.order, change("order")),
     choice("Show", [["live", "active ones"], ["all", "all"], ["silent", "silent ones"],
       ["duplicates", `duplicates (cosine above ${DUPLICATE})`], ["scored", "with a score"]], settings.live, change("live")),
+    choice("Density", Object.entries(DENSITIES).map(([key, [shown]]) => [key, shown]), settings.density, change("density")),
     sae.experts > 1 ? choice("Expert", [["", "all"], ...experts], settings.expert, change("expert")) : null);
   show();
   return [
