@@ -71,7 +71,7 @@ class _Spilled:
     """The activations of all SAEs on the text."""
 
     def __init__(self, saes: Sequence[TrainedSae], shared: Shared, folder: Path) -> None:
-        ids, document = self.contexts = _text(shared)
+        ids, document = _text(shared)
         self.files = [CodeFiles(folder / str(number), sae.sae.n_latents) for number, sae in enumerate(saes)]
         model, dropped = _model(shared), torch.tensor(shared.special.dropped)
         size = max(1, _TOKENS // ids.shape[1])
@@ -84,7 +84,7 @@ class _Spilled:
             kept = ~torch.isin(part, dropped) & shared.reference.ordinary(hidden.norm(dim=-1).cpu())
             kept[:, 0] = False
             rows = hidden[kept.to(hidden.device)]
-            for sae, files in zip(saes, self.files, strict=True):
+            for sae, files in zip(saes, self.files, strict=True) if len(rows) else ():
                 codes = sae.encode(rows)
                 files.add(effective(codes).cpu().numpy(), codes.index.cpu().numpy())
             flat.append(kept.flatten().nonzero().flatten() + start * ids.shape[1])

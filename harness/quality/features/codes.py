@@ -1,6 +1,6 @@
 """The activations of one SAE on a text, on the disk: in the order of tokens, and gathered by latent.
 
-Both files grow with the activations; in memory are 12 bytes a token, one chunk that is written, and the activations of
+Both files grow with the activations; in memory are 8 bytes a token, one chunk that is written, and the activations of
 the latents that are read. So a text may be longer than memory, and what is computed from it is exact all the same.
 """
 
