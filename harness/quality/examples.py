@@ -1,8 +1,8 @@
 """What people look at: statistics, examples, neighbours and effects of every latent, for `python -m analysis gallery`.
 
 One pass of the language model over held-out text gives the activations of all SAEs; they go to the disk and are read
-back by blocks of latents, so that all figures are exact and memory does not grow with the text (beyond 28 bytes a
-token). The values at the hook are not kept.
+back by blocks of latents, so that all figures are exact and memory does not grow with the text (beyond 24 bytes a
+token, and 8 for each SAE). The values at the hook are not kept.
 """
 
 from __future__ import annotations

@@ -106,6 +106,12 @@ def test_explanations_and_scores_of_other_metrics(sweep: Path) -> None:
     }
 
 
+def test_a_latent_takes_no_more_than_agreed(tmp_path: Path) -> None:
+    write_examples(tmp_path / "topk", 1024, WORDS, density=0.06)
+    folder = write_gallery([tmp_path])[0].parent
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1500 * 1024
+
+
 def test_nearest_rows_of_another_sae() -> None:
     generator = np.random.default_rng(0)
     theirs = generator.normal(size=(50, 8)).astype(np.float32)
