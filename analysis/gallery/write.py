@@ -67,7 +67,7 @@ def _is_gallery(folder: Path) -> bool:
 def _write(folder: Path, subjects: Sequence[Subject], title: str) -> None:
     data = folder / "data"
     data.mkdir(parents=True)
-    for source in resources.files(__package__).joinpath("site").iterdir():
+    for source in resources.files("analysis.gallery").joinpath("site").iterdir():
         with resources.as_file(source) as path:
             shutil.copyfile(path, folder / path.name)
     texts = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,7 @@ def parse(address: str) -> Address:
 
 
 @contextmanager
-def speaking(address: str) -> Iterator[None]:
+def speaking(address: str) -> Generator[None, None, None]:
     """Raises `UserError` in one line for whatever the hub or the way to it answers."""
     try:
         yield
@@ -46,7 +46,7 @@ def fetch(address: str) -> Path:
 
     Without a run, the only one of the repository. Raises `UserError` if it is not there or the hub cannot be reached.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     wanted = parse(address)
     run = wanted.run or "*"

@@ -29,12 +29,18 @@ _BATCH = 128
 _GROUPS = ((20, -1.0, 99.0, -1.0), *((5, 0.2 * g, 0.2 * (g + 1), 0.2) for g in range(5)))
 """Examples in the order of the table: how many, and how the group is marked; −1 and 99 stand for the top."""
 _VISIBILITY = "PRIVATE"
-_NOT_MEASURED: dict[str, Any] = {
-    f"{name}_{kind}": [] for name in ("neuron_alignment", "correlated_neurons") for kind in ("indices", "l1")
+_NOT_MEASURED: dict[str, list[float]] = {
+    name: []
+    for name in (
+        *("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1"),
+        *("correlated_neurons_indices", "correlated_neurons_pearson", "correlated_neurons_l1"),
+        *("correlated_features_l1", "decoder_weights_dist"),
+        *("logits_hist_data_bar_heights", "logits_hist_data_bar_values"),
+    )
 }
-_NOT_MEASURED |= {"neuron_alignment_values": [], "correlated_neurons_pearson": [], "correlated_features_l1": []}
-_NOT_MEASURED |= {"logits_hist_data_bar_heights": [], "logits_hist_data_bar_values": [], "decoder_weights_dist": []}
 """Fields of a feature that readers expect."""
+_NO_EFFECTS: dict[str, list[float]] = {"dfaValues": [], "lossValues": []}
+"""The same of an activation."""
 
 
 def identity(trained: TrainedSae) -> tuple[str, str, str]:
@@ -96,7 +102,7 @@ def _heads(
 ) -> dict[str, dict[str, Any]]:
     about = trained.origin.activations
     of_all = {"creatorId": "", "createdAt": made, "visibility": _VISIBILITY}
-    who = {"creatorName": "", "urls": []}
+    who: dict[str, Any] = {"creatorName": "", "urls": []}
     title = f"{trained.sae.architecture}, {trained.sae.n_latents} latents, {about.get('hook', about['kind'])}"
     return {
         "release": {"name": set_name, "description": title, "descriptionShort": title, **who, **of_all},

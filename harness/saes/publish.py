@@ -61,7 +61,7 @@ def push(target: Path, address: str, license_id: str = LICENSE) -> str:
 def stage(runs: Sequence[Path], address: str, license_id: str, folder: Path) -> Mapping[str, Path]:
     """Path in the repository → file; what has to be written first is written into `folder`."""
     files: dict[str, Path] = {}
-    entries = []
+    entries: list[Entry] = []
     for run in runs:
         for path in sorted((run / names.SAE).iterdir()):
             files[f"{run.name}/{names.SAE}/{path.name}"] = path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.sparse
 from jaxtyping import Float64
@@ -36,8 +38,10 @@ def block_columns(
             continue
         everyone = codes.of_tokens(start, end)
         rows = codes.ends[start : end + 1] - codes.ends[start]
-        theirs = scipy.sparse.csr_array((everyone.value, everyone.latent, rows), shape=(end - start, n))
-        mine = scipy.sparse.csr_array((own.value, (own.latent - first, own.token - start)), shape=(size, end - start))
+        theirs: Any = scipy.sparse.csr_array((everyone.value, everyone.latent, rows), shape=(end - start, n))
+        mine: Any = scipy.sparse.csr_array(
+            (own.value, (own.latent - first, own.token - start)), shape=(size, end - start)
+        )
         products += (mine.astype(np.float64) @ theirs).toarray()
         counts += (_ones(mine) @ _ones(theirs)).toarray()
     spread = np.sqrt(np.maximum(mean_square - mean**2, 0))
@@ -59,5 +63,5 @@ def block_columns(
     }
 
 
-def _ones(matrix: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+def _ones(matrix: Any) -> Any:
     return scipy.sparse.csr_array((np.ones(matrix.nnz), matrix.indices, matrix.indptr), shape=matrix.shape)
