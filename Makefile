@@ -35,7 +35,7 @@ READY := .venv/.installed
 SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-probes sweep evaluate report status notebook test test-all check bench bench-analysis bench-peers gpu-check slurm-up slurm-down
+.PHONY: help setup setup-probes sweep evaluate gallery report status notebook test test-all check bench bench-analysis bench-peers gpu-check slurm-up slurm-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ sweep: $(READY) ## train what is missing of STUDY (default quick), fit, write th
 
 evaluate: $(READY) ## judge the finished SAEs of a sweep (SWEEP, OUT; METRICS=downstream,geometry, default all)
 	@$(PY) -m harness.evaluate "$(SWEEP_DIR)" $(if $(METRICS),--metrics "$(METRICS)") $(ARGS)
+
+gallery: $(READY) ## write the gallery of features of a sweep (SWEEP, OUT; TOKENS of text, default 16384)
+	@$(PY) -m harness.evaluate "$(SWEEP_DIR)" --metrics examples $(if $(TOKENS),--tokens "$(TOKENS)")
+	@$(PY) -m analysis gallery "$(SWEEP_DIR)" $(ARGS)
 
 report: $(READY) ## fit and write the report of a sweep again (SWEEP, OUT)
 	@$(PY) -m analysis report "$(SWEEP_DIR)"

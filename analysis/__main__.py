@@ -1,4 +1,4 @@
-"""`python -m analysis fit|report|compare|predict|plan|ask …`.
+"""`python -m analysis fit|report|gallery|compare|predict|plan|ask …`.
 
 Exit codes: 0 done (notes may apply), 1 no fit possible, 2 a wrong request.
 """

@@ -1,4 +1,4 @@
-"""The command line of the analysis: `fit`, `report`, `compare`, `predict`, `plan`, `ask`.
+"""The command line of the analysis: `fit`, `report`, `gallery`, `compare`, `predict`, `plan`, `ask`.
 
 Exit codes: 0 a result (notes may apply), 1 no fit is possible (the note says why), 2 a wrong request.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.cli_forecast import fit_from, run_ask, run_compare, run_plan, run_predict
+from analysis.cli_gallery import add_gallery
 from analysis.cli_questions import add_questions
 from analysis.fits.result import FitResult
 from analysis.laws.catalogue import LAWS, OLD_NAMES
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--law", help="default: that of the study, or what the grid allows")
     report.set_defaults(handler=_report)
+    add_gallery(commands)
     _add_forecasts(commands)
     for question, run in add_questions(commands):
         _add_sources(question)

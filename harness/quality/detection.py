@@ -183,14 +183,15 @@ def judge_sae(sae: TrainedSae, shared: Shared, judge: Judge, done: int = 0) -> O
     decode = {token: shared.tokenizer.decode([token]) for token in torch.unique(shared.text.ids).tolist()}
     order = torch.randperm(sae.sae.n_latents, generator=torch.Generator().manual_seed(0)).tolist()
     live = set(torch.unique(active.latent).tolist())
-    materials: list[Material] = []
+    materials: dict[int, Material] = {}
     for latent in (latent for latent in order if latent in live):
         if (found := material(active, latent, shared, decode)) is not None:
-            materials.append(found)
+            materials[latent] = found
         if len(materials) == LATENTS:
             break
-    values, lines = evaluate(judge, materials, lambda latents: shared.tick(done + latents))
-    return Outcome(int(shared.text.kept.sum()), values, curves={"latents": lines})
+    values, lines = evaluate(judge, list(materials.values()), lambda latents: shared.tick(done + latents))
+    table = [{"latent": latent, **line} for latent, line in zip(materials, lines, strict=True)]
+    return Outcome(int(shared.text.kept.sum()), values, curves={"latents": table})
 
 
 def settings(judge: str) -> dict[str, str]:

@@ -122,7 +122,8 @@ def _is_there(subject: Subject, about: dict[str, Any]) -> bool:
 
 def _write(subject: Subject, about: dict[str, Any], outcome: Outcome) -> None:
     about = {**about, "tokens": outcome.tokens}
-    write_quality(subject.directory, about, outcome.values, outcome.per_latent, outcome.per_document, outcome.curves)
+    columns = outcome.per_latent, outcome.per_document
+    write_quality(subject.directory, about, outcome.values, *columns, outcome.curves, outcome.tables)
 
 
 def _summary(metric: str, outcome: Outcome) -> str:

@@ -42,11 +42,13 @@ class Outcome:
     """Tokens that were used."""
     values: dict[str, Value]
     per_latent: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
-    """Column → a number per latent."""
+    """Column → a number per latent, or a row of numbers."""
     per_document: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     """Column → a sum per document."""
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict[str, list[dict[str, Any]]])
     """Points of curves that belong to the values, e.g. fvu at several k."""
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """Further tables by name, each of columns like those per latent, or of strings."""
 
 
 def _nothing(_judge: str) -> dict[str, Any]:

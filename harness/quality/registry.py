@@ -6,6 +6,7 @@ from harness.quality import (
     ablation,
     detection,
     downstream,
+    examples,
     explanations,
     geometry,
     mdl,
@@ -26,6 +27,7 @@ _ALL = (
     Metric("geometry", geometry.VERSION, "duplicates, nearest neighbours and experts", geometry.run),
     Metric("refinement", refinement.VERSION, "shrinkage of activations", refinement.run),
     Metric("progressive", progressive.VERSION, "codes of other sizes, fixed thresholds", progressive.run),
+    Metric("examples", examples.VERSION, "what every latent does, for the gallery", examples.run),
     Metric("mdl", mdl.VERSION, "bits per token of the codes", mdl.run),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

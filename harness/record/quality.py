@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from harness.errors import UserError
 from harness.files import replacing, write_json_atomic
 from harness.record import names
 from harness.schema import (
@@ -23,9 +24,6 @@ from harness.schema import (
     with_seal,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-
 _QUALITY = sealed(
     fields(
         {
@@ -38,6 +36,7 @@ _QUALITY = sealed(
             "per_latent": optional(FILE_NAME),
             "per_document": optional(FILE_NAME),
             "curves?": dict_of(list_of(OBJECT)),
+            "tables?": dict_of(FILE_NAME),
         }
     )
 )
@@ -78,30 +77,69 @@ def write_quality(
     run_dir: Path,
     about: Mapping[str, Any],
     values: Mapping[str, Value],
-    per_latent: Mapping[str, np.ndarray],
-    per_document: Mapping[str, np.ndarray],
+    per_latent: Mapping[str, Any],
+    per_document: Mapping[str, Any],
     curves: Mapping[str, list[dict[str, Any]]],
+    tables: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write the result of `about["metric"]`, its JSON last. `about`: metric, version, settings, weights, tokens."""
+    """Write the result of `about["metric"]`, its JSON last. `about`: metric, version, settings, weights, tokens.
+
+    A table is columns by name, each an array with a number or a row of numbers per line, or a list of strings.
+    """
     metric = about["metric"]
     (run_dir / names.QUALITY).mkdir(parents=True, exist_ok=True)
-    written = {}
-    for kind, columns in (("per_latent", per_latent), ("per_document", per_document)):
-        written[kind] = f"{metric}.{kind}.parquet" if columns else None
-        if columns:
-            _write_parquet(run_dir / names.QUALITY / f"{metric}.{kind}.parquet", columns)
+    all_tables = {"per_latent": per_latent, "per_document": per_document, **(tables or {})}
+    files = {name: f"{metric}.{name}.parquet" for name, columns in all_tables.items() if columns}
+    for name, file in files.items():
+        _write_parquet(run_dir / names.QUALITY / file, all_tables[name])
     content = {
         **about,
         "values": {name: value._asdict() for name, value in values.items()},
-        **written,
+        **{name: files.get(name) for name in ("per_latent", "per_document")},
         "curves": dict(curves),
+        **({"tables": {name: files[name] for name in tables}} if tables else {}),
     }
     write_json_atomic(quality_path(run_dir, metric), with_seal(content))
 
 
-def _write_parquet(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+def _write_parquet(path: Path, columns: Mapping[str, Any]) -> None:
     import pyarrow
     import pyarrow.parquet
 
+    def column(values: Any) -> Any:
+        if getattr(values, "ndim", 1) == 1:
+            return values
+        return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1)), values.shape[1])
+
     with replacing(path) as temporary:
-        pyarrow.parquet.write_table(pyarrow.table(dict(columns)), temporary)
+        pyarrow.parquet.write_table(
+            pyarrow.table({name: column(values) for name, values in columns.items()}), temporary, compression="zstd"
+        )
+
+
+def read_table(run_dir: Path, metric: str, name: str, columns: Sequence[str] | None = None) -> dict[str, Any]:
+    """Column → array with a line per row (lists for strings) of a table that `write_quality` wrote; `columns`: only
+    these, of those that exist.
+
+    Raises `UserError` if it is missing or cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    path = run_dir / names.QUALITY / f"{metric}.{name}.parquet"
+    try:
+        known = pyarrow.parquet.read_schema(path).names
+        table = pyarrow.parquet.read_table(path, columns=[name for name in known if columns is None or name in columns])
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} cannot be read ({reason}); evaluate the run again with --force") from error
+    found: dict[str, Any] = {}
+    for key in table.column_names:
+        values = table.column(key).combine_chunks()
+        if pyarrow.types.is_fixed_size_list(values.type):
+            found[key] = values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)
+        elif pyarrow.types.is_string(values.type):
+            found[key] = values.to_pylist()
+        else:
+            found[key] = values.to_numpy(zero_copy_only=False)
+    return found

@@ -13,6 +13,7 @@ import importlib.metadata
 import itertools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.files import replacing, write_json_atomic, write_tensors_atomic
+from harness.saes import neuronpedia
 from harness.saes.batchtopk import prefix_ends
 from harness.saes.trained import TrainedSae, load
 
-FORMATS = ("saelens", "sparsify", "dictionary_learning")
+FORMATS = ("saelens", "sparsify", "dictionary_learning", "neuronpedia")
 
 _GUESSED_SUFFIX = {"resid_post": "", "mlp_out": ".mlp", "attn_out": ".attn"}
 
@@ -130,25 +132,21 @@ def export(run_dir: Path, form: str, out: Path) -> list[str]:
     Files of an earlier export in `out` are replaced. Raises `UserError` when the run is not finished, the format is
     unknown or has no such architecture, or `out` cannot be written.
     """
-    writers = {"saelens": _saelens, "sparsify": _sparsify, "dictionary_learning": _dictionary_learning}
-    if form not in writers:
+    if form not in FORMATS:
         raise UserError(f"--format {form} is not known; choose one of: {', '.join(FORMATS)}")
     trained = load(run_dir, ops="reference")  # no kernel runs
+    if form == "neuronpedia":  # what is shown of an SAE, not the SAE: for any architecture
+        _write(out, lambda folder: neuronpedia.write(trained, run_dir, folder))
+        return []
+    writers = {"sparsify": _sparsify, "dictionary_learning": _dictionary_learning}
     sae = fold(trained)
     if sae.architecture not in _ARCHITECTURES[form]:
         forms = "--format saelens" if sae.architecture in _SAELENS else "harness.saes.trained.load"
         raise UserError(f"{form} has no {sae.architecture} SAE that computes the same; use {forms}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as beside:
-            writers[form](sae, Path(beside))
-            for path in sorted(Path(beside).rglob("*")):  # a directory comes before what is in it
-                place = out / path.relative_to(beside)
-                place.mkdir(exist_ok=True) if path.is_dir() else path.replace(place)
-    except (OSError, SafetensorError, RuntimeError) as error:  # the libraries wrap the system's errors
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        free = f" ({shutil.disk_usage(out).free / 1e6:.1f} MB free)" if out.is_dir() else ""
-        raise UserError(f"cannot write to {out}{free}: {reason}") from error
+    if form == "saelens":
+        _write(out, lambda folder: _saelens(sae, folder, "/".join(neuronpedia.identity(trained)[::2])))
+    else:
+        _write(out, lambda folder: writers[form](sae, folder))
     warnings: list[str] = []
     if not trained.origin.hashed:
         warnings.append(f"{run_dir} has no hash of its weights (an earlier version wrote it): damage cannot be noticed")
@@ -162,11 +160,26 @@ def export(run_dir: Path, form: str, out: Path) -> list[str]:
     return warnings
 
 
+def _write(out: Path, write: Callable[[Path], None]) -> None:
+    """Move what `write` makes in a folder of its own into `out`. Raises `UserError` if that cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as beside:
+            write(Path(beside))
+            for path in sorted(Path(beside).rglob("*")):  # a directory comes before what is in it
+                place = out / path.relative_to(beside)
+                place.mkdir(exist_ok=True) if path.is_dir() else path.replace(place)
+    except (OSError, SafetensorError, RuntimeError) as error:  # the libraries wrap the system's errors
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        free = f" ({shutil.disk_usage(out).free / 1e6:.1f} MB free)" if out.is_dir() else ""
+        raise UserError(f"cannot write to {out}{free}: {reason}") from error
+
+
 def _note(sae: LinearSae) -> str:
     return "inputs: mean over d subtracted, unit norm per token" if sae.per_token else "inputs: raw activations"
 
 
-def _saelens(sae: LinearSae, out: Path) -> None:
+def _saelens(sae: LinearSae, out: Path, neuronpedia_id: str) -> None:
     n, d = sae.W_enc.shape
     about = sae.activations
     prefix = about.get("base_model_prefix")
@@ -196,6 +209,7 @@ def _saelens(sae: LinearSae, out: Path) -> None:
                 "exclude_special_tokens": about.get("dropped_ids") or False,
                 "model_class_name": "AutoModelForCausalLM",  # its hooks are named like the modules of the model
                 "dataset_path": about.get("dataset"),
+                "neuronpedia_id": neuronpedia_id,  # of the dashboards that --format neuronpedia writes
                 "note": _note(sae),
             },
         },

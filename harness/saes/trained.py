@@ -27,6 +27,7 @@ from harness.process.runtime import alone
 from harness.record import names
 from harness.record.result import read_result
 from harness.record.rundir import require_own
+from harness.saes import hub
 from harness.saes.normalize import Normalizer, TokenUnits
 from harness.saes.sae import Params, Sae
 from harness.saes.step import encode
@@ -186,19 +187,21 @@ class TrainedSae:
 
 
 def load(
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     ops: str = "auto",
 ) -> TrainedSae:
-    """The SAE of a finished run, from `sae/` in its directory. `ops` as in the configuration.
+    """The SAE of a finished run, from `sae/` in its directory, or from the hub: `hf:ORG/NAME/RUN`. `ops` as in the
+    configuration.
 
     Raises `UserError` when the run has no weights yet, or when a file is missing, damaged, of another version, of
     another run, does not fit the settings or is not the one whose hash stands in `result.json`. Raises `ValueError` for
     a kernel set that does not run on `device`.
     """
     device = torch.device(device)
+    run_dir = hub.fetch(str(run_dir)) if str(run_dir).startswith(hub.PREFIX) else Path(run_dir)
     config_path = run_dir / names.SAE / names.WEIGHTS_CONFIG
     if not config_path.is_file():
         raise UserError(

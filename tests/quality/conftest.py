@@ -50,8 +50,45 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared(causal: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     """512 tokens of held-out text in contexts of 16."""
+    yield from _shared(causal, corpus, tmp_path_factory.mktemp("out"))
+
+
+@pytest.fixture(scope="session")
+def embedding_shared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """The same for a model whose blocks add nothing: values at the hook are embeddings, of norm 1."""
+    directory = tmp_path_factory.mktemp("embedding")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **TINY, num_key_value_heads=1, max_position_embeddings=128, vocab_size=len(VOCABULARY), pad_token_id=0
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        embedding = torch.nn.functional.normalize(torch.randn(len(VOCABULARY), 16), dim=1)
+        model.model.embed_tokens.weight.copy_(embedding)
+        model.lm_head.weight.copy_(embedding)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    yield from _shared(directory, corpus, tmp_path_factory.mktemp("out"))
+
+
+@pytest.fixture(scope="session")
+def encoder_shared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """The same for an encoder, which predicts no next token."""
+    directory = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(transformers.BertConfig(**TINY, vocab_size=len(VOCABULARY))).save_pretrained(
+        directory
+    )
+    save_tokenizer(directory)
+    yield from _shared(directory, corpus, tmp_path_factory.mktemp("out"))
+
+
+def _shared(model: Path, corpus: Path, out: Path) -> Iterator[Shared]:
     cfg = ActivationsConfig(
-        model=str(causal),
+        model=str(model),
         layer=1,
         text="files",
         text_paths=[f"{corpus}/*.txt"],
@@ -62,6 +99,5 @@ def shared(causal: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
         lm_precision="fp32",
     )
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        out = tmp_path_factory.mktemp("out")
         open_source(cfg, out, progress=False, stop=StopFlag())
         yield Shared(cfg, out, 512, StopFlag(), Progress(nowhere))

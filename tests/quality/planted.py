@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harness.config import SaeConfig
 from harness.ops import choose_ops
-from harness.quality.shared import Rows
+from harness.quality.shared import Rows, Shared
 from harness.saes.normalize import Normalizer
 from harness.saes.sae import Sae
 from harness.saes.trained import Origin, TrainedSae
@@ -58,3 +58,12 @@ def sparse(rows: int, n: int, active: int, seed: int = 0) -> Tensor:
     codes = torch.zeros(rows, n)
     place = torch.rand(rows, n, generator=generator).argsort(dim=1)[:, :active]
     return codes.scatter(1, place, torch.rand(rows, active, generator=generator) + 0.5)
+
+
+def planted_words(shared: Shared) -> TrainedSae:
+    """An SAE of a model whose values at the hook are the embeddings of its tokens: latent 0 is active on the word w7
+    alone, latent 1 on w3, latent 2 where latent 0 is, latent 3 never."""
+    words = [shared.tokenizer.convert_tokens_to_ids(word) for word in ("w7", "w3", "w7", "w3")]
+    rows = shared.model.hooked.model.get_input_embeddings().weight.detach()[words].float()
+    bias = torch.tensor([-0.97, -0.97, -0.97, -2.0])
+    return planted(rows, architecture="relu", b_enc=bias)
