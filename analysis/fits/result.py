@@ -112,7 +112,7 @@ class FitResult(FittedLaw):
     def forecast(self, frame: pd.DataFrame | Mapping[str, Any], kind: str = "mean") -> pd.DataFrame:
         """`predict`, with profile bands at points outside the data: there Wald's cover less than they say.
 
-        A fit without its data (read from JSON), or with other intervals than profiles, gives `predict`, and where that has
+        A fit without its data (read from JSON), or with other intervals than profiles, gives `predict`; where that has
         no band, there is none. Raises `UserError` as `predict` does.
         """
         band = self.predict(frame, kind)
