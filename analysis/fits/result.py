@@ -112,8 +112,8 @@ class FitResult(FittedLaw):
     def forecast(self, frame: pd.DataFrame | Mapping[str, Any], kind: str = "mean") -> pd.DataFrame:
         """`predict`, with profile bands at points outside the data: there Wald's cover less than they say.
 
-        A fit without its data (read from JSON), or with other intervals than profiles, gives `predict`. Raises
-        `UserError` as `predict` does.
+        A fit without its data (read from JSON), or with other intervals than profiles, gives `predict`; where that has
+        no band, there is none. Raises `UserError` as `predict` does.
         """
         band = self.predict(frame, kind)
         if self.problem is None or self.ci != "profile" or self.dof < 1 or noiseless(self.rss, self.points):
@@ -121,7 +121,7 @@ class FitResult(FittedLaw):
         inputs = self._inputs(frame)
         phi = self._features(inputs)
         spread = self.variance / self._relative_weight(inputs) if kind == "new_run" else np.zeros(len(band))
-        for i in np.flatnonzero(band["extrapolation"] > 0):
+        for i in np.flatnonzero((band["extrapolation"] > 0) & band["lo"].notna()):
             ends = value_profile(self.problem, self.theta, self.rss, phi[:, [i]], self.level)
             log_y, new = math.log(band["value"].iloc[i]), critical_t(self.dof, self.level) * math.sqrt(spread[i])
             for name, end, sign, opened in (("lo", ends[0], -1, 0.0), ("hi", ends[1], 1, math.inf)):
