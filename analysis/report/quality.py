@@ -84,7 +84,7 @@ def quality_section(table: RunTable) -> dict[str, Any] | None:
     pictures = [_kl_against_fvu(table), *(_panel(frame, panel) for panel in PANELS)]
     return {
         "pictures": [picture for picture in pictures if picture is not None],
-        "lines": [*_law_of_kl(table), *_pairs(table)],
+        "lines": [*_law_of_kl(table), *_pairs(table), *_seeds(table)],
     }
 
 
