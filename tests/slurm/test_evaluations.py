@@ -44,6 +44,9 @@ def test_an_array_evaluates_each_run_once(cluster: Cluster, tmp_path: Path) -> N
     assert before == {run: (run / "quality" / "mdl.json").stat().st_mtime_ns for run in runs}
     assert len(list((tmp_path / "s" / "_slurm").glob("s-evaluate-*/job.sh"))) == 1
 
+    asked("progressive")
+    assert command(cluster, "harness.cancel", str(tmp_path / "s")).stdout.count("cancelled") == 2
+
 
 def test_only_a_stopped_element_is_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requeued: list[int] = []

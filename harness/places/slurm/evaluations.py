@@ -67,6 +67,9 @@ def _submit(sweep_dir: Path, runs: Sequence[str], options: Sequence[str], cluste
         return 0
     directory = array_directory(sweep_dir, "evaluate")
     write_json_atomic(directory / TABLE, {"runs": list(runs), "options": list(options)})
+    write_json_atomic(
+        directory / "runs.json", [[] for _ in runs]
+    )  # they train nothing, and are cancelled with the sweep
     about = f"{len(runs)} runs of {sweep_dir} are evaluated; {command_line()}"
     try:
         write_text_atomic(directory / "job.sh", _script(directory.resolve(), sweep_dir, runs, options, cluster, about))
