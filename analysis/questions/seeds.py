@@ -65,7 +65,7 @@ def _compared(sae: str, n: int, k: float, places: Sequence[Path]) -> SeedStabili
     few = [each[:: -(-len(each) // _ROWS)] for each in rows]
     both = np.concatenate([matched_cosine(few[0], rows[1]), matched_cosine(few[1], rows[0])])
     random = np.random.default_rng(0).standard_normal(rows[1].shape, dtype=np.float32)
-    chance = float(matched_cosine(random[: _ROWS // 8], rows[0]).mean())
+    chance = float(matched_cosine(random[: _ROWS // 8].astype(float), rows[0]).mean())
     return SeedStability(sae, n, k, float(both.mean()), float((both > SHARED).mean()), chance)
 
 

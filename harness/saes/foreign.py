@@ -164,7 +164,7 @@ def _released(place: str, target: str) -> Foreign:
         raise UserError(f"{target}: {RELEASE} needs SAELens (pip install 'sae-scaling[saelens]'): {error}") from None
     with tempfile.TemporaryDirectory() as directory:
         try:
-            SAE.from_pretrained(release, identity).save_model(directory)
+            SAE.from_pretrained(release, identity).save_model(directory)  # pyright: ignore
         except Exception as error:  # of SAELens, of the hub, of any loader in between
             reason = (str(error).strip().splitlines() or [""])[0]
             raise UserError(f"{target}: SAELens cannot load it ({type(error).__name__}: {reason})") from error

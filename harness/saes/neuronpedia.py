@@ -78,7 +78,7 @@ def write(trained: TrainedSae, run_dir: Path, out: Path) -> None:
         of_all = {"modelId": model, "layer": source, "creatorId": "", "createdAt": made}
         features = ({**of_all, **_NOT_MEASURED, **dashboards.feature(latent)} for latent in latents)
         _write_lines(folder / "features" / f"batch-{number}.jsonl.gz", features)
-        activations = (
+        activations: Iterator[dict[str, Any]] = (
             {**of_all, "dfaValues": [], "lossValues": [], **row}
             for latent in latents
             for row in dashboards.activations(latent)

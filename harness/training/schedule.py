@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from harness.budget import learning_rate
 from harness.config import Config
@@ -66,7 +67,7 @@ def half_of(config: Config, evaluations: Mapping[int, Any], done: int) -> int | 
     return half if abs(half - done / 2) <= 1 and late else None
 
 
-def gain(now: Sequence[float], half: Sequence[float]) -> tuple[float, float]:
+def gain(now: ArrayLike, half: ArrayLike) -> tuple[float, float]:
     """(relative fall of the held-out error over a doubling of tokens, its standard error).
 
     `now` and `half` are the sums of the error over the same groups of documents (`HeldOutErrors.error_sums`). The

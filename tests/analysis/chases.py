@@ -63,7 +63,7 @@ def chased(seed: int) -> Chased:
     """One chase to its end."""
     rng, truth, frame = drawn(seed)
     inside, usable = [], False
-    for _ in range(30):
+    while True:
         result = fitted(frame)
         decision = decide(result, GOAL, cost, spent(frame), PLENTY, list(N), list(K), patient=usable)
         usable = result.status in ("ok", "open")

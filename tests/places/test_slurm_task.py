@@ -27,4 +27,4 @@ def test_a_job_that_is_completing_was_cancelled_unless_slurm_says_why(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     monkeypatch.setenv(task.END_TIME, str(time.time() + 60 * minutes_left))
-    assert task._own_state() == state
+    assert task.own_state() == state

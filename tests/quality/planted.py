@@ -64,6 +64,6 @@ def planted_words(shared: Shared) -> TrainedSae:
     """An SAE of a model whose values at the hook are the embeddings of its tokens: latent 0 is active on the word w7
     alone, latent 1 on w3, latent 2 where latent 0 is, latent 3 never."""
     words = [shared.tokenizer.convert_tokens_to_ids(word) for word in ("w7", "w3", "w7", "w3")]
-    rows = shared.model.hooked.model.get_input_embeddings().weight.detach()[words].float()
+    rows = shared.model.hooked.model.get_input_embeddings().weight.detach()[words].float()  # pyright: ignore
     bias = torch.tensor([-0.97, -0.97, -0.97, -2.0])
     return planted(rows, architecture="relu", b_enc=bias)

@@ -52,15 +52,15 @@ def test_a_picture_keeps_clusters_apart() -> None:
     pytest.importorskip("sklearn.manifold")
     generator = np.random.default_rng(0)
     centres = generator.standard_normal((3, 20)) * 5
-    groups = np.repeat(np.arange(3), 60)
-    rows = centres[groups] + generator.standard_normal((180, 20))
+    groups = np.repeat(np.arange(3.0), 60)
+    rows = centres[groups.astype(int)] + generator.standard_normal((180, 20))
     points = embedded(rows)
     middle = np.array([points[groups == name].mean(axis=0) for name in range(3)])
     nearest = np.linalg.norm(points[:, None] - middle, axis=2).argmin(axis=1)
     assert (nearest == groups).mean() > 0.98
     ax = Figure().subplots()
     draw_tsne(ax, rows, groups, most=90)
-    assert len(ax.collections[0].get_offsets()) == 90
+    assert np.asarray(ax.collections[0].get_offsets()).shape == (90, 2)
 
 
 def test_without_scikit_learn_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

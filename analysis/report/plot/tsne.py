@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -29,8 +31,8 @@ def embedded(rows: Array, seed: int = 0) -> Array:
     _, directions = np.linalg.eigh(centred.T @ centred)
     components = centred @ directions[:, ::-1][:, :DIMENSIONS]
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
-    found = TSNE(perplexity=perplexity, learning_rate=100.0, init="pca", random_state=seed).fit_transform(components)
-    return np.asarray(found)
+    settings: dict[str, Any] = {"learning_rate": 100.0, "init": "pca", "random_state": seed}
+    return np.asarray(TSNE(perplexity=perplexity, **settings).fit_transform(components))
 
 
 def draw_tsne(ax: Axes, rows: Array, groups: Array, most: int = 8000, seed: int = 0) -> None:
