@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 import numpy as np
@@ -20,28 +19,13 @@ from analysis.questions.cost import cost_of
 from analysis.questions.need import Need, excluded, need
 from analysis.questions.paired import paired_errors
 from analysis.questions.plan import plan
-from analysis.questions.reach import FAR, LARGEST_N, beyond, check_point, is_far
+from analysis.questions.reach import FAR, LARGEST_N, beyond, check_point, is_far, parse_point
 from analysis.report.words import floor_word, level_only, refuse, standing
 from analysis.runs.study import read_study
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 from harness.files import write_text_atomic
 from harness.terminal import say, table
-
-
-def parse_point(text: str) -> dict[str, float]:
-    """ "n=2**20 k=64" (or with commas) as numbers; a power is written 2**20 or 2^20. Raises `UserError` otherwise."""
-    point = {}
-    for part in re.split(r"[\s,]+", text.strip()):
-        name, equals, value = part.partition("=")
-        base, power, exponent = value.replace("^", "**").partition("**")
-        try:
-            point[name] = float(base) ** float(exponent) if power else float(base)
-        except (ValueError, OverflowError):
-            equals = ""
-        if not equals or not name or not np.isfinite(point[name]) or point[name] <= 0:
-            raise UserError(f"{part!r} is not NAME=NUMBER, e.g. n=2**20 or k=64")
-    return point
 
 
 def as_text(frame: pd.DataFrame, digits: int) -> str:

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from analysis.cli_forecast import parse_point
 from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.format import interval, number
 from analysis.questions.cost import cost_of
-from analysis.questions.reach import check_point
+from analysis.questions.reach import check_point, parse_point
 from analysis.questions.rounds import Decision, Goal, Verdict, decide, half_width
 from analysis.runs.load import load
 from analysis.runs.table import RunTable

@@ -85,7 +85,8 @@ def room_of(module: str, rooms: tuple[str, ...]) -> int | None:
 
 def is_command(module: str) -> bool:
     """A file directly in `harness/` or `analysis/` that is no room of its own, or a `__main__`."""
-    return module.endswith("__main__") or (module.count(".") == 1 and room_of(module, (*ROOMS, *WINGS)) is None)
+    direct = module.count(".") == 1 and not module.startswith("sweeps.")
+    return module.endswith("__main__") or (direct and room_of(module, (*ROOMS, *WINGS)) is None)
 
 
 @pytest.mark.parametrize("rooms", [ROOMS, WINGS], ids=["harness", "analysis"])

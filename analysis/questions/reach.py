@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+
+import numpy as np
 
 from analysis.fits.result import FitResult
 from analysis.runs.table import RunTable
@@ -13,6 +16,21 @@ FAR = 8.0
 
 LARGEST_N = 1e12
 """Number of latents above which no SAE makes sense."""
+
+
+def parse_point(text: str) -> dict[str, float]:
+    """ "n=2**20 k=64" (or with commas) as numbers; a power is written 2**20 or 2^20. Raises `UserError` otherwise."""
+    point = {}
+    for part in re.split(r"[\s,]+", text.strip()):
+        name, equals, value = part.partition("=")
+        base, power, exponent = value.replace("^", "**").partition("**")
+        try:
+            point[name] = float(base) ** float(exponent) if power else float(base)
+        except (ValueError, OverflowError):
+            equals = ""
+        if not equals or not name or not np.isfinite(point[name]) or point[name] <= 0:
+            raise UserError(f"{part!r} is not NAME=NUMBER, e.g. n=2**20 or k=64")
+    return point
 
 
 def beyond(result: FitResult, size: float) -> float:

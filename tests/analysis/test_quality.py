@@ -18,6 +18,7 @@ from analysis.report.quality import quality_section
 from analysis.runs.load import load
 from harness.errors import UserError
 from harness.record.quality import Value, quality_path, write_quality
+from harness.schema import with_seal
 
 
 @pytest.fixture
@@ -28,7 +29,9 @@ def sweep(topk_run: Path, tmp_path: Path) -> Path:
         for k in (8, 16, 32):
             run = tmp_path / "t" / f"n{n}k{k}"
             run.mkdir(parents=True)
-            run.joinpath("result.json").write_text(json.dumps(result | {"run_id": run.name, "n_latents": n, "k": k}))
+            run.joinpath("result.json").write_text(
+                json.dumps(with_seal(result | {"run_id": run.name, "n_latents": n, "k": k}))
+            )
             kl = 2 * n**-0.5 * k**-0.3 * (1 + 0.01 * ((n + 3 * k) % 7 - 3))
             about = {"metric": "downstream", "version": 1, "settings": {}, "weights": "", "tokens": 10}
             values = {"kl": Value(kl, 0.01 * kl), "delta_ce": Value(kl - 0.01)}
@@ -83,7 +86,7 @@ def two_kinds(topk_run: Path, tmp_path: Path) -> Path:
             run = tmp_path / "pairs" / f"{sae}{n}"
             run.mkdir(parents=True)
             about = {"run_id": run.name, "sae": sae, "n_latents": n, "k": 8}
-            run.joinpath("result.json").write_text(json.dumps(result | about))
+            run.joinpath("result.json").write_text(json.dumps(with_seal(result | about)))
             kl = factor * difficulty * positions * (1 + 0.01 * generator.normal(size=50))
             sums = {"kl": kl, "positions": positions, "ce": 3 * positions + kl, "tokens": positions}
             value, ce = float(kl.sum() / positions.sum()), float((kl / positions).mean())
@@ -130,7 +133,7 @@ def test_what_another_seed_finds_again(topk_run: Path, tmp_path: Path) -> None:
         run = tmp_path / "seeds" / f"seed{seed}"
         (run / "sae").mkdir(parents=True)
         about = {"run_id": run.name, "seed": seed, "n_latents": 64, "fvu": 0.4 + 0.01 * seed}
-        run.joinpath("result.json").write_text(json.dumps(result | about))
+        run.joinpath("result.json").write_text(json.dumps(with_seal(result | about)))
         save_file({"W_dec": W_dec}, run / "sae" / "sae.safetensors")
         about = {"metric": "geometry", "version": 1, "settings": {}, "weights": "", "tokens": 0}
         write_quality(run, about, {"duplicates": Value(0.0)}, {}, {}, {})

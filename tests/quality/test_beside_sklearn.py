@@ -27,8 +27,8 @@ def test_regressions_are_those_of_scikit_learn() -> None:
     x, y = data()
     theirs = linear.LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(x.numpy(), y.numpy())
     ours = logistic(x, y, 1 / len(x))
-    assert ours[:-1].tolist() == pytest.approx(theirs.coef_[0].tolist(), abs=1e-4)
-    assert float(ours[-1]) == pytest.approx(float(theirs.intercept_[0]), abs=1e-4)
+    assert ours[:-1].tolist() == pytest.approx(theirs.coef_[0].tolist(), abs=5e-4)
+    assert float(ours[-1]) == pytest.approx(float(theirs.intercept_[0]), abs=5e-4)
     alone = linear.LogisticRegression(C=1e12, tol=1e-10, max_iter=10_000).fit(x[:, 4:5].numpy(), y.numpy())
     p = alone.predict_proba(x[:, 4:5].numpy())[np.arange(len(y)), y.long().numpy()]
     probe = fit(x[:, 4:5], y, ridge=0.0)

@@ -220,10 +220,17 @@ def test_a_copy_under_a_name_of_its_own_can_be_used(sweep: Sweep, tmp_path: Path
     assert torch.equal(load(tmp_path / "best").W_enc, load(sweep.other).W_enc)
 
 
+def test_an_edited_result_is_not_believed(sweep: Sweep) -> None:
+    path = sweep.other / "result.json"
+    path.write_text(path.read_text().replace('"fvu": 0.', '"fvu": 0.0'))
+    code, out, _ = command(status.main, str(path.parent.parent))
+    assert code == 0 and "it was changed after it was written" in out
+
+
 def test_a_run_without_hashes_is_used_with_a_note(sweep: Sweep, tmp_path: Path) -> None:
     path = sweep.other / "result.json"
     content = json.loads(path.read_text())
-    del content["weights"]
+    del content["weights"], content["sha256"]  # as earlier versions wrote it
     path.write_text(json.dumps(content))
     code, _, errors = command(export.main, str(sweep.other), "--format", "sparsify", "--out", str(tmp_path / "out"))
     assert code == 0 and "has no hash of its weights" in errors

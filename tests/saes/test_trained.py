@@ -21,6 +21,7 @@ from harness.record.rundir import read_config
 from harness.saes import weights
 from harness.saes.export import export
 from harness.saes.trained import TrainedSae, load
+from harness.schema import SEAL, with_seal
 
 RUNS = ("topk_run", "layernorm_run", "switch_run")
 
@@ -161,9 +162,10 @@ def rewrite_config(run_dir: Path, change: Callable[[dict[str, Any]], Any]) -> No
 
 
 def rewrite_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a file of a run as if it had been written so."""
     content = json.loads(path.read_text())
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(with_seal(content) if SEAL in content else content))
 
 
 def rewrite_weights(run_dir: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

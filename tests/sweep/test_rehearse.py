@@ -39,6 +39,7 @@ def test_a_missing_store_is_made_with_few_rows(tmp_path: Path) -> None:
     assert (short.activations.tokens, short.activations.heldout_tokens) == (8192, 512)
     assert short.activations.store != job.config.activations.store
     windows = ("activations.keep=window", "activations.window_tokens=1e5", "train.batch_tokens=16384")
+    windows += ("train.tokens=32768",)
     (job,) = jobs_of(tmp_path, "activations=minilm", "activations.tokens=1e6", *windows)
     short = rehearsals._short_job(job, tmp_path / "scratch").config
     assert (short.activations.window_tokens, short.activations.tokens) == (16384, 32768)

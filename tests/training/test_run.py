@@ -67,7 +67,7 @@ def test_a_run_leaves_the_record_of_the_contract(tmp_path: Path) -> None:
     config = small_config()
     result = run(tmp_path / "run", config)
     assert set(result) >= CONTRACT
-    assert result == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert with_seal(result) == json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "done" and result["steps"] == 100 and result["tokens"] == 6400
     assert 0 < result["fvu"] < 0.5 and 0 < result["fvu_se"] < 0.1 and result["l0"] <= 4
     assert 0 < result["pca_fvu"]["4"] < 1
