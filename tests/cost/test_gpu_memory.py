@@ -45,5 +45,5 @@ def test_it_is_on_a_mesh_and_in_other_precisions(mesh: str) -> None:
 @pytest.mark.parametrize("name", GPU_STUDIES)
 def test_it_is_for_the_shipped_studies(name: str) -> None:
     # k moves it least, and all of the 42 cells of gao2024_nk would take minutes
-    few = {"gao2024_nk": ["sae.k=32"], "gao2024_baselines": [], "gao2024_16m": []}.get(name, ["sae.k=16,192"])
+    few = {"gao2024_baselines": ["sae.k=32", "sae.target_l0=32"], "gao2024_16m": []}.get(name, ["sae.k=32"])
     agree("--study", name, "tracker=none", *few)
