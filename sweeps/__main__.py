@@ -161,8 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG_REQUEST
     if metrics and outcome.submitted and not arguments.dry_run:
         for sweep_dir in outcome.sweep_dirs:
-            again = python_command("harness.evaluate", sweep_dir, "--metrics", ",".join(metrics), "cluster=slurm")
-            say(f"when its runs have ended, judge them in jobs: {again}")
+            later = python_command("harness.evaluate", sweep_dir, "--metrics", ",".join(metrics), "cluster=slurm")
+            say(f"when its runs have ended, judge them in jobs: {later}")
     if arguments.dry_run or outcome.submitted or outcome.exit_code == INTERRUPTED:
         return outcome.exit_code
     for sweep_dir in outcome.sweep_dirs:

@@ -25,7 +25,7 @@ from analysis.runs.load import load
 from analysis.runs.table import RunTable
 from harness.errors import FAILED, UserError
 from harness.grid.cells import Grid, make_cells
-from harness.grid.study import study_grids
+from harness.grid.study import override_key, study_grids
 from harness.process.claim import Claimed, claim
 from harness.record.provenance import now
 from harness.record.result import FINAL
@@ -146,7 +146,7 @@ def _rounds(subject: Chase, first: list[Run], continued: bool, again: str) -> Ou
             decision = Decision(Verdict.UNSUPPORTED, reason)
         else:
             decision = _decide(subject, table, result, spent, patient=usable)
-        usable = result.status in ("ok", "open")
+        usable = result.status.usable
         number_of_round = len(record["rounds"]) + 1
         if decision.verdict is not Verdict.TRAIN:
             return _end(subject, record, decision, result, spent)
@@ -226,7 +226,7 @@ def _named(subject: Chase, planned: Sequence[dict[str, Any]]) -> list[Run]:
     """The runs of a round, with the study's own settings; the record gets their names."""
     request = subject.request
     assert request.study is not None
-    kept = [text for text in request.overrides if text.split("=")[0].lstrip("+~") not in CHOSEN]
+    kept = [text for text in request.overrides if override_key(text) not in CHOSEN]
     base = _grid_of(subject)
     grids = tuple(
         Grid((*base.overrides, f"sae.n_latents={run['n']}", f"sae.k={run['k']}", *_seeds(run["seed"])), base.only)
@@ -258,7 +258,7 @@ def _grid_of(subject: Chase) -> Grid:
         except UserError:
             continue  # it has no cell of the architecture
         if cells[0].config.sae.architecture == subject.architecture:
-            kept = [text for text in grid.overrides if text.split("=")[0].lstrip("+~") not in CHOSEN]
+            kept = [text for text in grid.overrides if override_key(text) not in CHOSEN]
             only = {key: values for key, values in grid.only.items() if key not in CHOSEN}
             return Grid(tuple(kept), only)
     raise AssertionError("the runs come from one of the grids")

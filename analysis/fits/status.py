@@ -21,6 +21,11 @@ class Status(enum.StrEnum):
     FAILED = "failed"
     """No fit was possible; the notes say why."""
 
+    @property
+    def usable(self) -> bool:
+        """Whether its numbers may be used."""
+        return self in (Status.OK, Status.OPEN)
+
 
 def status_of(notes: list[Note], intervals: Iterable[Interval]) -> Status:
     """The status of a finished fit."""

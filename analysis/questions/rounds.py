@@ -103,7 +103,7 @@ def decide(
     """
     if set(result.law.inputs) != {"n", "k"}:
         raise UserError(f"a forecast at n and k needs a law of the two, such as sae_nk; this one is {result.law.name}")
-    usable = result.status not in (Status.FAILED, Status.UNRELIABLE)
+    usable = result.status.usable
     if not usable and not (patient and result.status is Status.UNRELIABLE):
         errors = "; ".join(str(entry) for entry in result.notes if entry.severity == "error")
         return Decision(Verdict.UNSUPPORTED, f"the fit has status {result.status.value}: {errors}")

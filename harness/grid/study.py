@@ -103,13 +103,14 @@ def _strings(value: Any, path: Path, what: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _key(override: str) -> str:
+def override_key(override: str) -> str:
+    """The key or group that an override names."""
     return override.split("=", 1)[0].lstrip("+~")
 
 
 def overridden(overrides: Sequence[str]) -> set[str]:
     """The keys and groups that overrides name."""
-    return {_key(text) for text in overrides}
+    return {override_key(text) for text in overrides}
 
 
 def _replace_overrides(grids: Sequence[Grid], overrides: Sequence[str]) -> list[Grid]:
@@ -122,15 +123,15 @@ def _replace_overrides(grids: Sequence[Grid], overrides: Sequence[str]) -> list[
     anywhere = set().union(*set_by)
     result = []
     for grid, keys in zip(grids, set_by, strict=True):
-        chosen = [text for text in overrides if _key(text) in keys or _key(text) not in anywhere]
-        replaced = {_key(text) for text in chosen}
-        kept = [text for text in grid.overrides if _key(text) not in replaced]
+        chosen = [text for text in overrides if override_key(text) in keys or override_key(text) not in anywhere]
+        replaced = {override_key(text) for text in chosen}
+        kept = [text for text in grid.overrides if override_key(text) not in replaced]
         result.append(replace(grid, overrides=(*kept, *chosen)))
     return result
 
 
 def study_grids(study: Study, overrides: Sequence[str]) -> list[Grid]:
     """The grids of a study with overrides of the command line put in, `sweep` included."""
-    common = [text for text in overrides if _key(text) != "sweep"]
-    sweep = [text for text in overrides if _key(text) == "sweep"] or [f"sweep={study.sweep}"]
+    common = [text for text in overrides if override_key(text) != "sweep"]
+    sweep = [text for text in overrides if override_key(text) == "sweep"] or [f"sweep={study.sweep}"]
     return [replace(grid, overrides=(*grid.overrides, *sweep)) for grid in _replace_overrides(study.grids, common)]

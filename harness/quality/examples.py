@@ -55,16 +55,9 @@ def _text(shared: Shared) -> Contexts:
 
 def _model(shared: Shared) -> HookedModel:
     """The causal model, or without a head where there is none (then there is no logit lens)."""
-    if is_causal(shared):
+    if shared.is_causal:
         return shared.model.hooked
     return load_model(shared.cfg, locate(shared.cfg), shared.precision, shared.device)
-
-
-def is_causal(shared: Shared) -> bool:
-    try:
-        return shared.model is not None
-    except UserError:
-        return False
 
 
 class _Spilled:
@@ -174,7 +167,7 @@ def _ablations(
 
 def run(subjects: Sequence[Subject], shared: Shared) -> Iterator[tuple[Subject, Outcome]]:
     shared.require_model()
-    lens = Lens(shared.model) if is_causal(shared) else None
+    lens = Lens(shared.model) if shared.is_causal else None
     for group in groups(subjects):
         saes = [subject.load() for subject in group]
         with _room(saes, shared) as folder:

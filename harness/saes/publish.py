@@ -49,12 +49,13 @@ def push(target: Path, address: str, license_id: str = LICENSE) -> str:
             "there is no token of the Hugging Face hub: run `hf auth login`, or set HF_TOKEN to one that may write"
         )
     with tempfile.TemporaryDirectory(prefix="publish-") as folder:
-        files = stage(finished_runs(target), address, license_id, Path(folder))
+        runs = finished_runs(target)
+        files = stage(runs, address, license_id, Path(folder))
         with speaking(address):
             api = HfApi()
             api.create_repo(wanted.repository, private=True, exist_ok=True)
             operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-            message = f"Add {len(finished_runs(target))} SAE(s)"
+            message = f"Add {len(runs)} SAE(s)"
             return str(api.create_commit(wanted.repository, operations, commit_message=message).commit_url)
 
 

@@ -66,7 +66,7 @@ def chased(seed: int) -> Chased:
     while True:
         result = fitted(frame)
         decision = decide(result, GOAL, cost, spent(frame), PLENTY, list(N), list(K), patient=usable)
-        usable = result.status in ("ok", "open")
+        usable = result.status.usable
         if decision.verdict is not Verdict.TRAIN:
             break
         assert decision.cells is not None
@@ -91,7 +91,7 @@ def even_grid(seed: int) -> float:
                 continue
             result = fitted(frame)
             band = result.predict({"n": np.array([GOAL.n]), "k": np.array([GOAL.k])}).iloc[0]
-            usable = result.status in ("ok", "open")
+            usable = result.status.usable
             if usable and half_width((band["value"], band["lo"], band["hi"])) <= GOAL.within:
                 return spent(frame)
     return spent(frame)

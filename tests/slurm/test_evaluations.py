@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dev.slurm.cluster import Cluster, wait_for
-from harness.places.slurm.evaluations import evaluated
+from harness.places.slurm.task import evaluated
 from harness.record.quality import read_qualities
 from tests.slurm.runs import command
 from tests.slurm.sweeps import CLUSTER, locally, runs_of
@@ -50,8 +50,8 @@ def test_an_array_evaluates_each_run_once(cluster: Cluster, tmp_path: Path) -> N
 
 def test_only_a_stopped_element_is_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requeued: list[int] = []
-    monkeypatch.setattr("harness.places.slurm.evaluations.again", lambda _directory, index: requeued.append(index))
-    monkeypatch.setattr("harness.places.slurm.evaluations.own_state", lambda: "RUNNING")
+    monkeypatch.setattr("harness.places.slurm.task.again", lambda _directory, index: requeued.append(index))
+    monkeypatch.setattr("harness.places.slurm.task.own_state", lambda: "RUNNING")
     assert [evaluated(tmp_path, 3, code) for code in (0, 1, 2, 75)] == [0, 1, 2, 0] and requeued == [3]
-    monkeypatch.setattr("harness.places.slurm.evaluations.own_state", lambda: "CANCELLED")
+    monkeypatch.setattr("harness.places.slurm.task.own_state", lambda: "CANCELLED")
     assert evaluated(tmp_path, 4, 75) == 0 and requeued == [3]

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.places.slurm.evaluations import evaluated
-from harness.places.slurm.task import begin, end
+from harness.places.slurm.task import begin, end, evaluated
 
 
 def main(argv: Sequence[str] | None = None) -> int:

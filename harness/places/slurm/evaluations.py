@@ -7,20 +7,18 @@ preemption stops keeps the metrics that are complete, and is requeued for the ot
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from harness.config import ClusterConfig
-from harness.errors import INTERRUPTED, UserError
-from harness.files import fsync_directory, write_json_atomic, write_text_atomic
+from harness.errors import UserError
+from harness.files import write_json_atomic
 from harness.places.slurm import client
 from harness.places.slurm.queue import arrays_root
 from harness.places.slurm.script import IGNORE_EARLY, header, python_of, quoted, srun_of
-from harness.places.slurm.submit import array_directory, lead_s
-from harness.places.slurm.task import again, own_state
+from harness.places.slurm.submit import array_directory, lead_s, submit_script
 from harness.process.claim import claim
-from harness.record.provenance import command_line, now
+from harness.record.provenance import command_line
 from harness.schema import FILE_NAME, TEXT, fields, list_of, read_json
 from harness.terminal import say
 
@@ -67,18 +65,12 @@ def _submit(sweep_dir: Path, runs: Sequence[str], options: Sequence[str], cluste
         return 0
     directory = array_directory(sweep_dir, "evaluate")
     write_json_atomic(directory / TABLE, {"runs": list(runs), "options": list(options)})
-    write_json_atomic(
-        directory / "runs.json", [[] for _ in runs]
-    )  # they train nothing, and are cancelled with the sweep
+    # they train nothing, and are cancelled with the sweep
+    write_json_atomic(directory / "runs.json", [[] for _ in runs])
     about = f"{len(runs)} runs of {sweep_dir} are evaluated; {command_line()}"
-    try:
-        write_text_atomic(directory / "job.sh", _script(directory.resolve(), sweep_dir, runs, options, cluster, about))
-        fsync_directory(directory)
-        job_id = client.submit(str(directory / "job.sh"))
-    except (client.SlurmError, UserError):
-        shutil.rmtree(directory)
-        raise
-    write_json_atomic(directory / "submitted.json", {"job_id": job_id, "jobs": len(runs), "time": now()})
+    job_id = submit_script(
+        directory, len(runs), lambda: _script(directory.resolve(), sweep_dir, runs, options, cluster, about)
+    )
     say(f"job {job_id}: {len(runs)} evaluations ({directory / 'job.sh'})")
     return len(runs)
 
@@ -98,13 +90,3 @@ def _script(
         f'exec {python} -m harness.places.slurm evaluated {shlex.quote(str(directory))} "$SLURM_ARRAY_TASK_ID" $?',
     ]
     return "\n".join(lines) + "\n"
-
-
-def evaluated(directory: Path, index: int, exit_code: int) -> int:
-    """What follows the evaluation of an element; returns the exit code of the job. It is requeued if it was stopped,
-    but not if a person cancelled it."""
-    if exit_code != INTERRUPTED:
-        return exit_code
-    if own_state() not in ("CANCELLED", "PENDING"):
-        again(directory, index)
-    return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from harness.places.slurm import client
@@ -46,13 +46,25 @@ def read_table(array: Path) -> list[list[str]]:
 
 def wait_for(runs: Sequence[Run]) -> None:
     """Wait until no run is queued or running, also while the controller does not answer."""
-    sweep_dirs, said = {run.sweep_dir for run in runs}, False
-    while not all(state_of(run.run_dir).status in (*FINAL, "failed") for run in runs):
+    sweep_dirs = {run.sweep_dir for run in runs}
+
+    def ended() -> bool:
+        return all(state_of(run.run_dir).status in (*FINAL, "failed") for run in runs) or not any(
+            True for sweep_dir in sweep_dirs for _ in live_elements(sweep_dir)
+        )
+
+    wait_until(ended, POLL_S)
+
+
+def wait_until(ended: Callable[[], bool], poll_s: float) -> None:
+    """Ask until the answer is yes, also while the controller does not answer."""
+    said = False
+    while True:
         try:
-            if not any(True for sweep_dir in sweep_dirs for _ in live_elements(sweep_dir)):
+            if ended():
                 return
         except client.SlurmError as error:
             if not said:
                 say(f"Slurm does not answer ({error}); the jobs are not affected, still waiting")
             said = True
-        time.sleep(POLL_S)
+        time.sleep(poll_s)

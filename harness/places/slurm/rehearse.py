@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from harness.errors import FAILED, WRONG_REQUEST, UserError
 from harness.files import fsync_directory, last_line, write_text_atomic
 from harness.places.rehearsal import STOP_AFTER, in_a_line
 from harness.places.slurm import client
-from harness.places.slurm.queue import arrays_root
+from harness.places.slurm.queue import arrays_root, wait_until
 from harness.places.slurm.script import rehearsal_script
 from harness.places.slurm.submit import array_directory, write_tables
 from harness.places.slurm.task import log_end
@@ -52,7 +52,8 @@ def rehearse_on_slurm(jobs: Sequence[Job]) -> list[str]:
         for group in groups.values():
             submitted.append(_submit(group))
             say(f"job {submitted[-1].job_id} rehearses {counted(len(group), 'shape')}")
-        _wait_for(submitted)
+        names = [array.directory.name for array in submitted]
+        wait_until(lambda: not client.elements(names), POLL_S)
     except BaseException as error:
         for array in submitted:
             client.insist("scancel", array.job_id)
@@ -80,20 +81,6 @@ def _short(cluster: ClusterConfig, count: int) -> ClusterConfig:
     """What a short job asks for: less time, so that it starts soon, and no second start."""
     minutes = min(MINUTES + MINUTES_EACH * count, max(1, int(time_limit(cluster.time) // 60)))
     return dataclasses.replace(cluster, time=str(minutes), requeue=False)
-
-
-def _wait_for(arrays: Iterable[_Array]) -> None:
-    """Wait until none of the jobs is in the queue, also while the controller does not answer."""
-    names, said = [array.directory.name for array in arrays], False
-    while True:
-        try:
-            if not client.elements(names):
-                return
-        except client.SlurmError as error:
-            if not said:
-                say(f"Slurm does not answer ({error}); still waiting")
-            said = True
-        time.sleep(POLL_S)
 
 
 def _outcomes(array: _Array) -> Iterator[tuple[Job, str]]:

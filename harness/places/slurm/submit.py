@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,18 +88,16 @@ def submit_decision(sweep_dir: Path, config: Config, command: Sequence[str]) -> 
         directory = array_directory(sweep_dir, DECISION)
         write_json_atomic(directory / "runs.json", [[]])
         after = [f"--dependency=afterany:{':'.join(sorted(working))}"] if working else []
+        about = f"decides for {sweep_dir}"
         try:
-            text = decision_script(directory.resolve(), config.cluster, command, about=f"decides for {sweep_dir}")
-            write_text_atomic(directory / "job.sh", text)
-            fsync_directory(directory)
-            job_id = client.submit(str(directory / "job.sh"), *after)
+            job_id = submit_script(
+                directory, 1, lambda: decision_script(directory.resolve(), config.cluster, command, about=about), *after
+            )
         except client.SlurmError as refused:
-            shutil.rmtree(directory)
             raise UserError(
                 f"Slurm refused the job that decides what comes next: {refused}; the runs go on, and the same command "
                 "decides when they have ended"
             ) from refused
-        write_json_atomic(directory / "submitted.json", {"job_id": job_id, "jobs": 1, "time": now()})
         say(f"job {job_id} decides what comes next, when these have ended")
 
 
@@ -227,16 +225,29 @@ def _sbatch(
     about: str,
     after: Sequence[str] = (),
 ) -> Submitted:
-    script = directory / "job.sh"
     # a harvest that fails must not leave its dependents waiting for ever
     flags = [f"--dependency={','.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    job_id = submit_script(
+        directory,
+        count,
+        lambda: job_script(directory.resolve(), config.cluster, config.mesh, count, lead, harvest=harvest, about=about),
+        *flags,
+    )
+    return Submitted(directory, job_id, count, throttled=not harvest and config.cluster.max_running > 0)
+
+
+def submit_script(directory: Path, count: int, script: Callable[[], str], *flags: str) -> str:
+    """Write what `script` gives into the directory of an array of `count` elements and submit it; returns the job's id.
+
+    If that raises, the directory is removed.
+    """
+    path = directory / "job.sh"
     try:
-        text = job_script(directory.resolve(), config.cluster, config.mesh, count, lead, harvest=harvest, about=about)
-        write_text_atomic(script, text)
+        write_text_atomic(path, script())
         fsync_directory(directory)
-        job_id = client.submit(str(script), *flags)
+        job_id = client.submit(str(path), *flags)
     except (client.SlurmError, UserError):
         shutil.rmtree(directory)
         raise
     write_json_atomic(directory / "submitted.json", {"job_id": job_id, "jobs": count, "time": now()})
-    return Submitted(directory, job_id, count, throttled=not harvest and config.cluster.max_running > 0)
+    return job_id

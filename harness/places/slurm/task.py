@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness.activations.store.paths import is_complete, store_path
 from harness.config import Config, from_container
-from harness.errors import UserError
+from harness.errors import INTERRUPTED, UserError
 from harness.files import last_line, write_json_atomic, write_text_atomic
 from harness.places.ranks import free_port
 from harness.places.slurm import client
@@ -127,6 +127,16 @@ def end(directory: Path, index: int, exit_code: int) -> int:
     for run_dir in unfinished:
         write_failure(read_run(run_dir), problem, now())
     return 1
+
+
+def evaluated(directory: Path, index: int, exit_code: int) -> int:
+    """What follows the evaluation of an element; returns the exit code of the job. It is requeued if it was stopped,
+    but not if a person cancelled it."""
+    if exit_code != INTERRUPTED:
+        return exit_code
+    if own_state() not in ("CANCELLED", "PENDING"):
+        again(directory, index)
+    return 0
 
 
 def _near_the_end() -> bool:
