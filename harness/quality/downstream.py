@@ -26,15 +26,15 @@ from harness.record.quality import Value
 VERSION = 1
 GROUP_BYTES = 2**31
 """Most bytes of weights that are judged in one pass."""
-FEW = 4
-"""Every so many contexts carry the calibration and the splices of everything."""
+FEW = slice(None, None, 4)
+"""Contexts that carry the calibration and the splices of everything."""
 RANKS = (1 / 32, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 11 / 16)
 """Of the PCA calibration, as shares of d."""
 NOISES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """fvu of the noise calibration."""
 
-Splice = Callable[[Float[Tensor, "rows d"]], Float[Tensor, "rows d"]]
-"""Rows at the hook → the rows that replace them."""
+Splice = Callable[[Float[Tensor, "rows d"], Int[Tensor, " rows"]], Float[Tensor, "rows d"]]
+"""Rows at the hook and their places in the flattened text → the rows that replace them."""
 Sums = dict[str, Float64[Tensor, " documents"]]
 """Per document: ce, kl, error Σ‖x − x̂‖² and variance of the replaced rows, tokens with a target, positions."""
 
@@ -71,13 +71,24 @@ def losses(
     return normaliser - told, kl
 
 
+def of_rows(replace: Callable[[Float[Tensor, "rows d"]], Float[Tensor, "rows d"]]) -> Splice:
+    """A splice that needs only the rows."""
+    return lambda rows, _places: replace(rows)
+
+
 def spliced_sums(
-    shared: Shared, splices: Mapping[str, Splice], *, everything: bool = False, every: int = 1, label: str = ""
+    shared: Shared,
+    splices: Mapping[str, Splice],
+    *,
+    everything: bool = False,
+    contexts: slice | Tensor = slice(None),
+    label: str = "",
 ) -> dict[str, Sums]:
-    """Sums per document for each splice, and for `clean`. `everything` replaces all positions, `every` takes one
-    context in so many. Raises `Interrupted`."""
+    """Sums per document for each splice, and for `clean`. `everything` replaces all positions; `contexts` says which
+    contexts are taken. Raises `Interrupted`."""
     text, model, device = shared.text, shared.model, shared.device
-    chosen = torch.arange(0, len(text.ids), every)
+    chosen = torch.arange(len(text.ids))[contexts]
+    places = torch.arange(text.ids.numel()).reshape(text.ids.shape)
     names = ("ce", "kl", "error", "variance", "tokens", "positions")
     zero = torch.zeros(text.documents, dtype=torch.float64)
     sums = {name: {key: zero.clone() for key in names} for name in (*splices, "clean")}
@@ -95,7 +106,7 @@ def spliced_sums(
             if name == "clean":
                 logits, error = clean.logits, torch.zeros(len(rows))
             else:
-                new = splices[name](rows).to(hidden.dtype).cpu()
+                new = splices[name](rows, places[place][replaced]).to(hidden.dtype).cpu()
                 value = hidden.clone()
                 value[replaced] = new
                 logits, error = model.logits(ids, value.to(device)), (rows - new).square().sum(dim=1)
@@ -141,12 +152,12 @@ def calibration_splices(shared: Shared) -> dict[str, Splice]:
 
     def pca(rank: int) -> Splice:
         basis = directions[:rank]
-        return lambda rows: (rows - mean) @ basis.T @ basis + mean
+        return of_rows(lambda rows: (rows - mean) @ basis.T @ basis + mean)
 
     def noise(fvu: float) -> Splice:
         generator = torch.Generator().manual_seed(0)
         size = (fvu * variance / d) ** 0.5
-        return lambda rows: rows + size * torch.randn(rows.shape, generator=generator)
+        return of_rows(lambda rows: rows + size * torch.randn(rows.shape, generator=generator))
 
     ranks = sorted({max(1, round(share * d)) for share in RANKS})
     return {f"pca-{rank}": pca(rank) for rank in ranks} | {f"noise-{fvu:g}": noise(fvu) for fvu in NOISES}
@@ -154,7 +165,7 @@ def calibration_splices(shared: Shared) -> dict[str, Splice]:
 
 def ablation_splices(shared: Shared) -> dict[str, Splice]:
     mean = shared.reference.mean
-    return {"zero": torch.zeros_like, "mean": lambda rows: mean.expand_as(rows)}
+    return {"zero": of_rows(torch.zeros_like), "mean": of_rows(mean.expand_as)}
 
 
 def references(shared: Shared) -> dict[str, Sums]:
@@ -163,9 +174,9 @@ def references(shared: Shared) -> dict[str, Sums]:
 
     def make() -> dict[str, Tensor]:
         found = spliced_sums(shared, ablation_splices(shared), label="ablations")
-        everything = spliced_sums(shared, ablation_splices(shared), everything=True, every=FEW, label="all ablated")
+        everything = spliced_sums(shared, ablation_splices(shared), everything=True, contexts=FEW, label="all ablated")
         found |= {f"{name}_all": sums for name, sums in everything.items()}
-        points = spliced_sums(shared, calibration_splices(shared), every=FEW, label="calibration")
+        points = spliced_sums(shared, calibration_splices(shared), contexts=FEW, label="calibration")
         found |= {name: sums for name, sums in points.items() if name != "clean"}
         found["clean_few"] = points["clean"]
         shared.progress.finish("")
@@ -243,10 +254,10 @@ def outcome(shared: Shared, found: Mapping[str, Sums], own: Mapping[str, Sums]) 
 def run(subjects: Sequence[Subject], shared: Shared) -> Iterator[tuple[Subject, Outcome]]:
     found = references(shared)
     for group in groups(subjects):
-        splices = {subject.name: subject.load().forward for subject in group}
+        splices = {subject.name: of_rows(subject.load().forward) for subject in group}
         label = f"downstream of {len(group)} SAEs"
         own = spliced_sums(shared, splices, label=label)
-        of_all = spliced_sums(shared, splices, everything=True, every=FEW, label=f"{label}, everything spliced")
+        of_all = spliced_sums(shared, splices, everything=True, contexts=FEW, label=f"{label}, everything spliced")
         for subject in group:
             parts = {"policy": own[subject.name], "clean": own["clean"]}
             parts |= {"all": of_all[subject.name], "clean_all": of_all["clean"]}

@@ -1,8 +1,9 @@
-"""Can a latent be explained by patterns of tokens? Precision and recall of n-gram explanations.
+"""Can a latent be explained by patterns of tokens? Precision and recall of n-gram explanations, and what they lose.
 
-For a random choice of live latents, patterns are built from random activations and judged on others: recall over
-further activations, precision at all other places. Beside it: the best single token, and the share of tokens at which
-the latent is active, which is the precision of chance. In every edited text a fixed token stands at position 0.
+For a random choice of live latents, patterns are built from random activations in one half of the documents and judged
+on the other: recall over activations there, precision at all places. Beside it: the best single token, and the share of
+tokens at which the latent is active, which is the precision of chance. In every edited text a fixed token stands at
+position 0. Then the language model runs on what the explanations say (`explained_codes`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from harness.quality.clusters import mean
+from harness.quality.explained_codes import reconstruction
 from harness.quality.metric import Outcome, Subject
 from harness.quality.patterns import Pattern, build, simulate, words
 from harness.quality.refinement import effective
@@ -22,7 +24,7 @@ from harness.quality.shared import Shared
 from harness.record.quality import Value
 from harness.saes.trained import TrainedSae
 
-VERSION = 1
+VERSION = 2
 LATENTS = 32
 EXAMPLES = 8
 """Activations from which patterns are built; as many others measure recall."""
@@ -53,10 +55,10 @@ def activations(sae: TrainedSae, shared: Shared) -> Active:
     return Active(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def chosen_latents(active: Active, n: int, wanted: int = LATENTS) -> list[int]:
-    """Random latents with enough activations to build patterns and to judge them."""
-    counts = torch.bincount(active.latent, minlength=n)
-    able = (counts >= 2 * EXAMPLES).nonzero().flatten()
+def chosen_latents(active: Active, n: int, known: Bool[Tensor, " entries"], wanted: int = LATENTS) -> list[int]:
+    """Random latents with enough activations to build patterns (`known`) and to judge them (the others)."""
+    counts = [torch.bincount(active.latent[part], minlength=n) for part in (known, ~known)]
+    able = torch.minimum(*counts).ge(EXAMPLES).nonzero().flatten()
     order = torch.randperm(len(able), generator=torch.Generator().manual_seed(0))
     return sorted(able[order[:wanted]].tolist())
 
@@ -131,43 +133,60 @@ def judge_latent(
     return Scores(*both(fires), *both(token), float(flat[elsewhere].double().mean()))
 
 
-def judge(sae: TrainedSae, shared: Shared, done: int = 0) -> Outcome:
-    """Figures of one SAE; `done` latents of other SAEs come before in the progress."""
+def judge(sae: TrainedSae, shared: Shared, name: str = "one SAE") -> Outcome:
+    """Figures of one SAE; `name` is for the progress. Raises `Interrupted`."""
     text = shared.text
     active = activations(sae, shared)
-    chosen = chosen_latents(active, sae.sae.n_latents)
     length, first = text.ids.shape[1], 1
+    built_on = text.document % 2 == 0
+    known = built_on[active.place // length]
+    chosen = chosen_latents(active, sae.sae.n_latents, known)
+    true, simulated = (torch.zeros(text.ids.numel(), len(chosen)) for _ in range(2))
     scores: list[Scores] = []
     table = []
-    for number, latent in enumerate(chosen, 1):
+    shared.progress.start(f"explanations of {name}", len(chosen))
+    for number, latent in enumerate(chosen):
         own = active.latent == latent
-        places, values = active.place[own], active.value[own]
-        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(latent))
-        build_on, test_on = order[:EXAMPLES], order[EXAMPLES : 2 * EXAMPLES]
+        true[active.place[own], number] = active.value[own]
+        generator = torch.Generator().manual_seed(latent)
+        build_on, test_on = (_some(own & part, generator) for part in (known, ~known))
         examples = []
-        for place, value in zip(places[build_on].tolist(), values[build_on].tolist(), strict=True):
+        for place, value in zip(active.place[build_on].tolist(), active.value[build_on].tolist(), strict=True):
             context, position = divmod(place, length)
             examples.append((text.ids[context, first : position + 1].tolist(), value))
         patterns = explain(sae, shared, latent, examples)
-        where = torch.zeros(text.ids.numel(), dtype=torch.bool)
-        where[places] = True
+        simulated[:, number] = simulate(patterns, text.ids, first).flatten()
         result = judge_latent(
-            patterns, text.ids, where.reshape(text.ids.shape), text.kept, places[build_on], places[test_on], first
+            patterns,
+            text.ids,
+            (true[:, number] > 0).reshape(text.ids.shape),
+            text.kept & ~built_on[:, None],
+            active.place[build_on],
+            active.place[test_on],
+            first,
         )
         scores.append(result)
         shown = [words(pattern, lambda token: shared.tokenizer.decode([token])) for pattern in dict.fromkeys(patterns)]
         table.append({"latent": latent, **result._asdict(), "patterns": shown})
-        shared.tick(done + number)
+        shared.tick(number + 1)
     columns = {name: torch.tensor([getattr(score, name) for score in scores]) for name in Scores._fields}
     silent = columns["precision"].isnan()
     values = {name: mean(column[~column.isnan()]) for name, column in columns.items()}
     values["never_fires"] = Value(float(silent.double().mean()) if len(scores) else float("nan"))
     values["latents"] = Value(float(len(scores)))
+    if chosen:
+        label = f"losses with the explanations of {name}"
+        values |= reconstruction(sae, shared, chosen, true, simulated, built_on, label)
     return Outcome(int(text.kept.sum()), values, curves={"latents": table})
+
+
+def _some(entries: Bool[Tensor, " entries"], generator: torch.Generator) -> Int[Tensor, " examples"]:
+    """`EXAMPLES` random ones of these entries."""
+    places = entries.nonzero().flatten()
+    return places[torch.randperm(len(places), generator=generator)[:EXAMPLES]]
 
 
 def run(subjects: Sequence[Subject], shared: Shared) -> Iterator[tuple[Subject, Outcome]]:
     assert shared.text is not None  # loaded before the clock of the progress starts
-    shared.progress.start("explanations", len(subjects) * LATENTS)
-    for number, subject in enumerate(subjects):
-        yield subject, judge(subject.load(), shared, number * LATENTS)
+    for number, subject in enumerate(subjects, 1):
+        yield subject, judge(subject.load(), shared, f"SAE {number} of {len(subjects)}")

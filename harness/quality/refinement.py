@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.quality.clusters import by_document, mean, ratio
-from harness.quality.downstream import FEW, delta_ce, spliced_sums
+from harness.quality.downstream import FEW, delta_ce, of_rows, spliced_sums
 from harness.quality.metric import Outcome, Subject
 from harness.quality.shared import Rows, Shared
 from harness.record.quality import Value
@@ -125,8 +125,8 @@ def downstream_gain(sae: TrainedSae, shared: Shared) -> dict[str, Value]:
     def better(rows: Tensor) -> Tensor:
         return sae.decode(refined(sae, rows, sae.encode(rows)))
 
-    splices = {"before": sae.forward, "after": better}
-    sums = spliced_sums(shared, splices, every=FEW, label="losses before and after refinement")
+    splices = {"before": of_rows(sae.forward), "after": of_rows(better)}
+    sums = spliced_sums(shared, splices, contexts=FEW, label="losses before and after refinement")
     before, after, clean = sums["before"], sums["after"], sums["clean"]
     values = {f"delta_ce_{name}": delta_ce(sums[name], clean) for name in ("before", "after")}
     values |= {f"kl_{name}": ratio(sums[name]["kl"], sums[name]["positions"]) for name in ("before", "after")}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.quality.downstream import delta_ce, spliced_sums
+from harness.quality.downstream import delta_ce, of_rows, spliced_sums
 from harness.quality.shared import Shared
 from harness.saes.foreign import load_foreign
 
@@ -53,7 +53,7 @@ def test_losses_are_those_of_saelens(shared: Shared, causal: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     theirs = load_file(tmp_path / "found.safetensors")
     sae = load_foreign(f"saelens:{tmp_path / 'sae'}")
-    sums = spliced_sums(shared, {"sae": sae.forward, "zero": torch.zeros_like}, everything=True)
+    sums = spliced_sums(shared, {"sae": of_rows(sae.forward), "zero": of_rows(torch.zeros_like)}, everything=True)
     targets = text.content[:, 1:]
     for ours, name in (("sae", "sae"), ("zero", "ablation")):
         kl = float(theirs[f"kl_div_with_{name}"][text.content].double().mean())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from harness.quality.downstream import (
+    FEW,
     ablation_splices,
     calibration,
     clean_of,
@@ -37,12 +38,12 @@ def test_anchors(shared: Shared) -> None:
     """Identity costs nothing; ablations recover nothing; shuffled reconstructions are worse than the mean."""
     generator = torch.Generator().manual_seed(0)
     splices = ablation_splices(shared) | {
-        "identity": lambda rows: rows,
-        "shuffled": lambda rows: rows[torch.randperm(len(rows), generator=generator)] * 1.5,
-        "half": lambda rows: rows + 0.1 * torch.randn(rows.shape, generator=generator),
+        "identity": lambda rows, _places: rows,
+        "shuffled": lambda rows, _places: rows[torch.randperm(len(rows), generator=generator)] * 1.5,
+        "half": lambda rows, _places: rows + 0.1 * torch.randn(rows.shape, generator=generator),
     }
     sums = spliced_sums(shared, splices)
-    everything = spliced_sums(shared, splices, everything=True, every=4)
+    everything = spliced_sums(shared, splices, everything=True, contexts=FEW)
     clean = sums["clean"]
     assert abs(delta_ce(sums["identity"], clean).value) < 1e-4 and point(sums["identity"], clean)["kl"] < 1e-6
     assert point(sums["mean"], clean)["fvu"] == pytest.approx(1)
@@ -77,8 +78,9 @@ def test_position_zero_and_massive_rows_keep_their_value(shared: Shared) -> None
     assert not text.kept[:, 0].any() and text.kept[:, 1:].float().mean() > 0.9
     seen = []
 
-    def note(rows: torch.Tensor) -> torch.Tensor:
+    def note(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         seen.append(len(rows))
+        torch.testing.assert_close(rows, text.hidden.flatten(0, 1)[places])
         return rows
 
     spliced_sums(shared, {"note": note})
