@@ -50,6 +50,8 @@ def test_a_sweep_there_and_back(sweep: Path, tmp_path: Path) -> None:
             assert sent == (sweep / name / "sae" / "sae.safetensors").read_bytes()
             assert "config" not in json.loads(files[f"{name}/result.json"])
         assert not any(path.endswith(("config.yaml", "provenance.json")) for path in files)
+        weights = {content for path, content in files.items() if path.endswith(".safetensors")}
+        assert set(server.large.values()) == weights  # as large files, each content once
         script = (
             "import sys, torch; from harness.saes.trained import load; "
             "a, b = load(sys.argv[1]), load(sys.argv[2]); "

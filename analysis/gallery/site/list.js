@@ -41,6 +41,10 @@ const DENSITIES = {
   dense: ["above 10 %", 0.1, 2],
 };
 
+const SCORES = {
+  "": ["all", -1, 2], good: ["0.9 and above", 0.9, 2], fair: ["0.7 to 0.9", 0.7, 0.9], poor: ["below 0.7", 0, 0.7],
+};
+
 /** Latents that the settings leave, in their order. */
 function chosen(list, text, settings) {
   const wanted = settings.search.trim().toLowerCase();
@@ -51,6 +55,8 @@ function chosen(list, text, settings) {
     if (wanted && !texts[latent].includes(wanted) && String(latent) !== wanted) continue;
     const [, least, most] = DENSITIES[settings.density];
     if (density < least || density >= most) continue;
+    const [, worst, best] = SCORES[settings.score], own = score(list, latent) ?? -1;
+    if (own < worst || own >= best) continue;
     if (settings.live === "live" && density === 0) continue;
     if (settings.live === "silent" && density > 0) continue;
     if (settings.live === "duplicates" && list.nearest.values[latent] <= DUPLICATE) continue;
@@ -68,7 +74,7 @@ function choice(label, options, value, change) {
 }
 
 function listOf(sae, list, text, state) {
-  const settings = (state[sae.name] ??= { search: "", order: "index", live: "live", density: "", expert: "", page: 0 });
+  const settings = (state[sae.name] ??= { search: "", order: "index", live: "live", density: "", score: "", expert: "", page: 0 });
   const body = element("tbody", {}), status = element("p", { role: "status" });
   const pages = element("div", { class: "pages" });
   const scored = Object.keys(list.notes).some((latent) => score(list, latent) !== undefined);
@@ -112,6 +118,7 @@ function listOf(sae, list, text, state) {
     choice("Show", [["live", "active ones"], ["all", "all"], ["silent", "silent ones"],
       ["duplicates", `duplicates (cosine above ${DUPLICATE})`], ["scored", "with a score"]], settings.live, change("live")),
     choice("Density", Object.entries(DENSITIES).map(([key, [shown]]) => [key, shown]), settings.density, change("density")),
+    scored ? choice("Score", Object.entries(SCORES).map(([key, [shown]]) => [key, shown]), settings.score, change("score")) : null,
     sae.experts > 1 ? choice("Expert", [["", "all"], ...experts], settings.expert, change("expert")) : null);
   show();
   return [
