@@ -111,10 +111,9 @@ def _ours(found: Foreign, name: str) -> TrainedSae:
     return TrainedSae(sae, params, Normalizer(config.normalize, 1.0), config, origin, nothing, ops)
 
 
-def _thresholds(threshold: Tensor, name: str) -> dict[str, Tensor]:
-    if bool((threshold < 0).any()):
-        raise UserError(f"{name}: a threshold is negative, and no architecture of ours equals that")
-    return {"log_threshold": threshold.float().log()}
+def _thresholds(threshold: Tensor) -> dict[str, Tensor]:
+    """All these formats apply a ReLU as well, so a threshold below 0 cuts at 0."""
+    return {"log_threshold": threshold.float().clamp_min(0).log()}
 
 
 def _saelens(path: Path) -> Foreign:
@@ -131,7 +130,7 @@ def _saelens(path: Path) -> Foreign:
     W_enc, W_dec = tensors["W_enc"].T, tensors["W_dec"]
     b_enc = tensors["b_gate"] if architecture == "gated" else tensors["b_enc"]
     if architecture == "jumprelu":
-        further = _thresholds(tensors["threshold"], str(path))
+        further = _thresholds(tensors["threshold"])
     if architecture == "gated":
         further = {"r_mag": tensors["r_mag"], "b_mag": tensors["b_mag"]}
     if architecture == "topk" and about.get("rescale_acts_by_decoder_norm", False):
@@ -183,27 +182,33 @@ def _sparsify(path: Path) -> Foreign:
 def _dictionary_learning(path: Path) -> Foreign:
     about = read_json(path / "config.json", OBJECT, "copy the SAE again").get("trainer", {})
     tensors: dict[str, Any] = torch.load(path / "ae.pt", map_location="cpu", weights_only=True)
-    kind = about.get("dict_class", "AutoEncoderTopK")
     hook = str(about.get("submodule_name", ""))
-    if "W_enc" in tensors:  # JumpReLU
+    if "W_enc" in tensors:  # JumpReLU, whose encoder sees x, or Matryoshka, which has one threshold for all
         weights = (tensors["W_enc"].T, tensors["W_dec"], tensors["b_enc"], tensors["b_dec"])
-        return Foreign("jumprelu", *weights, pre_bias=False, further=_thresholds(tensors["threshold"], hook), hook=hook)
+        one = tensors["threshold"].ndim == 0
+        further = _thresholds(tensors["threshold"].expand(len(tensors["b_enc"])))
+        return Foreign("jumprelu", *weights, pre_bias=one, further=further, hook=hook)
     encoder, decoder = tensors["encoder.weight"], tensors["decoder.weight"].T
-    bias = tensors["b_dec"] if "b_dec" in tensors else tensors["bias"]
-    if kind == "AutoEncoder":
-        return Foreign("relu", encoder, decoder, tensors["encoder.bias"], bias, hook=hook)
-    threshold = float(tensors.get("threshold", torch.tensor(-1.0)))
-    if threshold >= 0 and kind != "AutoEncoderTopK":  # BatchTopK and Matryoshka use it at inference
-        further = _thresholds(torch.full((len(encoder),), threshold), hook)
-        return Foreign("jumprelu", encoder, decoder, tensors["encoder.bias"], bias, further=further, hook=hook)
-    return Foreign("topk", encoder, decoder, tensors["encoder.bias"], bias, k=int(tensors["k"]), hook=hook)
+    if "r_mag" in tensors:
+        further = {"r_mag": tensors["r_mag"], "b_mag": tensors["mag_bias"]}
+        biases = (tensors["gate_bias"], tensors["decoder_bias"])
+        return Foreign("gated", encoder, decoder, *biases, further=further, hook=hook)
+    bias = tensors["encoder.bias"]
+    if "decoder.bias" in tensors:  # AutoEncoderNew
+        return Foreign("relu", encoder, decoder, bias, tensors["decoder.bias"], pre_bias=False, hook=hook)
+    if "k" not in tensors:
+        return Foreign("relu", encoder, decoder, bias, tensors["bias"], hook=hook)
+    if about.get("dict_class", "AutoEncoderTopK") == "AutoEncoderTopK":
+        return Foreign("topk", encoder, decoder, bias, tensors["b_dec"], k=int(tensors["k"]), hook=hook)
+    further = _thresholds(tensors["threshold"].expand(len(encoder)))  # what BatchTopK uses when it does not train
+    return Foreign("jumprelu", encoder, decoder, bias, tensors["b_dec"], further=further, hook=hook)
 
 
 def _gemma_scope(path: Path) -> Foreign:
     with np.load(path, allow_pickle=False) as file:
         tensors = {name: torch.tensor(file[name]) for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
     weights = (tensors["W_enc"].T, tensors["W_dec"], tensors["b_enc"], tensors["b_dec"])
-    further = _thresholds(tensors["threshold"], str(path))
+    further = _thresholds(tensors["threshold"])
     return Foreign("jumprelu", *weights, pre_bias=False, further=further, context="the tokenizer puts BOS in front")
 
 

@@ -1,4 +1,7 @@
-"""SAEs that other tools have written through their own API compute the same with us. Needs INTEROP_PYTHON."""
+"""SAEs that other tools have written through their own API compute the same with us.
+
+Needs INTEROP_PYTHON (sae-lens 6.54.12, eai-sparsify 1.3.3) and DICTIONARY_PYTHON (dictionary_learning 0.1.0).
+"""
 
 from __future__ import annotations
 
@@ -78,20 +81,93 @@ save_file({name: value.contiguous() for name, value in found.items()}, out / "fo
 """
 
 
-def test_they_compute_the_same(tmp_path: Path) -> None:
-    python = os.environ.get("INTEROP_PYTHON")
+DICTIONARIES = """
+import sys
+from pathlib import Path
+import torch
+from dictionary_learning import dictionary
+from dictionary_learning.training import trainSAE
+from dictionary_learning.trainers import batch_top_k, jumprelu, matryoshka_batch_top_k, standard, top_k
+from safetensors.torch import save_file
+
+out, steps = Path(sys.argv[1]), 30
+torch.manual_seed(0)
+x = 3 * torch.randn(200, 16)
+found = {"x": x}
+common = dict(activation_dim=16, dict_size=64, steps=steps, lr=0.01, warmup_steps=0)
+common.update(layer=4, lm_name="m", submodule_name="mlp.4", device="cpu")
+late = dict(k=5, threshold_start_step=5)
+trained = {
+    "topk": (top_k.TopKTrainer, top_k.AutoEncoderTopK, dict(k=5)),
+    "batchtopk": (batch_top_k.BatchTopKTrainer, batch_top_k.BatchTopKSAE, late),
+    "matryoshka": (
+        matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer,
+        matryoshka_batch_top_k.MatryoshkaBatchTopKSAE,
+        dict(late, group_fractions=[0.25, 0.75]),
+    ),
+    "jumprelu": (
+        jumprelu.JumpReluTrainer, dictionary.JumpReluAutoEncoder, dict(target_l0=5, sparsity_warmup_steps=2)
+    ),
+    "standard": (standard.StandardTrainer, dictionary.AutoEncoder, dict(l1_penalty=0.01, sparsity_warmup_steps=2)),
+}
+
+
+def note(name, sae):
+    found[f"{name}/codes"] = sae.encode(x).detach()
+    found[f"{name}/out"] = sae(x).detach()
+
+
+for name, (trainer, kind, settings) in trained.items():
+    config = dict(common, trainer=trainer, dict_class=kind, **settings)
+    data = (torch.randn(32, 16) + 1 for _ in range(steps + 5))
+    trainSAE(data=data, trainer_configs=[config], steps=steps, use_wandb=False, save_dir=str(out / name))
+    note(f"{name}/trainer_0", kind.from_pretrained(str(out / name / "trainer_0" / "ae.pt")))
+for kind in (dictionary.GatedAutoEncoder, dictionary.AutoEncoderNew):
+    sae = kind(16, 64)
+    for parameter in sae.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    folder = out / kind.__name__
+    folder.mkdir()
+    torch.save(sae.state_dict(), folder / "ae.pt")
+    (folder / "config.json").write_text("{}")
+    note(kind.__name__, sae)
+save_file({name: value.contiguous() for name, value in found.items()}, out / "found.safetensors")
+"""
+
+
+def written(variable: str, script: str, out: Path) -> dict[str, torch.Tensor]:
+    """What a script in another Python wrote: inputs `x`, and `TARGET/codes` and `TARGET/out` of each SAE."""
+    python = os.environ.get(variable)
     if not python:
-        pytest.skip("INTEROP_PYTHON names no Python with sae-lens 6.54.12 and eai-sparsify 1.3.3")
+        pytest.skip(f"{variable} names no Python with the packages that this file names")
     environment = {**os.environ, "SPARSIFY_DISABLE_TRITON": "1"}
-    command = [python, "-W", "ignore", "-c", WRITERS, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [python, "-W", "ignore", "-c", script, str(out)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "found.safetensors")
-    x = found.pop("x")
-    targets = sorted({name.rpartition("/")[0] for name in found})
-    assert len(targets) == 12
-    for target in targets:
+    return load_file(out / "found.safetensors")
+
+
+def compare(kind: str, place: Path, name: str, found: dict[str, torch.Tensor]) -> None:
+    sae, x = load_foreign(f"{kind}:{place}"), found["x"]
+    torch.testing.assert_close(sae.forward(x), found[f"{name}/out"], atol=1e-5, rtol=1e-5, msg=name)
+    torch.testing.assert_close(dense(sae, x), found[f"{name}/codes"], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def targets(found: dict[str, torch.Tensor]) -> list[str]:
+    return sorted({name.rpartition("/")[0] for name in found if "/" in name})
+
+
+def test_saelens_and_sparsify(tmp_path: Path) -> None:
+    found = written("INTEROP_PYTHON", WRITERS, tmp_path)
+    assert len(targets(found)) == 12
+    for target in targets(found):
         kind, _, name = target.partition(":")
-        sae = load_foreign(f"{kind}:{tmp_path / name}")
-        torch.testing.assert_close(sae.forward(x), found[f"{target}/out"], atol=1e-5, rtol=1e-5, msg=target)
-        torch.testing.assert_close(dense(sae, x), found[f"{target}/codes"], atol=1e-5, rtol=1e-5, msg=target)
+        compare(kind, tmp_path / name, target, found)
+
+
+def test_dictionary_learning(tmp_path: Path) -> None:
+    found = written("DICTIONARY_PYTHON", DICTIONARIES, tmp_path)
+    assert len(targets(found)) == 7
+    for target in targets(found):
+        compare("dictionary_learning", tmp_path / target, target, found)
