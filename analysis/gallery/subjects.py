@@ -86,7 +86,7 @@ def gather(targets: Sequence[Path]) -> tuple[list[Subject], list[str]]:
         where = " ".join(map(str, targets))
         raise UserError(
             f"no SAE of {where} has examples; collect them with: python -m harness.evaluate {where} "
-            "--metrics examples --tokens 1e6"
+            "--metrics examples --tokens 32768"
         )
     subjects = sorted(found.values(), key=lambda each: (*map(str, each.kind), each.setting("n_latents", 0), each.name))
     _require_different([subject.name for subject in subjects])

@@ -60,7 +60,7 @@ def write(trained: TrainedSae, run_dir: Path, out: Path) -> None:
     if found is None:
         raise UserError(
             f"{run_dir} has no examples, which dashboards show; collect them with: python -m harness.evaluate "
-            f"{run_dir} --metrics examples --tokens 1e6"
+            f"{run_dir} --metrics examples --tokens 32768"
         )
     model, set_name, source = identity(trained)
     folder = out / model / source

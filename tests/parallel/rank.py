@@ -28,7 +28,8 @@ from tests.parallel.trajectory import CASES, CATALOGUE, CPU, case_config, trajec
 from tests.training.members import runtime, source_of
 
 MESHES = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 4: [(1, 4), (2, 2), (4, 1)]}
-STEPS = 50
+STEPS = dict.fromkeys(CASES, 50) | dict.fromkeys(CATALOGUE, 20)
+"""A warm-up of 20 steps is in all of them."""
 
 
 def selection_is_exact(shards: Shards) -> None:
@@ -180,7 +181,7 @@ def main(out: Path) -> None:
                     save_file(tensors, here / f"{name}.safetensors")
                 if name not in CATALOGUE:
                     traffic_equals_the_formula(name, shards)
-            tensors = trajectory(case_config("topk_auxk", dp, shard, "fp32"), shards, 4 * STEPS)
+            tensors = trajectory(case_config("topk_auxk", dp, shard, "fp32"), shards, 200)
             if shards.rank == 0:
                 save_file(tensors, here / "topk_auxk_fp32.safetensors")
             a_bad_batch_on_one_rank_stops_all(shards)

@@ -48,8 +48,8 @@ def start_ranks(world: int, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, torch.Tensor]]:
-    results = {name: trajectory(case_config(name), Solo(), STEPS) for name in CASES}
-    return results | {"topk_auxk_fp32": trajectory(case_config("topk_auxk", precision="fp32"), Solo(), 4 * STEPS)}
+    results = {name: trajectory(case_config(name), Solo(), STEPS[name]) for name in CASES}
+    return results | {"topk_auxk_fp32": trajectory(case_config("topk_auxk", precision="fp32"), Solo(), 200)}
 
 
 @pytest.mark.dist

@@ -1,4 +1,4 @@
-"""Fifty steps of a small SAE on any mesh, and everything about them that must not depend on the mesh."""
+"""A few steps of a small SAE on any mesh, and everything about them that must not depend on the mesh."""
 
 from __future__ import annotations
 

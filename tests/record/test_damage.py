@@ -161,9 +161,10 @@ def test_a_damaged_file_is_survived_or_named(damage: str, name: str, sweep: Swee
 def test_a_wrong_value_is_survived_or_named(name: str, sweep: Sweep, tmp_path: Path) -> None:
     path = sweep.damaged / name
     content = json.loads(path.read_text())
-    for key in content:
+    for place, key in enumerate(content):
         without = {other: value for other, value in content.items() if other != key}
-        for changed in (without, *({**content, key: value} for value in VALUES)):
+        values = VALUES[place % 3 :: 3]  # keys share checks, so each value stands in for a third of them
+        for changed in (without, *({**content, key: value} for value in values)):
             path.write_text(json.dumps(changed).replace("Infinity", "1e999"))
             try:
                 read_everything(sweep, tmp_path)
