@@ -18,6 +18,7 @@ from harness.files import user_path
 from harness.process.signals import stop_on_signals
 from harness.progress import own_progress
 from harness.quality.judge import TOKENS, chosen_metrics, judge, unfinished
+from harness.quality.judges import require_judge
 from harness.quality.metric import Metric, Subject
 from harness.quality.registry import METRICS
 from harness.quality.subjects import foreign_subject, is_foreign, subjects_of
@@ -99,6 +100,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         raise UserError("--metrics names none")
     if not 1 <= arguments.tokens <= 1e9:
         raise UserError(f"--tokens {arguments.tokens:g} must be at least 1 and at most 1e9")
+    require_judge(arguments.judge)
     subjects: list[Subject] = []
     overrides = [word for word in arguments.targets if word.partition("=")[0].split(".")[0] == "activations"]
     places = [word for word in arguments.targets if word.partition("=")[0].split(".")[0] == "cluster"]
@@ -111,6 +113,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         subjects += found
         for note in notes:
             say(f"note: {note}")
+    subjects = list({subject.directory: subject for subject in subjects}.values())  # a run and its sweep may be given
     if places and (cluster := configured(places).cluster).name == "slurm":
         return submit(subjects, metrics, arguments, cluster)
     with stop_on_signals() as stop:

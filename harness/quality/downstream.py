@@ -254,13 +254,14 @@ def outcome(shared: Shared, found: Mapping[str, Sums], own: Mapping[str, Sums]) 
 def run(subjects: Sequence[Subject], shared: Shared) -> Iterator[tuple[Subject, Outcome]]:
     found = references(shared)
     for group in groups(subjects):
-        splices = {subject.name: of_rows(subject.load().forward) for subject in group}
+        splices = {str(subject.directory): of_rows(subject.load().forward) for subject in group}
         label = f"downstream of {len(group)} SAEs"
         own = spliced_sums(shared, splices, label=label)
         of_all = spliced_sums(shared, splices, everything=True, contexts=FEW, label=f"{label}, everything spliced")
         for subject in group:
-            parts = {"policy": own[subject.name], "clean": own["clean"]}
-            parts |= {"all": of_all[subject.name], "clean_all": of_all["clean"]}
+            name = str(subject.directory)
+            parts = {"policy": own[name], "clean": own["clean"]}
+            parts |= {"all": of_all[name], "clean_all": of_all["clean"]}
             yield subject, outcome(shared, found, parts)
 
 

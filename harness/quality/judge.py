@@ -56,14 +56,14 @@ def judge(
         shared = Shared(group[0].activations, group[0].out, tokens, stop, progress, by)
         group = [subject for subject in group if _fits(subject, shared, judged)]
         for metric in metrics:
-            about = {subject.name: _about(metric, subject, tokens, by) for subject in group}
-            missing = [subject for subject in group if force or not _is_there(subject, about[subject.name])]
+            about = {subject.directory: _about(metric, subject, tokens, by) for subject in group}
+            missing = [subject for subject in group if force or not _is_there(subject, about[subject.directory])]
             judged.present += len(group) - len(missing)
             if not missing:
                 continue
             try:
                 for subject, outcome in metric.run(missing, shared):
-                    _write(subject, about[subject.name], outcome)
+                    _write(subject, about[subject.directory], outcome)
                     judged.done += 1
                     progress.note(f"{subject.name}  {_summary(metric.name, outcome)}")
                 progress.finish("")

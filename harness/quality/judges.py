@@ -207,16 +207,20 @@ def _parse(answer: Any) -> float | None:
     return float(text[0]) if text[:1] in ("0", "1") else None
 
 
-def make_judge(text: str, cache: Path) -> Judge:
-    """The judge of `--judge`. Raises `UserError` for an unknown one."""
+def require_judge(text: str) -> None:
+    """Raises `UserError` if `text` is no value of `--judge`."""
     kind, _, rest = text.partition(":")
-    if text == "embedding":
-        return EmbeddingJudge()
-    if text == "pattern":
-        return PatternJudge()
-    if kind == "local" and rest:
-        return LocalJudge(rest)
-    if kind == "http" and "#" in rest:
+    if text not in ("embedding", "pattern") and not (kind == "local" and rest) and not (kind == "http" and "#" in rest):
+        raise UserError(f"--judge {text} is not known; write embedding, pattern, local:MODEL or http:URL#MODEL")
+
+
+def make_judge(text: str, cache: Path) -> Judge:
+    """The judge of `--judge`. Raises `UserError` as `require_judge`."""
+    require_judge(text)
+    kind, _, rest = text.partition(":")
+    if kind == "http":
         url, _, model = rest.partition("#")
         return HttpJudge(url, model, cache)
-    raise UserError(f"--judge {text} is not known; write embedding, pattern, local:MODEL or http:URL#MODEL")
+    if kind == "local":
+        return LocalJudge(rest)
+    return EmbeddingJudge() if text == "embedding" else PatternJudge()

@@ -26,16 +26,17 @@ def is_foreign(target: str) -> bool:
 
 
 def foreign_subject(target: str, activations: ActivationsConfig, out: Path) -> Subject:
-    """The SAE of `KIND:PATH`, judged on `activations`; results go to a folder of `out` that is named after it.
+    """The SAE of `KIND:PATH`, judged on `activations`; results go to a folder of `out` that is named after it and its
+    weights: the last part of the path is often the same, such as `trainer_0`.
 
     Raises `UserError` as `load_foreign` does.
     """
     sae = load_foreign(target)
     kind, _, place = target.partition(":")
-    name = f"{kind}-{Path(place).stem}"
     digest = hashlib.sha256()
     for key, tensor in sorted(sae.params.items()):
         digest.update(key.encode() + tensor.numpy().tobytes())
+    name = f"{kind}-{Path(place).stem}-{digest.hexdigest()[:10]}"
     size = sum(tensor.numel() * tensor.element_size() for tensor in sae.params.values())
     return Subject(name, out / name, digest.hexdigest(), activations, out, size, lambda: sae, foreign=True)
 

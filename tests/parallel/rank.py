@@ -176,7 +176,7 @@ def main(out: Path) -> None:
             shards.barrier()
             selection_is_exact(shards)
             for name in CASES:
-                tensors = trajectory(case_config(name, dp, shard), shards, STEPS)
+                tensors = trajectory(case_config(name, dp, shard), shards, STEPS[name])
                 if shards.rank == 0:
                     save_file(tensors, here / f"{name}.safetensors")
                 if name not in CATALOGUE:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from harness.evaluate import main
 from harness.quality import judge
@@ -74,6 +75,7 @@ def test_ctrl_c_keeps_what_is_complete(
         (["SWEEP", "--metrics", "beauty"], "--metrics beauty is not known; choose from: "),
         (["SWEEP", "--metrics", ","], "--metrics names none"),
         (["SWEEP", "--tokens", "0"], "--tokens 0 must be at least 1"),
+        (["SWEEP", "--metrics", "geometry", "--judge", "nobody"], "--judge nobody is not known; write embedding"),
     ],
 )
 def test_wrong_requests(arguments: list[str], words: str, sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +102,8 @@ def test_an_sae_of_another_tool(topk_run: Path, tmp_path: Path, capsys: pytest.C
     target, out = f"saelens:{tmp_path / 'theirs'}", tmp_path / "out"
     command = [target, "--metrics", "refinement,geometry", "--out", str(out), *SOURCE]
     assert main([*command, "activations.synthetic.d_model=16"]) == 0
-    found = read_quality(out / "saelens-theirs", "refinement")
+    [theirs] = (path for path in out.glob("saelens-*"))
+    found = read_quality(theirs, "refinement")
     assert found is not None and 0 < found["values"]["fvu_before"]["value"] < 1
 
     assert main([*command, "activations.synthetic.d_model=8"]) == 1
@@ -110,6 +113,21 @@ def test_an_sae_of_another_tool(topk_run: Path, tmp_path: Path, capsys: pytest.C
     assert "does not fit these activations: its fvu is" in capsys.readouterr().err
     assert main([target]) == 2
     assert "needs its model and hook: add activations=" in capsys.readouterr().err
+
+
+def test_saes_of_one_name_are_kept_apart(topk_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other tools call every SAE alike, such as `trainer_0`; and a target may be given twice."""
+    for place, scale in (("a", 1.0), ("b", 0.5)):
+        export(topk_run, "saelens", tmp_path / place / "trainer_0")
+        weights = tmp_path / place / "trainer_0" / "sae_weights.safetensors"
+        tensors = load_file(weights)
+        save_file({**tensors, "W_dec": tensors["W_dec"] * scale}, weights)
+    targets = [f"saelens:{tmp_path / place / 'trainer_0'}" for place in ("a", "b", "a")]
+    command = [*targets, "--metrics", "refinement", "--out", str(tmp_path / "out"), *SOURCE]
+    assert main([*command, "activations.synthetic.d_model=16"]) == 0
+    assert "2 evaluations done" in capsys.readouterr().err
+    found = [read_quality(path, "refinement") for path in (tmp_path / "out").glob("saelens-trainer_0-*")]
+    assert len({about["values"]["fvu_before"]["value"] for about in found if about}) == 2
 
 
 def test_metrics_of_a_language_model_are_refused_without_one(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
