@@ -42,7 +42,7 @@ def test_the_law_with_tokens_covers(law, truth):
     rates = {name: np.mean(held) for name, held in hits.items()}
     print(f"coverage of {law} on curves: " + ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in rates.items()))
     assert min(rates.values()) >= 0.85
-    # what the shapes of curves determine takes no degrees of freedom from the runs: with them it was 1.21 times the truth
+    # what the shapes of curves determine takes no degrees of freedom from the runs: else it is 1.21 times the truth
     assert np.mean(variances) == pytest.approx(NOISE**2, rel=0.15)
 
 
