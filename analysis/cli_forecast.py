@@ -15,11 +15,12 @@ from analysis.fits.status import Status
 from analysis.format import interval, number
 from analysis.laws.catalogue import get
 from analysis.laws.law import Law
-from analysis.questions.cost import cost_of
+from analysis.questions.cost import cost_of, fitted_runs, kind_of
 from analysis.questions.need import Need, excluded, need
 from analysis.questions.paired import paired_errors
 from analysis.questions.plan import plan
 from analysis.questions.reach import FAR, LARGEST_N, beyond, check_point, is_far, parse_point
+from analysis.questions.rounds import half_width
 from analysis.report.words import floor_word, level_only, refuse, standing
 from analysis.runs.study import read_study
 from analysis.runs.table import RunTable
@@ -102,41 +103,49 @@ def run_plan(args: argparse.Namespace, table: RunTable, result: FitResult) -> in
     if set(target) != {"n", "k"}:
         raise UserError(f"--target {args.target!r} must name n and k, e.g. 'n=2**20 k=64'")
     check_point(result, table, target, args.far)
-    cost = cost_of(table)
-    sizes = np.unique(table.values("n"))
+    runs = fitted_runs(table, result)
+    cost, kind = cost_of(runs), kind_of(runs)
+    sizes = np.unique(runs.values("n"))
     largest = max(target["n"], sizes.max())
     n = 2.0 ** np.arange(np.floor(np.log2(sizes.min())), np.floor(np.log2(largest)) + 1)
-    k = np.unique(np.r_[table.values("k"), target["k"]])
+    k = np.unique(np.r_[runs.values("k"), target["k"]])
     further = plan(result, target, args.budget, cost, list(n), list(k), args.cap)
-    value, low, high = further.before
-    print(f"forecast at {args.target} now: {number(value)} {interval(low, high)}")
-    widths = f"{_width(further.before)} now, {_width(further.after)} after the planned runs"
+    print(f"forecast at {args.target} now: {_with_interval(result, target, further.before)}")
+    widths = [f"± {number(100 * half_width(band))} %" for band in (further.before, further.after)]
+    widths = f"about {widths[0]} now, {widths[1]} after the planned runs"
     print(f"predicted width of that interval: {widths}, if they confirm the law; its middle will move")
     if is_far(result, target["n"]):
-        print(f"far: {beyond(result, target['n']):.3g} times the largest n of the runs")
+        print(f"far: {beyond(result, target['n'])} n of the runs")
     print(as_text(further.cells, digits=4))
     print(f"in all {number(further.flops)} FLOPs")
     for line in standing(result):
         print(line)
     seeds = table.values("seed") if table.has("seed") else np.array([0.0])
     first_seed = int(np.nanmax(seeds)) + 1
-    text = further.study(args.name, first_seed, args.overrides.split())
+    text = further.study(args.name, first_seed, args.overrides.split(), kind)
     sweep = Path(args.source[0])
     if args.out is not None:
         write_text_atomic(Path(args.out), text)
         print(f"written: {args.out}")
     elif len(args.source) == 1 and sweep.is_dir():
         study = read_study(sweep)
-        print("\n".join(further.commands(sweep, study.source, study.overrides, first_seed)))
+        print("\n".join(further.commands(sweep, study.source, study.overrides, first_seed, kind)))
     else:
         print(text, end="")
     return 0
 
 
+def _with_interval(result: FitResult, target: dict[str, float], refits: tuple[float, float, float]) -> str:
+    """The forecast at a point with its profile interval; with that of the planner's refits if the fit has no band."""
+    band = result.forecast({name: [size] for name, size in target.items()}).iloc[0]
+    value, low, high = (band[name] for name in ("value", "lo", "hi")) if band.notna().all() else refits
+    return f"{number(value)} {interval(low if low > 0 else None, high if np.isfinite(high) else None)}"
+
+
 def run_ask(args: argparse.Namespace, table: RunTable, result: FitResult) -> int:
     """Print the smallest n that is predicted to reach the loss of `--fvu`."""
     try:
-        cost = cost_of(table)
+        cost = cost_of(fitted_runs(table, result))
     except UserError:
         cost = None  # n does not need a cost
     if args.at_k is not None:
@@ -150,7 +159,7 @@ def run_ask(args: argparse.Namespace, table: RunTable, result: FitResult) -> int
 def _answer(result: FitResult, answer: Need, loss: float, far: bool) -> list[str]:
     """The answer to `ask` in words."""
     name, wanted = result.law.scale_input, number(loss)
-    largest = number(result.domain[name][1], 4)
+    smallest, largest = (number(end, 4) for end in result.domain[name])
     floor = f"floor at {number(answer.floor)} {interval(*answer.floor_ends)}"
     if excluded(answer, loss):
         only = f" (this floor is the {floor_word(result)} of tokens)" if level_only(result) else ""
@@ -160,19 +169,16 @@ def _answer(result: FitResult, answer: Need, loss: float, far: bool) -> list[str
     if answer.n is None or answer.n > LARGEST_N:
         return [f"no {name} within reason is predicted to reach {wanted}"]
     if is_far(result, answer.n) and not far:
+        if answer.n < result.domain[name][0]:
+            return [f"every {name} of the runs (from {smallest}) is predicted to reach {wanted}; --far gives a number"]
         return [f"{wanted} needs {name} beyond {FAR:g} times the largest of the runs ({largest}); --far gives a number"]
+    if answer.every:
+        return [f"every {name} from {number(answer.n, 4)} on is predicted to reach {wanted}"]
     lines = [f"{name} = {number(answer.n, 4)} {interval(answer.lo, answer.hi)} is predicted to reach {wanted}"]
     if answer.flops is not None:
         lines.append(f"about {number(answer.flops)} training FLOPs at the tokens per run of these data")
     if is_far(result, answer.n):
-        lines.append(f"far: {beyond(result, answer.n):.3g} times the largest {name} of the runs ({largest})")
+        lines.append(f"far: {beyond(result, answer.n)} {name} of the runs ({smallest} to {largest})")
     elif answer.extrapolation > 0:
         lines.append(f"extrapolation: {answer.extrapolation:.2f} of the data's span in ln {name} beyond their edge")
     return lines
-
-
-def _width(band: tuple[float, float, float]) -> str:
-    """The width of an interval as ± percent of its middle; – if it is unknown."""
-    _, low, high = band
-    ratio = high / low if low > 0 else np.inf
-    return f"± {number(50 * np.log(ratio))} %" if np.isfinite(ratio) else "–"

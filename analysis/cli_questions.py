@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 from analysis.cli_forecast import as_text
@@ -26,6 +27,8 @@ Command = Callable[[argparse.Namespace, RunTable], int]
 
 def run_isoflop(args: argparse.Namespace, runs: RunTable) -> int:
     """Print the best n at each budget, for every k; 1 if no k allows it."""
+    if args.budgets < 1:
+        raise UserError(f"--budgets {args.budgets} must be at least 1")
     runs = at_equal_flops(runs)
     answered = False
     for k in sorted(set(runs.values("k"))) if runs.has("k") else [None]:
@@ -54,7 +57,7 @@ def run_frontier(args: argparse.Namespace, runs: RunTable) -> int:
     if front.empty:
         say(f"{runs.name}: no run has a loss and FLOPs")
         return 1
-    print(f"lowest loss against {axis_words(runs.roles)}")
+    print(f"lowest loss against {axis_words(runs.roles)}{_together(runs)}")
     print(as_text(front[["flops", "loss", "tokens", "run"]], digits=4))
     if len(front) > 4:
         law = frontier_law(runs, curves)
@@ -65,8 +68,20 @@ def run_frontier(args: argparse.Namespace, runs: RunTable) -> int:
     return 0
 
 
+def _together(runs: RunTable) -> str:
+    """What a frontier is taken over besides the sizes, in words."""
+    several = []
+    if "sae" in runs.frame and runs.frame["sae"].nunique() > 1:
+        several.append(f"sae = {', '.join(sorted(map(str, runs.frame['sae'].unique())))}")
+    if runs.has("k") and len(levels := sorted(set(runs.values("k")))) > 1:
+        several.append(f"k = {', '.join(f'{k:g}' for k in levels)}")
+    return f", the lowest over {' and '.join(several)} (choose with --where)" if several else ""
+
+
 def run_multiplier(args: argparse.Namespace, runs: RunTable) -> int:
     """Print how much less compute Switch needs than TopK, on every axis; 1 if nothing can be compared."""
+    if args.at_loss is not None and not 0 < args.at_loss < math.inf:
+        raise UserError(f"--at-loss {args.at_loss:g} must be positive and finite")
     found = [entry for entry in compared_architectures(runs, args.at_loss) if entry.x == "flops"]
     if not found:
         say(f"{runs.name}: no k has three sizes of both TopK and Switch; nothing to compare")
@@ -77,7 +92,7 @@ def run_multiplier(args: argparse.Namespace, runs: RunTable) -> int:
     for entry in found:
         for axis, result in entry.by_axis:
             value = "–" if result.value is None else number(result.value)
-            at = "every loss" if result.at_loss is None else f"loss {number(result.at_loss)}"
+            at = "every loss of these runs" if result.at_loss is None else f"loss {number(result.at_loss)}"
             row = [number(entry.k), number(entry.experts), AXES[axis], value, interval(result.lo, result.hi), at]
             rows.append(row)
     if rows:

@@ -84,7 +84,7 @@ def fit(
     wrong request: an unknown option, a role without a column, a regime without runs.
     """
     chosen = get(law) if isinstance(law, str) else law
-    _check_request(robust, delta, weights, ci, level, starts, regime, edges)
+    _check_request(robust, delta, weights, ci, level, starts, seed, regime, edges)
     table = one_architecture(table.use(*chosen.inputs, "loss"), chosen)
     if not follows_tokens(chosen, table):
         table = one_regime(table, regime, lambda part: not any_error(check_table(part, chosen)))
@@ -200,7 +200,15 @@ def follows_tokens(law: Law, table: RunTable) -> bool:
 
 
 def _check_request(
-    robust: str | None, delta: float, weights: str, ci: str, level: float, starts: int, regime: str, edges: str
+    robust: str | None,
+    delta: float,
+    weights: str,
+    ci: str,
+    level: float,
+    starts: int,
+    seed: int,
+    regime: str,
+    edges: str,
 ) -> None:
     for name, value, allowed in (
         ("robust", robust, (None, "huber")),
@@ -217,6 +225,8 @@ def _check_request(
         raise UserError(f"level={level} must lie between 0.5 and 1")
     if starts < 1:
         raise UserError(f"starts={starts} must be at least 1")
+    if seed < 0:
+        raise UserError(f"seed={seed} must not be negative")
 
 
 def _weights(noise: SeedNoise | None, x: Array, how: str) -> tuple[Array | None, dict[str, float]]:

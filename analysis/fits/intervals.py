@@ -24,8 +24,12 @@ FARTHEST = 30.0
 PRECISION = 1e-9
 """Error of a profile's end, relative to its distance from the estimate."""
 
-HELD = 1e3
-"""Weight of a residual that holds the law at a value: so large that it misses it by 1e-7."""
+HELD = (10.0, 100.0)
+"""Weights of a residual that holds the law at a value: the last misses it by a ten-thousandth of the standard error of
+ln y. A larger one at once would make a valley so narrow that the descent ends on its way."""
+
+STEP = 1e-4
+"""Difference of ln(size) over which the slope of a law is taken."""
 
 NOISELESS = 1e-8
 """Root-mean-square residual below which a profile would measure nothing but rounding."""
@@ -134,30 +138,69 @@ def profile(problem: Problem, theta: Array, rss: float, contrast: Array, se: flo
 def value_profile(problem: Problem, theta: Array, rss: float, phi: Array, level: float) -> Interval:
     """Profile-F interval of centred ln y of the law at any point; None for an open end.
 
-    A value is held by a point of overwhelming weight.
-
     Args:
         phi: Features of the point (terms, 1, params).
     """
     spare = problem.points - problem.size
     if problem.dof < 1 or noiseless(rss, problem.points):
         return None, None
-    slope, cov = problem.law.jacobian(theta, phi), covariance(problem, theta, rss / spare)
+    se, along = _direction(problem, theta, rss / spare, phi)
+    estimate = float(problem.law.log_value(theta, phi)[0])
+    return _both_ends(
+        lambda value, start: _held_at(problem, rss, phi, value, start),
+        theta,
+        estimate,
+        along,
+        se,
+        critical_f(problem.dof, level),
+    )
+
+
+def size_profile(
+    problem: Problem, theta: Array, rss: float, features: Callable[[float], Array], log_size: float, level: float
+) -> Interval:
+    """Profile-F interval of ln(size) at which the law has the value that its estimate has at `log_size`; None for an
+    open end.
+
+    Args:
+        features: ln(size) → features of the point of that size (terms, 1, params).
+    """
+    spare = problem.points - problem.size
+    if problem.dof < 1 or noiseless(rss, problem.points):
+        return None, None
+    phi = features(log_size)
+    value = float(problem.law.log_value(theta, phi)[0])
+    slope = (float(problem.law.log_value(theta, features(log_size + STEP))[0]) - value) / STEP
+    se, along = _direction(problem, theta, rss / spare, phi)
+    return _both_ends(
+        lambda size, start: _held_at(problem, rss, features(size), value, start),
+        theta,
+        log_size,
+        -slope * along,
+        se / max(abs(slope), np.finfo(float).tiny),
+        critical_f(problem.dof, level),
+    )
+
+
+def _direction(problem: Problem, theta: Array, variance: float, phi: Array) -> tuple[float, Array]:
+    """(standard error of ln y at a point, change of theta with that value if everything else is optimised)."""
+    slope, cov = problem.law.jacobian(theta, phi), covariance(problem, theta, variance)
     with np.errstate(invalid="ignore"):
         se = float(np.sqrt(form_variance(slope, cov)[0]))
         along = cov @ slope[0] / se**2
-    along = along if np.isfinite(along).all() else slope[0] / (slope[0] @ slope[0])
+    return se, along if np.isfinite(along).all() else slope[0] / (slope[0] @ slope[0])
 
-    def held(value: float, start: Array) -> tuple[float, Array]:
-        more = {"phi": np.concatenate([problem.phi, phi], axis=1), "y": np.r_[problem.y, value]}
-        group = None if problem.group is None else np.r_[problem.group, problem.group.max() + 1]
-        firm = replace(problem, **more, root_weight=np.r_[problem.root_weight, HELD], group=group)
-        end, _ = solve(firm, start, evaluations=200)
-        worse = float(np.sum(problem.residual(end) ** 2)) - rss
-        return worse / max(rss / spare, np.finfo(float).tiny), end
 
-    estimate = float(problem.law.log_value(theta, phi)[0])
-    return _both_ends(held, theta, estimate, along, se, critical_f(problem.dof, level))
+def _held_at(problem: Problem, rss: float, phi: Array, value: float, start: Array) -> tuple[float, Array]:
+    """(F, theta) with ln y of the law held at `value` at a point, by a further point of overwhelming weight."""
+    group = None if problem.group is None else np.r_[problem.group, problem.group.max() + 1]
+    held = replace(problem, phi=np.concatenate([problem.phi, phi], axis=1), y=np.r_[problem.y, value], group=group)
+    end = start
+    for weight in HELD:  # the point is a run of its own, of which whitening leaves a part
+        root_weight = np.r_[problem.root_weight, weight / (1.0 - problem.shrink)]
+        end, _ = solve(replace(held, root_weight=root_weight), end, evaluations=200)
+    worse = float(np.sum(problem.residual(end) ** 2)) - rss
+    return worse / max(rss / (problem.points - problem.size), np.finfo(float).tiny), end
 
 
 Held = Callable[[float, Array], tuple[float, Array]]

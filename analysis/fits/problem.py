@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -47,6 +48,8 @@ class Problem:
     """Number of the run of each point (points,), if several points are of one run."""
     shrink: float = 0.0
     """What is subtracted from the residuals of a run: this share of their mean (see `run_effects`)."""
+    between: float = 0.0
+    """How many coefficients the differences between runs determine; the shapes of the curves determine the others."""
 
     def residual(self, theta: Array) -> Array:
         """Weighted residuals (points,)."""
@@ -82,17 +85,11 @@ class Problem:
         return len(self.law.params)
 
     @property
-    def between(self) -> int:
-        """Number of coefficients that only differences between runs determine: those of terms without tokens."""
-        terms = [term for term in self.law.terms if not any("d" in entry.monomial for entry in term)]
-        return len({entry.param for term in terms for entry in term})
-
-    @property
     def dof(self) -> int:
         """Degrees of freedom of the intervals: those of the points, or of the runs if several points are of one."""
         if self.group is None:
             return self.points - self.size
-        return len(np.unique(self.group)) - self.between
+        return math.floor(len(np.unique(self.group)) - self.between + 1e-9)
 
     def take(self, rows: np.ndarray) -> Problem:
         """The same problem on some of its points (repeats allowed), with the same centring."""

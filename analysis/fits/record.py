@@ -82,7 +82,8 @@ def _one_rate(table: RunTable) -> list[Note]:
     if tuned >= RATES:
         return []
     text = "the learning rate follows one rule over all n, which was not tried against others at several sizes"
-    return [note("untuned_rates", "warning", f"{text}: the exponents hold for this rule")]
+    text += ": exponents and comparisons of architectures hold for this rule"
+    return [note("untuned_rates", "warning", text)]
 
 
 def _one_order(table: RunTable) -> list[Note]:

@@ -15,11 +15,11 @@ import pandas as pd
 from analysis.fits import fit_json
 from analysis.fits.fitted import FittedLaw
 from analysis.fits.influence import Influence
-from analysis.fits.intervals import critical_t, noiseless, profile, value_profile, wald
+from analysis.fits.intervals import critical_t, noiseless, profile, size_profile, value_profile, wald
 from analysis.fits.nested import holdout_error, last_slope_error
 from analysis.fits.problem import Problem
 from analysis.fits.status import Status
-from analysis.format import interval
+from analysis.format import Interval, interval
 from analysis.laws.catalogue import LAWS
 from analysis.laws.law import Array, Law
 from analysis.notes import Note, any_error
@@ -128,6 +128,22 @@ class FitResult(FittedLaw):
                 half = 0.0 if end is None else math.hypot(end + self.y_mean - log_y, new)
                 band.loc[i, name] = opened if end is None else math.exp(log_y + sign * half)
         return band
+
+    def size_interval(self, inputs: Mapping[str, float]) -> Interval | None:
+        """Where `law.scale_input` may lie at which the law has the value that it has at `inputs`, by profile.
+
+        None where `forecast` gives no profile: without its data, with other intervals, or without residuals.
+        """
+        if self.problem is None or self.ci != "profile" or self.dof < 1 or noiseless(self.rss, self.points):
+            return None
+        name = self.law.scale_input
+
+        def features(log_size: float) -> Array:
+            return self._features({**inputs, name: math.exp(log_size)})
+
+        ends = size_profile(self.problem, self.theta, self.rss, features, math.log(inputs[name]), self.level)
+        low, high = (None if end is None else math.exp(end) for end in ends)
+        return low, high
 
     def holdout(self, by: str | None = None, top: int = 1) -> dict[str, float | None]:
         """How well the law predicts the `top` largest values of `by` if it is fitted without them.

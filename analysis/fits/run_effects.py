@@ -29,26 +29,31 @@ def with_run_effects(
         runs: Name of the run of each point (points,).
     """
     _, group = np.unique(runs, return_inverse=True)
-    plain, theta, common = replace(problem, group=group), optimum.theta, 0.0
-    whitened, found = plain, optimum
+    whitened, found, common = replace(problem, group=group), optimum, 0.0
     for _ in range(ROUNDS):
-        shrink, common = _components(plain, theta)
-        whitened = replace(plain, shrink=shrink)
-        found = minimise(whitened, [theta], evaluations=evaluations)
-        theta = found.theta
+        whitened, common = _whitened(whitened, found.theta)
+        found = minimise(whitened, [found.theta], evaluations=evaluations)
     return whitened, replace(found, reached=optimum.reached, starts=optimum.starts, moved=True), common
 
 
-def _components(plain: Problem, theta: Array) -> tuple[float, float]:
-    """(shrink, variance of u): the part of a run's mean that whitening takes away, from the residuals at theta."""
-    assert plain.group is not None
-    residual = plain.residual(theta)
-    count = np.bincount(plain.group)
-    mean = np.bincount(plain.group, residual) / count
-    within = float(np.sum((residual - mean[plain.group]) ** 2))
-    inside = plain.size - plain.between
-    point = within / max(plain.points - len(count) - inside, 1)
+def _whitened(problem: Problem, theta: Array) -> tuple[Problem, float]:
+    """(the problem whitened anew, variance of u), from the residuals of its optimum.
+
+    Coefficients take degrees of freedom from the runs as far as the means of runs determine them, and from the points
+    as far as the shapes of curves do: the squares of the means of an orthonormal basis of the whitened Jacobian say how
+    far. Noise that is common to a curve does not change its shape, so the shapes may determine even a floor.
+    """
+    assert problem.group is not None
+    count = np.bincount(problem.group)
+    basis, _ = np.linalg.qr(problem.jacobian(theta))
+    means = np.stack([np.bincount(problem.group, column) for column in basis.T], axis=1) / count[:, None]
+    between = float(np.sum(count[:, None] * means**2))
+    residual = replace(problem, shrink=0.0).residual(theta)
+    mean = np.bincount(problem.group, residual) / count
+    within = float(np.sum((residual - mean[problem.group]) ** 2))
+    point = within / max(problem.points - len(count) - (problem.size - between), 1)
     size = float(count.mean())
-    between = float(np.sum(count * mean**2)) / max(plain.dof, 1)
-    common = max((between - point) / size, 0.0)
-    return 1.0 - np.sqrt(point / (point + size * common)) if common > 0 else 0.0, common
+    across = float(np.sum(count * mean**2)) / max(len(count) - between, 1)
+    common = max((across - point) / size, 0.0)
+    shrink = 1.0 - np.sqrt(point / (point + size * common)) if common > 0 else 0.0
+    return replace(problem, shrink=shrink, between=between), common

@@ -14,6 +14,9 @@ from analysis.laws.law import Array, SmoothBreak
 from analysis.questions.cost import Cost
 from harness.errors import UserError
 
+LARGER = 1e9
+"""Multiple of the largest size of the runs up to which a size is looked for."""
+
 
 @dataclass
 class Need:
@@ -23,7 +26,10 @@ class Need:
     """None if no n within reason is predicted to reach the loss."""
     lo: float | None
     hi: float | None
-    """Where the edges of the band reach the loss; None if they do not."""
+    """Its interval: by profile where the data are at hand, else where the edges of Wald's band reach the loss. None for
+    an open end."""
+    every: bool
+    """Whether even the smallest size that makes sense is predicted to reach the loss; `n` is that size."""
     flops: float | None
     """None without `n`, k or a cost."""
     floor: float
@@ -35,7 +41,7 @@ class Need:
 
 
 def need(result: FitResult, loss: float, k: float | None = None, cost: Cost | None = None) -> Need:
-    """The smallest n at which the law and the edges of its band reach `loss` (at k, for a law in n and k).
+    """The smallest n at which the law reaches `loss` (at k, for a law in n and k), with its interval.
 
     Raises `UserError` if the law needs other inputs or the loss is not positive and finite.
     """
@@ -46,14 +52,20 @@ def need(result: FitResult, loss: float, k: float | None = None, cost: Cost | No
     if not 0 < loss < math.inf:
         raise UserError(f"loss {loss} must be positive and finite")
     low, high = result.domain[name]
-    sizes = np.geomspace(low / 1e3, high * 1e9, 4000)
-    band = result.predict({name: sizes, **{other: np.full(len(sizes), value) for other, value in others.items()}})
+    sizes = np.geomspace(max(low / 1e3, k or 1.0) if name == "n" else low / 1e3, high * LARGER, 4000)
+    point = {other: np.full(len(sizes), value) for other, value in others.items()}
+    band = result.predict({name: sizes, **point})
     floor = float(result.floor({name: [high], **{other: [value] for other, value in others.items()}})[0])
     n = _first_below(sizes, band["value"].to_numpy(), loss)
+    every = n == sizes[0]
     flops = None if n is None or cost is None or k is None else cost(n, k)
-    best, worst = (_first_below(sizes, band[edge].to_numpy(), loss) for edge in ("lo", "hi"))
+    ends: Interval = tuple(_first_below(sizes, band[edge].to_numpy(), loss) for edge in ("lo", "hi"))
+    if n is not None and not every and band["lo"].notna().all():
+        ends = result.size_interval({name: n, **others}) or ends
+    best, worst = (end if end is None or sizes[0] <= end <= sizes[-1] else None for end in ends)
     far = 0.0 if n is None else float(result.extrapolation({name: [n], **{o: [v] for o, v in others.items()}})[0])
-    return Need(n, best, worst, flops, floor, floor_interval(result, {name: high, **others}), far)
+    floor_ends = floor_interval(result, {name: high, **others})
+    return Need(n, best, worst, every, flops, floor, floor_ends, far)
 
 
 def excluded(answer: Need, loss: float) -> bool:

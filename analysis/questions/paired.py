@@ -34,6 +34,8 @@ class PairedErrors:
     repeat_sd: float | None
     """Standard deviation of ln(loss) between repeats of a cell; None without repeats."""
     repeat_dof: int
+    repeated: tuple[str, ...] = ()
+    """Architectures of the repeated cells."""
 
     @property
     def documents(self) -> int:
@@ -97,12 +99,12 @@ def paired_errors(table: RunTable) -> PairedErrors | None:
     runs, influence = influences(table)
     if len(runs) < 2:
         return None
-    sd, dof = _repeats(table)
-    return PairedErrors(tuple(runs), influence, sd, dof)
+    return PairedErrors(tuple(runs), influence, *_repeats(table))
 
 
-def _repeats(table: RunTable) -> tuple[float | None, int]:
-    """(pooled standard deviation of ln(loss) within cells, its degrees of freedom); (None, 0) without repeats."""
+def _repeats(table: RunTable) -> tuple[float | None, int, tuple[str, ...]]:
+    """(pooled standard deviation of ln(loss) within cells, its degrees of freedom, architectures of the repeated
+    cells); None, 0 and none without repeats."""
     frame = table.frame
     keys = [
         name
@@ -110,12 +112,15 @@ def _repeats(table: RunTable) -> tuple[float | None, int]:
         if name in frame
     ]
     if not keys:
-        return None, 0
+        return None, 0, ()
     log_loss = pd.Series(np.log(table.values("loss")), index=frame.index)
     groups = log_loss.groupby([frame[key].astype(str) for key in keys])
     dof = len(frame) - groups.ngroups
     square = float(np.square(log_loss - groups.transform("mean")).sum())
-    return (math.sqrt(square / dof), dof) if dof > 0 else (None, 0)
+    if dof <= 0:
+        return None, 0, ()
+    repeated = groups.transform("size") > 1
+    return math.sqrt(square / dof), dof, tuple(sorted(set(frame["sae"][repeated]))) if "sae" in frame else ()
 
 
 def rises(table: RunTable, errors: PairedErrors | None) -> list[Note]:

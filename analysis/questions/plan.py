@@ -28,7 +28,7 @@ from analysis.fits.result import FitResult
 from analysis.fits.solve import minimise
 from analysis.fits.status import Status
 from analysis.laws.law import Array
-from analysis.questions.cost import Cost
+from analysis.questions.cost import TOPK, Cost, Kind
 from harness.errors import UserError
 
 RIDGE = 1e-10
@@ -79,7 +79,9 @@ class Plan:
     flops: float
     """Of the whole plan."""
 
-    def commands(self, sweep: Path, study: str, overrides: Sequence[str], first_seed: int) -> list[str]:
+    def commands(
+        self, sweep: Path, study: str, overrides: Sequence[str], first_seed: int, kind: Kind = TOPK
+    ) -> list[str]:
         """Commands that add the plan to its sweep with the sweep's own settings.
 
         Args:
@@ -87,6 +89,7 @@ class Plan:
                 `python -m harness.launch`.
             overrides: The overrides with which the sweep was launched.
             first_seed: Seed of the first repeat.
+            kind: Architecture and number of experts of the cells.
         """
         kept = [text for text in overrides if text.partition("=")[0].lstrip("+~") not in PLANNED_KEYS]
         lines = []
@@ -95,20 +98,21 @@ class Plan:
             widths = ",".join(f"{n:.0f}" for n in cells["n"])
             numbers = ",".join(str(first_seed + i) for i in range(seeds))
             if study:
-                variables = {"STUDY": study, "SWEEP": sweep.name, "OUT": str(sweep.parent), "ARCH": "topk"}
+                variables = {"STUDY": study, "SWEEP": sweep.name, "OUT": str(sweep.parent), "ARCH": kind[0]}
+                variables |= {"EXPERTS": str(kind[1])} if kind[1] > 1 else {}
                 variables |= {"WIDTH": widths, "K": f"{k:.0f}", "SEEDS": numbers}
                 variables |= {"ARGS": shlex.join(kept)} if kept else {}
                 # make expands dollars
                 line = [f"{name}={shlex.quote(text.replace('$', '$$'))}" for name, text in variables.items()]
                 lines.append(" ".join(["make sweep", *line]))
             else:
-                cell = ["sae=topk", f"sae.n_latents={widths}", f"sae.k={k:.0f}", f"train.seed={numbers}"]
+                cell = [*_overrides_of(kind), f"sae.n_latents={widths}", f"sae.k={k:.0f}", f"train.seed={numbers}"]
                 cell.append("stream.seed=${train.seed}")
                 where = [f"sweep={sweep.name}", f"out={sweep.parent}"]
                 lines.append(shlex.join(["python", "-m", "harness.launch", *kept, *cell, *where]))
         return lines
 
-    def study(self, name: str, first_seed: int, overrides: Sequence[str] = ()) -> str:
+    def study(self, name: str, first_seed: int, overrides: Sequence[str] = (), kind: Kind = TOPK) -> str:
         """A study file (YAML) that runs the plan with `python -m harness.launch --study`."""
         lines = (
             []
@@ -125,10 +129,15 @@ class Plan:
         ]
         for _, cell in self.cells.iterrows():
             seeds = ",".join(str(first_seed + i) for i in range(int(cell["seeds"])))
-            settings = f'sae=topk, sae.n_latents={cell["n"]:.0f}, sae.k={cell["k"]:.0f}, "train.seed={seeds}"'
-            settings += ', "stream.seed=${train.seed}"'
-            lines.append(f"  - {{name: n{cell['n']:.0f} k{cell['k']:.0f}, overrides: [{settings}]}}")
+            settings = [*_overrides_of(kind), f"sae.n_latents={cell['n']:.0f}", f"sae.k={cell['k']:.0f}"]
+            settings += [f'"train.seed={seeds}"', '"stream.seed=${train.seed}"']
+            lines.append(f"  - {{name: n{cell['n']:.0f} k{cell['k']:.0f}, overrides: [{', '.join(settings)}]}}")
         return "\n".join(lines) + "\n"
+
+
+def _overrides_of(kind: Kind) -> list[str]:
+    architecture, experts = kind
+    return [f"sae={architecture}", *([f"sae.n_experts={experts}"] if experts > 1 else [])]
 
 
 def plan(

@@ -12,7 +12,8 @@ from analysis.runs.table import RunTable
 from harness.errors import UserError
 
 FAR = 8.0
-"""Forecasts beyond this multiple of the largest size of the runs must be asked for."""
+"""Forecasts beyond this multiple of the largest size of the runs, or below this part of the smallest, must be asked
+for."""
 
 LARGEST_N = 1e12
 """Number of latents above which no SAE makes sense."""
@@ -33,20 +34,25 @@ def parse_point(text: str) -> dict[str, float]:
     return point
 
 
-def beyond(result: FitResult, size: float) -> float:
-    """`size` as a multiple of the largest size that was fitted."""
-    return size / result.domain[result.law.scale_input][1]
+def beyond(result: FitResult, size: float) -> str:
+    """How far a size outside those that were fitted is from the nearest of them, in words."""
+    low, high = result.domain[result.law.scale_input]
+    return f"{size / high:.3g} times the largest" if size > high else f"1/{low / size:.3g} of the smallest"
 
 
 def is_far(result: FitResult, size: float) -> bool:
     """Whether a size is beyond the stated span of forecasts."""
-    return beyond(result, size) > FAR * (1 + 1e-9)
+    low, high = result.domain[result.law.scale_input]
+    return max(size / high, low / size) > FAR * (1 + 1e-9)
 
 
 def check_point(result: FitResult, table: RunTable, point: Mapping[str, float], far: bool = True) -> None:
     """Raises `UserError` if no SAE can have the sizes of `point`, or one is far beyond the runs and `far` is False."""
     n, k = point.get("n"), point.get("k")
     width = _width(table)
+    for role, size in point.items():
+        if not np.isfinite(size):
+            raise UserError(f"{role} = {size:g} is not a number of anything; give a finite one")
     if k is not None and k < 1:
         raise UserError(f"k = {k:g} is less than one active latent; choose k from 1 on")
     if k is not None and width is not None and k > width:
@@ -58,8 +64,8 @@ def check_point(result: FitResult, table: RunTable, point: Mapping[str, float], 
     name = result.law.scale_input
     if not far and name in point and is_far(result, point[name]):
         raise UserError(
-            f"{name} = {point[name]:g} is {beyond(result, point[name]):.3g} times the largest of the runs; "
-            f"a forecast beyond {FAR:g} times needs --far"
+            f"{name} = {point[name]:g} is {beyond(result, point[name])} of the runs; a forecast more than a factor of "
+            f"{FAR:g} outside needs --far"
         )
 
 

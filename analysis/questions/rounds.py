@@ -109,7 +109,7 @@ def decide(
         return Decision(Verdict.UNSUPPORTED, f"the fit has status {result.status.value}: {errors}")
     if result.regime == "mixed":
         return Decision(Verdict.UNSUPPORTED, "some runs are converged and some are not, so one law cannot hold for all")
-    band = result.predict({name: np.array([size]) for name, size in goal.point.items()}).iloc[0]
+    band = result.forecast({name: np.array([size]) for name, size in goal.point.items()}).iloc[0]
     now = (float(band["value"]), float(band["lo"]), float(band["hi"]))
     width, far = half_width(now), is_far(result, goal.n)
     if width <= goal.within and usable and not far:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any, cast
 
@@ -16,8 +15,8 @@ from analysis.runs.table import RunTable
 def equal_n_and_flops(table: RunTable, errors: PairedErrors | None = None) -> list[dict[str, Any]]:
     """One row per Switch cell (n, k, experts): its loss over that of TopK at the same n, and at the same FLOPs.
 
-    Seeds are averaged (geometric mean). The loss of TopK at the FLOPs of Switch is interpolated log-log between the two
-    nearest TopK sizes of the same k. It is not extrapolated: outside their range it is None.
+    Seeds are averaged (geometric mean). The loss of TopK at the FLOPs of Switch is interpolated log-log between TopK
+    sizes of the same k, two on either side where there are two. It is not extrapolated: outside them it is None.
 
     Args:
         errors: Paired errors of the table; then `ends_n` and `ends_flops` are the 95 % intervals of the ratios.
@@ -55,12 +54,21 @@ class _Cell:
 
 
 def _around(series: list[_Cell], log_flops: float) -> list[tuple[float, _Cell]]:
-    """The weights with which the cells of `series`, by rising FLOPs, interpolate at `log_flops`; empty outside."""
-    for low, high in itertools.pairwise(series):
-        if low.log_flops <= log_flops <= high.log_flops:
-            width = high.log_flops - low.log_flops
-            share = (log_flops - low.log_flops) / width if width > 0 else 0.0
-            return [(1 - share, low), (share, high)]
+    """The weights with which the cells of `series`, by rising FLOPs, interpolate at `log_flops`; empty outside.
+
+    The polynomial (in logs) goes through the two nearest cells and the next one on either side, unless that is so near
+    that noise would decide the curvature. A straight line would lie above a curve that levels off, by about the width
+    of a paired interval, and so favour Switch.
+    """
+    at = [cell.log_flops for cell in series]
+    for i in range(len(series) - 1):
+        if at[i] < at[i + 1] and at[i] <= log_flops <= at[i + 1]:
+            least = (at[i + 1] - at[i]) / 2
+            near = [i, i + 1]
+            near += [i - 1] if i > 0 and at[i] - at[i - 1] >= least else []
+            near += [i + 2] if i + 2 < len(at) and at[i + 2] - at[i + 1] >= least else []
+            weights = [math.prod((log_flops - at[m]) / (at[j] - at[m]) for m in near if m != j) for j in near]
+            return [(weight, series[j]) for weight, j in zip(weights, near, strict=True)]
     return []
 
 

@@ -121,16 +121,24 @@ def comparison_sentences(rows: Sequence[dict], errors: PairedErrors | None = Non
             continue
         ratios = np.array([row[f"ratio_{name}"] for row in rows if row.get(f"ratio_{name}") is not None])
         change, word = 100 * (found[0] - 1), "higher" if found[0] >= 1 else "lower"
-        certain, scope = "", ""
+        certain, scope, missing = "", "", len(rows) - len(ratios)
         if found[1] is not None:
             ends = sorted(100 * (end - 1) * (1 if change >= 0 else -1) for end in found[1])
             certain = f" [{ends[0]:.2f}, {ends[1]:.2f}]".replace("-", "−")
-            repeats = errors is not None and errors.repeat_sd is not None
-            scope = f" The interval holds the error of the held-out sample{' and the noise between repeats' * repeats}."
+            repeats = ""
+            if errors is not None and errors.repeat_sd is not None:
+                which = f", all of {errors.repeated[0]} SAEs" if len(errors.repeated) == 1 else ""
+                repeats = f" and the noise between repeats ({errors.repeat_dof} degrees of freedom{which})"
+            scope = f" The interval is for these cells; it holds the error of the held-out sample{repeats}."
         cells = "in the one cell that can be compared"
         if len(ratios) > 1:
             ends_text = f"{100 * (ratios.min() - 1):+.1f} to {100 * (ratios.max() - 1):+.1f}".replace("-", "−")
-            cells = f"on average over {len(ratios)} cells, in which it is {ends_text} %"
+            of = (
+                f"the {len(ratios)} of {len(rows)} cells that lie between TopK's sizes"
+                if missing
+                else f"{len(ratios)} cells"
+            )
+            cells = f"on average over {of}, in which it is {ends_text} %"
         sentences.append(f"At {text}, Switch has {abs(change):.1f} %{certain} {word} fvu than TopK {cells}.{scope}")
     return sentences
 
@@ -142,8 +150,8 @@ def multiplier_sentences(comparisons: Sequence[Comparison]) -> list[str]:
         result = entry.multiplier
         if result.value is None or entry.x != "flops":
             continue
-        word, what = result.floor_word, AXES.get(result.axis, "training FLOPs")
-        where = f"every loss above the {word}" if result.at_loss is None else f"fvu {number(result.at_loss)}"
+        what = AXES.get(result.axis, "training FLOPs")
+        where = "every loss of these runs" if result.at_loss is None else f"fvu {number(result.at_loss)}"
         more, less = "TopK", f"Switch with {entry.experts:g} experts"
         times, ends = result.value, (result.lo, result.hi)
         if result.value < 1:

@@ -74,5 +74,6 @@ def at_equal_flops(table: RunTable) -> RunTable:
 
 
 def axis_words(roles: Mapping[str, str]) -> str:
-    """What the FLOPs of a table count, in words."""
-    return AXES.get(roles.get("flops", ""), "training FLOPs")
+    """What the FLOPs of a table count, in words; a column of the user's is named."""
+    column = roles.get("flops")
+    return "training FLOPs" if column is None else AXES.get(column, f"training FLOPs ({column})")

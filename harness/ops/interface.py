@@ -54,7 +54,11 @@ class Groups:
 
     @cached_property
     def row_starts(self) -> Int[Tensor, " groups_plus_1"]:
-        """`row_offsets` on the device, int32. Never waits for a GPU, and a CUDA graph that reads them owns them."""
+        """`row_offsets` on the device, int32. Never waits for a GPU.
+
+        Equal groups are computed there, so a CUDA graph that reads them owns them. Others (dead latents) are copied
+        from the host, and must not be recorded.
+        """
         offsets, device = self.row_offsets, self.token_offsets.device
         step = offsets[1] - offsets[0]
         if step and offsets == tuple(range(0, step * len(offsets), step)):

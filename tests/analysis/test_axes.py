@@ -141,7 +141,14 @@ def test_unfinished_runs_keep_their_reason():
     [
         (["multiplier", str(QUICK)], 0, "executed FLOPs"),
         (["multiplier", str(QUICK), "--where", "sae=topk"], 1, ""),
-        (["frontier", str(QUICK), "--where", "k<=16"], 0, "training FLOPs without AuxK"),
+        (
+            ["frontier", str(QUICK), "--where", "k<=16"],
+            0,
+            "training FLOPs without AuxK, the lowest over sae = switch, topk",
+        ),
+        (["frontier", str(QUICK), "--flops", "wall_s"], 0, "training FLOPs (wall_s)"),
+        (["multiplier", str(QUICK), "--at-loss", "nan"], 2, "--at-loss nan must be positive"),
+        (["isoflop", str(QUICK), "--budgets", "0"], 2, "--budgets 0 must be at least 1"),
         (["best-rates", str(QUICK)], 1, ""),
         (["isoflop", str(QUICK)], 1, ""),
         (["frontier", str(QUICK), "--where", "k<=x"], 2, ""),
@@ -149,4 +156,5 @@ def test_unfinished_runs_keep_their_reason():
 )
 def test_commands(command, code, text, capsys):
     assert main(command) == code
-    assert text in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert text in printed.out + printed.err

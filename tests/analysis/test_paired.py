@@ -139,6 +139,18 @@ def test_topk_against_switch_has_intervals(tmp_path):
     assert equal_n_and_flops(table)[0]["ends_n"] is None
 
 
+def test_topk_is_interpolated_along_its_curve_not_its_chord():
+    """A straight line between two sizes is 0.9 % above this curve in the middle, as much as a paired interval."""
+    n = np.array([256.0, 512, 1024, 2048, 4096, 8192])
+    topk = cells(n).assign(flops=n * 1e9, fvu=0.1 + 10 * n**-0.8)
+    between = np.array([362.0, 1448, 5793])  # in the first, a middle and the last gap
+    switch = cells(8 * between, "switch").assign(n_experts=8, flops=between * 1e9, fvu=0.9 * (0.1 + 10 * between**-0.8))
+    frame = pd.concat([topk, switch], ignore_index=True).assign(run=lambda f: f.index.astype(str))
+    table = RunTable(frame, {"n": "n_latents", "k": "k", "loss": "fvu", "flops": "flops", "run": "run"})
+    ratios = [row["ratio_flops"] for row in equal_n_and_flops(table)]
+    assert ratios == pytest.approx([0.9] * 3, rel=2e-3)
+
+
 def test_rates_that_cannot_be_told_apart_are_counted(tmp_path):
     frame = cells([64] * 4).assign(lr=[1e-3, 2e-3, 4e-3, 8e-3])
     variance, errors = heldout([0.21, 0.2, 0.2001, 0.25], np.random.default_rng(7), own=0.1)

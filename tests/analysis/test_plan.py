@@ -2,6 +2,8 @@
 
 import json
 import shlex
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,11 +12,11 @@ import yaml
 
 from analysis import RunTable, fit, load
 from analysis.cli import main
-from analysis.questions.cost import cost_of
+from analysis.questions.cost import cost_of, kind_of
 from analysis.questions.need import need
 from analysis.questions.plan import Plan, plan
 from harness.errors import UserError
-from tests.analysis.generate import GPT4, grid_frame, sae_nk, write_sweep
+from tests.analysis.generate import GPT4, MINILM_LIKE, grid_frame, sae_nk, write_sweep
 
 ROLES = {"n": "n_latents", "k": "k", "loss": "fvu"}
 TARGET = {"n": 2.0**17, "k": 64.0}
@@ -145,6 +147,39 @@ def test_need_finds_n_or_says_that_the_floor_is_above():
     assert below.n is None and below.floor == pytest.approx(floor, rel=0.15)
 
 
+def test_the_interval_of_n_is_where_the_edges_of_the_profile_band_reach_the_loss():
+    frame = grid_frame(2 ** np.arange(8, 13), 2 ** np.arange(3, 6), 0.005, coefficients=MINILM_LIKE)
+    result = fit(RunTable(frame, dict(ROLES)), starts=16)
+    wanted = float(sae_nk(2.0**15, 16.0, MINILM_LIKE))
+    answer = need(result, wanted, k=16.0)
+    assert answer.lo is not None and answer.hi is not None
+    band = result.forecast({"n": [answer.lo, answer.hi], "k": [16.0, 16.0]})
+    assert [band["lo"][0], band["hi"][1]] == pytest.approx([wanted, wanted], rel=1e-5)
+    wald = need(replace(result, ci="wald"), wanted, k=16.0)
+    assert wald.hi is not None and wald.hi != pytest.approx(answer.hi, rel=0.01)
+
+
+def test_a_loss_above_all_others_is_reached_by_every_n():
+    answer = need(_fit(grid_frame(2 ** np.arange(11, 16), 2 ** np.arange(5, 8), 0.003)), 1e3, k=64.0, cost=_cost)
+    assert answer.every and answer.n == 64.0
+
+
+def test_cells_of_a_plan_are_of_the_architecture_of_the_runs():
+    """Experts are no narrower per active latent than those of the runs, and one costs what a Switch SAE costs."""
+    frame = pd.DataFrame({"n_latents": [256.0, 1024], "k": 8.0, "sae": "switch", "n_experts": 8.0, "d_model": 64})
+    frame = frame.assign(**{"train.batch_tokens": 256, "tokens": 1e5, "sae.aux_alpha": 0.0, "fvu": 0.2})
+    table = RunTable(frame, {"n": "n_latents", "k": "k", "experts": "n_experts", "loss": "fvu"})
+    cost = cost_of(table)
+    assert cost(512, 8) < 1e5 * 2 * 64 * 512  # less than the encoder of a TopK SAE of that size
+    assert cost(256, 16) == cost(260, 8) == np.inf
+    further = Plan(pd.DataFrame({"n": [512.0], "k": [8.0], "seeds": [1]}), (1, 1, 1), (1, 1, 1), 0.0)
+    assert "ARCH=switch EXPERTS=8" in further.commands(Path("runs/a"), "quick", [], 1, kind_of(table))[0]
+    grid = yaml.safe_load(further.study("next", 1, kind=kind_of(table)))["grids"][0]
+    assert grid["overrides"][:2] == ["sae=switch", "sae.n_experts=8"]
+    with pytest.raises(UserError, match=r"depends on n_experts, and these have 4\.0, 8\.0"):
+        cost_of(RunTable(frame.assign(n_experts=[4.0, 8.0]), {"n": "n_latents", "k": "k", "loss": "fvu"}))
+
+
 def test_costs_come_from_the_table_when_nothing_else_is_known():
     frame = grid_frame(N, K, 0.01).assign(flops=lambda f: 7.0 * f["n_latents"] ** 1.1)
     cost = cost_of(RunTable(frame, {**ROLES, "flops": "flops"}))
@@ -180,7 +215,7 @@ COMMANDS = {
     "plan predicts a width": (
         ["plan", "--target", "n=2**20 k=64", "--budget", "1e17", "--flops", "flops"],
         0,
-        "predicted width of that interval: ±",
+        "predicted width of that interval: about ±",
     ),
     "plan says its status": (
         ["plan", "--target", "n=2**20 k=64", "--budget", "1e17", "--flops", "flops"],
@@ -192,6 +227,10 @@ COMMANDS = {
     "ask half a latent": (["ask", "--fvu", "0.4", "--at-k", "0.5"], 2, "k = 0.5 is less than one active latent"),
     "k beyond n": (["predict", "--at", "n=64 k=128"], 2, "more than n = 64 latents"),
     "n beyond sense": (["predict", "--at", "n=1e15 k=64", "--far"], 2, "no number of latents"),
+    "ask without a number": (["ask", "--fvu", "0.4", "--at-k", "nan"], 2, "k = nan is not"),
+    "ask what all runs have": (["ask", "--fvu", "100", "--at-k", "64"], 0, "every n of the runs (from 2,048)"),
+    "predict far below": (["predict", "--at", "n=128 k=64"], 2, "1/16 of the smallest of the runs"),
+    "a seed below zero": (["ask", "--fvu", "0.4", "--at-k", "64", "--random-seed", "-1"], 2, "seed=-1 must not"),
     "ask without k": (["ask", "--fvu", "0.4"], 2, "--at-k"),
     "ask of too little": (["ask", "--fvu", "0.4", "--at-k", "64", "--where", "active=32"], 1, "too_few_levels"),
 }

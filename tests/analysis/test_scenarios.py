@@ -10,7 +10,7 @@ from analysis.questions.multiplier import multiplier
 from analysis.questions.need import excluded, need
 from analysis.report.words import floors_words, law_sentences
 from tests.analysis.generate import MINILM_LIKE, sae_nk
-from tests.analysis.scenarios import LAW, NO_FLOOR, SCENARIOS, TARGET, WIDTHS, measure, token_study, two_floors
+from tests.analysis.scenarios import LAW, NO_FLOOR, NOISE, SCENARIOS, TARGET, WIDTHS, measure, token_study, two_floors
 
 REPLICATES = 20
 """In the tests; the table of docs/analysis.md has more, by `python -m tests.analysis.scenarios`."""
@@ -30,9 +30,10 @@ def test_a_hidden_fault_is_not_met_with_silence(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("law, truth", [("sae_nkd_no_floor", NO_FLOOR), ("sae_nkd", MINILM_LIKE)])
 def test_the_law_with_tokens_covers(law, truth):
-    hits = {"gamma": [], "beta_n": [], "forecast": []}
+    hits, variances = {"gamma": [], "beta_n": [], "forecast": []}, []
     for seed in range(40):
         result = fit(token_study(np.random.default_rng(seed), truth), law, starts=4)
+        variances.append(result.run_variance)
         for name in ("gamma", "beta_n"):
             low, high = result.intervals[name]
             hits[name].append((low is None or low <= truth[name]) and (high is None or truth[name] <= high))
@@ -41,6 +42,8 @@ def test_the_law_with_tokens_covers(law, truth):
     rates = {name: np.mean(held) for name, held in hits.items()}
     print(f"coverage of {law} on curves: " + ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in rates.items()))
     assert min(rates.values()) >= 0.85
+    # what the shapes of curves determine takes no degrees of freedom from the runs: else it is 1.21 times the truth
+    assert np.mean(variances) == pytest.approx(NOISE**2, rel=0.15)
 
 
 def test_a_token_term_that_looks_like_a_floor_is_called_a_level_and_the_cure_finds_none(tmp_path):

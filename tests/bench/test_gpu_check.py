@@ -40,6 +40,28 @@ def test_the_dry_run_does_every_check(tmp_path: Path) -> None:
     assert {"S1", "S2", "S1-131072", "S3-E8", "S3-E32"} <= set(results["shapes"])
 
 
+ABSENT = ("pandas", "transformers", "datasets", "matplotlib", "jinja2", "wandb", "lmfit", "gguf", "accelerate")
+"""Packages of the project that docs/performance.md does not list for a bare machine."""
+
+
+@pytest.mark.slow
+def test_a_bare_machine_needs_only_the_packages_that_are_listed(tmp_path: Path) -> None:
+    launch = ["activations=synthetic", "sae=topk", "sae.n_latents=64", "sae.k=4", "train.tokens=2000", "tracker=none"]
+    code = (
+        "import runpy, sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name.partition('.')[0] in {ABSENT!r}:\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import harness.bench.gpu.checks\n"
+        f"sys.argv = {['harness.launch', *launch, f'out={tmp_path}', 'sweep=s']!r}\n"
+        "runpy.run_module('harness.launch', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and len(list(tmp_path.glob("s/*/result.json"))) == 1, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_wrong_requests_are_one_line(tmp_path: Path) -> None:
     done = command("--out", str(tmp_path / "none"))
