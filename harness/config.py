@@ -110,6 +110,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "train.checkpoint_every_steps": (0, 10**12),
     "mesh.dp": (1, 4096),
     "mesh.shard": (1, 4096),
+    "mesh.lm": (0, 4096),
     "cluster.pack": (0, 10**4),
     "cluster.pack_minutes": (1e-3, 1e6),
     "cluster.tasks_per_node": (0, 1024),
@@ -549,18 +550,26 @@ class TrainConfig:
 
 @dataclass
 class MeshConfig:
-    """The ranks that train one SAE: dp × shard."""
+    """The ranks of a job: dp × shard train one SAE, and with windows `lm` more may run the language model."""
 
     dp: int = 1
     """Number of replicas. Each sees its own part of the batch."""
     shard: int = 1
     """Number of ranks in a replica. Each holds its own part of the latents."""
+    lm: int = 0
+    """With `activations.keep=window`: ranks of their own, each with a device, that compute the windows together; 0: one
+    process beside the first rank computes them, on its device."""
 
     def __post_init__(self) -> None:
         _check_values(self, "mesh.")
 
     @property
     def ranks(self) -> int:
+        """All processes of a job."""
+        return self.training_ranks + self.lm
+
+    @property
+    def training_ranks(self) -> int:
         return self.dp * self.shard
 
 
@@ -688,6 +697,11 @@ class Config:
             _require(
                 cut % shard == 0,
                 f"sae.{name}={cut} cannot be cut over mesh.shard={shard} ranks; choose a mesh.shard that divides it",
+            )
+        if self.activations != MISSING:
+            _require(
+                self.mesh.lm == 0 or self.activations.keep == "window",
+                f"mesh.lm={self.mesh.lm} ranks compute windows; set activations.keep=window or mesh.lm=0",
             )
         if MISSING not in (self.train, self.activations) and self.activations.keep == "window":
             _require(
