@@ -77,29 +77,30 @@ def test_trainings_at_one_place_share_a_process(tiny: ActivationsConfig, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_ranks_of_their_own_give_the_rows_of_a_process(
-    models_on_disk: dict[str, Path], text_files: Path, tmp_path: Path
-) -> None:
-    """Also when one of them was killed, and with it the training."""
-    whole, ranks = tmp_path / "whole", tmp_path / "ranks"
-    assert start(words(models_on_disk, text_files, whole)).wait(timeout=300) == 0
-    launch = start([*words(models_on_disk, text_files, ranks), "mesh.lm=2"])
+def test_ranks_of_their_own_give_the_rows_of_a_process(models_on_disk: dict[str, Path], tmp_path: Path) -> None:
+    """Also after a kill. A window has two units, one for each rank."""
+    text, whole, ranks = (tmp_path / name for name in ("text", "whole", "ranks"))
+    text.mkdir()
+    for number in range(100):
+        (text / f"{number}.txt").write_text(" ".join(f"w{(number + place * place) % 90}" for place in range(800)))
+    sizes = {"activations.tokens": 80_000, "activations.window_tokens": 40_000, "train.tokens": 40_960}
+    small = [word for word in words(models_on_disk, text, whole) if word.split("=")[0] not in sizes]
+    small += [f"{name}={size}" for name, size in sizes.items()]
+    assert start(small).wait(timeout=300) == 0
+    in_ranks = [word.replace(str(whole), str(ranks)) for word in small] + ["mesh.lm=2"]
+    launch = start(in_ranks)
     end = time.monotonic() + 300
-    while steps(ranks) < 40 and launch.poll() is None:
+    while not 8 < steps(ranks) < 160 and launch.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.01)
-    (last,) = (child for child in psutil.Process(launch.pid).children() if _rank(child) == "2")
-    last.send_signal(signal.SIGKILL)
-    assert launch.wait(timeout=300) == 1
-    assert 0 < steps(ranks) < 120, "killed before the end"
-    assert start([*words(models_on_disk, text_files, ranks), "mesh.lm=2"]).wait(timeout=300) == 0
+    launch.kill()
+    launch.wait()
+    assert steps(ranks) < 160, "killed before the end"
+    assert len(list(ranks.glob("_activations/*.windows/*/window-000000/unit-*"))) == 2
+    assert start(in_ranks).wait(timeout=300) == 0
     (expected,), (found,) = (list(out.glob("t/*/sae/sae.safetensors")) for out in (whole, ranks))
     assert found.read_bytes() == expected.read_bytes()
     assert not list(ranks.glob("_activations/*.windows/*/"))
-
-
-def _rank(process: psutil.Process) -> str:
-    return process.environ().get("RANK", "")
 
 
 def test_ranks_without_windows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,9 @@ from harness.process.claim import claim, holder
 ANSWER_S = 60.0
 """A process that does not answer for so long is not joined."""
 
+_left_to_others: list[subprocess.Popen[bytes]] = []
+"""Processes that this one has started and that compute on for other trainings."""
+
 
 class OwnProcess:
     """Joins the process of another training of this machine that stands at the same place in the text, else starts one.
@@ -71,7 +74,8 @@ class OwnProcess:
         with claim(layout.slots_lock(self._directory), wait=True), self._connection:
             with suppress(OSError):
                 self._connection.shutdown(socket.SHUT_WR)
-            if _answer(self._connection):  # others go on
+            if _answer(self._connection):
+                _left_to_others.extend(filter(None, [self._process]))
                 return
             if self._process is not None:
                 self._process.wait()
@@ -118,7 +122,7 @@ class OwnProcess:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "harness.activations.window.produce", str(path.absolute())],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C reaches the training, which leaves when it has saved
             )

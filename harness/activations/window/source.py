@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -79,6 +79,7 @@ class Windows:
         return WindowStream(rows, self.d_model, dtype, batch_tokens, device, dp_rank, dp)
 
 
+@runtime_checkable
 class WindowProducer(Protocol):
     """Who computes the windows, as the first rank sees it."""
 
