@@ -346,6 +346,9 @@ class ActivationsConfig:
     """Type of the language model's weights: `fp32`, or `bf16` for half the memory and a residual stream in bf16."""
     lm_precision: str = _service("auto")
     """Precision of the language model's products: `auto` (bf16 if the processor supports it), `fp32` or `bf16`."""
+    rows_precision: str = _service("")
+    """The launcher sets it, to `lm_precision`, where that is asked for and a store of the same recipe exists whose rows
+    were computed in another one: the name of the store then holds it."""
     device_map: str = _service("")
     """`auto`: `accelerate` spreads a language model that is larger than one GPU over all of them and the host's
     memory. Empty: one device holds it."""

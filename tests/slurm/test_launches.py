@@ -35,7 +35,11 @@ def test_one_job_harvests_for_many_hooks(
     cluster: Cluster, models_on_disk: dict[str, Path], text_files: Path, tmp_path: Path
 ) -> None:
     lm = (
-        *("activations=lm", f"activations.model={models_on_disk['llama']}", f"activations.text_paths=[{text_files}]"),
+        *(
+            "activations=lm",
+            f"activations.model={models_on_disk['llama']}",
+            f"activations.text_paths=[{text_files}/*.txt]",
+        ),
         *("activations.text=files", "activations.context=16", "activations.tokens=3000"),
     )
     own = [word for word in SYNTHETIC if not word.startswith(("activations=", "activations.synthetic"))]
