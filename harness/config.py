@@ -110,6 +110,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "train.checkpoint_every_steps": (0, 10**12),
     "mesh.dp": (1, 4096),
     "mesh.shard": (1, 4096),
+    "mesh.lm": (0, 4096),
     "cluster.pack": (0, 10**4),
     "cluster.pack_minutes": (1e-3, 1e6),
     "cluster.tasks_per_node": (0, 1024),
@@ -345,6 +346,9 @@ class ActivationsConfig:
     """Type of the language model's weights: `fp32`, or `bf16` for half the memory and a residual stream in bf16."""
     lm_precision: str = _service("auto")
     """Precision of the language model's products: `auto` (bf16 if the processor supports it), `fp32` or `bf16`."""
+    rows_precision: str = _service("")
+    """The launcher sets it, to `lm_precision`, where that is asked for and a store of the same recipe exists whose rows
+    were computed in another one: the name of the store then holds it."""
     device_map: str = _service("")
     """`auto`: `accelerate` spreads a language model that is larger than one GPU over all of them and the host's
     memory. Empty: one device holds it."""
@@ -549,18 +553,26 @@ class TrainConfig:
 
 @dataclass
 class MeshConfig:
-    """The ranks that train one SAE: dp × shard."""
+    """The ranks of a job: dp × shard train one SAE, and with windows `lm` more may run the language model."""
 
     dp: int = 1
     """Number of replicas. Each sees its own part of the batch."""
     shard: int = 1
     """Number of ranks in a replica. Each holds its own part of the latents."""
+    lm: int = 0
+    """With `activations.keep=window`: ranks of their own, each with a device, that compute the windows together; 0: one
+    process beside the first rank computes them, on its device."""
 
     def __post_init__(self) -> None:
         _check_values(self, "mesh.")
 
     @property
     def ranks(self) -> int:
+        """All processes of a job."""
+        return self.training_ranks + self.lm
+
+    @property
+    def training_ranks(self) -> int:
         return self.dp * self.shard
 
 
@@ -688,6 +700,11 @@ class Config:
             _require(
                 cut % shard == 0,
                 f"sae.{name}={cut} cannot be cut over mesh.shard={shard} ranks; choose a mesh.shard that divides it",
+            )
+        if self.activations != MISSING:
+            _require(
+                self.mesh.lm == 0 or self.activations.keep == "window",
+                f"mesh.lm={self.mesh.lm} ranks compute windows; set activations.keep=window or mesh.lm=0",
             )
         if MISSING not in (self.train, self.activations) and self.activations.keep == "window":
             _require(

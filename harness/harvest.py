@@ -37,7 +37,8 @@ def harvest(directory: Path) -> None:
         stop = stack.enter_context(stop_on_signals())
         log = stack.enter_context(attempt_log(directory, "harvest")) if ranks.rank == 0 else None
         shape, on_wait = config.mesh, wait_for_ranks(stop)
-        shards = stack.enter_context(mesh(shape.dp, shape.shard, device, ranks, on_wait=on_wait))
+        # those that will compute windows help too
+        shards = stack.enter_context(mesh(shape.ranks, 1, device, ranks, on_wait=on_wait))
         try:
             open_source(
                 config.activations,

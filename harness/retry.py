@@ -20,7 +20,7 @@ from harness.record.rundir import read_config
 from harness.record.state import state_of
 from harness.record.sweepdir import require_sweep
 from harness.sweep.execute import carry_out
-from harness.sweep.runs import find_stores, make_runs
+from harness.sweep.runs import find_stores, make_runs, with_own_rows
 from harness.terminal import path_argument, run_command, say
 
 
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_ids = [word for word in arguments.what if "=" not in word]
     try:
         cells = cells_to_retry(arguments.sweep_dir, run_ids, overrides)
+        cells = with_own_rows(cells)
         stores = find_stores([cell.config.activations for cell in cells], tolerant=False)
         runs = make_runs(cells, stores)
         return carry_out(runs, {}, dry_run=arguments.dry_run, wait=arguments.wait).exit_code

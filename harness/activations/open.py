@@ -27,6 +27,7 @@ from harness.activations.window.source import Windows
 from harness.config import ActivationsConfig
 from harness.errors import UserError
 from harness.parallel import Shards, Solo
+from harness.parallel.notices import Notices
 from harness.process.claim import Claimed, Owner, claim
 from harness.process.memory import return_freed
 from harness.process.signals import StopFlag
@@ -42,12 +43,14 @@ def open_source(
     stop: StopFlag,
     shards: Shards | None = None,
     others: Sequence[ActivationsConfig] = (),
+    notices: Notices | None = None,
 ) -> ActivationSource:
     """The rows that `cfg` describes. A missing store is harvested into `store_root(cfg, out)` first.
 
     Those of `others` that differ from `cfg` only in layer and hook are harvested with it, in one pass of the model, and
     come out as if each had been harvested alone. An interrupted harvest is continued. If another process is harvesting
     the same store, this one waits for it. All ranks of `shards` (default: one process) call this and harvest together.
+    `notices` reach the ranks that compute windows, if there are such.
     Raises `UserError` for what the user can cause (unknown model, unreadable text, full disk, damaged shard),
     `Interrupted` when `stop` is set.
     """
@@ -80,7 +83,7 @@ def open_source(
             f"the activations in {directory} were computed in {computed_in}, not in activations.lm_precision="
             f"{cfg.lm_precision}: both have one name, so delete the directory to have the other"
         )
-    return store if cfg.keep == "store" else Windows(store, cfg, directory.with_suffix(".windows"), shards)
+    return store if cfg.keep == "store" else Windows(store, cfg, directory.with_suffix(".windows"), shards, notices)
 
 
 def _require_id(cfg: ActivationsConfig) -> None:

@@ -175,7 +175,7 @@ class _LoneRank(Mesh):
 
 def _mesh_of(config: Config) -> Shards:
     mesh = config.mesh
-    return Solo() if mesh.ranks == 1 else _LoneRank(mesh.dp, mesh.shard)
+    return Solo() if mesh.training_ranks == 1 else _LoneRank(mesh.dp, mesh.shard)
 
 
 @contextmanager

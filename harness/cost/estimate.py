@@ -133,7 +133,7 @@ def _estimate(run: Run, times: Known | str | None, calibration: Calibration) -> 
     own, shared = memory["weights"] + memory["counters"], memory["step"]
     if not planned_on_gpu(config):
         sample = START_BYTES_PER_NUMBER * d_model * sample_rows(config)
-        save = SAVE_COPIES * checkpoint // config.mesh.ranks
+        save = SAVE_COPIES * checkpoint // config.mesh.training_ranks
         shared = _process_bytes(config, calibration) + max(shared, sample, save)
     return Estimate(
         tokens=tokens,

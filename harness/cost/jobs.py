@@ -53,7 +53,7 @@ def _shared_settings(run: Run) -> tuple[Any, ...]:
     """What the runs of a pack have in common: the batches, and the place where they train."""
     config = run.config
     train, mesh = config.train, config.mesh
-    place = (mesh.dp, mesh.shard, train.device, train.threads, config.ops, repr(config.cluster))
+    place = (mesh.dp, mesh.shard, mesh.lm, train.device, train.threads, config.ops, repr(config.cluster))
     return (run.sweep_dir, run.store.id, config.stream.seed, train.batch_tokens, *place)
 
 

@@ -176,5 +176,5 @@ def at_once(config: Config) -> int:
     import torch
 
     if config.cluster.name == "slurm":
-        return config.mesh.ranks
-    return max(1, min(config.mesh.ranks, torch.cuda.device_count())) if planned_on_gpu(config) else 1
+        return config.mesh.training_ranks
+    return max(1, min(config.mesh.training_ranks, torch.cuda.device_count())) if planned_on_gpu(config) else 1

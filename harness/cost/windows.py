@@ -51,6 +51,8 @@ def window_lines(jobs: Sequence[Job], estimates: Estimates) -> list[str]:
     gpu = find_gpu(config.cluster.gpu_type) if planned_on_gpu(config) else None
     if gpu is None:
         return [f"{line}; how long that takes is known once it has run, or with cluster.gpu_type=…"]
-    slow, fast = (flops / (used * gpu.bf16_flops) for used in USED)
+    ranks = config.mesh.lm
+    slow, fast = (flops / (used * gpu.bf16_flops * max(1, ranks)) for used in USED)
+    devices = f"{ranks} {gpu.name} (mesh.lm)" if ranks else f"one {gpu.name}"
     low, high = (f"{100 * used:.0f}" for used in USED)
-    return [f"{line}: {duration(fast)} to {duration(slow)} at {high} to {low} % of one {gpu.name}, beside the training"]
+    return [f"{line}: {duration(fast)} to {duration(slow)} at {high} to {low} % of {devices}, beside the training"]

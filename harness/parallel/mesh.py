@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -154,6 +155,21 @@ class Mesh:
         del self._pending, self._control, self._groups, self.device_mesh
 
 
+def meet_all(ranks: Ranks, dp: int, shard: int, lm: int = 0, on_wait: Waiting = lambda what: None) -> Store:
+    """The store at which dp·shard + lm ranks have met. `on_wait` is called again and again while ranks are missing, and
+    may raise. Raises `UserError` if their number is another, or if they do not meet."""
+    if (wanted := dp * shard + lm) != ranks.world:
+        more = f" + mesh.lm={lm}" if lm else ""
+        raise UserError(
+            f"mesh.dp={dp} × mesh.shard={shard}{more} needs {wanted} ranks, and {ranks.world} were started; "
+            f"change the mesh or the number of tasks"
+        )
+    address, port = ranks.meeting_point or meeting_point()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun has started all ranks and holds the store
+        return TCPStore(address, port, is_master=False, timeout=START_TIMEOUT)
+    return meet(ranks.rank, ranks.world, address, port, START_TIMEOUT, on_wait)
+
+
 @contextmanager
 def mesh(
     dp: int,
@@ -161,35 +177,27 @@ def mesh(
     device: torch.device,
     ranks: Ranks,
     *,
+    store: Store | None = None,
     even_alone: bool = False,
     on_wait: Waiting = lambda what: None,
 ) -> Generator[Shards, None, None]:
-    """The mesh that this process is a rank of; `Solo` for one process. `device` decides between gloo and NCCL.
+    """The mesh of the first dp·shard ranks, of which this process is one; `Solo` for one. `device` decides between gloo
+    and NCCL.
 
-    `even_alone` makes a mesh of one rank, to check that the backend works. `on_wait` is called again and again while
-    ranks are missing, and may raise. Raises `UserError` if the number of ranks is not dp·shard, or if they do not meet.
+    `store`: where these ranks have met, if they have; for `on_wait` and what is raised otherwise see `meet_all`.
+    `even_alone` makes a mesh of one rank, to check that the backend works.
     """
-    if dp * shard != ranks.world:
-        raise UserError(
-            f"mesh.dp={dp} × mesh.shard={shard} needs {dp * shard} ranks, and {ranks.world} were started; "
-            f"change the mesh or the number of tasks"
-        )
-    if ranks.world == 1 and not even_alone:
+    if dp * shard == 1 and (store or ranks.world == 1) and not even_alone:
         yield Solo()
         return
+    store = store or meet_all(ranks, dp, shard, on_wait=on_wait)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = None
-    if (
-        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    ):  # else torchrun has started all ranks and holds the store
-        address, port = ranks.meeting_point or meeting_point()
-        store = meet(ranks.rank, ranks.world, address, port, START_TIMEOUT, on_wait)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
+        store=PrefixStore("mesh", store),
         rank=ranks.rank,
-        world_size=ranks.world,
+        world_size=dp * shard,
         timeout=START_TIMEOUT,
     )
     try:

@@ -45,8 +45,8 @@ def announce(out: Path, task: SlurmTask, jobs: Sequence[Job]) -> None:
         mesh = job.config.mesh
         if mesh.ranks != task.step_tasks:
             raise UserError(
-                f"srun started {task.step_tasks} ranks, but mesh.dp={mesh.dp} × mesh.shard={mesh.shard} needs "
-                f"{mesh.ranks}; set mesh.dp and mesh.shard, or the number of tasks of srun"
+                f"srun started {task.step_tasks} ranks, but mesh.dp={mesh.dp} × mesh.shard={mesh.shard} + "
+                f"mesh.lm={mesh.lm} needs {mesh.ranks}; set them, or the number of tasks of srun"
             )
     for job in jobs:
         ended_meanwhile(freeze_job(job))

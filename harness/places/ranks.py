@@ -41,7 +41,7 @@ class RankFailed(RuntimeError):
 def train_on_ranks(
     home: Path, config: Config, attempt_dir: Path, stop: StopFlag, progress: Progress, arguments: Sequence[str] = ()
 ) -> None:
-    """Train the job in `home`, whose claims the caller holds, by dp·shard processes: `python -m harness.train home`
+    """Train the job in `home`, whose claims the caller holds, by `mesh.ranks` processes: `python -m harness.train home`
     with `arguments`.
 
     The output of rank r goes to `attempt_dir/rank<r>.log`; what rank 0 reports of its progress is shown on `progress`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from harness.cost.estimate import Estimates, estimate
 from harness.cost.jobs import cut_into_jobs
 from harness.cost.repeats import repeats, repeats_line
 from harness.cost.table import plan_text
-from harness.errors import FAILED, INTERRUPTED, UserError
+from harness.errors import FAILED, INTERRUPTED
 from harness.places import joined
 from harness.places.lines import Lines
 from harness.process.slurm_task import SlurmTask, slurm_task
@@ -42,7 +43,8 @@ def launch(
 ) -> Outcome:
     """Do what `request` asks for; with `dry_run` only show it. Raises `UserError` for a wrong request.
 
-    `calibrate`: only time a few steps here, for the plans of later launches.
+    `calibrate`: only time a few steps, for the plans of later launches; with Slurm in a job with the arguments of this
+    process.
 
     `command` is what to type to go on after a stop, by default the command of this process.
     On a cluster the runs are submitted; with `wait` the call returns when they have ended. Ctrl-C counts as an
@@ -62,13 +64,13 @@ def launch(
 
 
 def _calibrate(request: Request) -> Outcome:
-    """Time a few steps of the cells here, keep the times in `plan.json`, and show the plan."""
+    """Time a few steps of the cells where they will run, keep the times in `plan.json`, and show the plan."""
     task, cells = slurm_task(), requested_cells(request)
-    if cells[0].config.cluster.name == "slurm" and task is None:
-        raise UserError(
-            "--calibrate measures where it runs, and with cluster=slurm that must be a job: put srun with the flags of "
-            "your partition before the same command, on one task"
-        )
+    cluster = cells[0].config.cluster
+    if cluster.name == "slurm" and task is None:
+        from harness.places.slurm.calibrate import calibrate_in_job
+
+        return Outcome(calibrate_in_job(cluster, sys.argv[1:]), ())
     if task is not None and task.rank != 0:
         return Outcome(0, ())
     runs = plan_runs(cells, dry_run=False)

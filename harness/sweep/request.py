@@ -17,7 +17,7 @@ from harness.mirror.copies import check as check_tracker
 from harness.mirror.wandb_settings import leave_agent, with_environment
 from harness.process.device import pick_device
 from harness.record.run import Run
-from harness.sweep.runs import UNRESOLVED, find_stores, make_runs, resolve_initial, resolve_precision
+from harness.sweep.runs import UNRESOLVED, find_stores, make_runs, resolve_initial, resolve_precision, with_own_rows
 from harness.terminal import listed, say
 
 
@@ -117,6 +117,7 @@ def plan_runs(cells: Sequence[Cell], *, dry_run: bool) -> list[Run]:
     if narrow := narrow_cells(cells):
         shown = listed(narrow)
         say(f"warning: {len(narrow)} of {len(cells)} cells have k > n/(4·experts), few latents to choose from: {shown}")
+    cells = with_own_rows(cells)
     stores = find_stores([cell.config.activations for cell in cells], tolerant=dry_run)
     for store in stores.values():
         if store.id == UNRESOLVED:

@@ -45,6 +45,32 @@ def resolve_initial(config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=path, init_hash=found))
 
 
+def with_own_rows(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells; those that ask for rows in a precision in which an existing store of their recipe was not computed get
+    a store of another name."""
+    sections = {id(cell.config.activations): cell.config for cell in cells}  # cells share their sections
+    own = {key: _own_rows(config.activations, Path(config.out)) for key, config in sections.items()}
+    return [
+        cell._replace(config=dataclasses.replace(cell.config, activations=own[id(cell.config.activations)]))
+        for cell in cells
+    ]
+
+
+def _own_rows(activations: ActivationsConfig, out: Path) -> ActivationsConfig:
+    from harness.activations.store.manifest import read_manifest
+    from harness.activations.store.paths import is_complete, store_path
+
+    if activations.kind == "synthetic" or activations.lm_precision == "auto" or activations.store:
+        return activations
+    try:
+        store = store_path(activations, out)
+    except (UserError, OSError):  # `find_stores` tells
+        return activations
+    if not is_complete(store) or read_manifest(store)["description"].get("precision") == activations.lm_precision:
+        return activations
+    return dataclasses.replace(activations, rows_precision=activations.lm_precision)
+
+
 def find_stores(configs: Sequence[ActivationsConfig], *, tolerant: bool) -> dict[str, Store]:
     """Id and width of every distinct store, by `recipe_key`.
 

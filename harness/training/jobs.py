@@ -13,9 +13,11 @@ import torch
 
 from harness.activations.open import open_source
 from harness.activations.store.paths import is_complete, store_name
+from harness.activations.window.lm_ranks import compute_windows, tell_end
 from harness.errors import UserError
 from harness.parallel import Shards
-from harness.parallel.mesh import mesh
+from harness.parallel.mesh import meet_all, mesh
+from harness.parallel.notices import Notices
 from harness.process.device import pick_device
 from harness.process.rank import ranks_from_environment, wait_for_ranks
 from harness.process.signals import Interrupted, StopFlag, stop_on_signals
@@ -54,14 +56,24 @@ def train_jobs(
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals(deadline, config.cluster.lead_s))
         stop.after_steps = stop_after
-        shape, on_wait = config.mesh, wait_for_ranks(stop)
-        shards = stack.enter_context(mesh(shape.dp, shape.shard, device, ranks, on_wait=on_wait))
+        shape, on_wait, store, notices = config.mesh, wait_for_ranks(stop), None, None
+        if shape.lm:
+            store = meet_all(ranks, shape.dp, shape.shard, shape.lm, on_wait)
+            notices = Notices(store, shape.lm)
+            if ranks.rank >= shape.training_ranks:
+                compute_windows(notices, ranks.rank - shape.training_ranks, device)
+                return
+        shards = stack.enter_context(mesh(shape.dp, shape.shard, device, ranks, store=store, on_wait=on_wait))
+        if notices is not None and shards.rank == 0:
+            stack.callback(tell_end, notices)
         for job in jobs:
-            _train_claimed(job, store_dir, stop, shards, claim_here)
+            _train_claimed(job, store_dir, stop, shards, claim_here, notices)
             on_ended(job)
 
 
-def _train_claimed(job: Job, store_dir: str, stop: StopFlag, shards: Shards, claim_here: bool) -> None:
+def _train_claimed(
+    job: Job, store_dir: str, stop: StopFlag, shards: Shards, claim_here: bool, notices: Notices | None
+) -> None:
     writer = shards.rank == 0
     with ExitStack() as stack:
         with together(shards):
@@ -77,7 +89,7 @@ def _train_claimed(job: Job, store_dir: str, stop: StopFlag, shards: Shards, cla
         if writer and claim_here:
             numbers = stack.enter_context(attempt(job.home, unfinished.run_dirs)).numbers
         try:
-            _train_unfinished(unfinished, store_dir, stop, shards, claim_here)
+            _train_unfinished(unfinished, store_dir, stop, shards, claim_here, notices)
         except Interrupted:
             if writer:
                 step = saved_step(job.home)
@@ -85,14 +97,18 @@ def _train_claimed(job: Job, store_dir: str, stop: StopFlag, shards: Shards, cla
             raise
 
 
-def _train_unfinished(job: Job, store_dir: str, stop: StopFlag, shards: Shards, claim_here: bool) -> None:
+def _train_unfinished(
+    job: Job, store_dir: str, stop: StopFlag, shards: Shards, claim_here: bool, notices: Notices | None
+) -> None:
     writer, config = shards.rank == 0, job.config
     activations = config.activations
-    # windows are written while they are read, by one rank for all nodes
+    # windows are written while they are read, for all nodes
     if store_dir and activations.keep == "store" and is_complete(Path(store_dir) / store_name(activations)):
         activations = dataclasses.replace(activations, dir=store_dir)
     others = other_hooks(job.home, job.config)
-    source = open_source(activations, Path(config.out), progress=writer, stop=stop, shards=shards, others=others)
+    source = open_source(
+        activations, Path(config.out), progress=writer, stop=stop, shards=shards, others=others, notices=notices
+    )
     if writer and claim_here:
         mesh_shape = {"dp": config.mesh.dp, "shard": config.mesh.shard}
         write_provenance(job.run_dirs, store_id=source.id, ops=config.ops, mesh=mesh_shape)

@@ -13,6 +13,7 @@ from harness.activations.store.paths import store_root
 from harness.config import ActivationsConfig, SyntheticConfig
 from harness.errors import UserError
 from tests.activations.conftest import decoder, save_tokenizer
+from tests.tiny import TINY
 
 
 def test_the_same_content_elsewhere_is_the_same_store(tiny: ActivationsConfig, tmp_path: Path) -> None:
@@ -140,3 +141,25 @@ def test_texts_that_give_other_documents_now_change_the_name(
     (tmp_path / name).write_bytes(content)
     cfg = dataclasses.replace(tiny, text_paths=[str(tmp_path / name)])
     assert ("documents" in recipe(cfg)["text"]) is changed
+
+
+def test_rows_in_the_precision_that_is_asked_for(
+    models_on_disk: dict[str, Path], text_files: Path, tmp_path: Path
+) -> None:
+    """A store of the same recipe in another precision leaves its name to the runs that read it."""
+    from harness.launch import main
+
+    words = [word for word in TINY if not word.startswith("activations")]
+    lm = ("activations=lm", f"activations.model={models_on_disk['llama']}", "activations.layer=1")
+    text = ("activations.text=files", f"activations.text_paths=[{text_files}/*.txt]", "activations.context=16")
+    rows = ("activations.tokens=2000", "activations.heldout_tokens=512", f"out={tmp_path}")
+
+    def launch(precision: str) -> set[str]:
+        assert main([*words, *lm, *text, *rows, f"activations.lm_precision={precision}"]) == 0
+        return {path.parent.name for path in tmp_path.glob("t/*/result.json")}
+
+    first = launch("fp32")
+    both = launch("bf16")
+    assert launch("fp32") == launch("auto") == launch("bf16") == both and len(first) == 1 and len(both) == 2
+    stores = [json.loads(path.read_text()) for path in tmp_path.glob("_activations/*/manifest.json")]
+    assert sorted(store["description"]["precision"] for store in stores) == ["bf16", "fp32"]

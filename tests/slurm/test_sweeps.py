@@ -277,7 +277,7 @@ def test_the_ranks_of_an_srun_step_train_the_grid_together(cluster: Cluster, tmp
         [*step, f"out={tmp_path}/b"], env=cluster.env() | os_names, capture_output=True, text=True, timeout=180
     )
     assert wrong.returncode == 2
-    assert "srun started 2 ranks, but mesh.dp=1 × mesh.shard=1 needs 1" in wrong.stderr
+    assert "srun started 2 ranks, but mesh.dp=1 × mesh.shard=1 + mesh.lm=0 needs 1" in wrong.stderr
 
 
 def test_a_full_disk_when_submitting(cluster: Cluster, small_disk: Path) -> None:

@@ -97,6 +97,7 @@ def _recipe(settings: str) -> str:
         **({"hooked": "what the block adds"} if _hook_was_mended(cfg, location) else {}),
         **({"dropped_markers": markers} if markers else {}),
         **({"lm_dtype": cfg.lm_dtype} if cfg.lm_dtype != "fp32" else {}),
+        **({"lm_precision": cfg.rows_precision} if cfg.rows_precision else {}),
         **({"outlier_factor": cfg.outlier_factor} if cfg.outlier_factor else {}),
         **({"window_tokens": round(cfg.window_tokens)} if cfg.keep == "window" else {}),
     }

@@ -1,10 +1,13 @@
 """The files of windows, and which row of which window each position of the stream is.
 
 <store>.windows/text.json            where each window begins in the text; outlives a run
-<store>.windows/<slot>/              of one job at a time
+<store>.windows/slots.lock           held while a training looks for a slot or leaves one
+<store>.windows/<slot>.lock          held by the process that computes, or by the training that has ranks for it
+<store>.windows/<slot>/              of the trainings that share a producer
     request.json                     what the producer is to compute
+    address                          where further trainings of its machine reach it
     window-000012/                   a whole window: unit files and window.json
-    window-000013.partial/           one that is being computed
+    window-000013.partial/           one that is being computed; `cut` says that its text is there
     failed.txt                       why the producer ended
 """
 
@@ -24,6 +27,9 @@ FAILED = "failed.txt"
 WINDOW = "window.json"
 """In a whole window: the rows of each unit. It is written last."""
 TEXT = "text.json"
+ADDRESS = "address"
+MOST_SLOTS = 64
+"""Groups of trainings that share windows, of one store at the same time."""
 
 _WINDOW = fields({"rows": list_of(whole())})
 _TEXT = fields({"starts": list_of(list_of(whole())), "windows": optional(whole(1))})
@@ -35,6 +41,23 @@ def window_path(slot: Path, window: int) -> Path:
 
 def is_whole(path: Path) -> bool:
     return (path / WINDOW).is_file()
+
+
+def slot_path(directory: Path, slot: int) -> Path:
+    return directory / str(slot)
+
+
+def slot_lock(directory: Path, slot: int) -> Path:
+    return directory / f"{slot}.lock"
+
+
+def slots_lock(directory: Path) -> Path:
+    return directory / "slots.lock"
+
+
+def cut_file(partial: Path) -> Path:
+    """In a window that is being computed: its text is there."""
+    return partial / "cut"
 
 
 def unit_file(window: Path, unit: int) -> Path:

@@ -5,17 +5,12 @@ The store gives what is needed before training: statistics, a sample for the ini
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,16 +23,16 @@ from harness.activations.statistics import Statistics
 from harness.activations.store.read import Store
 from harness.activations.stream import Stream
 from harness.activations.window import layout
+from harness.activations.window.lm_ranks import LmRanks
+from harness.activations.window.own_process import OwnProcess
 from harness.config import ActivationsConfig
 from harness.errors import UserError
-from harness.files import write_json_atomic
 from harness.parallel import Shards
-from harness.process.claim import Claimed, claim
+from harness.parallel.notices import Notices
+from harness.process.together import together
 
 POLL_S = 0.05
 """Between two looks for a window that is being computed."""
-MOST_SLOTS = 64
-"""Trainings of one store at the same time."""
 
 
 class Windows:
@@ -45,9 +40,13 @@ class Windows:
 
     dictionary = None
 
-    def __init__(self, store: Store, cfg: ActivationsConfig, directory: Path, shards: Shards) -> None:
-        """`directory`: where the windows of this store lie. `shards`: the ranks that read the same windows."""
+    def __init__(
+        self, store: Store, cfg: ActivationsConfig, directory: Path, shards: Shards, notices: Notices | None = None
+    ) -> None:
+        """`directory`: where the windows of this store lie. `shards`: the ranks that read the same windows.
+        `notices`: to ranks of their own that compute them; without such, a process on the machine of rank 0 does."""
         self._store, self._cfg, self._directory, self._shards = store, cfg, directory, shards
+        self._notices = notices
         self.id, self.d_model, self.heldout_rows = store.id, store.d_model, store.heldout_rows
         self.description: dict[str, Any] = {**store.description, "window_tokens": round(cfg.window_tokens)}
 
@@ -68,80 +67,61 @@ class Windows:
         return self._store.heldout(batch_rows)
 
     def stream(self, seed: int, batch_tokens: int, device: torch.device, dp_rank: int = 0, dp: int = 1) -> Stream:
-        slot = torch.zeros(1, dtype=torch.int64)
-        held = ExitStack()
-        if self._shards.rank == 0:
-            slot[0] = _free_slot(self._directory, held)
-        slot = self._directory / str(int(self._shards.sum_(slot, "all", "scalars")))
         producer = None
         if self._shards.rank == 0:
-            producer = Producer(slot, self._cfg, self._directory.with_suffix(""), held)
-        rows = WindowRows(slot, round(self._cfg.window_tokens), seed, producer)
+            store = self._directory.with_suffix("")
+            if self._notices is None:
+                producer = OwnProcess(self._directory, self._cfg, store)
+            else:
+                producer = LmRanks(self._directory, self._cfg, store, self._notices)
+        rows = WindowRows(self._directory, round(self._cfg.window_tokens), seed, producer, self._shards)
         dtype = DTYPES[self._cfg.dtype]
         return WindowStream(rows, self.d_model, dtype, batch_tokens, device, dp_rank, dp)
 
 
-def _free_slot(directory: Path, held: ExitStack) -> int:
-    """Claim a slot that no live training has. That of a killed one is taken over with its windows."""
-    directory.mkdir(exist_ok=True)
-    for slot in range(MOST_SLOTS):
-        with contextlib.suppress(Claimed):
-            held.enter_context(claim(directory / f"{slot}.lock"))
-            return slot
-    raise UserError(f"{MOST_SLOTS} trainings read windows in {directory}; wait for one, or pack the cells")
+@runtime_checkable
+class WindowProducer(Protocol):
+    """Who computes the windows, as the first rank sees it."""
 
-
-class Producer:
-    """The process that computes the windows, as the rank that started it sees it."""
-
-    def __init__(self, slot: Path, cfg: ActivationsConfig, store: Path, held: ExitStack) -> None:
-        """`held` is closed with it: the claim of the slot."""
-        self._slot, self._held, self._process, self._at = slot, held, None, -1
-        self._request = {"activations": dataclasses.asdict(cfg), "store": str(store.absolute())}
+    def open(self, window: int) -> int:
+        """Begin to read at `window`; returns the number of the slot where the windows will be."""
+        ...
 
     def train_on(self, window: int) -> None:
-        """Let the producer compute `window` and the next one, and delete those before."""
-        if self._process is None:
-            self._slot.mkdir(exist_ok=True)
-            (self._slot / layout.FAILED).unlink(missing_ok=True)
-            write_json_atomic(self._slot / layout.REQUEST, self._request)
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "harness.activations.window.produce", str(self._slot.absolute())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                text=True,
-                start_new_session=True,  # Ctrl-C reaches the training, which closes the input when it has saved
-            )
-        if window != self._at:
-            assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # `problem` tells
-                print(window, file=self._process.stdin, flush=True)
-            self._at = window
+        """Tell that `window` and the next one are needed, and none before."""
+        ...
 
-    def problem(self) -> str | None:
-        """Why no further window will come; None while the process runs."""
-        if self._process is None or self._process.poll() is None:
-            return None
-        return f"the process that computes the windows ended with code {self._process.returncode}; the log says why"
+    def check(self) -> None:
+        """See to it that windows come. Raises `OSError` if none will."""
+        ...
 
-    def close(self) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._process.wait()
-            shutil.rmtree(self._slot, ignore_errors=True)
-        self._held.close()
+    def close(self) -> None: ...
 
 
 class WindowRows:
     """Writes the rows of a stream at given positions: a pure function. It waits for windows that are not there yet."""
 
-    def __init__(self, slot: Path, window_rows: int, seed: int, producer: Producer | None) -> None:
-        self._slot, self.window_rows, self._seed, self.producer = slot, window_rows, seed, producer
+    def __init__(
+        self, directory: Path, window_rows: int, seed: int, producer: WindowProducer | None, shards: Shards
+    ) -> None:
+        self._directory, self.window_rows, self._seed, self.producer = directory, window_rows, seed, producer
+        self._shards, self._slot = shards, Path()
         self._opened = functools.lru_cache(maxsize=2)(self._open)
         self.closed = False
         self.waited_s = 0.0
         """Seconds spent waiting for windows."""
+
+    def train_on(self, window: int) -> None:
+        """Tell the producer which window is trained on. The first call finds it, together with the other ranks."""
+        if self._slot != Path():
+            if self.producer is not None:
+                self.producer.train_on(window)
+            return
+        number = torch.zeros(1, dtype=torch.int64)
+        with together(self._shards, patient=True):
+            if self.producer is not None:
+                number[0] = self.producer.open(window)
+        self._slot = layout.slot_path(self._directory, int(self._shards.sum_(number, "all", "scalars")))
 
     def __call__(self, start: int, end: int, out: Tensor) -> None:
         filled = 0
@@ -172,12 +152,11 @@ class WindowRows:
         while not layout.is_whole(path):
             if self.closed:
                 raise OSError("the stream was closed")
-            problem = self.producer.problem() if self.producer else None
             failed = self._slot / layout.FAILED
             if failed.is_file():
                 raise UserError(failed.read_text(encoding="utf-8"))
-            if problem is not None:
-                raise OSError(problem)
+            if self.producer is not None:
+                self.producer.check()
             time.sleep(POLL_S)
         self.waited_s += time.monotonic() - begun
 
@@ -223,5 +202,4 @@ class WindowStream(Stream):
             self._window_rows.producer.close()
 
     def _train_on(self, step: int) -> None:
-        if self._window_rows.producer is not None:
-            self._window_rows.producer.train_on(step * self._batch_tokens // self._window_rows.window_rows)
+        self._window_rows.train_on(step * self._batch_tokens // self._window_rows.window_rows)
