@@ -2,8 +2,8 @@
 
 Every rule reads 95 % intervals only:
 
-- a *direction* is shown if the interval lies on the claimed side of 0 (of 1 for a ratio), contradicted if it lies on the
-  other side, and cannot be told if it holds 0;
+- a *direction* is shown if the interval lies on the claimed side of 0 (of 1 for a ratio), contradicted if it lies on
+  the other side, and cannot be told if it holds 0;
 - *several steps* (an order) are shown if each is, contradicted if any is, and cannot be told otherwise;
 - a *number* is contradicted if the interval does not hold it. It is shown if the interval holds it, does not hold 0 and
   is no wider than a stated tolerance to either side. Else it cannot be told.
@@ -21,6 +21,7 @@ import pandas as pd
 
 from analysis.fits.intervals import wald
 from analysis.format import interval, number
+from harness.errors import UserError
 
 
 class Verdict(enum.StrEnum):
@@ -162,3 +163,13 @@ def claims_table(claims: Sequence[Claim]) -> str:
         cells = [said, claim.ours or "–", f"**{claim.verdict.value}**", claim.why]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def put(table: str, paper: str, document: str, name: str) -> str:
+    """The document with the table in the block of that paper. Raises `UserError` for a document without the block."""
+    begin, end = f"<!-- claims of {paper}: begin -->", f"<!-- claims of {paper}: end -->"
+    head, found, rest = document.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise UserError(f"{name} has no block for {paper}; add the lines {begin} and {end}")
+    return f"{head}{begin}\n{table}\n{end}{tail}"

@@ -102,7 +102,7 @@ def _width_matched(studies: Studies) -> Claim:
 
 
 def shares(study: Study) -> list[float]:
-    """Share of the steps of TopK after which a Switch SAE of equal FLOPs per token has its fvu, for each cell that has it.
+    """Share of the steps of TopK after which a Switch SAE of equal FLOPs per token has its fvu, per cell.
 
     Both are read from their curves, which end before the rate decays.
     """
@@ -198,7 +198,7 @@ def _cell(frame: pd.DataFrame) -> str:
 
 
 def _wall_clock(studies: Studies) -> Claim:
-    claim = Claim("sparse experts do not save time", "their code computes every expert and masks")
+    claim = Claim("no gain in wall-clock time from experts", "their code computes every expert and masks")
     study = pick(studies, *ORDERS)
     if study is None:
         return claim.missing(f"no runs of the study `{ORDERS[0]}`")
