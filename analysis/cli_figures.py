@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def add_figures(commands: Any) -> None:
     )
     figures.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="where tables and figures go")
     figures.add_argument(
-        "--doc", type=path_argument, metavar="FILE", help="put the table of claims into this Markdown file too"
+        "--doc", type=path_argument, metavar="FILE", help="put claims and figures into this Markdown file too"
     )
     figures.set_defaults(handler=_figures)
 
@@ -34,7 +35,7 @@ def add_figures(commands: Any) -> None:
 def _figures(args: argparse.Namespace) -> int:
     from analysis.figures import gao2024, gao2024_claims, switch2024, switch2024_claims
     from analysis.figures.claims import claims_table, put
-    from analysis.figures.drawn import save
+    from analysis.figures.drawn import gallery, save
     from analysis.figures.tables import read_studies, write_studies
 
     papers = {"gao2024": (gao2024_claims, gao2024), "switch2024": (switch2024_claims, switch2024)}
@@ -42,16 +43,18 @@ def _figures(args: argparse.Namespace) -> int:
     studies = read_studies([Path(source) for source in args.source])
     folder = Path(args.out)
     write_studies(studies, folder)
-    pictures = save(figures_of.figures(studies), folder)
+    drawn = figures_of.figures(studies)
+    save(drawn, folder)
     text = claims_table(claims_of.claims(studies))
     write_text_atomic(folder / "claims.md", f"{text}\n")
     if args.doc is not None:
         doc = Path(args.doc)
         if not doc.exists():
             raise UserError(f"{doc} does not exist; --doc names a file with the block of {args.paper}")
-        write_text_atomic(doc, put(text, args.paper, doc.read_text(encoding="utf-8"), str(doc)))
+        block = f"{text}\n\n{gallery(drawn, Path(os.path.relpath(folder, doc.parent)).as_posix())}"
+        write_text_atomic(doc, put(block, args.paper, doc.read_text(encoding="utf-8"), str(doc)))
     for name, study in studies.items():
         say(f"{name}: {len(study.runs)} runs")
-    print(f"figures: {len(pictures)} in {folder}")
+    print(f"figures: {len(drawn)} in {folder}")
     print(f"claims: {folder / 'claims.md'}")
     return 0

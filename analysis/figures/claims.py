@@ -165,11 +165,11 @@ def claims_table(claims: Sequence[Claim]) -> str:
     return "\n".join(lines)
 
 
-def put(table: str, paper: str, document: str, name: str) -> str:
-    """The document with the table in the block of that paper. Raises `UserError` for a document without the block."""
+def put(text: str, paper: str, document: str, name: str) -> str:
+    """The document with the text in the block of that paper. Raises `UserError` for a document without the block."""
     begin, end = f"<!-- claims of {paper}: begin -->", f"<!-- claims of {paper}: end -->"
     head, found, rest = document.partition(begin)
     _, closed, tail = rest.partition(end)
     if not (found and closed):
         raise UserError(f"{name} has no block for {paper}; add the lines {begin} and {end}")
-    return f"{head}{begin}\n{table}\n{end}{tail}"
+    return f"{head}{begin}\n{text}\n{end}{tail}"

@@ -41,6 +41,11 @@ def save(figures: Sequence[Drawn], folder: Path) -> list[Path]:
     return paths
 
 
+def gallery(figures: Sequence[Drawn], folder: str) -> str:
+    """The figures as Markdown, with their captions; `folder` is where a reader of the text finds them."""
+    return "\n\n".join(f"![{d.caption}]({folder}/{d.name}.svg)\n\n*{d.caption}*" for d in figures)
+
+
 def lines(ax: Axes, data: pd.DataFrame, x: str, y: str, by: str, names: Sequence[str], labels: Sequence[str]) -> None:
     """A line with markers per value of `by`, in the order of `names`; rows of equal x are averaged, log by log."""
     for i, (name, label) in enumerate(zip(names, labels, strict=True)):

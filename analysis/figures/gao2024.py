@@ -13,7 +13,7 @@ from analysis.figures.gao2024_claims import (
     QUALITIES,
     QUALITY,
     RATES,
-    convergence_fit,
+    convergence,
     law_fits,
     rates,
 )
@@ -21,9 +21,9 @@ from analysis.figures.published import GAO_CONVERGENCE, GAO_RATE
 from analysis.figures.tables import Studies, Study, pick
 from analysis.fits.status import Status
 from analysis.notes import has
+from analysis.questions.convergence import TOKENS, Convergence
 from analysis.report import plot
 from analysis.report.plot.style import add_legend, log_axes
-from harness.errors import UserError
 
 SAES = ("topk", "multi_topk", "relu", "gated", "prolu")
 SAE_NAMES = ("TopK", "Multi-TopK", "ReLU", "Gated", "ProLU")
@@ -53,22 +53,19 @@ def _law(study: Study) -> Drawn | None:
 
 
 def _tokens(study: Study) -> Drawn | None:
-    try:
-        found, law = convergence_fit(study)
-    except UserError:
-        return None
+    found, epsilon = convergence(study)
     if not len(found.table):
         return None
     picture = plot.figure(4.2, 5.6)
     ax = picture.subplots()
-    plot.tokens_to_convergence(ax, found)
+    plot.tokens_to_convergence(ax, Convergence(found.table, [], []))
     n = np.geomspace(found.table.values("n").min(), found.table.values("n").max(), 20)
     middle = np.exp(np.log(found.table.values("loss")).mean())
     ax.plot(n, middle * (n / np.sqrt(n[0] * n[-1])) ** GAO_CONVERGENCE, color="0.3", ls="--", lw=1.4)
     ax.plot([], [], color="0.3", ls="--", label=f"slope of the paper: n^{GAO_CONVERGENCE:g} (GPT-2)")
-    add_legend(ax, ncols=2)
-    data = found.table.frame[["n_latents", "k", "seed", "tokens_to_convergence"]]
-    caption = "Figure 11: tokens until held-out fvu gains less than 1 % over a doubling; converged runs only."
+    add_legend(ax)
+    data = found.table.frame[["n_latents", "k", "seed", TOKENS]]
+    caption = f"Figure 11: tokens until held-out fvu gains less than {100 * epsilon:g} % over a doubling of tokens."
     return Drawn("figure_11_tokens", caption, picture, data)
 
 

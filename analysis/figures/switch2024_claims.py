@@ -13,14 +13,14 @@ from analysis.figures.claims import Claim, Estimate, Verdict, direction, equals,
 from analysis.figures.published import SWITCH_BALANCE, SWITCH_FLOP_MATCHED, SWITCH_K, SWITCH_MSE
 from analysis.figures.tables import Studies, Study, pick
 from analysis.questions.multiplier import multiplier
-from analysis.questions.paired import contrast
+from analysis.questions.paired import PairedErrors, contrast
 from analysis.runs.curves import curve
 from harness.errors import UserError
 
 ORDERS = ("switch2024_orders", "switch2024_flop_matched")
 WIDTHS = ("switch2024_orders", "switch2024_width_matched")
 ROUTER = ("switch2024_router",)
-CONTROLS = ("switch2024_routing",)
+CONTROLS = ("routing",)
 QUALITY = ("quality",)
 
 
@@ -57,11 +57,7 @@ def ratios(study: Study, part: pd.DataFrame) -> list[tuple[float, float, float, 
     for k, cells in part.groupby("k"):  # pyright: ignore
         numbers = sorted(set(cells["n_experts"]))
         for few, many in itertools.pairwise(numbers):
-            groups = [cells[cells["n_experts"] == number] for number in (many, few)]
-            logs = [float(np.log(group["fvu"]).mean()) for group in groups]
-            names = [group["run_id"].astype(str).tolist() for group in groups]
-            ends = errors.interval(contrast(*names), logs[0] - logs[1]) if errors is not None else None
-            ratio = exponential(Estimate(logs[0] - logs[1], *(ends or (None, None))))
+            ratio = _ratio(errors, cells[cells["n_experts"] == many], cells[cells["n_experts"] == few])
             found.append((float(k), float(few), float(many), ratio))  # pyright: ignore
     return found
 
@@ -175,9 +171,7 @@ def _balance(studies: Studies) -> list[Claim]:
     if not len(off) or not len(on):
         return [claim.missing("runs at weights 0 and 0.1") for claim in (better, even)]
     errors = study.errors(study.runs)
-    value = float(np.log(on["fvu"]).mean() - np.log(off["fvu"]).mean())
-    weights = contrast(on["run_id"].astype(str).tolist(), off["run_id"].astype(str).tolist())
-    ratio = exponential(Estimate(value, *((errors.interval(weights, value) if errors else None) or (None, None))))
+    ratio = _ratio(errors, on, off)
     where = f"fvu at λ = 0.1 over that at 0, {_cell(frame)}, paired by document"
     load = " → ".join(f"{float(part['imbalance'].mean()):.3g}" for part in (off, on))
     shown = float(on["imbalance"].mean()) < 1.05 < float(off["imbalance"].mean())
@@ -271,10 +265,8 @@ def _copies(claim: Claim, study: Study) -> Claim | None:
 def _beyond(studies: Studies) -> list[Claim]:
     learned = Claim("a learned router beats a random one (a control of ours)", "not in the paper")
     study = pick(studies, *CONTROLS)
-    if study is None:
-        control = learned.missing("SAEs with `sae.routing=hash` or `random`")
-    else:
-        control = _control(learned, study)
+    known = study is not None and "sae.routing" in study.runs.frame
+    control = _control(learned, study) if known else learned.missing("SAEs with `sae.routing=hash` or `random`")
     return [
         control,
         Claim("scaling by p matters", "MSE 1118 with it, 1384 without").missing("a setting that leaves p out of x̂"),
@@ -288,24 +280,25 @@ def _beyond(studies: Studies) -> list[Claim]:
 
 
 def _control(claim: Claim, study: Study) -> Claim:
-    frame = study.runs.frame
-    routing = frame["sae.routing"].fillna("learned") if "sae.routing" in frame else pd.Series("learned", frame.index)
+    frame = study.runs.frame[study.runs.frame["n_experts"] > 1]
+    routing = frame["sae.routing"].fillna("learned")
+    if "sae.consistency" in frame:  # THOR trains two experts per token, so it is a control of its own
+        routing = routing.where(~(frame["sae.consistency"] > 0), "THOR")
     errors = study.errors(study.runs)
+    second = frame[routing == "learned"]
     estimates = {}
-    for control in sorted(set(routing) - {"learned"}):
-        first, second = frame[routing == control], frame[routing == "learned"]
-        if not len(second):
-            continue
-        value = float(np.log(first["fvu"]).mean() - np.log(second["fvu"]).mean())
-        weights = contrast(first["run_id"].astype(str).tolist(), second["run_id"].astype(str).tolist())
-        ends = errors.interval(weights, value) if errors is not None else None
-        estimates[control] = exponential(Estimate(value, *(ends or (None, None))))
+    for control in sorted(set(routing) - {"learned"}) if len(second) else []:
+        estimates[control] = _ratio(errors, frame[routing == control], second)
     if not estimates:
         return claim.missing("runs with a learned router and a control at the same size")
     text = ", ".join(f"{name} {estimate}" for name, estimate in estimates.items())
-    return claim.judged(
-        steps(list(estimates.values()), 1, of=1.0),
-        f"fvu over that of the learned router: {text}",
-        _cell(frame),
-        "seeds",
-    )
+    where = f"fvu over that of the learned router at equal FLOPs, {_cell(frame)}"
+    return claim.judged(steps(list(estimates.values()), 1, of=1.0), text, where, "more seeds")
+
+
+def _ratio(errors: PairedErrors | None, first: pd.DataFrame, second: pd.DataFrame) -> Estimate:
+    """Geometric mean of the fvu of the first runs over that of the second."""
+    value = float(np.log(first["fvu"]).mean() - np.log(second["fvu"]).mean())
+    weights = contrast(first["run_id"].astype(str).tolist(), second["run_id"].astype(str).tolist())
+    ends = errors.interval(weights, value) if errors is not None else None
+    return exponential(Estimate(value, *(ends or (None, None))))

@@ -27,7 +27,15 @@ RUNS, CURVES, DOCUMENTS, QUALITY = ".runs.csv", ".curves.csv", ".documents.parqu
 
 KEPT = (
     *("sae", *SWEEP_ROLES.values(), *AXES, "wall_s", "tokens_per_s", "epochs", "imbalance"),
-    *("sae.init", "sae.aux_alpha", "sae.target_l0", "sae.balance_weight", "sae.routing", "activations.model"),
+    *(
+        "sae.init",
+        "sae.aux_alpha",
+        "sae.target_l0",
+        "sae.balance_weight",
+        "sae.routing",
+        "sae.consistency",
+        "activations.model",
+    ),
     *("train.schedule", "train.decay_fraction", "train.warmup_tokens", "train.until", "train.lr_factor"),
 )
 """Columns that are kept; besides them all of `quality.…`."""
