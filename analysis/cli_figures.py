@@ -40,9 +40,11 @@ def _figures(args: argparse.Namespace) -> int:
 
     papers = {"gao2024": (gao2024_claims, gao2024), "switch2024": (switch2024_claims, switch2024)}
     claims_of, figures_of = papers[args.paper]
-    studies = read_studies([Path(source) for source in args.source])
+    given = read_studies([Path(source) for source in args.source])
     folder = Path(args.out)
-    write_studies(studies, folder)
+    write_studies(given, folder)
+    # from what is kept, so that a later call on it says and draws the same to the last digit
+    studies = {name: study for name, study in read_studies([folder]).items() if name in given}
     drawn = figures_of.figures(studies)
     save(drawn, folder)
     text = claims_table(claims_of.claims(studies))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -35,7 +36,8 @@ def save(figures: Sequence[Drawn], folder: Path) -> list[Path]:
     paths = []
     for drawn in figures:
         path = folder / f"{drawn.name}.svg"
-        drawn.picture.savefig(path, metadata={"Date": None, "Creator": None})
+        with rc_context({"svg.hashsalt": drawn.name}):  # else the names inside differ from call to call
+            drawn.picture.savefig(path, metadata={"Date": None, "Creator": None})
         drawn.data.to_csv(folder / f"{drawn.name}.csv", index=False, float_format="%.6g")
         paths.append(path)
     return paths
