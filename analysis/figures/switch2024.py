@@ -15,7 +15,7 @@ from analysis.figures.published import (
     SWITCH_WIDTH_MATCHED,
     SWITCH_WIDTHS,
 )
-from analysis.figures.switch2024_claims import ORDERS, QUALITY, ROUTER, WIDTHS, flop_matched, width_matched
+from analysis.figures.switch2024_claims import ORDERS, QUALITY, ROUTER, WIDTHS, flop_matched, most_cells, width_matched
 from analysis.figures.tables import Studies, Study, pick
 from analysis.report import plot
 from analysis.report.plot.style import add_legend, log_axes
@@ -38,7 +38,7 @@ def _name(experts: float) -> str:
 
 def _scaling(study: Study) -> Drawn:
     frame = study.runs.frame
-    k = 32 if (frame["k"] == 32).any() else frame["k"].max()
+    k = most_cells(study)
     most = frame["n_latents"].nunique()
     kinds = [
         e for e, part in frame[frame["k"] == k].groupby("n_experts") if part["n_latents"].nunique() >= min(3, most)

@@ -10,12 +10,18 @@ import numpy as np
 import pandas as pd
 
 from analysis.figures.claims import Claim, Estimate, Verdict, direction, equals, exponential, mean_of, steps
-from analysis.figures.published import SWITCH_BALANCE, SWITCH_FLOP_MATCHED, SWITCH_K, SWITCH_MSE
+from analysis.figures.published import (
+    SWITCH_BALANCE,
+    SWITCH_FLOP_MATCHED,
+    SWITCH_K,
+    SWITCH_MSE,
+    SWITCH_SCALING,
+    SWITCH_WIDTHS,
+)
 from analysis.figures.tables import Studies, Study, pick
-from analysis.questions.multiplier import multiplier
+from analysis.questions.multiplier import on_every_axis
 from analysis.questions.paired import PairedErrors, contrast
 from analysis.runs.curves import curve
-from harness.errors import UserError
 
 ORDERS = ("switch2024_orders", "switch2024_flop_matched")
 WIDTHS = ("switch2024_orders", "switch2024_width_matched")
@@ -27,7 +33,7 @@ QUALITY = ("quality",)
 def claims(studies: Studies) -> list[Claim]:
     """Every claim of the paper that has a study here, or would need one."""
     return [
-        *(_flop_matched(studies), _width_matched(studies), _efficiency(studies), _compute(studies)),
+        *(_flop_matched(studies), _width_matched(studies), _efficiency(studies), *_compute(studies)),
         *(*_balance(studies), _wall_clock(studies), *_geometry(studies), *_beyond(studies)),
     ]
 
@@ -48,6 +54,11 @@ def width_matched(study: Study) -> list[tuple[float, pd.DataFrame]]:
     groups = [(float(n), part) for n, part in study.runs.frame.groupby("n_latents")]  # pyright: ignore
     most = max((part["n_experts"].nunique() for _, part in groups), default=0)
     return [(n, part) for n, part in groups if most > 1 and part["n_experts"].nunique() == most]
+
+
+def most_cells(study: Study) -> float:
+    """The k at which most sizes were trained."""
+    return float(study.runs.frame["k"].value_counts().idxmax())  # pyright: ignore
 
 
 def ratios(study: Study, part: pd.DataFrame) -> list[tuple[float, float, float, Estimate]]:
@@ -132,26 +143,41 @@ def _efficiency(studies: Studies) -> Claim:
     return claim.judged(direction(estimate, -1, of=100.0), f"{estimate} % of the steps", where, "more runs")
 
 
-def _compute(studies: Studies) -> Claim:
-    claim = Claim("a Switch SAE needs about 10 times fewer FLOPs at equal MSE", "figure 1, k = 32, 8 to 64 experts")
-    study = pick(studies, *ORDERS)
-    needed = "more widths per number of experts"
-    if study is None:
-        return claim.missing(needed)
-    table = study.runs.where(
-        "another k", k=32 if (study.runs.values("k") == 32).any() else study.runs.values("k").max()
+def published_multiplier() -> float:
+    """FLOPs of TopK over those of 8 experts at the middle MSE of the paper's figure 1; as it counts, they go as n/E."""
+    middle = float(np.log(SWITCH_SCALING["TopK"]).mean())
+    topk, switch = (
+        float(np.interp(-middle, -np.log(SWITCH_SCALING[name]), np.log(SWITCH_WIDTHS)))
+        for name in ("TopK", "8 experts")
     )
-    try:
-        found = multiplier(table, second={"sae": "switch", "n_experts": 8})
-    except UserError as problem:
-        return claim.missing(f"{problem}; {needed}")
-    if found.value is None:
-        return claim.missing(f"the two curves share no loss; {needed}")
-    log = Estimate(math.log(found.value), *(None if end is None else math.log(end) for end in (found.lo, found.hi)))
-    where = "8 experts, fixed tokens, FLOPs that count router, decoder and backward"
-    where += "" if found.at_loss is None else f", at fvu {found.at_loss:.3g}"
-    verdict = equals(log, math.log(10), math.log(2))
-    return claim.judged(verdict, f"{exponential(log)} times", where, needed)
+    return 8 * math.exp(topk - switch)
+
+
+def _compute(studies: Studies) -> list[Claim]:
+    theirs = published_multiplier()
+    less = Claim("at equal MSE a Switch SAE needs fewer FLOPs", "figure 1: about 10 times fewer with 8 to 64 experts")
+    much = Claim(f"with 8 experts {theirs:.2g} times fewer", f"read from figure 1: {theirs:.2g}, at k = 32")
+    study = pick(studies, *ORDERS)
+    found = {}
+    if study is not None:
+        k = most_cells(study)
+        found = dict(on_every_axis(study.runs.where("another k", k=k), {"sae": "switch", "n_experts": 8}))
+    counted, ours = found.get("flops_switch2024"), found.get("flops_core")
+    if study is None or counted is None or ours is None or counted.value is None:
+        return [claim.missing("three widths each of TopK and of 8 experts at one k") for claim in (less, much)]
+    log = Estimate(math.log(counted.value), *(None if e is None else math.log(e) for e in (counted.lo, counted.hi)))
+    n = study.runs.values("n")
+    where = f"8 experts, n = {n.min():,.0f} to {n.max():,.0f}, k = {most_cells(study):g}, fixed tokens"
+    where += "" if counted.at_loss is None else f", at fvu {counted.at_loss:.3g}"
+    text = f"{exponential(log)} times fewer by their count"
+    if ours.value is not None:
+        text += f"; {Estimate(ours.value, ours.lo, ours.hi)} by ours, with router, decoder and backward"
+    return [
+        less.judged(direction(log, 1), text, where, "more widths"),
+        much.judged(
+            equals(log, math.log(theirs), math.log(2)), text, f"{where}; theirs: 2,048 to 131,072", "more widths"
+        ),
+    ]
 
 
 # -- router -----------------------------------------------------------------------------------------------------------
