@@ -54,8 +54,8 @@ def lines(ax: Axes, data: pd.DataFrame, x: str, y: str, by: str, names: Sequence
         part = data[data[by] == name]
         if len(part):
             means = part[y].map(math.log).groupby(part[x]).mean().map(math.exp)
-            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-            ax.plot(means.index, means, ms=5, lw=1.3, label=label, **style)
+            color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+            ax.plot(means.index, means, ms=5, lw=1.3, label=label, color=color, marker=marker)
 
 
 def finish(ax: Axes, x: str, y: str, title: str = "", ticks: Sequence[float] = ()) -> None:

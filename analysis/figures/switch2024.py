@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -62,16 +64,18 @@ def _scaling(study: Study) -> Drawn:
 
 def _flop_matched(study: Study) -> Drawn | None:
     parts = flop_matched(study)
-    names = dict(zip((1, 2, 4, 8), SWITCH_FLOP_MATCHED, strict=True))
+    names: Mapping[int, str] = dict(zip((1, 2, 4, 8), SWITCH_FLOP_MATCHED, strict=True))
     return _pareto(parts, names, "figure_03_flop_matched", "equal FLOPs per token, latents of an expert")
 
 
 def _width_matched(study: Study) -> Drawn | None:
-    names = dict(zip((1, 16, 32, 64, 128), SWITCH_WIDTH_MATCHED, strict=True))
+    names: Mapping[int, str] = dict(zip((1, 16, 32, 64, 128), SWITCH_WIDTH_MATCHED, strict=True))
     return _pareto(width_matched(study), names, "figure_03_width_matched", "equal width n")
 
 
-def _pareto(parts: list[tuple[float, pd.DataFrame]], published: dict[int, str], name: str, what: str) -> Drawn | None:
+def _pareto(
+    parts: list[tuple[float, pd.DataFrame]], published: Mapping[int, str], name: str, what: str
+) -> Drawn | None:
     """Loss against k at one width, and the ratio to TopK of ours and of the paper."""
     if not parts:
         return None
@@ -153,16 +157,18 @@ def _experts(study: Study) -> Drawn | None:
     left.set_ylabel("expert i")
     title = f"mean largest cosine of i's latents in j, n = {best['n_latents']:,.0f}, k = {best['k']:g}"
     left.set_title(title, fontsize=9.5, loc="left")
-    experts = frame[(frame["n_experts"] > 1) & frame[columns[0]].notna()]
+    number = best["n_experts"]
+    experts = frame[(frame["n_experts"] == number) & frame[columns[0]].notna()]
     for i, (column, name) in enumerate(zip(columns, ("encoder rows", "decoder rows"), strict=True)):
-        means = experts.groupby("n_experts")[column].mean() * 100
+        means = experts.groupby("n_latents")[column].mean() * 100
         right.plot(means.index, means, color=COLORS[i], marker=MARKERS[i], ms=5, label=name)
-    chance = 100 / np.array(sorted(set(experts["n_experts"])), dtype=float)
-    right.plot(100 / chance, chance, color="0.5", ls="--", label="chance")
-    log_axes(right, "experts", "nearest rows of the own expert [%]", y_scale="linear")
-    right.set_xticks(100 / chance, [f"{number:g}" for number in 100 / chance])
-    right.minorticks_off()
+    right.axhline(100 / number, color="0.5", ls="--", label="chance")
+    sizes = experts["n_latents"].to_numpy()
+    log_axes(
+        right, "number of latents n", "nearest rows of the own expert [%]", sizes, powers_of_two=True, y_scale="linear"
+    )
     right.set_ylim(0, 100)
+    right.set_title(f"{number:g} experts, mean over k", fontsize=9.5, loc="left")
     add_legend(right)
     caption = "Figures 4 and 5: latents that experts share (left), and whether rows cluster by expert (right)."
     kept = experts[["run_id", "n_experts", "n_latents", "k", *columns]]

@@ -286,8 +286,10 @@ def _copies(claim: Claim, study: Study) -> Claim | None:
 def _beyond(studies: Studies) -> list[Claim]:
     learned = Claim("a learned router beats a random one (a control of ours)", "not in the paper")
     study = pick(studies, *CONTROLS)
-    known = study is not None and "sae.routing" in study.runs.frame
-    control = _control(learned, study) if known else learned.missing("SAEs with `sae.routing=hash` or `random`")
+    if study is None or "sae.routing" not in study.runs.frame:
+        control = learned.missing("SAEs with `sae.routing=hash` or `random`")
+    else:
+        control = _control(learned, study)
     return [
         control,
         Claim("scaling by p matters", "MSE 1118 with it, 1384 without").missing("a setting that leaves p out of x̂"),
