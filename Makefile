@@ -19,6 +19,8 @@ SHARD ?=
 METRICS ?=
 UNTIL ?=
 BUDGET ?=
+PAPER ?= gao2024
+SCALE ?=
 ARGS ?=
 SHAPES ?= C1,C2,C3
 SLURM_DIR ?= $(OUT)/_slurm
@@ -35,7 +37,7 @@ READY := .venv/.installed
 SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-probes sweep evaluate gallery report status notebook test test-all check bench bench-analysis bench-peers gpu-check slurm-up slurm-down
+.PHONY: help setup setup-probes sweep reproduce evaluate gallery report status notebook test test-all check bench bench-analysis bench-peers gpu-check slurm-up slurm-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +52,9 @@ sweep: $(READY) ## train what is missing of STUDY (default quick), fit, write th
 	@$(PY) -m sweeps --study "$(STUDY)" --width "$(WIDTH)" --k "$(K)" --arch "$(ARCH)" --experts "$(EXPERTS)" \
 		--activations "$(ACTIVATIONS)" --tokens "$(TOKENS)" --seeds "$(SEEDS)" --cluster "$(CLUSTER)" --dp "$(DP)" \
 		--shard "$(SHARD)" --sweep "$(SWEEP)" --out "$(OUT)" --until "$(UNTIL)" --budget "$(BUDGET)" $(ARGS)
+
+reproduce: $(READY) ## run the studies of PAPER=gao2024 or switch2024, draw its figures, judge its claims (SCALE=paper: on a cluster)
+	@$(PY) -m sweeps --reproduce "$(PAPER)" --scale "$(SCALE)" --cluster "$(CLUSTER)" --out "$(OUT)" $(ARGS)
 
 evaluate: $(READY) ## judge the finished SAEs of a sweep (SWEEP, OUT; METRICS=downstream,geometry, default all)
 	@$(PY) -m harness.evaluate "$(SWEEP_DIR)" $(if $(METRICS),--metrics "$(METRICS)") $(ARGS)

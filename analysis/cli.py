@@ -1,4 +1,4 @@
-"""The command line of the analysis: `fit`, `report`, `gallery`, `compare`, `predict`, `plan`, `ask`.
+"""The command line of the analysis: `fit`, `report`, `gallery`, `figures`, `compare`, `predict`, `plan`, `ask`.
 
 Exit codes: 0 a result (notes may apply), 1 no fit is possible (the note says why), 2 a wrong request.
 """
@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from analysis.cli_figures import add_figures
 from analysis.cli_forecast import fit_from, run_ask, run_compare, run_plan, run_predict
 from analysis.cli_gallery import add_gallery
 from analysis.cli_questions import add_questions
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--law", help="default: that of the study, or what the grid allows")
     report.set_defaults(handler=_report)
     add_gallery(commands)
+    add_figures(commands)
     _add_forecasts(commands)
     for question, run in add_questions(commands):
         _add_sources(question)

@@ -117,6 +117,10 @@ def parser() -> argparse.ArgumentParser:
         "--until", default="", metavar="GOAL", help="add cells until 'forecast n=2**17 k=64 within 3%%' is reached"
     )
     result.add_argument("--budget", default="", metavar="FLOPS", help="of the whole sweep, with --until; e.g. 1e17")
+    result.add_argument(
+        "--reproduce", default="", metavar="PAPER", help="all studies of gao2024 or switch2024, its figures and claims"
+    )
+    result.add_argument("--scale", default="", help="with --reproduce: cores (default) or paper, for a cluster")
     result.add_argument(CONTINUED, action="store_true", help=argparse.SUPPRESS)
     result.add_argument(
         "--wait", action="store_true", help="with CLUSTER=slurm: return, with a report, when all have ended"
@@ -146,19 +150,15 @@ def _chase(asked: Request, arguments: argparse.Namespace, again: str, argv: Sequ
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_intermixed_args(argv)
-    try:
-        wait, again = arguments.wait, command(arguments)
-        asked = request(arguments)
-        metrics = asked.study.evaluate if asked.study is not None else ()
-        if arguments.until.strip() or arguments.budget.strip():
-            outcome = _chase(asked, arguments, again, sys.argv[1:] if argv is None else argv)
-        else:
-            outcome = launch(asked, dry_run=arguments.dry_run, wait=wait, command=again)
-    except UserError as error:
-        say(f"error: {error}")
-        return WRONG_REQUEST
+def run_study(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Train one study, judge it if it says so, and write its report. Raises `UserError`."""
+    again = command(arguments)
+    asked = request(arguments)
+    metrics = asked.study.evaluate if asked.study is not None else ()
+    if arguments.until.strip() or arguments.budget.strip():
+        outcome = _chase(asked, arguments, again, argv)
+    else:
+        outcome = launch(asked, dry_run=arguments.dry_run, wait=arguments.wait, command=again)
     if metrics and outcome.submitted and not arguments.dry_run:
         for sweep_dir in outcome.sweep_dirs:
             later = python_command("harness.evaluate", sweep_dir, "--metrics", ",".join(metrics), "cluster=slurm")
@@ -173,6 +173,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         for sweep_dir in outcome.sweep_dirs:
             say(f"some cells are not done; which and why: {python_command('harness.status', sweep_dir)}")
     return outcome.exit_code
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    """All studies of a paper. The options of one study do not apply, but those of the place where runs run do."""
+    foreign = [name for name in ("study", "sweep", "until", "budget") if getattr(arguments, name).strip()]
+    if foreign:
+        raise UserError(f"--reproduce (PAPER) has its own studies; leave out --{foreign[0]} ({foreign[0].upper()})")
+    from sweeps.papers import SCALES, reproduce
+
+    def run(study: str) -> int:
+        return run_study(argparse.Namespace(**{**vars(arguments), "study": study}), [])
+
+    return reproduce(
+        arguments.reproduce.strip(),
+        arguments.scale.strip() or SCALES[0],
+        Path(arguments.out.strip() or "runs"),
+        run,
+        trains_here=not arguments.dry_run and arguments.cluster.strip() in ("", "local"),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_intermixed_args(argv)
+    try:
+        if arguments.reproduce.strip():
+            return _reproduce(arguments)
+        return run_study(arguments, sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        say(f"error: {error}")
+        return WRONG_REQUEST
 
 
 if __name__ == "__main__":

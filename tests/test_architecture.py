@@ -29,7 +29,7 @@ ROOMS = (
 WINGS = (
     *("analysis.notes", "analysis.format"),
     *("analysis.laws", "analysis.runs", "analysis.fits", "analysis.questions", "analysis.report"),
-    "analysis.gallery",
+    *("analysis.gallery", "analysis.figures"),
 )
 """The same for the analysis; its other files are commands or the package itself."""
 

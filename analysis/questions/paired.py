@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -97,8 +97,11 @@ def paired_errors(table: RunTable) -> PairedErrors | None:
     Raises `UserError` for a damaged file.
     """
     runs, influence = influences(table)
-    if len(runs) < 2:
-        return None
+    return with_repeats(table, runs, influence) if len(runs) > 1 else None
+
+
+def with_repeats(table: RunTable, runs: Sequence[str], influence: Array) -> PairedErrors:
+    """Paired errors of runs of a table whose `influence` (runs, documents) is known."""
     return PairedErrors(tuple(runs), influence, *_repeats(table))
 
 
