@@ -22,6 +22,7 @@ from harness.files import user_path
 
 INITS = ("tied", "untied")
 NORMALIZATIONS = ("scale", "layernorm", "none")
+ROUTINGS = ("learned", "random", "hash")
 SCHEDULES = ("wsd", "constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -64,6 +65,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "sae.aux_refresh_steps": (1, 10**9),
     "sae.balance_weight": (0, 1e9),
     "sae.balance_alpha": (0, 1e9),
+    "sae.consistency": (0, 1e6),
     "sae.target_l0": (0, 10**6),
     "sae.sparsity": (0, 1e9),
     "sae.sparsity_warmup_tokens": (0, MOST_TOKENS),
@@ -175,6 +177,13 @@ class SaeConfig:
     """Switch: weight λ of E·Σ f_i·P_i in a loss in units of fvu."""
     balance_alpha: float = 0.0
     """Switch: the published α, in raw units. If positive, it replaces `balance_weight` by λ = α·d/V."""
+    routing: str = "learned"
+    """Switch: how the expert of a token is chosen. `learned`: by the router. Two controls of it, without balance term
+    and without the factor p: `random`, drawn anew in every step; `hash`, by random directions that never change, so
+    that similar rows go to the same expert."""
+    consistency: float = 0.0
+    """`routing=random`: weight α of the consistency term of THOR. If positive, every token trains two experts, and the
+    loss is the mean of their errors + α·½‖x̂₁ − x̂₂‖²/V; a finished SAE uses one."""
 
     target_l0: float = 0.0
     """Architectures with a penalty: L0 that its coefficient is steered to; 0: `sparsity` is the coefficient."""
@@ -199,6 +208,11 @@ class SaeConfig:
         return ARCHITECTURES[self.architecture]
 
     @property
+    def visits(self) -> int:
+        """Experts that a token trains."""
+        return 2 if self.consistency else 1
+
+    @property
     def active(self) -> float:
         """Active latents per token as far as they are known before training: k, or the target of L0, or n/2."""
         return self.k or self.target_l0 or self.n_latents / 2
@@ -215,6 +229,7 @@ class SaeConfig:
             self.traits.routed or experts == 1,
             f"sae.n_experts={experts} needs sae=switch; a {name} SAE has one expert",
         )
+        self._check_routing()
         self._check_sparsity()
         _require(k <= n, f"sae.k={k} is larger than sae.n_latents={n}; lower k or raise n_latents")
         _require(
@@ -240,6 +255,17 @@ class SaeConfig:
         _require(
             self.threshold_init > 0 or self.target_l0 > 0 or "log_threshold" not in self.traits.vectors,
             "sae.threshold_init=0 takes the first threshold from sae.target_l0; with sae.sparsity set it, e.g. to 0.05",
+        )
+
+    def _check_routing(self) -> None:
+        _one_of("sae.routing", self.routing, ROUTINGS)
+        _require(
+            self.traits.routed or self.routing == "learned",
+            f"sae.routing={self.routing} needs sae=switch; a {self.architecture} SAE has no router",
+        )
+        _require(
+            self.consistency == 0 or (self.routing == "random" and self.n_experts > 1),
+            f"sae.consistency={self.consistency:g} needs sae.routing=random and two experts or more",
         )
 
     def _check_sparsity(self) -> None:

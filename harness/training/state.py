@@ -165,6 +165,7 @@ class TrainState:
         able = raw.device.type == "cuda" and runtime.ops.NAME == "triton" and train.precision != "fp64"
         # selections by threshold wait for the device, and Signum takes its learning rate from the host
         able = able and self.sae.traits.per_token and train.optimizer == "adam"
+        able = able and self.sae.routing != "random"  # a graph would repeat one draw
         if not (train.cuda_graph and alike and able):
             return None
         if self._graph is None:
@@ -242,7 +243,7 @@ class TrainState:
                 # E·Σ f², the published measure of collapse: 1 when balanced
                 "imbalance": float(share.square().sum()) * self.sae.n_experts,
             }
-        else:
+        if not self.sae.learns_routing:
             del line["balance"], line["router_entropy"]
         if not self.config.train.clip_norm:
             del line["grad_norm"]
