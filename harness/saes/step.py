@@ -202,7 +202,8 @@ def step(
     for name, grad in back.own.items():
         grads[name].copy_(grad)
     if sae.routing == "hash":
-        grads["W_r"].zero_(), grads["b_r"].zero_()
+        for name in ("W_r", "b_r"):
+            grads[name].zero_()
     sums = torch.stack([run.squared.sum(), residual.new_zeros(())])
     share = residual.new_ones(1)
     codes = run.codes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +32,10 @@ def rows(count: int, d: int, seed: int) -> torch.Tensor:
 
 
 def make_params(sae: Sae) -> dict[str, torch.Tensor]:
-    params = {
-        name: rows(*(*sae.shape(name), 1)[:2], seed).reshape(sae.shape(name)) for seed, name in enumerate(sae.layout())
-    }
+    params = {}
+    for seed, name in enumerate(sae.layout()):
+        first, *rest = sae.shape(name)
+        params[name] = rows(first, rest[0] if rest else 1, seed).reshape(sae.shape(name))
     params["W_dec"] /= params["W_dec"].norm(dim=1, keepdim=True)
     return params
 
@@ -116,11 +118,12 @@ def test_a_finished_sae_has_the_recorded_error_and_a_hash_never_learns(routing: 
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    for message, settings in (
+    refused: list[tuple[str, dict[str, Any]]] = [
         ("needs sae=switch", {"architecture": "topk", "routing": "hash"}),
         ("choose one of", {"architecture": "switch", "n_experts": 2, "routing": "best"}),
         ("needs sae.routing=random", {"architecture": "switch", "n_experts": 2, "consistency": 1.0}),
         ("two experts or more", {"architecture": "switch", "routing": "random", "consistency": 1.0}),
-    ):
+    ]
+    for message, settings in refused:
         with pytest.raises(ValueError, match=message):
             SaeConfig(n_latents=16, k=2, **settings)
