@@ -78,6 +78,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "activations.synthetic.zipf_exponent": (0, 100),
     "activations.synthetic.active_features": (1e-6, 1e7),
     "activations.synthetic.noise": (0, 1e6),
+    "activations.synthetic.manifolds": (0, 1000),
     "activations.layer": (0, 10**5),
     "activations.context": (1, 10**7),
     "activations.window_tokens": (0, 1e12),
@@ -299,9 +300,19 @@ class SyntheticConfig:
     """Expected number of active features in a row."""
     noise: float = 0.05
     """Standard deviation of the Gaussian noise on every coordinate, relative to that of the signal."""
+    manifolds: list[int] = field(default_factory=list[int])
+    """Features that are points on spheres: the dimension of the sphere of feature 1, 2, … (1: a circle; 0: one
+    direction, as without this), repeated over all features. Frequencies are those of `zipf_exponent`. A row has a
+    uniformly random point of the sphere of each feature that is active, times its magnitude."""
 
     def __post_init__(self) -> None:
         _check_values(self, "activations.synthetic.")
+        widest = max(self.manifolds, default=0) + 1
+        _require(
+            widest <= self.d_model,
+            f"activations.synthetic.manifolds={self.manifolds}: a sphere of dimension {widest - 1} needs d_model of "
+            f"{widest} or more, not {self.d_model}",
+        )
         _require(
             self.active_features <= self.n_features,
             f"activations.synthetic.active_features={self.active_features} must be at most "
