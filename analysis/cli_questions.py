@@ -1,5 +1,5 @@
 """The commands that answer one question about runs: `isoflop`, `multiplier`, `frontier`, `best-rates`, `description`,
-`layers`, `manifolds`, `versus`."""
+`layers`, `suite`, `manifolds`, `versus`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from analysis.format import interval, number
 from analysis.questions.description import description_lengths
 from analysis.questions.frontier import frontier, frontier_law
 from analysis.questions.isoflop import isoflop
-from analysis.questions.layers import DIMENSIONS, layer_laws, rank_correlation
+from analysis.questions.layers import DIMENSIONS, layer_laws, rank_correlation, suite
 from analysis.questions.learning_rate import best_rates
 from analysis.questions.manifolds import regimes
 from analysis.questions.paired import paired_errors
@@ -143,6 +143,12 @@ def run_layers(args: argparse.Namespace, runs: RunTable) -> int:
     return 0
 
 
+def run_suite(args: argparse.Namespace, runs: RunTable) -> int:
+    """Print fvu, L0 and losses of the language model by hook and layer."""
+    print(as_text(suite(runs).rename(columns=lambda name: str(name).removeprefix("quality.downstream.")), digits=4))
+    return 0
+
+
 def run_manifolds(args: argparse.Namespace, runs: RunTable) -> int:
     """Print whether further latents find further features of synthetic activations, or tile those they have."""
     rows = []
@@ -185,6 +191,7 @@ def add_questions(
     descriptions = commands.add_parser("description", help="the n whose codes take the fewest bits at equal fvu")
     descriptions.add_argument("--at-fvu", type=float, action="append", help="fvu at which to compare; repeat for more")
     layers = commands.add_parser("layers", help="the exponent of width at every hook, and the dimension of its rows")
+    suites = commands.add_parser("suite", help="fvu, L0, KL and ΔCE by hook and layer")
     manifolds = commands.add_parser(
         "manifolds", help="whether latents find features or tile manifolds (synthetic runs)"
     )
@@ -199,6 +206,7 @@ def add_questions(
         (rates, run_best_rates),
         (descriptions, run_description),
         (layers, run_layers),
+        (suites, run_suite),
         (manifolds, run_manifolds),
         (versus, run_versus),
     ]

@@ -44,7 +44,7 @@ def params(sae: SaeConfig, d_model: int) -> int:
     """Number of parameters: two matrices, biases, and the router of a Switch SAE, which hash routing does not train."""
     router = (sae.n_experts + 1) * d_model if _has_router(sae) else 0
     vectors = (1 if sae.enc_bias else 0) + len(sae.traits.vectors)
-    threshold = 1 if sae.traits.per_batch else 0
+    threshold = 1 if sae.traits.has_threshold else 0
     return 2 * sae.n_latents * d_model + vectors * sae.n_latents + d_model + router + threshold
 
 
@@ -53,8 +53,15 @@ def _has_router(sae: SaeConfig) -> bool:
 
 
 def active(sae: SaeConfig) -> float:
-    """Latents of a token that a step handles: k (4k with Multi-TopK), the target of L0, or n/2 without either."""
-    return sae.active * sae.traits.passes
+    """Latents of a token that a step handles, on average over the training: k (4k with Multi-TopK), more while k is
+    annealed, the target of L0, or n/2 without either."""
+    annealed = (sae.first_k - sae.k) * sae.k_anneal_fraction / 2
+    return (sae.active + annealed) * sae.traits.passes
+
+
+def most_active(sae: SaeConfig) -> float:
+    """The same at the step with most of them."""
+    return max(sae.active, sae.first_k) * sae.traits.passes
 
 
 def _optimizer(sae: SaeConfig, d_model: int, batch_tokens: int, name: str) -> float:
@@ -166,7 +173,7 @@ def memory_bytes(config: Config, d_model: int, tile_bytes: float, kernel_bytes: 
     rows = params(sae, d_model) // mesh.shard
     tokens, width = sae.visits * train.batch_tokens // mesh.dp, sae.n_latents // sae.n_experts
     # normalised, in the experts' order, centred, residual and one in passing; values, indices and gradients of codes
-    per_token = 5 * d_model * word + round(active(sae)) * (2 * word + 8) * 2
+    per_token = 5 * d_model * word + round(most_active(sae)) * (2 * word + 8) * 2
     aux = min(aux_k(sae, d_model), width) * (5 * word + 8) + 2 * d_model * word if sae.aux_alpha else 0
     # copies of the dead rows of both matrices, and their gradients
     dead = 4 * word * d_model * PLANNED_DEAD * sae.n_latents / mesh.shard if sae.aux_alpha else 0

@@ -58,6 +58,8 @@ BELOW_ONE = 1 - 1e-9
 BOUNDS: dict[str, tuple[float, float]] = {
     "sae.n_latents": (1, 10**9),
     "sae.k": (0, 10**6),
+    "sae.k_anneal_fraction": (0, 1),
+    "sae.k_anneal_factor": (1, 10**6),
     "sae.n_experts": (1, 10**6),
     "sae.aux_alpha": (0, 1e6),
     "sae.aux_k": (0, 10**9),
@@ -154,6 +156,10 @@ class SaeConfig:
     k: int = MISSING
     """Active latents per token, for `batchtopk` and `matryoshka` on average; 0 for architectures that choose by
     threshold, which have `target_l0` or `sparsity` instead."""
+    k_anneal_fraction: float = 0.0
+    """Share of the steps, at their beginning, over which the number of active latents falls linearly to `k`."""
+    k_anneal_factor: float = 8.0
+    """With `k_anneal_fraction`: times `k`, the number at the first step; at most all latents of an expert."""
     n_experts: int = 1
     """Number of experts E; 1 for `topk`. Each expert owns n/E consecutive latents."""
     enc_bias: bool = True
@@ -207,6 +213,12 @@ class SaeConfig:
     @property
     def traits(self) -> Traits:
         return ARCHITECTURES[self.architecture]
+
+    @property
+    def first_k(self) -> int:
+        """k at the first step."""
+        most = min(round(self.k_anneal_factor * self.k), self.n_latents // self.n_experts)
+        return most if self.k_anneal_fraction else self.k
 
     @property
     def visits(self) -> int:

@@ -1,4 +1,5 @@
-"""A law per layer: how fast the error falls with width at each hook, beside the dimension of its activations."""
+"""Runs at many hooks of one model: their figures side by side, and a law per layer: how fast the error falls with
+width, beside the dimension of the activations."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 from scipy.stats import permutation_test, rankdata
 
 from analysis.fits.intervals import wald
@@ -21,6 +23,28 @@ DIMENSIONS = ("two_nn", "participation_ratio")
 LEAST_SIZES = 3
 LEAST_LAYERS = 4
 """Fewer have no rank correlation worth a name."""
+
+
+SUITE = ("fvu", "l0", "dead_frac", "quality.downstream.kl", "quality.downstream.delta_ce")
+"""Figures of a suite, as far as its runs have them."""
+
+
+def hooks(table: RunTable) -> list[str]:
+    """The columns that tell the hooks of the runs apart. Raises `UserError` if all runs are of one hook."""
+    frame = table.frame
+    known = [name for name in ("model", "hook", "layer") if name in frame]
+    apart = [name for name in known if frame[name].astype(str).nunique() > 1]
+    if not apart:
+        raise UserError(f"{table.name}: all runs are of one hook; train several, e.g. activations.layer=2,4,6")
+    return apart
+
+
+def suite(table: RunTable) -> pd.DataFrame:
+    """One row per hook, architecture, n and k: means over repeats of `SUITE`."""
+    frame = table.frame
+    keys = [*hooks(table), *(name for name in ("sae", "n_latents", "k") if name in frame)]
+    figures = [name for name in SUITE if name in frame]
+    return frame.groupby(keys, as_index=False)[figures].mean()
 
 
 @dataclass(frozen=True)
@@ -41,11 +65,7 @@ class LayerLaw:
 
 def layer_laws(table: RunTable) -> list[LayerLaw]:
     """One entry per hook, architecture and k with at least `LEAST_SIZES` sizes. Raises `UserError` if there is none."""
-    frame = table.frame
-    names = [name for name in ("model", "hook", "layer") if name in frame]
-    apart = [name for name in names if frame[name].astype(str).nunique() > 1]
-    if not apart:
-        raise UserError(f"{table.name}: all runs are of one hook; train several, e.g. activations.layer=2,4,6")
+    frame, apart = table.frame, hooks(table)
     found = []
     keys = [*apart, *(name for name in ("sae",) if name in frame), table.roles["k"]]
     for key, part in frame.groupby(keys, sort=True):

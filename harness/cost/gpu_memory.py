@@ -23,7 +23,7 @@ def gpu_memory(config: Config, d_model: int) -> dict[str, int]:
     rows, numbers = sae.n_latents // mesh.shard, budget.params(sae, d_model) // mesh.shard
     matrices = 2 * rows * d_model
     weights = numbers * word * (5 if train.ema else 4) + (low * matrices if low != word else 0)
-    k = min(round(budget.active(sae)), sae.n_latents)
+    k = min(round(budget.most_active(sae)), sae.n_latents)
     entries = _Entries(
         sae.visits * train.batch_tokens // mesh.dp, d_model, word, low, mesh.shard if not sae.traits.routed else 1
     )

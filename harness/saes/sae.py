@@ -14,7 +14,7 @@ from harness.config import SaeConfig
 
 Params = dict[str, Tensor]
 """W_enc, W_dec (rows, d); b_enc (rows) if any; b_dec (d); for Switch also W_r (experts, d), b_r (d); for some
-architectures further vectors (rows), and for BatchTopK `threshold` (1)."""
+architectures further vectors (rows), and for some `threshold` (1)."""
 
 Cut = Literal["latent_rows", "replicated"]
 
@@ -83,7 +83,7 @@ class Sae:
         if self.routed and self.routing != "random":
             cuts |= {"W_r": "replicated", "b_r": "replicated"}
         cuts |= dict.fromkeys(self.traits.vectors, "latent_rows")
-        if self.traits.per_batch:
+        if self.traits.has_threshold:
             cuts["threshold"] = "replicated"
         return cuts
 

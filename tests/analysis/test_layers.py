@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from analysis.cli import main
-from analysis.questions.layers import layer_laws, rank_correlation
+from analysis.questions.layers import layer_laws, rank_correlation, suite
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 
@@ -58,3 +58,16 @@ def test_the_command_prints_both(tmp_path, capsys) -> None:
     assert main(["layers", str(path), "--n", "n_latents", "--k", "k", "--loss", "fvu"]) == 0
     printed = capsys.readouterr().out
     assert "layer=5" in printed and "rank correlation of the exponent with two_nn -1" in printed
+
+
+def test_a_suite_has_a_row_per_hook_and_means_over_seeds(tmp_path, capsys) -> None:
+    table = table_of(noise=0.1, layers=2, sizes=(64,))
+    frame = table.frame.assign(hook=["mlp_out", "mlp_out", "resid_post", "resid_post"], l0=8.0)
+    frame["quality.downstream.kl"] = [1.0, 3.0, 0.5, 0.7]
+    found = suite(RunTable(frame, table.roles))
+    assert found["layer"].tolist() == [0, 1] and found["quality.downstream.kl"].tolist() == [2.0, pytest.approx(0.6)]
+    path = tmp_path / "runs.csv"
+    frame.to_csv(path, index=False)
+    assert main(["suite", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "resid_post" in printed and " kl" in printed
