@@ -1,4 +1,5 @@
-"""The commands that answer one question about runs: `isoflop`, `multiplier`, `frontier`, `best-rates`."""
+"""The commands that answer one question about runs: `isoflop`, `multiplier`, `frontier`, `best-rates`, `description`,
+`layers`, `suite`, `manifolds`, `versus`."""
 
 from __future__ import annotations
 
@@ -9,15 +10,19 @@ from collections.abc import Callable
 from analysis.cli_forecast import as_text
 from analysis.fits.status import Status
 from analysis.format import interval, number
+from analysis.questions.description import description_lengths
 from analysis.questions.frontier import frontier, frontier_law
 from analysis.questions.isoflop import isoflop
+from analysis.questions.layers import DIMENSIONS, layer_laws, rank_correlation, suite
 from analysis.questions.learning_rate import best_rates
+from analysis.questions.manifolds import regimes
 from analysis.questions.paired import paired_errors
+from analysis.questions.setting_ratios import setting_ratios
 from analysis.report.findings import compared_architectures
 from analysis.report.words import law_sentences, multiplier_sentences, rate_sentences
 from analysis.runs.axes import AXES, at_equal_flops, axis_words
 from analysis.runs.curves import evaluations
-from analysis.runs.populations import at_best_rate
+from analysis.runs.populations import at_best_rate, one_setting
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 from harness.terminal import say, table
@@ -121,6 +126,73 @@ def run_best_rates(args: argparse.Namespace, runs: RunTable) -> int:
     return 0
 
 
+def run_description(args: argparse.Namespace, runs: RunTable) -> int:
+    """Print, at several errors, the n whose codes take the fewest bits."""
+    rows = []
+    for found in description_lengths(one_setting(runs), args.at_fvu or ()):
+        where = "inside the grid" if found.inside else "at an edge of the grid"
+        sizes = " ".join(f"{n}:{number(bits)}" for n, bits in zip(found.n, found.bits, strict=True))
+        at = found.n.index(found.best)
+        seeds = " ".join(map(str, found.by_seed)) or "–"
+        rows.append([found.sae, number(found.fvu), str(found.best), where, number(found.k[at]), seeds, sizes])
+    print(table(["sae", "fvu", "best n", "minimum", "k there", "best n by seed", "n:bits per token"], rows))
+    return 0
+
+
+def run_layers(args: argparse.Namespace, runs: RunTable) -> int:
+    """Print the exponent of width at every hook, and how it goes with the dimension of the rows."""
+    laws = layer_laws(runs)
+    rows = []
+    for law in laws:
+        known = [number(law.dimensions[name]) if name in law.dimensions else "–" for name in DIMENSIONS]
+        exponent = [number(law.exponent), interval(*law.interval)]
+        rows.append([law.place, law.sae, number(law.k), str(law.sizes), *exponent, *known])
+    print(table(["hook", "sae", "k", "sizes", "exponent", "95 % interval", *DIMENSIONS], rows))
+    for sae, k in dict.fromkeys((law.sae, law.k) for law in laws):
+        part = [law for law in laws if (law.sae, law.k) == (sae, k)]
+        for name in DIMENSIONS:
+            tested = rank_correlation(part, name)
+            if tested is not None:
+                rho, p = tested
+                print(f"{sae}, k = {k:g}: rank correlation of the exponent with {name} {number(rho)} (p = {number(p)})")
+    return 0
+
+
+def run_suite(args: argparse.Namespace, runs: RunTable) -> int:
+    """Print fvu, L0 and losses of the language model by hook and layer."""
+    print(as_text(suite(runs).rename(columns=lambda name: str(name).removeprefix("quality.downstream.")), digits=4))
+    return 0
+
+
+def run_manifolds(args: argparse.Namespace, runs: RunTable) -> int:
+    """Print whether further latents find further features of synthetic activations, or tile those they have."""
+    rows = []
+    for found in regimes(runs):
+        says = {True: "latents tile manifolds", False: "latents find features", None: "undecided"}[found.tiles]
+        exponents = [number(found.found), interval(*found.found_interval), number(found.loss)]
+        rows.append([found.cell, str(found.sizes), *exponents, interval(*found.loss_interval), says])
+    heads = ["cell", "sizes", "features ~ n^", "95 % interval", "loss ~ n^−", "95 % interval", "regime"]
+    print(table(heads, rows))
+    return 0
+
+
+def run_versus(args: argparse.Namespace, runs: RunTable) -> int:
+    """Print the loss with each value of a setting over that with its base value."""
+    base = {}
+    for text in args.by:
+        column, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--by {text}: write COLUMN=VALUE, where VALUE is the base, e.g. sae.routing=learned")
+        base[column] = value
+    rows = [
+        [entry.cell, entry.setting, number(entry.ratio), interval(*entry.interval), number(entry.loss), str(entry.runs)]
+        for entry in setting_ratios(runs, base)
+    ]
+    loss = runs.roles["loss"]
+    print(table(["cell", "setting", f"{loss} / base", "95 % interval", loss, "runs"], rows))
+    return 0
+
+
 def add_questions(
     commands: argparse._SubParsersAction,
 ) -> list[tuple[argparse.ArgumentParser, Command]]:
@@ -131,4 +203,25 @@ def add_questions(
     multipliers.add_argument("--at-loss", type=float, help="loss at which to compare")
     fronts = commands.add_parser("frontier", help="the lowest loss at each compute, and its law")
     rates = commands.add_parser("best-rates", help="the best learning rate of every n and k")
-    return [(isoflops, run_isoflop), (multipliers, run_multiplier), (fronts, run_frontier), (rates, run_best_rates)]
+    descriptions = commands.add_parser("description", help="the n whose codes take the fewest bits at equal fvu")
+    descriptions.add_argument("--at-fvu", type=float, action="append", help="fvu at which to compare; repeat for more")
+    layers = commands.add_parser("layers", help="the exponent of width at every hook, and the dimension of its rows")
+    suites = commands.add_parser("suite", help="fvu, L0, KL and ΔCE by hook and layer")
+    manifolds = commands.add_parser(
+        "manifolds", help="whether latents find features or tile manifolds (synthetic runs)"
+    )
+    versus = commands.add_parser("versus", help="what a setting does to the loss, paired by held-out document")
+    versus.add_argument(
+        "--by", action="append", required=True, metavar="COLUMN=BASE", help="a setting and its base; repeat for more"
+    )
+    return [
+        (isoflops, run_isoflop),
+        (multipliers, run_multiplier),
+        (fronts, run_frontier),
+        (rates, run_best_rates),
+        (descriptions, run_description),
+        (layers, run_layers),
+        (suites, run_suite),
+        (manifolds, run_manifolds),
+        (versus, run_versus),
+    ]

@@ -16,6 +16,8 @@ class Traits:
     per_batch: bool = False
     """Whether the k·B largest of a batch are active; otherwise the k largest of each token, or with a penalty all above
     a threshold."""
+    by_decoder_norm: bool = False
+    """Whether the k latents with the largest a·‖d‖ are active in training, and those above one threshold afterwards."""
     routed: bool = False
     """Whether a router sends each token to one of several experts."""
     penalty: Literal["", "l1", "l0", "tanh"] = ""
@@ -35,7 +37,12 @@ class Traits:
     @property
     def per_token(self) -> bool:
         """Whether exactly the k largest latents of a token are active."""
-        return not self.per_batch and not self.penalty
+        return not self.has_threshold and not self.penalty
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether a threshold that training measured, and did not learn, decides at inference."""
+        return self.per_batch or self.by_decoder_norm
 
 
 ARCHITECTURES: dict[str, Traits] = {
@@ -44,6 +51,7 @@ ARCHITECTURES: dict[str, Traits] = {
     "multi_topk": Traits(passes=4),
     "batchtopk": Traits(per_batch=True),
     "matryoshka": Traits(per_batch=True, uses=5),
+    "topk_decoder_norm": Traits(by_decoder_norm=True, unit_decoder=False, pre_bias=False),
     "relu": Traits(penalty="l1"),
     "relu_decoder_norm": Traits(penalty="l1", unit_decoder=False, pre_bias=False),
     "gated": Traits(penalty="l1", uses=6, vectors=("r_mag", "b_mag")),

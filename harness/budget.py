@@ -41,16 +41,27 @@ def aux_k(sae: SaeConfig, d_model: int) -> int:
 
 
 def params(sae: SaeConfig, d_model: int) -> int:
-    """Number of trained parameters: two matrices, biases, and the router of a Switch SAE."""
-    router = (sae.n_experts + 1) * d_model if sae.traits.routed else 0
+    """Number of parameters: two matrices, biases, and the router of a Switch SAE, which hash routing does not train."""
+    router = (sae.n_experts + 1) * d_model if _has_router(sae) else 0
     vectors = (1 if sae.enc_bias else 0) + len(sae.traits.vectors)
-    threshold = 1 if sae.traits.per_batch else 0
+    threshold = 1 if sae.traits.has_threshold else 0
     return 2 * sae.n_latents * d_model + vectors * sae.n_latents + d_model + router + threshold
 
 
+def _has_router(sae: SaeConfig) -> bool:
+    return sae.traits.routed and sae.routing != "random"
+
+
 def active(sae: SaeConfig) -> float:
-    """Latents of a token that a step handles: k (4k with Multi-TopK), the target of L0, or n/2 without either."""
-    return sae.active * sae.traits.passes
+    """Latents of a token that a step handles, on average over the training: k (4k with Multi-TopK), more while k is
+    annealed, the target of L0, or n/2 without either."""
+    annealed = (sae.first_k - sae.k) * sae.k_anneal_fraction / 2
+    return (sae.active + annealed) * sae.traits.passes
+
+
+def most_active(sae: SaeConfig) -> float:
+    """The same at the step with most of them."""
+    return max(sae.active, sae.first_k) * sae.traits.passes
 
 
 def _optimizer(sae: SaeConfig, d_model: int, batch_tokens: int, name: str) -> float:
@@ -60,8 +71,13 @@ def _optimizer(sae: SaeConfig, d_model: int, batch_tokens: int, name: str) -> fl
 
 
 def _router(sae: SaeConfig, d_model: int) -> float:
-    # logits, and their gradient with respect to W_r
-    return 4.0 * d_model * sae.n_experts if sae.traits.routed else 0.0
+    # logits, and their gradient with respect to W_r if it learns
+    return (4.0 if sae.routing == "learned" else 2.0) * d_model * sae.n_experts if _has_router(sae) else 0.0
+
+
+def _uses(sae: SaeConfig) -> int:
+    """`Traits.uses`, and two of the term that draws both reconstructions of a token together."""
+    return sae.traits.uses + (2 if sae.consistency else 0)
 
 
 def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int, optimizer: str = "adam") -> dict[str, float]:
@@ -69,16 +85,17 @@ def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int, optimizer: 
 
     Only the routed expert's n/E latents are encoded. Each use of the k active latents costs 2·k·d: decode once, and
     three times for the gradients (dz, W_dec, W_enc), or more often (`Traits.uses`). AuxK uses min(k_aux, n/E) latents
-    four times in the same way; their pre-activations come with the encoder.
+    four times in the same way; their pre-activations come with the encoder. With two experts per token all of this
+    counts twice.
     """
     width = sae.n_latents // sae.n_experts
     aux = min(aux_k(sae, d_model), width) if sae.aux_alpha else 0
     return {
-        "encoder": 2.0 * d_model * width,
-        "selection": float(width),
-        "decode": 2.0 * active(sae) * d_model,
-        "gradients": 2.0 * (sae.traits.uses - 1) * active(sae) * d_model,
-        "auxk": 8.0 * aux * d_model,
+        "encoder": sae.visits * 2.0 * d_model * width,
+        "selection": sae.visits * float(width),
+        "decode": sae.visits * 2.0 * active(sae) * d_model,
+        "gradients": sae.visits * 2.0 * (_uses(sae) - 1) * active(sae) * d_model,
+        "auxk": sae.visits * 8.0 * aux * d_model,
         "router": _router(sae, d_model),
         "optimizer": _optimizer(sae, d_model, batch_tokens, optimizer),
     }
@@ -106,11 +123,11 @@ def flops_executed_per_token(
         chosen = min(aux_k(sae, d_model), dead)
         aux = 2.0 * d_model * dead + 4 * _per_use(dead, chosen, d_model, dense_rows_per_k)
     return {
-        "encoder": 2.0 * d_model * width,
-        "selection": float(width),
-        "decode": use,
-        "gradients": (sae.traits.uses - 1) * use,
-        "auxk": aux,
+        "encoder": sae.visits * 2.0 * d_model * width,
+        "selection": sae.visits * float(width),
+        "decode": sae.visits * use,
+        "gradients": sae.visits * (_uses(sae) - 1) * use,
+        "auxk": sae.visits * aux,
         "router": _router(sae, d_model),
         "optimizer": _optimizer(sae, d_model, batch_tokens, optimizer),
     }
@@ -154,9 +171,9 @@ def memory_bytes(config: Config, d_model: int, tile_bytes: float, kernel_bytes: 
     copies = 2 if train.precision == "bf16" else 0
     average = word if train.ema else 0
     rows = params(sae, d_model) // mesh.shard
-    tokens, width = train.batch_tokens // mesh.dp, sae.n_latents // sae.n_experts
+    tokens, width = sae.visits * train.batch_tokens // mesh.dp, sae.n_latents // sae.n_experts
     # normalised, in the experts' order, centred, residual and one in passing; values, indices and gradients of codes
-    per_token = 5 * d_model * word + round(active(sae)) * (2 * word + 8) * 2
+    per_token = 5 * d_model * word + round(most_active(sae)) * (2 * word + 8) * 2
     aux = min(aux_k(sae, d_model), width) * (5 * word + 8) + 2 * d_model * word if sae.aux_alpha else 0
     # copies of the dead rows of both matrices, and their gradients
     dead = 4 * word * d_model * PLANNED_DEAD * sae.n_latents / mesh.shard if sae.aux_alpha else 0
@@ -189,10 +206,10 @@ def floor_bytes(sae: SaeConfig, d_model: int, tokens: float, element_bytes: int,
 
     `tokens` are those of a replica's batch, `element_bytes` the size of a number in products.
     """
-    gathers = 3.0 * tokens * active(sae) * d_model * element_bytes
+    gathers = 3.0 * sae.visits * tokens * active(sae) * d_model * element_bytes
     # parameter and two moments, read and written in float32; and the low-precision copy
     adam = (24.0 + (2.0 if element_bytes == 2 else 0.0)) * 2 * sae.n_latents * d_model
-    latents = 0.05 * tokens * sae.n_latents / sae.n_experts * element_bytes
+    latents = 0.05 * sae.visits * tokens * sae.n_latents / sae.n_experts * element_bytes
     return (gathers + adam + latents) / shard
 
 
@@ -215,16 +232,20 @@ def bytes_sent_per_step(config: Config, d_model: int) -> dict[str, float]:
     owned = -(-tokens // mesh.shard) * mesh.shard
     exchanged = 0 if routed else mesh.shard
     latent_rows = rows * (2 * d_model + (1 if sae.enc_bias else 0))
-    replicated = d_model + ((sae.n_experts + 1) * d_model if routed else 0)
-    sums = 2 + (sae.n_experts if routed else 0)
+    replicated = d_model + ((sae.n_experts + 1) * d_model if _has_router(sae) else 0)
+    sums = 2 + (sae.n_experts if routed and sae.routing == "learned" else 0)
     scalars = sent(sums, word, ranks if routed else mesh.dp, 2) + sent(1, 8, ranks, 2)
     if routed:
         scalars += sent(sae.n_experts, word, mesh.dp, 2)
     if config.train.clip_norm:
         scalars += sent(1, word, mesh.shard, 2)
+    if sae.consistency:
+        scalars += sent(1, word, ranks, 2)
+    # both residuals of each token, for THOR's consistency term
+    whole = sent(2 * tokens * d_model, word, mesh.shard, 2) if sae.consistency else 0.0
     parts = {
         "selection": sent(owned * sae.k, word, exchanged, 1) + sent(owned, 4, exchanged, 1) if exchanged else 0.0,
-        "reconstruction": sent(tokens * d_model, word, exchanged, 2) if exchanged else 0.0,
+        "reconstruction": sent(tokens * d_model, word, exchanged, 2) if exchanged else whole,
         "gradients": sent(latent_rows, word, mesh.dp, 2) + sent(replicated, word, ranks, 2),
         "counters": sent(rows, 8, mesh.dp, 2),
         "scalars": scalars,

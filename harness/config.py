@@ -22,6 +22,7 @@ from harness.files import user_path
 
 INITS = ("tied", "untied")
 NORMALIZATIONS = ("scale", "layernorm", "none")
+ROUTINGS = ("learned", "random", "hash")
 SCHEDULES = ("wsd", "constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -57,6 +58,8 @@ BELOW_ONE = 1 - 1e-9
 BOUNDS: dict[str, tuple[float, float]] = {
     "sae.n_latents": (1, 10**9),
     "sae.k": (0, 10**6),
+    "sae.k_anneal_fraction": (0, 1),
+    "sae.k_anneal_factor": (1, 10**6),
     "sae.n_experts": (1, 10**6),
     "sae.aux_alpha": (0, 1e6),
     "sae.aux_k": (0, 10**9),
@@ -64,6 +67,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "sae.aux_refresh_steps": (1, 10**9),
     "sae.balance_weight": (0, 1e9),
     "sae.balance_alpha": (0, 1e9),
+    "sae.consistency": (0, 1e6),
     "sae.target_l0": (0, 10**6),
     "sae.sparsity": (0, 1e9),
     "sae.sparsity_warmup_tokens": (0, MOST_TOKENS),
@@ -76,6 +80,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "activations.synthetic.zipf_exponent": (0, 100),
     "activations.synthetic.active_features": (1e-6, 1e7),
     "activations.synthetic.noise": (0, 1e6),
+    "activations.synthetic.manifolds": (0, 1000),
     "activations.layer": (0, 10**5),
     "activations.context": (1, 10**7),
     "activations.window_tokens": (0, 1e12),
@@ -152,6 +157,10 @@ class SaeConfig:
     k: int = MISSING
     """Active latents per token, for `batchtopk` and `matryoshka` on average; 0 for architectures that choose by
     threshold, which have `target_l0` or `sparsity` instead."""
+    k_anneal_fraction: float = 0.0
+    """Share of the steps, at their beginning, over which the number of active latents falls linearly to `k`."""
+    k_anneal_factor: float = 8.0
+    """With `k_anneal_fraction`: times `k`, the number at the first step; at most all latents of an expert."""
     n_experts: int = 1
     """Number of experts E; 1 for `topk`. Each expert owns n/E consecutive latents."""
     enc_bias: bool = True
@@ -176,6 +185,13 @@ class SaeConfig:
     """Switch: weight λ of E·Σ f_i·P_i in a loss in units of fvu."""
     balance_alpha: float = 0.0
     """Switch: the published α, in raw units. If positive, it replaces `balance_weight` by λ = α·d/V."""
+    routing: str = "learned"
+    """Switch: how the expert of a token is chosen. `learned`: by the router. Two controls of it, without balance term
+    and without the factor p: `random`, drawn anew in every step; `hash`, by random directions that never change, so
+    that similar rows go to the same expert."""
+    consistency: float = 0.0
+    """`routing=random`: weight α of the consistency term of THOR. If positive, every token trains two experts, and the
+    loss is the mean of their errors + α·½‖x̂₁ − x̂₂‖²/V; a finished SAE uses one."""
 
     target_l0: float = 0.0
     """Architectures with a penalty: L0 that its coefficient is steered to; 0: `sparsity` is the coefficient."""
@@ -200,6 +216,17 @@ class SaeConfig:
         return ARCHITECTURES[self.architecture]
 
     @property
+    def first_k(self) -> int:
+        """k at the first step."""
+        most = min(round(self.k_anneal_factor * self.k), self.n_latents // self.n_experts)
+        return most if self.k_anneal_fraction else self.k
+
+    @property
+    def visits(self) -> int:
+        """Experts that a token trains."""
+        return 2 if self.consistency else 1
+
+    @property
     def active(self) -> float:
         """Active latents per token as far as they are known before training: k, or the target of L0, or n/2."""
         return self.k or self.target_l0 or self.n_latents / 2
@@ -216,6 +243,7 @@ class SaeConfig:
             self.traits.routed or experts == 1,
             f"sae.n_experts={experts} needs sae=switch; a {name} SAE has one expert",
         )
+        self._check_routing()
         self._check_sparsity()
         _require(k <= n, f"sae.k={k} is larger than sae.n_latents={n}; lower k or raise n_latents")
         _require(
@@ -241,6 +269,17 @@ class SaeConfig:
         _require(
             self.threshold_init > 0 or self.target_l0 > 0 or "log_threshold" not in self.traits.vectors,
             "sae.threshold_init=0 takes the first threshold from sae.target_l0; with sae.sparsity set it, e.g. to 0.05",
+        )
+
+    def _check_routing(self) -> None:
+        _one_of("sae.routing", self.routing, ROUTINGS)
+        _require(
+            self.traits.routed or self.routing == "learned",
+            f"sae.routing={self.routing} needs sae=switch; a {self.architecture} SAE has no router",
+        )
+        _require(
+            self.consistency == 0 or (self.routing == "random" and self.n_experts > 1),
+            f"sae.consistency={self.consistency:g} needs sae.routing=random and two experts or more",
         )
 
     def _check_sparsity(self) -> None:
@@ -274,9 +313,19 @@ class SyntheticConfig:
     """Expected number of active features in a row."""
     noise: float = 0.05
     """Standard deviation of the Gaussian noise on every coordinate, relative to that of the signal."""
+    manifolds: list[int] = field(default_factory=list[int])
+    """Features that are points on spheres: the dimension of the sphere of feature 1, 2, … (1: a circle; 0: one
+    direction, as without this), repeated over all features. Frequencies are those of `zipf_exponent`. A row has a
+    uniformly random point of the sphere of each feature that is active, times its magnitude."""
 
     def __post_init__(self) -> None:
         _check_values(self, "activations.synthetic.")
+        widest = max(self.manifolds, default=0) + 1
+        _require(
+            widest <= self.d_model,
+            f"activations.synthetic.manifolds={self.manifolds}: a sphere of dimension {widest - 1} needs d_model of "
+            f"{widest} or more, not {self.d_model}",
+        )
         _require(
             self.active_features <= self.n_features,
             f"activations.synthetic.active_features={self.active_features} must be at most "

@@ -211,9 +211,8 @@ def test_a_disk_that_is_full_already(small_disk: Path, capsys: pytest.CaptureFix
 
 def test_info_and_cfg(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--info"]) == 0
-    assert (
-        "sae: batchtopk, gated, jumprelu, jumprelu_tanh, matryoshka, multi_topk, prolu, relu" in capsys.readouterr().out
-    )
+    names = "sae: batchtopk, gated, jumprelu, jumprelu_tanh, llama_scope, matryoshka, multi_topk, prolu, relu"
+    assert names in capsys.readouterr().out
     assert main([*TINY, "--cfg", "job", "-m"]) == 0
     assert "n_latents: 32" in capsys.readouterr().out
 

@@ -35,8 +35,9 @@ class ActivationSource(Protocol):
         ...
 
     @property
-    def dictionary(self) -> Float[Tensor, "features d"] | None:
-        """The true features, unit norm; None for a language model."""
+    def dictionary(self) -> Float[Tensor, "features d"] | Float[Tensor, "features width d"] | None:
+        """The true features, unit norm; for points on spheres orthonormal rows of their span, and zeros up to the
+        widest. None for a language model."""
         ...
 
     def statistics(self, layernorm: bool) -> Statistics:

@@ -23,8 +23,10 @@ def gpu_memory(config: Config, d_model: int) -> dict[str, int]:
     rows, numbers = sae.n_latents // mesh.shard, budget.params(sae, d_model) // mesh.shard
     matrices = 2 * rows * d_model
     weights = numbers * word * (5 if train.ema else 4) + (low * matrices if low != word else 0)
-    k = min(round(budget.active(sae)), sae.n_latents)
-    entries = _Entries(train.batch_tokens // mesh.dp, d_model, word, low, mesh.shard if not sae.traits.routed else 1)
+    k = min(round(budget.most_active(sae)), sae.n_latents)
+    entries = _Entries(
+        sae.visits * train.batch_tokens // mesh.dp, d_model, word, low, mesh.shard if not sae.traits.routed else 1
+    )
     width = sae.n_latents // sae.n_experts // (1 if sae.traits.routed else mesh.shard)
     evaluated = dataclasses.replace(entries, tokens=budget.EVALUATION_BATCH, low=word)
     return {

@@ -24,7 +24,7 @@ from harness.quality.probe_sets import SetRows, installed, set_rows
 from harness.quality.shared import Shared
 from harness.quality.sparse_probes import accuracies, channel_accuracies
 from harness.record.quality import Value
-from harness.saes.router import router_probabilities
+from harness.saes.router import chosen_expert
 from harness.saes.trained import TrainedSae
 
 VERSION = 2
@@ -86,7 +86,7 @@ def preactivations(sae: TrainedSae) -> Project:
         latents = latents.to(x.device)
         z = (x - bias) @ sae.W_enc[latents].T + sae.b_enc[latents]
         if sae.sae.routed:
-            expert = router_probabilities(sae.params, x).argmax(dim=1)
+            expert, _ = chosen_expert(sae.sae, sae.params, x)
             z = z.where(expert[:, None] == (latents // sae.sae.latents_per_expert)[None], 0.0)
         return z.cpu()
 

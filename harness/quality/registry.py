@@ -5,6 +5,7 @@ from __future__ import annotations
 from harness.quality import (
     ablation,
     detection,
+    dimension,
     downstream,
     examples,
     explanations,
@@ -29,5 +30,6 @@ _ALL = (
     Metric("progressive", progressive.VERSION, "codes of other sizes, fixed thresholds", progressive.run),
     Metric("examples", examples.VERSION, "what every latent does, for the gallery", examples.run),
     Metric("mdl", mdl.VERSION, "bits per token of the codes", mdl.run),
+    Metric("dimension", dimension.VERSION, "dimension of the activations themselves", dimension.run),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

@@ -33,10 +33,16 @@ class BatchTopK:
             theta = batch.params["threshold"].expand(batch.params["W_enc"].shape[0])
             codes = _above(batch, theta)
             return Entries(codes.values, codes.index, codes.values.where(codes.values > theta[:1], 0.0).relu())
+        codes, chosen = self.measure(batch, batch.step)
+        return Entries(codes.values, codes.index, codes.values.where(chosen, 0.0))
+
+    def measure(self, batch: Batch, number: int) -> tuple[Codes, Bool[Tensor, "own capacity"]]:
+        """Candidates and which of them are among the k·B largest of the batch; moves the threshold, for the `number`-th
+        time (from 0), towards the smallest of these."""
         codes, count = self._candidates(batch)
         chosen, threshold = _largest_of_batch(batch, codes.values, count)
-        batch.params["threshold"].copy_(_running_mean(batch.params["threshold"], threshold, batch.step))
-        return Entries(codes.values, codes.index, codes.values.where(chosen, 0.0))
+        batch.params["threshold"].copy_(_running_mean(batch.params["threshold"], threshold, number))
+        return codes, chosen
 
     def _candidates(self, batch: Batch) -> tuple[Codes, int]:
         """All positive values that may be among the k·B largest of the batch, and how many all ranks have: at least

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.saes.batchtopk import BatchTopK, Matryoshka
+from harness.saes.decoder_norm import TopKDecoderNorm
 from harness.saes.entries import Activation
 from harness.saes.gated import Gated
 from harness.saes.jumprelu import JumpRelu, JumpReluTanh
@@ -15,6 +16,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "multi_topk": MultiTopK(),
     "batchtopk": BatchTopK(),
     "matryoshka": Matryoshka(),
+    "topk_decoder_norm": TopKDecoderNorm(),
     "relu": Relu(),
     "relu_decoder_norm": ReluDecoderNorm(),
     "gated": Gated(),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.files import replacing, write_json_atomic, write_tensors_atomic
+from harness.ops.untyped import norm
 from harness.saes import neuronpedia
 from harness.saes.batchtopk import prefix_ends
 from harness.saes.trained import TrainedSae, load
@@ -38,6 +39,7 @@ _SAELENS = {
     "multi_topk": "topk",
     "batchtopk": "jumprelu",
     "matryoshka": "jumprelu",
+    "topk_decoder_norm": "jumprelu",
     "relu": "standard",
     "relu_decoder_norm": "standard",
     "gated": "gated",
@@ -51,6 +53,7 @@ _DICTIONARY_LEARNING = {
     "multi_topk": ("TopKTrainer", "AutoEncoderTopK"),
     "batchtopk": ("BatchTopKTrainer", "BatchTopKSAE"),
     "matryoshka": ("MatryoshkaBatchTopKTrainer", "MatryoshkaBatchTopKSAE"),
+    "topk_decoder_norm": ("JumpReluTrainer", "JumpReluAutoEncoder"),
     "relu": ("StandardTrainer", "AutoEncoder"),
     "gated": ("GatedSAETrainer", "GatedAutoEncoder"),
     "jumprelu": ("JumpReluTrainer", "JumpReluAutoEncoder"),
@@ -119,6 +122,8 @@ def fold(trained: TrainedSae) -> LinearSae:
 
 def _further(trained: TrainedSae, scale: float) -> dict[str, Tensor]:
     params, n = trained.params, trained.sae.n_latents
+    if trained.sae.traits.by_decoder_norm:
+        return {"threshold": params["threshold"] * scale / norm(params["W_dec"], dim=1)}
     if "threshold" in params:
         return {"threshold": (params["threshold"] * scale).expand(n).contiguous()}
     if "log_threshold" in params:

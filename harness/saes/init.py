@@ -91,7 +91,7 @@ def initial_params(
     params = {"W_enc": encoder, "W_dec": directions.clone(), "b_dec": center.to(device, dtype, copy=True)}
     if sae.enc_bias:
         params["b_enc"] = torch.zeros(directions.shape[0], device=device, dtype=dtype)
-    if sae.routed:
+    if "W_r" in sae.layout():
         bound = 1 / math.sqrt(sae.d_model)
         router = torch.rand(sae.n_experts, sae.d_model, dtype=torch.float64, generator=_generator(seed, 2, 0))
         params["W_r"] = ((2 * router - 1) * bound).to(device, dtype)

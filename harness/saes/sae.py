@@ -14,7 +14,7 @@ from harness.config import SaeConfig
 
 Params = dict[str, Tensor]
 """W_enc, W_dec (rows, d); b_enc (rows) if any; b_dec (d); for Switch also W_r (experts, d), b_r (d); for some
-architectures further vectors (rows), and for BatchTopK `threshold` (1)."""
+architectures further vectors (rows), and for some `threshold` (1)."""
 
 Cut = Literal["latent_rows", "replicated"]
 
@@ -47,6 +47,10 @@ class Sae:
     """JumpReLU with the tanh penalty: λ_P."""
     prolu: str = "ste"
     """ProLU: the rule for gradients."""
+    routing: str = "learned"
+    """Switch: `learned`, `random` or `hash`."""
+    consistency: float = 0.0
+    """Random routing: α of THOR's consistency term; if positive, a token trains two experts."""
 
     @property
     def traits(self) -> Traits:
@@ -54,8 +58,13 @@ class Sae:
 
     @property
     def routed(self) -> bool:
-        """Whether tokens go to one expert each, with a router that learns."""
+        """Whether tokens go to one expert each."""
         return self.traits.routed
+
+    @property
+    def learns_routing(self) -> bool:
+        """Whether the router has gradients, and its probability scales the reconstruction."""
+        return self.routed and self.routing == "learned"
 
     @property
     def passes(self) -> int:
@@ -71,10 +80,10 @@ class Sae:
         if self.enc_bias:
             cuts["b_enc"] = "latent_rows"
         cuts["b_dec"] = "replicated"
-        if self.routed:
+        if self.routed and self.routing != "random":
             cuts |= {"W_r": "replicated", "b_r": "replicated"}
         cuts |= dict.fromkeys(self.traits.vectors, "latent_rows")
-        if self.traits.per_batch:
+        if self.traits.has_threshold:
             cuts["threshold"] = "replicated"
         return cuts
 
@@ -105,11 +114,13 @@ def resolve_sae(
         variance=variance,
         aux_alpha=config.aux_alpha,
         aux_k=aux_k(config, d_model),
-        balance_weight=balance if ARCHITECTURES[config.architecture].routed else 0.0,
+        balance_weight=balance if ARCHITECTURES[config.architecture].routed and config.routing == "learned" else 0.0,
         prefixes=tuple(config.prefixes),
         bandwidth=config.bandwidth * unit,
         threshold_init=config.threshold_init * unit,
         preactivation_penalty=config.preactivation_penalty,
         target_l0=config.target_l0,
         prolu=config.prolu,
+        routing=config.routing,
+        consistency=config.consistency,
     )

@@ -3,6 +3,7 @@
 L = mean_tokens ‖x − x̂‖²/V + α·AuxK + λ·E·Σ_i f_i·P_i   (design: "Maths, fixed once").
 Tokens are averaged over the *global* batch. For TopK the ranks of a replica hold the same tokens and a part of the
 latents; for Switch they hold whole experts and so disjoint tokens. That is the only difference in what is summed.
+With THOR's consistency term a step sees each token twice, once for each of its two experts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Stats:
     aux_loss: Float[Tensor, ""]
     """AuxK, before α."""
     balance: Float[Tensor, ""]
-    """E·Σ f_i·P_i, before λ; 1 when balanced."""
+    """E·Σ f_i·P_i, before λ; 1 when balanced, and without a router that learns."""
     l0: Float[Tensor, ""]
     """Mean number of latents with z > 0."""
     router_entropy: Float[Tensor, ""]
@@ -99,8 +100,9 @@ def encode(
 ) -> tuple[Batch, Entries]:
     """Route, encode and select. `training` allows what is for training alone: a choice among the whole batch, entries
     that only gradients need. `done`: completed steps."""
-    shards = runtime.shards
-    routing = route(sae, params, x, shards)
+    shards, pairs = runtime.shards, training and sae.consistency > 0
+    x = torch.cat([x, x]) if pairs else x
+    routing = route(sae, params, x, shards, done + 1 if training else 0, pairs)
     centred = routing.centred(x, params["b_dec"])
     inputs = (centred if sae.traits.pre_bias else x).to(compute["W_enc"].dtype)
     reduce = _reduce(sae, shards, "reconstruction")
@@ -125,11 +127,29 @@ def forward(
     if entries.nesting is None:
         codes = Codes(entries.z, entries.index)
         residual, dz, squared = ops.reconstruct(codes, W_dec, batch.target, batch.routing.scale, groups, batch.reduce)
-        return Forward(batch, entries, residual, squared, dz, residual[None], squared.sum())
+        plain = Forward(batch, entries, residual, squared, dz, residual[None], squared.sum())
+        return _drawn_together(plain, W_dec) if training and sae.consistency else plain
     nesting, codes = entries.nesting, Codes(entries.z, entries.index)
     residual, pulls, dz, errors = reconstruct_nested(ops, codes, nesting, W_dec, batch.target, groups, batch.reduce)
     error = errors.new_tensor(nesting.weights) @ errors.sum(dim=1)
     return Forward(batch, entries, residual, errors[nesting.headline], dz, pulls, error)
+
+
+def _drawn_together(run: Forward, W_dec: Float[Tensor, "rows d"]) -> Forward:
+    """The same forward pass with the loss and the gradient of α·½‖x̂₁ − x̂₂‖² of each token's two experts."""
+    batch, order = run.batch, run.routing.order
+    assert order is not None
+    tokens = batch.global_tokens // batch.shards.dp
+    residuals = torch.zeros(tokens, batch.sae.d_model, dtype=run.residual.dtype, device=run.residual.device)
+    residuals[order] = run.residual
+    batch.shards.sum_(residuals, "shard", "reconstruction")
+    apart = run.residual - residuals.roll(tokens // 2, dims=0)[order]
+    shift = batch.sae.consistency * apart
+    # with a target moved by it, the residual is what pulls at x̂
+    codes, groups = Codes(run.entries.z, run.entries.index), batch.routing.groups
+    pull, dz, _ = batch.ops.reconstruct(codes, W_dec, batch.target + shift, None, groups)
+    # each pair is here twice, and counts as two tokens
+    return replace(run, dz=dz, pulls=pull[None], error=run.error + (shift * apart).sum() / 2)
 
 
 def _scaled(values: Float[Tensor, "own k"], factor: float | Tensor, scale: Float[Tensor, " own"] | None) -> Tensor:
@@ -158,8 +178,8 @@ def step(
     """
     shards, ops = runtime.shards, runtime.ops
     own_tokens: Axis = "all" if sae.routed else "dp"
-    global_tokens = x.shape[0] * shards.dp
     run = forward(sae, params, compute, x, runtime, training=True, done=done)
+    global_tokens = run.batch.global_tokens
     batch, entries, routing, residual = run.batch, run.entries, run.routing, run.residual
     factor = batch.factor
 
@@ -181,13 +201,18 @@ def step(
     grads["b_dec"].copy_(b_dec_grad)
     for name, grad in back.own.items():
         grads[name].copy_(grad)
+    if sae.routing == "hash":
+        for name in ("W_r", "b_r"):
+            grads[name].zero_()
     sums = torch.stack([run.squared.sum(), residual.new_zeros(())])
     share = residual.new_ones(1)
     codes = run.codes
     if sae.routed:
-        scale_grad = factor * (codes.values * run.dz).sum(dim=1)
-        assert routing.probabilities is not None and routing.counts is not None
+        assert routing.counts is not None
         share = shards.sum_(routing.counts.to(residual.dtype), "dp", "scalars") / global_tokens
+    if sae.learns_routing:
+        assert routing.probabilities is not None
+        scale_grad = factor * (codes.values * run.dz).sum(dim=1)
         router_grads(sae, params, run.centred, routing, share, scale_grad, global_tokens, grads)
         sums[1] = entr(routing.probabilities).sum()
         sums = torch.cat([sums, routing.probabilities.sum(dim=0)])
@@ -198,7 +223,7 @@ def step(
     fired = ops.fired(codes, params["W_enc"].shape[0])
     active = shards.sum_(fired.sum(), "all", "scalars")
     fvu = sums[0] / (sae.variance * global_tokens)
-    balance = sae.n_experts * (share * sums[2:] / global_tokens).sum() if sae.routed else share.new_ones(())
+    balance = sae.n_experts * (share * sums[2:] / global_tokens).sum() if sae.learns_routing else share.new_ones(())
     further = _further_loss(run, back, shards)
     return Stats(
         loss=fvu + sae.aux_alpha * aux_loss + sae.balance_weight * balance + further,
@@ -237,8 +262,9 @@ def _further_loss(run: Forward, back: Backward, shards: Shards) -> Float[Tensor,
     """The loss beyond fvu, AuxK and balance: further reconstructions, and penalties."""
     loss: Tensor | float = 0.0
     unit = run.batch.sae.variance * run.batch.global_tokens
-    if run.entries.nesting is not None:
-        loss = shards.sum_((run.error - run.squared.sum()) / unit, "dp", "scalars")
+    sae = run.batch.sae
+    if run.entries.nesting is not None or sae.consistency:
+        loss = shards.sum_((run.error - run.squared.sum()) / unit, "all" if sae.routed else "dp", "scalars")
     if back.token_loss is not None:
         loss = loss + shards.sum_(back.token_loss, "dp", "scalars")
     if back.latent_loss is not None:

@@ -252,6 +252,8 @@ def _read_settings(path: Path, run_dir: Path, *, hashed: bool) -> tuple[Sae, Nor
             aux_k=about["aux_k"],
             balance_weight=float(about["balance_weight"]),
             prefixes=tuple(config.prefixes),
+            routing=config.routing,
+            consistency=config.consistency,
         )
         normalizer = Normalizer(about["normalizer"]["rule"], float(about["normalizer"]["scale"]))
     except (ValueError, TypeError) as error:

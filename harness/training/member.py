@@ -13,7 +13,7 @@ import torch
 
 from harness.activations.source import ActivationSource
 from harness.activations.stream import Stream
-from harness.activations.synthetic import best_cosines, recovered
+from harness.activations.synthetic import best_cosines, close_latents, recovered
 from harness.config import Config
 from harness.parallel import Shards
 from harness.process.runtime import Runtime
@@ -161,10 +161,16 @@ class Member:
         if truth is None:
             return {}
         # the best latent of each shard
-        best = torch.zeros(shards.shard, len(truth))
+        best, close = torch.zeros(shards.shard, len(truth)), torch.tensor(0)
         if shards.dp_rank == 0:
-            best[shards.shard_rank] = best_cosines(self.weights()["W_dec"].float().cpu(), truth)
-        return recovered(shards.sum_(best, "all", "evaluation").amax(dim=0))
+            decoder = self.weights()["W_dec"].float().cpu()
+            best[shards.shard_rank] = best_cosines(decoder, truth)
+            close += close_latents(decoder, truth) if truth.dim() == 3 else 0
+        found = recovered(shards.sum_(best, "all", "evaluation").amax(dim=0))
+        if truth.dim() == 3:
+            spheres = max(1.0, found["recovered"] * len(truth))
+            found["latents_per_recovered"] = float(shards.sum_(close, "all", "evaluation")) / spheres
+        return found
 
     def _record(self, line: dict[str, Any]) -> None:
         self.metrics.append(line)

@@ -35,6 +35,13 @@ def lr_at(config: Config, step: int, last: int) -> float:
     return learning_rate(config) * factor
 
 
+def k_at(config: Config, step: int, last: int) -> int:
+    """Active latents per token of step `step` (from 0) of `last`."""
+    sae = config.sae
+    rest = 1 - step / (sae.k_anneal_fraction * last) if sae.k_anneal_fraction else 0.0
+    return sae.k + round(max(0.0, rest) * (sae.first_k - sae.k))
+
+
 def evaluation_steps(config: Config, last: int) -> frozenset[int]:
     """The numbers of completed steps after which the SAE is evaluated, `last` excluded.
 

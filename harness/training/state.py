@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from harness.saes import (
 from harness.saes.start_from import params_from
 from harness.training.graph import StepGraph
 from harness.training.optimizer import Optimizer
-from harness.training.schedule import lr_at
+from harness.training.schedule import k_at, lr_at
 from harness.training.signum import OPTIMIZERS
 from harness.training.sparsity import Sparsity
 
@@ -130,7 +130,7 @@ class TrainState:
 
     def _compute(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
         """The part of a step that runs on the device."""
-        sae = self.sae
+        sae = replace(self.sae, k=k_at(self.config, self.done, self.last))
         x = self.normalizer(raw, self.params["W_dec"].dtype)
         optimizer = self.optimizer
         sparsity = None if self.sparsity is None else self.sparsity.value(self.done).to(x.dtype)
@@ -165,6 +165,8 @@ class TrainState:
         able = raw.device.type == "cuda" and runtime.ops.NAME == "triton" and train.precision != "fp64"
         # selections by threshold wait for the device, and Signum takes its learning rate from the host
         able = able and self.sae.traits.per_token and train.optimizer == "adam"
+        # a graph would repeat one draw of experts, and one k
+        able = able and self.sae.routing != "random" and not self.config.sae.k_anneal_fraction
         if not (train.cuda_graph and alike and able):
             return None
         if self._graph is None:
@@ -242,7 +244,7 @@ class TrainState:
                 # E·Σ f², the published measure of collapse: 1 when balanced
                 "imbalance": float(share.square().sum()) * self.sae.n_experts,
             }
-        else:
+        if not self.sae.learns_routing:
             del line["balance"], line["router_entropy"]
         if not self.config.train.clip_norm:
             del line["grad_norm"]

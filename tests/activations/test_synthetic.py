@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
 from harness.activations.statistics import layernorm_rows
-from harness.activations.synthetic import best_cosines, recovered, zipf_probabilities
+from harness.activations.synthetic import best_cosines, close_latents, recovered, zipf_probabilities
 from harness.config import ActivationsConfig, SyntheticConfig
 from harness.process.signals import StopFlag
 
@@ -135,3 +135,44 @@ def test_recovered_counts_true_features_with_a_close_latent() -> None:
 def test_impossible_settings_are_one_line(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         source(**spec)
+
+
+def test_points_on_spheres_have_their_frequencies_dimensions_and_moments() -> None:
+    made = source(noise=0.0, d_model=48, n_features=12, active_features=3.0, manifolds=[1, 0, 3])
+    spans = made.dictionary
+    assert spans is not None and spans.shape == (12, 4, 48)
+    widths = [2, 1, 4] * 4
+    for span, width in zip(spans, widths, strict=True):
+        torch.testing.assert_close(span @ span.T, torch.diag((torch.arange(4) < width).float()), rtol=0, atol=1e-5)
+    x = rows(made, 20_000)
+    basis = torch.cat([span[:width] for span, width in zip(spans, widths, strict=True)])
+    parts = torch.linalg.lstsq(basis.T.double(), x.T.double()).solution.T.split(widths, dim=1)
+    expected = zipf_probabilities(12, 1.0, 3.0)
+    for part, width, probability in zip(parts, widths, expected, strict=True):
+        norm = part.norm(dim=1)
+        on = norm > 1e-3
+        assert float(on.double().mean()) == pytest.approx(probability, abs=0.015)
+        assert norm[on].min() > 0.49 and norm[on].max() < 1.51
+        points = part[on] / norm[on, None]
+        # uniform on the sphere: mean 0, second moment 1/width in every direction; a direction has one sign
+        centre = float(points.mean(dim=0).norm())
+        assert centre == pytest.approx(1.0) if width == 1 else centre < 0.1
+        moment = points.T @ points / len(points)
+        torch.testing.assert_close(moment, torch.eye(width, dtype=torch.float64) / width, rtol=0, atol=0.05)
+    raw, wide = made.statistics(layernorm=False), x.double()
+    torch.testing.assert_close(raw.mean, wide.mean(0), rtol=0, atol=0.02)
+    assert raw.variance == pytest.approx(float((wide - wide.mean(0)).square().sum(1).mean()), rel=0.02)
+
+
+def test_without_spheres_rows_and_ids_are_those_of_earlier_versions() -> None:
+    plain, zeros = source(), source(manifolds=[0])
+    assert torch.equal(rows(plain, 300), rows(zeros, 300))
+    assert plain.id == "b9f9e4bd7bdf5668" and zeros.id != plain.id
+
+
+def test_a_latent_belongs_to_a_sphere_by_its_angle_to_the_span() -> None:
+    spans = torch.zeros(2, 2, 6)
+    spans[0, :, :2], spans[1, 0, 2] = torch.eye(2), 1.0
+    decoder = torch.tensor([[0.6, 0.8, 0, 0, 0, 0], [-1, 0, 0.1, 0, 0, 0], [0, 1, 0, 1, 0, 0], [0, 0, -3, 0, 0, 0]])
+    torch.testing.assert_close(best_cosines(decoder, spans), torch.tensor([1.0, 1.0]))
+    assert close_latents(decoder, spans) == 3

@@ -48,6 +48,8 @@ CASES = {
     "topk_auxk": _AUXK,
     "switch": {"sae__aux_alpha": 0.0, **_SWITCH},
     "switch_auxk": {**_AUXK, **_SWITCH},
+    "switch_hash": {**_AUXK, **_SWITCH, "sae__routing": "hash"},
+    "switch_random": {**_AUXK, **_SWITCH, "sae__routing": "random", "sae__consistency": 0.5},
     **CATALOGUE,
 }
 

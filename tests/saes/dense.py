@@ -26,15 +26,21 @@ def dense_loss(
     aux_k: int = 0,
     dead: Tensor | None = None,
     balance_weight: float = 0.0,
+    experts: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Loss and its parts; `dead` is a boolean per latent. Without `W_r` in `params` it is a TopK SAE."""
+    """Loss and its parts; `dead` is a boolean per latent. Without `W_r` in `params` it is a TopK SAE.
+
+    `experts`: of each token, without a router.
+    """
     n = params["W_enc"].shape[0]
     bias = params.get("b_enc", torch.zeros(n, dtype=x.dtype))
     preactivations = (x - params["b_dec"]) @ params["W_enc"].T + bias
     probability = torch.ones(x.shape[0], dtype=x.dtype)
     own = torch.ones_like(preactivations)
     balance = x.new_ones(())
-    if "W_r" in params:
+    if experts is not None:
+        own = torch.nn.functional.one_hot(experts, n_experts).to(x.dtype).repeat_interleave(n // n_experts, dim=1)
+    elif "W_r" in params:
         p = torch.softmax((x - params["b_r"]) @ params["W_r"].T, dim=1)
         expert = p.argmax(dim=1)
         probability = p.gather(1, expert[:, None]).squeeze(1)
@@ -62,4 +68,4 @@ def dense_loss(
         spread = (e - e.mean(dim=0)).square().sum()
         aux = (estimate - e).square().sum() / spread if float(spread) > 0 else aux
     loss = fvu + aux_alpha * aux + (balance_weight * balance if "W_r" in params else 0.0)
-    return {"loss": loss, "fvu": fvu, "aux_loss": aux, "balance": balance, "z": z}
+    return {"reconstruction": reconstruction, "loss": loss, "fvu": fvu, "aux_loss": aux, "balance": balance, "z": z}

@@ -89,7 +89,7 @@ def catalogue_loss(
     """Loss, its parts and the active latents z of the headline reconstruction."""
     W_enc, W_dec, b_dec = params["W_enc"], params["W_dec"], params["b_dec"]
     b_enc = params.get("b_enc", torch.zeros(W_enc.shape[0], dtype=x.dtype))
-    tokens, free = x.shape[0], architecture in ("relu_decoder_norm", "jumprelu_tanh")
+    tokens, free = x.shape[0], architecture in ("relu_decoder_norm", "jumprelu_tanh", "topk_decoder_norm")
     products = (x if free else x - b_dec) @ W_enc.T
     a = products + b_enc
 
@@ -107,6 +107,9 @@ def catalogue_loss(
         if architecture == "matryoshka":
             errors = [error(z * (torch.arange(a.shape[1]) < end)) for end in prefixes]
             extra = torch.stack(errors).mean() - main
+    elif architecture == "topk_decoder_norm":
+        z = a.relu() * top_mask((a * W_dec.norm(dim=1)).detach(), k)
+        main = error(z)
     elif architecture == "relu":
         z = a.relu()
         main, penalty = error(z), sparsity * z.sum() / tokens

@@ -89,7 +89,9 @@ def _recipe(settings: str) -> str:
     common = {"version": version, "kind": cfg.kind, "seed": cfg.seed, "dtype": cfg.dtype}
     if cfg.kind == "synthetic":
         rows = {"heldout_tokens": round(cfg.heldout_tokens)}
-        return json.dumps({**common, **rows, "synthetic": container["synthetic"]})
+        # a setting of later versions enters where it gives other rows
+        synthetic = {name: value for name, value in container["synthetic"].items() if name != "manifolds" or value}
+        return json.dumps({**common, **rows, "synthetic": synthetic})
     location = locate(cfg)
     markers = special_markers(location)
     # what earlier versions did otherwise enters where it gives other rows: other stores keep their ids
