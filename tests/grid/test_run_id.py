@@ -90,7 +90,9 @@ def test_every_field_has_chosen_a_side() -> None:
     assert service(Config) == {"mesh", "cluster", "tracker", "ops", "sweep", "out"}
     assert service(SaeConfig) == set()
     assert service(SyntheticConfig) == set()
-    assert service(ActivationsConfig) == {"shard_rows", "lm_batch", "lm_precision", "device_map", "dir", "store"}
+    assert service(ActivationsConfig) == {
+        *("shard_rows", "lm_batch", "lm_precision", "rows_precision", "device_map", "dir", "store"),
+    }
     assert service(TrainConfig) == {
         *("device", "threads", "log_every_steps", "checkpoint_every_s", "checkpoint_every_steps", "keep_checkpoints"),
         "cuda_graph",
