@@ -64,7 +64,7 @@ def test_the_command_makes_tables_figures_and_claims(tmp_path: Path, capsys: pyt
     out = tmp_path / "out"
     document = tmp_path / "page.md"
     document.write_text(
-        "before\n<!-- claims of switch2024: begin -->\nold\n<!-- claims of switch2024: end -->\nafter\n"
+        "before\n<!-- claims of switch2024: begin -->\nWHAT WAS THERE\n<!-- claims of switch2024: end -->\nafter\n"
     )
     source = DOCS / "reproduction/switch2024"
     assert main(["figures", "switch2024", str(source), "--out", str(out), "--doc", str(document)]) == 0
@@ -74,7 +74,7 @@ def test_the_command_makes_tables_figures_and_claims(tmp_path: Path, capsys: pyt
     for path in source.glob("*.csv"):
         assert (out / path.name).read_text() == path.read_text(), path
     text = document.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "WHAT WAS THERE" not in text
     document.write_text("no block")
     assert main(["figures", "switch2024", str(source), "--out", str(out), "--doc", str(document)]) == 2
     assert main(["figures", "switch2024", str(tmp_path / "nowhere"), "--out", str(out)]) == 2
