@@ -206,7 +206,7 @@ def _activations(studies: Studies) -> list[Claim]:
         row = ratios[sae]
         ends = row["ends"] if isinstance(row["ends"], tuple) else (None, None)
         estimate = Estimate(float(str(row["ratio"])), *ends)
-        where = f"fvu over that of TopK at the measured L0, mean of {row['cells']} cells, {_span(study.runs)}, paired"
+        where = f"fvu over that of TopK at the measured L0, {row['cells']} of its cells, {_span(study.runs)}, paired"
         needed = "an interval that leaves out 1"
         found.append(claim.judged(direction(estimate, 1, of=1.0), f"ratio {estimate}", where, needed))
     return [*found, _progressive(more, study), _shrinkage(shrinks, study)]

@@ -39,6 +39,7 @@ KEPT = (
     *("train.schedule", "train.decay_fraction", "train.warmup_tokens", "train.until", "train.lr_factor"),
 )
 """Columns that are kept; besides them all of `quality.…`."""
+COMPARED = ("sae.init", "sae.aux_alpha", "sae.balance_weight", "sae.routing", "sae.consistency")
 MAPS = (("progressive", "topk"), ("geometry", "expert_map"))
 """(metric, curve) of what is kept in `.quality.csv`."""
 
@@ -56,6 +57,10 @@ class Study:
 
     def errors(self, table: RunTable) -> PairedErrors | None:
         """Paired errors of some runs of the study; None if fewer than two can be paired."""
+        # settings that a study compares make cells of their own; else their effect would count as noise between repeats
+        kept = [name for name in COMPARED if name in table.frame]
+        cell = table.frame[["sae", *kept]].astype(str).agg(" ".join, axis=1)
+        table = table.but(frame=table.frame.assign(sae=cell))
         known = [run for run in table.column("run").astype(str) if run in self.influence.index]
         return with_repeats(table, known, self.influence.loc[known].to_numpy(dtype=float)) if len(known) > 1 else None
 
