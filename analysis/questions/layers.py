@@ -77,7 +77,8 @@ def layer_laws(table: RunTable) -> list[LayerLaw]:
         columns = {name: f"quality.dimension.{name}" for name in DIMENSIONS}
         known = {name: part[column].dropna() for name, column in columns.items() if column in part}
         dimensions = {name: float(column.iloc[0]) for name, column in known.items() if len(column)}
-        place = ", ".join(f"{name}={values[name]}" for name in apart)
+        texts = [f"{values[name]:g}" if name == "layer" else str(values[name]) for name in apart]
+        place = ", ".join(f"{name}={text}" for name, text in zip(apart, texts, strict=True))
         size = float(values[table.roles["k"]])
         found.append(LayerLaw(place, str(values.get("sae", "")), size, len(set(n)), exponent, ends, dimensions))
     if not found:
