@@ -16,7 +16,9 @@ STUDIES = {
         *("reproduce/gao2024_activations", "reproduce/quality"),
     ),
     ("gao2024", "paper"): ("gao2024_nk", "gao2024_baselines"),
-    ("switch2024", "cores"): ("reproduce/switch2024_orders", "reproduce/switch2024_router", "reproduce/quality"),
+    ("switch2024", "cores"): (
+        *("reproduce/switch2024_orders", "reproduce/switch2024_router", "routing", "reproduce/quality"),
+    ),
     ("switch2024", "paper"): ("switch2024_flop_matched", "switch2024_width_matched"),
 }
 """(paper, scale) → its studies: at a size for two CPU cores, or at that of the paper, for a cluster."""
