@@ -157,10 +157,6 @@ class SaeConfig:
     k: int = MISSING
     """Active latents per token, for `batchtopk` and `matryoshka` on average; 0 for architectures that choose by
     threshold, which have `target_l0` or `sparsity` instead."""
-    k_anneal_fraction: float = 0.0
-    """Share of the steps, at their beginning, over which the number of active latents falls linearly to `k`."""
-    k_anneal_factor: float = 8.0
-    """With `k_anneal_fraction`: times `k`, the number at the first step; at most all latents of an expert."""
     n_experts: int = 1
     """Number of experts E; 1 for `topk`. Each expert owns n/E consecutive latents."""
     enc_bias: bool = True
@@ -192,7 +188,10 @@ class SaeConfig:
     consistency: float = 0.0
     """`routing=random`: weight α of the consistency term of THOR. If positive, every token trains two experts, and the
     loss is the mean of their errors + α·½‖x̂₁ − x̂₂‖²/V; a finished SAE uses one."""
-
+    k_anneal_fraction: float = 0.0
+    """Share of the steps, at their beginning, over which the number of active latents falls linearly to `k`."""
+    k_anneal_factor: float = 8.0
+    """With `k_anneal_fraction`: times `k`, the number at the first step; at most all latents of an expert."""
     target_l0: float = 0.0
     """Architectures with a penalty: L0 that its coefficient is steered to; 0: `sparsity` is the coefficient."""
     sparsity: float = 0.0

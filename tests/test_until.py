@@ -48,6 +48,7 @@ def rounds(out: Path) -> dict[str, Any]:
     return read_rounds(out / "quick")
 
 
+@pytest.mark.slow
 def test_rounds_are_recorded_with_what_was_predicted_and_what_came(
     tmp_path: Path, decisions: list[Decision], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_chase_goes_on_where_it_stopped(tmp_path: Path, decisions: list[Decisi
     assert again["rounds"][0]["ended"] and again["end"]["verdict"] == "reached"
 
 
+@pytest.mark.slow
 def test_rounds_without_a_result_end_the_chase(
     tmp_path: Path, decisions: list[Decision], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

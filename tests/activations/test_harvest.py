@@ -195,6 +195,7 @@ def manifest_of(directory: Path) -> str:
     return (directory / "manifest.json").read_text()
 
 
+@pytest.mark.slow
 def test_killed_or_divided_the_store_is_the_same(
     tiny: ActivationsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

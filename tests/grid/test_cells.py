@@ -41,7 +41,7 @@ def test_every_combination_once_in_the_order_written() -> None:
 def test_the_whole_sweep_grammar(sweep: str, values: list[object] | None) -> None:
     found = cells("sae.n_latents=64", "sae.k=2", sweep)
     if values is None:
-        assert {c.label for c in found} == {"sae=topk", "sae=topk_gao2024"}
+        assert {c.label for c in found} == {"sae=topk", "sae=topk_gao2024", "sae=topk_decoder_norm"}
         return
     key = sweep.split("=")[0].split(".")
     reached = []

@@ -322,6 +322,7 @@ def test_a_service_of_wandb_in_the_environment_is_not_used(
     assert "warning" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_replay_after_an_outage_gives_the_same_points(
     make_run: MakeRun, hanging_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

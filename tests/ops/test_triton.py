@@ -99,6 +99,7 @@ def test_any_row_is_cut_into_pieces_that_a_program_holds(width: int, k: int) -> 
         assert selection.MOST_KEYS // slots >= 2, "a merge must leave fewer segments"
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(case=layouts(), d=st.integers(1, 40), scaled=st.booleans())
 def test_products_equal_reference(case: tuple[list[int], list[int], int, int], d: int, scaled: bool) -> None:
@@ -115,6 +116,7 @@ def test_products_equal_reference_at_the_edges(tokens: int, d: int, rows: int, k
     assert_products_equal("triton", codes, d, rows, groups, False, 2)
 
 
+@pytest.mark.slow
 def test_a_latent_active_in_every_token_is_summed_in_pieces() -> None:
     tokens, groups = 600, even_groups(600, 64, 1)
     codes = codes_with_a_latent_in_every_token(tokens, groups)

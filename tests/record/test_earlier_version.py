@@ -31,6 +31,7 @@ def same_bits_expected() -> bool:
     return recorded == {"processor": hashlib.sha256(processor().encode()).hexdigest(), "torch": torch.__version__}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sweep", "arguments", "run_ids"),
     [

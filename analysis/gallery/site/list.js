@@ -45,6 +45,9 @@ const SCORES = {
   "": ["all", -1, 2], good: ["0.9 and above", 0.9, 2], fair: ["0.7 to 0.9", 0.7, 0.9], poor: ["below 0.7", 0, 0.7],
 };
 
+/** What a list shows at first. */
+const SETTINGS = { search: "", order: "index", live: "live", density: "", score: "", expert: "", page: 0 };
+
 /** Latents that the settings leave, in their order. */
 function chosen(list, text, settings) {
   const wanted = settings.search.trim().toLowerCase();
@@ -74,7 +77,7 @@ function choice(label, options, value, change) {
 }
 
 function listOf(sae, list, text, state) {
-  const settings = (state[sae.name] ??= { search: "", order: "index", live: "live", density: "", score: "", expert: "", page: 0 });
+  const settings = (state[sae.name] ??= { ...SETTINGS });
   const body = element("tbody", {}), status = element("p", { role: "status" });
   const pages = element("div", { class: "pages" });
   const scored = Object.keys(list.notes).some((latent) => score(list, latent) !== undefined);

@@ -28,7 +28,7 @@ async function pageOf(index, sae, part, further) {
   state.sae = sae;
   state.latent = undefined;
   if (part === "experts" && further === undefined) return expertsOf(sae, list, text);
-  if (part === "experts") state[sae.name] = { search: "", order: "dense", live: "live", density: "", expert: further, page: 0 };
+  if (part === "experts") state[sae.name] = { ...SETTINGS, order: "dense", expert: further };
   if (part === undefined || part === "" || part === "experts") return listOf(sae, list, text, state);
   const number = Number(part);
   if (!Number.isInteger(number) || number < 0 || number >= sae.n)
