@@ -59,7 +59,8 @@ def need(result: FitResult, loss: float, k: float | None = None, cost: Cost | No
     n = _first_below(sizes, band["value"].to_numpy(), loss)
     every = n == sizes[0]
     flops = None if n is None or cost is None or k is None else cost(n, k)
-    ends: Interval = tuple(_first_below(sizes, band[edge].to_numpy(), loss) for edge in ("lo", "hi"))
+    lower, upper = (_first_below(sizes, band[edge].to_numpy(), loss) for edge in ("lo", "hi"))
+    ends: Interval = (lower, upper)
     if n is not None and not every and band["lo"].notna().all():
         ends = result.size_interval({name: n, **others}) or ends
     best, worst = (end if end is None or sizes[0] <= end <= sizes[-1] else None for end in ends)
