@@ -52,7 +52,7 @@ def test_trainings_at_one_place_share_a_process(tiny: ActivationsConfig, tmp_pat
     assert isinstance(source, Windows)
     windows = tmp_path / "_activations" / f"{source.id}.windows"
     with source.stream(1, ROWS, CPU) as alone:
-        expected = [alone.batch(step).clone() for step in range(4)]
+        expected = [alone.batch(step).clone() for step in range(6)]
     assert not producers(tmp_path) and not list(windows.glob("*/"))
 
     first, second = source.stream(0, ROWS, CPU), source.stream(1, ROWS, CPU)
@@ -69,7 +69,8 @@ def test_trainings_at_one_place_share_a_process(tiny: ActivationsConfig, tmp_pat
         assert torch.equal(second.batch(2), expected[2])
         process.send_signal(signal.SIGKILL)
         psutil.wait_procs([process], timeout=30)
-        assert torch.equal(second.batch(3), expected[3])
+        for step in (3, 4, 5):  # window 3 may have been there
+            assert torch.equal(second.batch(step), expected[step])
         (other,) = producers(tmp_path)
         assert other.pid != process.pid
     assert not producers(tmp_path) and not list(windows.glob("*/"))
