@@ -19,7 +19,7 @@ from analysis.questions.manifolds import regimes
 from analysis.questions.paired import paired_errors
 from analysis.questions.setting_ratios import setting_ratios
 from analysis.report.findings import compared_architectures
-from analysis.report.words import law_sentences, multiplier_sentences, rate_sentences
+from analysis.report.words import law_sentences, losses_words, multiplier_sentences, rate_sentences
 from analysis.runs.axes import AXES, at_equal_flops, axis_words
 from analysis.runs.curves import evaluations
 from analysis.runs.populations import at_best_rate, one_setting
@@ -97,9 +97,8 @@ def run_multiplier(args: argparse.Namespace, runs: RunTable) -> int:
     for entry in found:
         for axis, result in entry.by_axis:
             value = "–" if result.value is None else number(result.value)
-            at = "every loss of these runs" if result.at_loss is None else f"loss {number(result.at_loss)}"
-            row = [number(entry.k), number(entry.experts), AXES[axis], value, interval(result.lo, result.hi), at]
-            rows.append(row)
+            row = [number(entry.k), number(entry.experts), AXES[axis], value, interval(result.lo, result.hi)]
+            rows.append([*row, losses_words(result, "loss")])
     if rows:
         print(table(["k", "experts", "counted in", "TopK / Switch", "95 % interval", "holds at"], rows))
     for entry in dict.fromkeys(entry for comparison in found for entry in comparison.multiplier.notes):

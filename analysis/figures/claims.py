@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from analysis.fits.intervals import wald
+from analysis.fits.intervals import coefficient, wald
 from analysis.format import interval, number
+from analysis.questions.paired import pooled_sd
 from harness.errors import UserError
 
 
@@ -116,13 +117,11 @@ def difference(frame: pd.DataFrame, column: str, first: pd.Series, second: pd.Se
     The noise is that between repeats of a cell (`cells` are the columns that make one), pooled over all of `frame`.
     """
     values = frame[column].astype(float)
-    within = values - values.groupby([frame[name].astype(str) for name in cells]).transform("mean")
-    dof = len(frame) - frame.groupby([frame[name].astype(str) for name in cells]).ngroups
+    sd, dof = pooled_sd(values, [frame[name].astype(str) for name in cells])
     value = float(values[first].mean() - values[second].mean())
-    if dof < 1:
+    if sd is None:
         return Estimate(value, None, None)
-    se = math.sqrt(float(np.square(within).sum()) / dof * (1 / int(first.sum()) + 1 / int(second.sum())))
-    return Estimate(value, *wald(value, se, dof, 0.95))
+    return Estimate(value, *wald(value, sd * math.sqrt(1 / int(first.sum()) + 1 / int(second.sum())), dof, 0.95))
 
 
 def slope(frame: pd.DataFrame, column: str, along: str, beside: Sequence[str], log: bool = True) -> Estimate:
@@ -139,13 +138,10 @@ def slope(frame: pd.DataFrame, column: str, along: str, beside: Sequence[str], l
         else:
             parts.append(pd.get_dummies(frame[name], drop_first=True).to_numpy(dtype=float))
     x = np.hstack(parts)
-    dof = len(y) - x.shape[1]
-    if dof < 1 or np.linalg.matrix_rank(x) < x.shape[1]:
+    if len(y) <= x.shape[1] or np.linalg.matrix_rank(x) < x.shape[1]:
         return Estimate(math.nan, None, None)
-    y = np.log(y) if log else y
-    coefficients = np.linalg.lstsq(x, y, rcond=None)[0]
-    variance = float(np.square(y - x @ coefficients).sum()) / dof * np.linalg.inv(x.T @ x)[1, 1]
-    return Estimate(float(coefficients[1]), *wald(float(coefficients[1]), math.sqrt(variance), dof, 0.95))
+    value, ends = coefficient(x, np.log(y) if log else y, 1)
+    return Estimate(value, *ends)
 
 
 def claims_table(claims: Sequence[Claim]) -> str:

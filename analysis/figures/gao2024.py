@@ -20,7 +20,6 @@ from analysis.figures.gao2024_claims import (
 from analysis.figures.published import GAO_CONVERGENCE, GAO_RATE
 from analysis.figures.tables import Studies, Study, pick
 from analysis.fits.status import Status
-from analysis.notes import has
 from analysis.questions.convergence import TOKENS, Convergence
 from analysis.report import plot
 from analysis.report.plot.style import add_legend, log_axes
@@ -40,8 +39,7 @@ def figures(studies: Studies) -> list[Drawn]:
 
 
 def _law(study: Study) -> Drawn | None:
-    floored, plain = law_fits(study)
-    chosen = plain if floored.status is Status.FAILED or has(floored.notes, "floor_not_identified") else floored
+    _, chosen = law_fits(study)
     converged = study.runs.keep(study.runs.column("converged").eq(True).to_numpy(), "not converged")
     if not len(converged):
         return None

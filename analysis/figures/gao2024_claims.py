@@ -42,9 +42,11 @@ def no_runs(studies: tuple[str, ...]) -> str:
 
 
 def law_fits(study: Study) -> tuple[FitResult, FitResult]:
-    """(the law with its floor, the law without), of the converged runs."""
+    """Of the converged runs (the law with its floor, the law to read: the one without, if the data do not bound a
+    floor)."""
     floored, plain = (fit(study.runs, name, regime="converged") for name in ("sae_nk", "sae_nk_no_floor"))
-    return floored, plain
+    open_floor = floored.status is Status.FAILED or has(floored.notes, "floor_not_identified")
+    return floored, plain if open_floor else floored
 
 
 def parameter(result: FitResult, name: str) -> Estimate:
@@ -59,10 +61,8 @@ def _law(studies: Studies) -> list[Claim]:
     study = pick(studies, *LAW)
     if study is None:
         return [claim.missing(no_runs(LAW)) for claim in (gamma, eta, grows)]
-    floored, plain = law_fits(study)
-    open_floor = floored.status is Status.FAILED or has(floored.notes, "floor_not_identified")
-    chosen = plain if open_floor else floored
-    return [_gamma(gamma, chosen), _eta(eta, floored, open_floor), _grows(grows, study)]
+    floored, chosen = law_fits(study)
+    return [_gamma(gamma, chosen), _eta(eta, floored, chosen is not floored), _grows(grows, study)]
 
 
 def _span(table: RunTable) -> str:

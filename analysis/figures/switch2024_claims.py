@@ -20,7 +20,7 @@ from analysis.figures.published import (
 )
 from analysis.figures.tables import Studies, Study, pick
 from analysis.questions.multiplier import on_every_axis
-from analysis.questions.paired import PairedErrors, contrast
+from analysis.questions.paired import PairedErrors, mean_difference
 from analysis.runs.curves import curve
 
 ORDERS = ("switch2024_orders", "switch2024_flop_matched")
@@ -321,7 +321,6 @@ def _control(claim: Claim, study: Study) -> Claim:
 
 def _ratio(errors: PairedErrors | None, first: pd.DataFrame, second: pd.DataFrame) -> Estimate:
     """Geometric mean of the fvu of the first runs over that of the second."""
-    value = float(np.log(first["fvu"]).mean() - np.log(second["fvu"]).mean())
-    weights = contrast(first["run_id"].astype(str).tolist(), second["run_id"].astype(str).tolist())
-    ends = errors.interval(weights, value) if errors is not None else None
+    logs = (runs.set_index("run_id")["fvu"].map(math.log) for runs in (first, second))
+    value, ends = mean_difference(errors, *logs)
     return exponential(Estimate(value, *(ends or (None, None))))

@@ -100,6 +100,16 @@ def wald(estimate: float, se: float, dof: int, level: float) -> Interval:
     return estimate - half, estimate + half
 
 
+def coefficient(design: Array, y: Array, place: int, level: float = 0.95) -> tuple[float, Interval]:
+    """A coefficient of least squares and its t interval; open without degrees of freedom."""
+    found = np.linalg.lstsq(design, y, rcond=None)[0]
+    dof = len(y) - design.shape[1]
+    if dof < 1:
+        return float(found[place]), (None, None)
+    variance = float(np.square(y - design @ found).sum()) / dof * np.linalg.inv(design.T @ design)[place, place]
+    return float(found[place]), wald(float(found[place]), float(np.sqrt(variance)), dof, level)
+
+
 def noiseless(rss: float, points: int) -> bool:
     """Whether residuals are rounding only, so that F has no meaning."""
     return bool(np.sqrt(rss / points) < NOISELESS)

@@ -64,7 +64,7 @@ def description_lengths(table: RunTable, levels: Sequence[float] = ()) -> list[D
     frame = frame.assign(fvu=np.log(frame[roles["loss"]].astype(float)), bits=np.log(frame[BITS].astype(float)))
     found = []
     for sae, part in frame.groupby(frame["sae"].astype(str) if "sae" in frame else np.full(len(frame), "")):
-        curves = {int(cast(Any, n)): _curve(runs) for n, runs in part.groupby("n")}
+        curves = _by_size(part)
         seeds = [_by_size(runs) for _, runs in part.groupby("seed")] if "seed" in part else []
         for level in np.log(levels) if len(levels) else _reached(curves):
             points = _at(curves, level)
@@ -83,13 +83,12 @@ def description_lengths(table: RunTable, levels: Sequence[float] = ()) -> list[D
     return found
 
 
-def _curve(runs: pd.DataFrame) -> pd.DataFrame:
-    """ln k, ln fvu and ln bits of one n, by falling fvu; repeats of a k are averaged."""
-    return runs.groupby("k", as_index=False)[["fvu", "bits"]].mean().sort_values("fvu")
-
-
 def _by_size(runs: pd.DataFrame) -> dict[int, pd.DataFrame]:
-    return {int(cast(Any, n)): _curve(part) for n, part in runs.groupby("n")}
+    """n → ln k, ln fvu and ln bits, by rising fvu; repeats of a k are averaged."""
+    return {
+        int(cast(Any, n)): part.groupby("k", as_index=False)[["fvu", "bits"]].mean().sort_values("fvu")
+        for n, part in runs.groupby("n")
+    }
 
 
 def _at(curves: dict[int, pd.DataFrame], level: float) -> dict[int, tuple[float, float]]:

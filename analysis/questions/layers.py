@@ -3,7 +3,6 @@ width, beside the dimension of the activations."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test, rankdata
 
-from analysis.fits.intervals import wald
+from analysis.fits.intervals import coefficient
 from analysis.format import Interval
 from analysis.laws.law import Array
 from analysis.runs.table import RunTable
@@ -88,12 +87,7 @@ def layer_laws(table: RunTable) -> list[LayerLaw]:
 
 def falling(log_n: Array, log_loss: Array) -> tuple[float, Interval]:
     """a of loss ∝ n^−a from a line through the logarithms, and its 95 % interval (open with two points)."""
-    centred = log_n - log_n.mean()
-    slope = float(centred @ log_loss / (centred @ centred))
-    residual = log_loss - log_loss.mean() - slope * centred
-    dof = len(log_n) - 2
-    error = math.sqrt(float(residual @ residual) / max(1, dof) / float(centred @ centred))
-    return -slope, wald(-slope, error, dof, 0.95) if dof > 0 else (None, None)
+    return coefficient(np.stack([np.ones(len(log_n)), -log_n], axis=1), log_loss, 1)
 
 
 def rank_correlation(laws: Sequence[LayerLaw], name: str) -> tuple[float, float] | None:

@@ -117,13 +117,20 @@ def _repeats(table: RunTable) -> tuple[float | None, int, tuple[str, ...]]:
     if not keys:
         return None, 0, ()
     log_loss = pd.Series(np.log(table.values("loss")), index=frame.index)
-    groups = log_loss.groupby([frame[key].astype(str) for key in keys])
-    dof = len(frame) - groups.ngroups
-    square = float(np.square(log_loss - groups.transform("mean")).sum())
-    if dof <= 0:
+    cells = [frame[key].astype(str) for key in keys]
+    sd, dof = pooled_sd(log_loss, cells)
+    if sd is None:
         return None, 0, ()
-    repeated = groups.transform("size") > 1
-    return math.sqrt(square / dof), dof, tuple(sorted(set(frame["sae"][repeated]))) if "sae" in frame else ()
+    repeated = log_loss.groupby(cells).transform("size") > 1
+    return sd, dof, tuple(sorted(set(frame["sae"][repeated]))) if "sae" in frame else ()
+
+
+def pooled_sd(values: pd.Series, cells: Sequence[pd.Series]) -> tuple[float | None, int]:
+    """(standard deviation of values within cells, pooled; its degrees of freedom); (None, 0) without repeats."""
+    groups = values.groupby(list(cells))
+    dof = len(values) - groups.ngroups
+    square = float(np.square(values - groups.transform("mean")).sum())
+    return (math.sqrt(square / dof), dof) if dof > 0 else (None, 0)
 
 
 def rises(table: RunTable, errors: PairedErrors | None) -> list[Note]:
@@ -140,8 +147,7 @@ def rises(table: RunTable, errors: PairedErrors | None) -> list[Note]:
     for _, part in frame.groupby(keys):
         sizes = [(float(cast(Any, size)), cell) for size, cell in part.groupby(n)]
         for (small, fewer), (large, more) in itertools.pairwise(sizes):
-            weights = contrast(more[run].astype(str).tolist(), fewer[run].astype(str).tolist())
-            ends = errors.interval(weights, float(more["_log"].mean() - fewer["_log"].mean()))
+            _, ends = mean_difference(errors, more.set_index(run)["_log"], fewer.set_index(run)["_log"])
             if ends is not None and ends[0] > 0:
                 kind = ", ".join(str(part[key].iloc[0]) for key in keys)
                 found.append(f"{kind}: n = {large:,.0f} against {small:,.0f}")
@@ -149,6 +155,16 @@ def rises(table: RunTable, errors: PairedErrors | None) -> list[Note]:
         return []
     text = f"{len(found)} larger SAE(s) are worse than the next smaller one, e.g. {found[0]}"
     return [note("not_monotone", "warning", text)]
+
+
+def mean_difference(
+    errors: PairedErrors | None, first: pd.Series, second: pd.Series
+) -> tuple[float, tuple[float, float] | None]:
+    """Mean ln(loss) of the first runs minus that of the second, each by run, and its 95 % interval; None if they cannot
+    be paired."""
+    value = float(first.mean() - second.mean())
+    weights = contrast(first.index.astype(str).tolist(), second.index.astype(str).tolist())
+    return value, None if errors is None else errors.interval(weights, value)
 
 
 def contrast(first: list[str], second: list[str]) -> dict[str, float]:

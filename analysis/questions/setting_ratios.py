@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.format import Interval
-from analysis.questions.paired import contrast, paired_errors
+from analysis.questions.paired import mean_difference, paired_errors, pooled_sd
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 
@@ -54,21 +54,17 @@ def setting_ratios(table: RunTable, base: Mapping[str, str]) -> list[SettingRati
     label = values.apply(lambda row: ", ".join(f"{k}={row[k]}" for k in base if row[k] != base[k]), axis=1)
     cell = frame[shared].map(_text).apply(lambda row: ", ".join(f"{k}={row[k]}" for k in shared), axis=1)
     frame = frame.assign(_label=label, _cell=cell, _log=np.log(frame[loss].astype(float)))
-    within = frame["_log"] - frame.groupby(["_cell", "_label"])["_log"].transform("mean")
-    dof = len(frame) - frame.groupby(["_cell", "_label"]).ngroups
     errors = paired_errors(table)
     if errors is not None:
-        spread = math.sqrt(float(np.square(within).sum()) / dof) if dof else None
-        errors = replace(errors, repeat_sd=spread, repeat_dof=dof)
+        sd, dof = pooled_sd(frame["_log"], [frame["_cell"], frame["_label"]])
+        errors = replace(errors, repeat_sd=sd, repeat_dof=dof)
     found = []
     for name, part in frame.groupby("_cell"):
         first = part[part["_label"] == ""]
         for text, other in part[part["_label"] != ""].groupby("_label"):
             if not len(first):
                 continue
-            apart = float(other["_log"].mean() - first["_log"].mean())
-            weights = contrast(other[run].astype(str).tolist(), first[run].astype(str).tolist())
-            ends = None if errors is None else errors.interval(weights, apart)
+            apart, ends = mean_difference(errors, other.set_index(run)["_log"], first.set_index(run)["_log"])
             interval = (None, None) if ends is None else (math.exp(ends[0]), math.exp(ends[1]))
             means = math.exp(float(other["_log"].mean())), math.exp(float(first["_log"].mean()))
             found.append(SettingRatio(str(name), str(text), math.exp(apart), interval, len(other), *means))

@@ -28,6 +28,7 @@ from analysis.report.words import (
     floors_words,
     forecast_sentences,
     law_sentences,
+    losses_words,
     multiplier_sentences,
     rate_sentences,
     standing,
@@ -233,7 +234,7 @@ def _comparison_row(entry: Comparison) -> dict[str, str]:
         "of": unit,
         "value": "–" if result.value is None else number(result.value),
         "interval": interval(result.lo, result.hi),
-        "at": "every loss of these runs" if result.at_loss is None else f"fvu {number(result.at_loss)}",
+        "at": losses_words(result, "fvu"),
         "p": number(result.p_shared, 2),
         "exponents": f"{number(result.exponents[0])} / {number(result.exponents[1])}",
         "floor": floors_words(result) + ("" if result.floor_identified else "; it may be zero"),
@@ -249,7 +250,7 @@ def _axis_row(entry: Comparison, axis: str, result: Multiplier) -> dict[str, Any
         "axis": AXES[axis],
         "value": "–" if value is None else number(value),
         "interval": interval(result.lo, result.hi),
-        "at": "every loss of these runs" if result.at_loss is None else f"fvu {number(result.at_loss)}",
+        "at": losses_words(result, "fvu"),
         "contradicts": value is not None and said is not None and (value - 1) * (said - 1) < 0,
     }
 

@@ -143,6 +143,11 @@ def comparison_sentences(rows: Sequence[dict], errors: PairedErrors | None = Non
     return sentences
 
 
+def losses_words(result: Multiplier, loss: str) -> str:
+    """At which values of `loss` a multiplier holds."""
+    return "every loss of these runs" if result.at_loss is None else f"{loss} {number(result.at_loss)}"
+
+
 def multiplier_sentences(comparisons: Sequence[Comparison]) -> list[str]:
     """How much compute Switch saves, for each k and number of experts, and whether that depends on the axis."""
     sentences = []
@@ -151,7 +156,7 @@ def multiplier_sentences(comparisons: Sequence[Comparison]) -> list[str]:
         if result.value is None or entry.x != "flops":
             continue
         what = AXES.get(result.axis, "training FLOPs")
-        where = "every loss of these runs" if result.at_loss is None else f"fvu {number(result.at_loss)}"
+        where = losses_words(result, "fvu")
         more, less = "TopK", f"Switch with {entry.experts:g} experts"
         times, ends = result.value, (result.lo, result.hi)
         if result.value < 1:

@@ -50,10 +50,14 @@ def with_own_rows(cells: Sequence[Cell]) -> list[Cell]:
     a store of another name."""
     sections = {id(cell.config.activations): cell.config for cell in cells}  # cells share their sections
     own = {key: _own_rows(config.activations, Path(config.out)) for key, config in sections.items()}
-    return [
-        cell._replace(config=dataclasses.replace(cell.config, activations=own[id(cell.config.activations)]))
-        for cell in cells
-    ]
+
+    def with_rows(cell: Cell) -> Cell:
+        found = own[id(cell.config.activations)]
+        if found is cell.config.activations:  # a new configuration is checked anew, ten thousand times in a large grid
+            return cell
+        return cell._replace(config=dataclasses.replace(cell.config, activations=found))
+
+    return [with_rows(cell) for cell in cells]
 
 
 def _own_rows(activations: ActivationsConfig, out: Path) -> ActivationsConfig:

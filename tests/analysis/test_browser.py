@@ -3,16 +3,15 @@
 import base64
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
 
 from analysis.report.page import write_report
 from tests.analysis.generate import write_sweep
+from tests.browser import BROWSER, needs_browser
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
-pytestmark = pytest.mark.skipif(not BROWSER, reason="needs a browser: apt-get install chromium")
+pytestmark = needs_browser
 
 MEASURE = """<script>
 addEventListener("load", () => {

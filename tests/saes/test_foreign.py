@@ -125,25 +125,29 @@ def test_a_batchtopk_of_dictionary_learning_uses_its_threshold(tmp_path: Path) -
     torch.testing.assert_close(dense(sae, x()), pre * (pre > 0.8), atol=1e-4, rtol=1e-4)
 
 
-def test_a_matryoshka_of_dictionary_learning_sees_rows_less_the_bias(tmp_path: Path) -> None:
-    """Its names are those of JumpReLU, whose encoder sees x and which has a threshold per latent."""
+def written_by_dictionary_learning(directory: Path, **further: Tensor) -> TrainedSae:
+    """An SAE whose names are those of its JumpReLU and its Matryoshka."""
     w = weights()
     state = {"W_enc": w["W_enc"].T, **{name: w[name] for name in ("W_dec", "b_enc", "b_dec")}}
-    torch.save({**state, "k": torch.tensor(K), "threshold": torch.tensor(0.8)}, tmp_path / "ae.pt")
-    (tmp_path / "config.json").write_text("{}")
+    torch.save({**state, **further}, directory / "ae.pt")
+    (directory / "config.json").write_text("{}")
+    return load_foreign(f"dictionary_learning:{directory}")
+
+
+def test_a_matryoshka_of_dictionary_learning_sees_rows_less_the_bias(tmp_path: Path) -> None:
+    """The encoder of JumpReLU sees x, and it has a threshold per latent."""
+    w = weights()
+    sae = written_by_dictionary_learning(tmp_path, k=torch.tensor(K), threshold=torch.tensor(0.8))
     pre = (x() - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
-    sae = load_foreign(f"dictionary_learning:{tmp_path}")
     torch.testing.assert_close(dense(sae, x()), pre * (pre > 0.8), atol=1e-4, rtol=1e-4)
 
 
 def test_a_threshold_below_zero_cuts_at_zero(tmp_path: Path) -> None:
     w = weights()
-    state = {"W_enc": w["W_enc"].T, **{name: w[name] for name in ("W_dec", "b_enc", "b_dec")}}
-    torch.save({**state, "threshold": w["threshold"] - 0.5}, tmp_path / "ae.pt")
-    (tmp_path / "config.json").write_text("{}")
+    threshold = w["threshold"] - 0.5
+    sae = written_by_dictionary_learning(tmp_path, threshold=threshold)
     pre = x() @ w["W_enc"].T + w["b_enc"]
-    sae = load_foreign(f"dictionary_learning:{tmp_path}")
-    expected = (pre * (pre > w["threshold"] - 0.5)).relu()
+    expected = (pre * (pre > threshold)).relu()
     torch.testing.assert_close(dense(sae, x()), expected, atol=1e-4, rtol=1e-4)
 
 
