@@ -18,7 +18,7 @@ import numpy as np
 from analysis.fits.fit import fit
 from analysis.fits.result import FitResult
 from analysis.format import interval, number
-from analysis.questions.cost import cost_of, fitted_runs
+from analysis.questions.cost import cost_of
 from analysis.questions.reach import check_point, parse_point
 from analysis.questions.rounds import Decision, Goal, Verdict, decide, half_width
 from analysis.runs.load import load
@@ -190,7 +190,7 @@ def _decide(subject: Chase, table: RunTable, result: FitResult, spent: float, *,
     low, high = np.floor(np.log2(sizes.min())), np.floor(np.log2(max(goal.n, sizes.max())))
     n = list(2.0 ** np.arange(low, high + 1))
     k = [float(value) for value in np.unique(np.r_[table.values("k"), goal.k])]
-    return decide(result, goal, cost_of(fitted_runs(table, result)), spent, subject.budget, n, k, patient)
+    return decide(result, goal, cost_of(table), spent, subject.budget, n, k, patient)
 
 
 def _entry(subject: Chase, decision: Decision, result: FitResult, table: RunTable, spent: float) -> dict[str, Any]:

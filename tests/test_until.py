@@ -140,3 +140,12 @@ def test_goals_and_budgets() -> None:
     goal = parse_goal("forecast n=2**17 k=64 within 3%")
     assert (goal.n, goal.k, goal.within) == (131072, 64, pytest.approx(0.03))
     assert parse_goal(str(goal)) == goal and parse_budget("1e17") == 1e17
+
+
+def test_a_grid_that_carries_no_law_is_not_chased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweeps.__main__, "report", lambda _: None)
+    assert until(tmp_path, "--width", "16,32", "--k", "1,2") == 1
+    assert "the fit has status failed" in capsys.readouterr().err
+    assert rounds(tmp_path)["end"]["verdict"] == "unsupported"
