@@ -1,5 +1,6 @@
 """Pictures: functions on `Axes` that show what was fitted, what was not, and where the data end."""
 
+import itertools
 from typing import Any
 
 import matplotlib
@@ -10,7 +11,7 @@ from matplotlib.colors import to_rgb
 
 from analysis import FitResult, RunTable, fit, load, plot
 from analysis.questions.isoflop import isoflop
-from analysis.report.plot.style import k_style
+from analysis.report.plot.style import k_style, log_axes
 from harness.errors import UserError
 from tests.analysis.generate import grid_frame, write_sweep
 from tests.analysis.test_comparisons import _curve_runs
@@ -136,3 +137,18 @@ def test_frontier_lies_over_grey_curves(tmp_path):
     grey = [line for line in ax.lines if line.get_color() == "0.82"]
     front = next(line for line in ax.lines if line.get_label() == "frontier")
     assert len(grey) == 30 and all(line.get_zorder() < front.get_zorder() for line in grey)
+
+
+@pytest.mark.parametrize("low", [2.2e11, 9e10, 1.3e5])
+@pytest.mark.parametrize("decades", [0.1, 0.3, 0.5, 0.8, 1.5, 2.5, 4.5, 9.0])
+def test_labels_of_an_axis_of_flops_do_not_overlap(low, decades):
+    ax = _axes()
+    ax.plot([low, low * 10**decades], [0.5, 0.2])
+    log_axes(ax, "FLOPs", "fvu")
+    ax.figure.canvas.draw()
+    inside = [
+        label for label in ax.get_xticklabels() if ax.get_xlim()[0] <= label.get_position()[0] <= ax.get_xlim()[1]
+    ]
+    boxes = [label.get_window_extent() for label in inside if label.get_text()]
+    assert 2 <= len(boxes) <= 6
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))

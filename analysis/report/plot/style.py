@@ -18,7 +18,14 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogFormatterSciNotation,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 MARKERS = "osD^vP*X<>"
 GREY = "0.6"
@@ -32,6 +39,8 @@ TICKS = (
     (-np.inf, tuple(np.arange(1, 10, 0.5))),
 )
 """(decades, multiples): an axis that spans more decades has ticks at these multiples of the powers of ten."""
+LABEL = 0.19
+"""Width of a label like 2.5×10¹¹ and its gap, as a share of the x axis."""
 
 
 def figure(height: float = 3.9, width: float = WIDTH) -> Figure:
@@ -97,10 +106,18 @@ def log_axes(
 
 
 def _few_decade_ticks(ax: Axes) -> None:
-    """Numbers at 1, 2 and 5 of each decade on the x axis, or at 1 if it spans several: more would overlap."""
-    low, high = ax.get_xlim()
-    narrow = low > 0 and np.log10(high / low) < 2
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=12))
+    """Numbers like 2×10¹¹ on the x axis, as many as do not overlap; powers of ten alone if it spans many."""
+    low, high = np.log10(ax.get_xlim()) if ax.get_xlim()[0] > 0 else (0.0, 12.0)
+    powers = np.arange(np.floor(low), high + 1)
+
+    def ticks(multiples: Sequence[float]) -> np.ndarray:
+        places = np.add.outer(powers, np.log10(multiples)).ravel()
+        return places[(places >= low) & (places <= high)]
+
+    room = [multiples for _, multiples in TICKS if (np.diff(ticks(multiples)) > LABEL * (high - low)).all()]
+    multiples = max(room, key=lambda each: len(ticks(each)), default=(1,))
+    locator = MaxNLocator(3) if len(ticks(multiples)) < 2 else LogLocator(subs=multiples, numticks=6)
+    ax.xaxis.set_major_locator(locator)
     ax.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(np.inf, np.inf)))
     ax.xaxis.set_minor_formatter(NullFormatter())
 
