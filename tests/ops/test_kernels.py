@@ -158,7 +158,7 @@ def nan(*shape: int) -> Tensor:
 
 
 def assert_products_equal(name: str, codes: Codes, d: int, rows: int, groups: Groups, scaled: bool, seed: int) -> None:
-    """`reconstruct`, with and without `reduce`, `weight_grads` and `fired`."""
+    """`reconstruct`, with and without `reduce`, `latent_grads`, `weight_grads` and `fired`."""
     ops, generator = kernel_set(name), torch.Generator().manual_seed(seed)
     tokens = codes.values.shape[0]
     x, weight = (torch.randn(count, d, generator=generator) for count in (tokens, rows))
@@ -170,6 +170,9 @@ def assert_products_equal(name: str, codes: Codes, d: int, rows: int, groups: Gr
         for actual_part, expected_part in zip(actual, expected, strict=True):
             assert_close(actual_part, expected_part)
     residual, dz, _ = expected
+    assert_close(
+        ops.latent_grads(codes, weight, residual, groups), reference.latent_grads(codes, weight, residual, groups)
+    )
     out, expected_grads = ((nan(rows, d), nan(rows, d), nan(rows)) for _ in range(2))
     ops.weight_grads(codes, dz, x, residual, groups, out)
     reference.weight_grads(codes, dz, x, residual, groups, expected_grads)

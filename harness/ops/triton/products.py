@@ -117,18 +117,37 @@ def reconstruct(
     for block, offsets in blocks:
         own = None if scale is None else scale[block]
         low = subtract(x[block], own, residual[block], squared[block], W_dec.dtype)
-        products = aligned_rows(block.stop - block.start, widest, torch.float32, device)
-        latent_products(low, W_dec, None, offsets, groups.row_starts, products)
-        dz[block] = torch.where(values[block] > 0, products.gather(1, columns[block]), 0.0)
+        dz[block] = _dense_latent_grads(low, W_dec, values[block], columns[block], offsets, groups)
     return residual, dz, squared
+
+
+def _dense_latent_grads(
+    residual: Float[Tensor, "tokens d"],
+    W_dec: Float[Tensor, "rows d"],
+    values: Float[Tensor, "tokens k"],
+    columns: Int[Tensor, "tokens k"],
+    offsets: Int[Tensor, " groups_plus_1"],
+    groups: Groups,
+) -> Float[Tensor, "tokens k"]:
+    """`columns` is the place of each entry in its token's group, `offsets` the tokens of each group."""
+    products = aligned_rows(residual.shape[0], _widest(groups), torch.float32, residual.device)
+    latent_products(residual, W_dec, None, offsets, groups.row_starts, products)
+    return torch.where(values > 0, products.gather(1, columns), 0.0)
 
 
 def latent_grads(
     codes: Codes, W_dec: Float[Tensor, "rows d"], residual: Float[Tensor, "tokens d"], groups: Groups
 ) -> Float[Tensor, "tokens k"]:
-    values, k = codes.values, codes.values.shape[1]
-    if W_dec.dtype is torch.float64 or W_dec.shape[0] == 0 or _is_dense(groups, k, W_dec.dtype):
+    values, (tokens, k) = codes.values, codes.values.shape
+    if W_dec.dtype is torch.float64 or W_dec.shape[0] == 0:
         return reference.latent_grads(codes, W_dec, residual, groups)
+    if _is_dense(groups, k, W_dec.dtype):
+        widest, firsts = _widest(groups), _of_tokens(groups, tokens, residual.device)[0]
+        low, columns = residual.to(W_dec.dtype).contiguous(), codes.index - firsts[:, None]
+        dz = torch.empty((tokens, k), device=residual.device)
+        for block, offsets in _blocks(groups, tokens, padded(widest) * 4):
+            dz[block] = _dense_latent_grads(low[block], W_dec, values[block], columns[block], offsets, groups)
+        return dz
     nothing = torch.zeros(residual.shape, device=residual.device)
     out = (nothing, torch.empty(values.shape, device=values.device), nothing.new_empty(values.shape[0]))
     codes = Codes(values.float().contiguous(), codes.index.contiguous())
