@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.grid.study import load_study, study_names
+from harness.grid.study import STUDY_DIR, load_study, study_names
 from harness.launch import main
 from harness.record.job import Job, job_of
 from harness.sweep import rehearse as rehearsals
@@ -91,9 +91,24 @@ def test_every_shipped_study_has_short_jobs(name: str, tmp_path: Path) -> None:
     assert 0 < len(shapes) <= len(runs)
 
 
+REPRODUCE = tuple(f"reproduce/{path.stem}" for path in sorted((STUDY_DIR / "reproduce").glob("*.yaml")))
+CLUSTER = (
+    *("activations=minilm", "activations.text=stdlib", "activations.layer=4"),
+    *("sae.n_latents=2048", "sae.k=8", "train.batch_tokens=1024", "mesh.shard=1"),
+)
+"""In place of what needs a cluster, and of GPT-2, which cannot be had without a network."""
+
+
 @pytest.mark.slow
-def test_a_part_of_a_shipped_study_is_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    part = ("--only", "sae.n_latents=256", "--only", "sae.k=8")
-    assert main(["--study", "quick", *part, f"out={tmp_path}", "tracker=none", "--rehearse"]) == 0
-    assert capsys.readouterr().out.count("done") == 2, "TopK and Switch"
+@pytest.mark.parametrize("name", [*study_names(), *REPRODUCE])
+def test_every_shipped_study_is_rehearsed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One cell of each architecture."""
+    monkeypatch.setattr(rehearsals, "_shape", lambda job: job.config.sae.architecture)
+    study = STUDY_DIR / f"{name}.yaml"
+    few = CLUSTER if "activations=gpt2" in study.read_text() else ()
+    assert main(["--study", str(study), *few, f"out={tmp_path}", "tracker=none", "--rehearse"]) == 0
+    table = capsys.readouterr().out
+    assert "done" in table and "failed" not in table
     assert list(tmp_path.iterdir()) == []
