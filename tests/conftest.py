@@ -5,9 +5,8 @@ Where there is no GPU, tests marked `gpu` are skipped and Triton's kernels run i
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # several workers with as many threads each as there are cores would wait for each other; torch reads this once
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# threads of small tensors wait for each other where ranks, workers or other tests have the cores; torch reads this once
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
 from collections.abc import Iterator
