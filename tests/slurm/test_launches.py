@@ -31,33 +31,30 @@ def test_steps_are_timed_in_a_job(cluster: Cluster, tmp_path: Path) -> None:
     assert refused.returncode == 1 and "partition" in refused.stderr
 
 
-def test_one_job_harvests_for_many_hooks(
-    cluster: Cluster, models_on_disk: dict[str, Path], text_files: Path, tmp_path: Path
-) -> None:
-    lm = (
-        *(
-            "activations=lm",
-            f"activations.model={models_on_disk['llama']}",
-            f"activations.text_paths=[{text_files}/*.txt]",
-        ),
-        *("activations.text=files", "activations.context=16", "activations.tokens=3000"),
-    )
+@pytest.fixture
+def words(models_on_disk: dict[str, Path], text_files: Path) -> list[str]:
+    """A cell on the activations of a small language model."""
     own = [word for word in SYNTHETIC if not word.startswith(("activations=", "activations.synthetic"))]
-    done = command(
-        cluster,
-        "harness.launch",
-        *own,
-        *lm,
-        *CLUSTER,
-        *CELL,
-        "activations.layer=0,1,2",
-        f"out={tmp_path}",
-        "--wait",
-        timeout_s=500,
-    )
+    lm = ["activations=lm", f"activations.model={models_on_disk['llama']}", "activations.context=16"]
+    return [*own, *lm, "activations.text=files", f"activations.text_paths=[{text_files}/*.txt]", *CELL]
+
+
+def test_one_job_harvests_for_many_hooks(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
+    asked = (*words, "activations.tokens=3000", "activations.layer=0,1,2", f"out={tmp_path}", *CLUSTER, "--wait")
+    done = command(cluster, "harness.launch", *asked, timeout_s=500)
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stderr.count("harvests the activations first") == 1
     assert len(list((tmp_path / "_activations").glob("*/manifest.json"))) == 3
     results = [json.loads(path.read_text()) for path in tmp_path.glob("s/*/result.json")]
     assert sorted(result["config"]["activations"]["layer"] for result in results) == [0, 1, 2]
     assert all(result["status"] == "done" for result in results)
+
+
+def test_a_rank_of_a_job_computes_its_windows(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
+    windows = ("activations.keep=window", "activations.tokens=8000", "activations.window_tokens=2000")
+    for out, place in {"here": (), "job": (*CLUSTER, "mesh.lm=1", "--wait")}.items():
+        done = command(cluster, "harness.launch", *words, *windows, f"out={tmp_path / out}", *place, timeout_s=500)
+        assert done.returncode == 0, done.stderr + done.stdout
+    assert "--ntasks=2" in next((tmp_path / "job").glob("s/_slurm/*cells*/job.sh")).read_text()
+    here, job = (next((tmp_path / out).glob("s/*/sae/sae.safetensors")) for out in ("here", "job"))
+    assert job.parents[1].name == here.parents[1].name and job.read_bytes() == here.read_bytes()

@@ -49,7 +49,7 @@ def test_torchrun_gives_the_result_of_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_sigterm_to_torchrun_saves_and_the_run_can_go_on(tmp_path: Path) -> None:
-    config = small_config(train__precision="fp64", train__tokens=64 * 3000)
+    config = small_config(train__precision="fp64", train__tokens=64 * 1500)
     run_dir = prepare(tmp_path / "run", config, shard=2)
     process = torchrun(run_dir, 2)
     end = time.monotonic() + 120
@@ -60,7 +60,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_can_go_on(tmp_path: Path) -> None
     output = process.communicate(timeout=120)[0]
     assert process.returncode == RESUMABLE, output
     (marker,) = (run_dir / "checkpoints").glob("step-*/marker.json")
-    assert 0 < json.loads(marker.read_text())["step"] < 3000
+    assert 0 < json.loads(marker.read_text())["step"] < 1500
     assert not (run_dir / "claim.json").exists()
     resumed, alone = run(run_dir, config), run(tmp_path / "alone", config)
     assert resumed["fvu"] == pytest.approx(alone["fvu"], rel=1e-9)
