@@ -1,5 +1,5 @@
 """The commands that answer one question about runs: `isoflop`, `multiplier`, `frontier`, `best-rates`, `description`,
-`layers`, `suite`, `manifolds`, `versus`."""
+`layers`, `suite`, `manifolds`, `mutual`, `versus`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from analysis.questions.isoflop import isoflop
 from analysis.questions.layers import DIMENSIONS, layer_laws, rank_correlation, suite
 from analysis.questions.learning_rate import best_rates
 from analysis.questions.manifolds import regimes
+from analysis.questions.mutual import mutual
 from analysis.questions.paired import paired_errors
 from analysis.questions.setting_ratios import setting_ratios
 from analysis.report.findings import compared_architectures
@@ -192,6 +193,19 @@ def run_versus(args: argparse.Namespace, runs: RunTable) -> int:
     return 0
 
 
+def run_mutual(args: argparse.Namespace, runs: RunTable) -> int:
+    """Print what mutual feature regularisation does to the loss and to the cosines between SAEs."""
+    rows = []
+    for entry in mutual(runs):
+        cosines = [entry.peers, entry.strangers, entry.without, entry.chance]
+        about = [entry.cell, number(entry.weight), str(entry.runs), number(entry.ratio), interval(*entry.interval)]
+        rows.append([*about, *("-" if cosine is None else number(cosine) for cosine in cosines)])
+    loss = runs.roles["loss"]
+    heads = ["cell", "weight", "runs", f"{loss} / without", "95 % interval", "cosine of peers", "of others", "without"]
+    print(table([*heads, "chance"], rows))
+    return 0
+
+
 def add_questions(
     commands: argparse._SubParsersAction,
 ) -> list[tuple[argparse.ArgumentParser, Command]]:
@@ -209,6 +223,7 @@ def add_questions(
     manifolds = commands.add_parser(
         "manifolds", help="whether latents find features or tile manifolds (synthetic runs)"
     )
+    mutuals = commands.add_parser("mutual", help="what mutual feature regularisation does to loss and features")
     versus = commands.add_parser("versus", help="what a setting does to the loss, paired by held-out document")
     versus.add_argument(
         "--by", action="append", required=True, metavar="COLUMN=BASE", help="a setting and its base; repeat for more"
@@ -223,4 +238,5 @@ def add_questions(
         (suites, run_suite),
         (manifolds, run_manifolds),
         (versus, run_versus),
+        (mutuals, run_mutual),
     ]

@@ -27,6 +27,9 @@ SAVE_BYTES_PER_S = 1e8
 NUMBER_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 """dtype of a store -> bytes of a number."""
 
+MATCHED_ROWS = 2048
+"""Mutual feature regularisation compares so many decoder rows with so many of a peer at a time."""
+
 PLANNED_DEAD = 0.25
 """Share of dead latents that the memory of AuxK is planned for."""
 
@@ -80,8 +83,16 @@ def _uses(sae: SaeConfig) -> int:
     return sae.traits.uses + (2 if sae.consistency else 0)
 
 
-def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int, optimizer: str = "adam") -> dict[str, float]:
-    """Closed-form training FLOPs per token, by part.
+def _mutual(sae: SaeConfig, d_model: int, batch_tokens: int, peers: int) -> dict[str, float]:
+    """The cosines of every decoder row with every row of each peer, once per step; empty without peers. What is linear
+    in n is left out."""
+    return {"mutual": peers * 2.0 * sae.n_latents**2 * d_model / batch_tokens} if peers else {}
+
+
+def flops_per_token(
+    sae: SaeConfig, d_model: int, batch_tokens: int, optimizer: str = "adam", peers: int = 0
+) -> dict[str, float]:
+    """Closed-form training FLOPs per token, by part. `peers`: `TrainConfig.peers`.
 
     Only the routed expert's n/E latents are encoded. Each use of the k active latents costs 2·k·d: decode once, and
     three times for the gradients (dz, W_dec, W_enc), or more often (`Traits.uses`). AuxK uses min(k_aux, n/E) latents
@@ -98,6 +109,7 @@ def flops_per_token(sae: SaeConfig, d_model: int, batch_tokens: int, optimizer: 
         "auxk": sae.visits * 8.0 * aux * d_model,
         "router": _router(sae, d_model),
         "optimizer": _optimizer(sae, d_model, batch_tokens, optimizer),
+        **_mutual(sae, d_model, batch_tokens, peers),
     }
 
 
@@ -107,7 +119,13 @@ def _per_use(width: float, k: float, d_model: int, dense_rows_per_k: int) -> flo
 
 
 def flops_executed_per_token(
-    sae: SaeConfig, d_model: int, batch_tokens: int, n_dead: float, dense_rows_per_k: int, optimizer: str = "adam"
+    sae: SaeConfig,
+    d_model: int,
+    batch_tokens: int,
+    n_dead: float,
+    dense_rows_per_k: int,
+    optimizer: str = "adam",
+    peers: int = 0,
 ) -> dict[str, float]:
     """What a step computes when `n_dead` latents are dead, by part; per token, averaged over experts.
 
@@ -130,13 +148,15 @@ def flops_executed_per_token(
         "auxk": sae.visits * aux,
         "router": _router(sae, d_model),
         "optimizer": _optimizer(sae, d_model, batch_tokens, optimizer),
+        **_mutual(sae, d_model, batch_tokens, peers),
     }
 
 
 def total_steps(config: Config, d_model: int) -> int:
     """Steps that the budget buys (with `until=convergence`: at most): whole batches, at least one."""
     train = config.train
-    per_token = sum(flops_per_token(config.sae, d_model, train.batch_tokens, train.optimizer).values())
+    parts = flops_per_token(config.sae, d_model, train.batch_tokens, train.optimizer, train.peers)
+    per_token = sum(parts.values())
     tokens = min(train.tokens or math.inf, train.flops / per_token if train.flops else math.inf)
     return max(1, int(tokens // train.batch_tokens))
 
@@ -178,13 +198,25 @@ def memory_bytes(config: Config, d_model: int, tile_bytes: float, kernel_bytes: 
     # copies of the dead rows of both matrices, and their gradients
     dead = 4 * word * d_model * PLANNED_DEAD * sae.n_latents / mesh.shard if sae.aux_alpha else 0
     # the bias-corrected average that is evaluated is a copy of its own
-    step = kernel_bytes + max(tokens * (per_token + aux) + dead, EVALUATION_BATCH * per_token + rows * average)
+    training = tokens * (per_token + aux) + dead + mutual_bytes(config, d_model)
+    step = kernel_bytes + max(training, EVALUATION_BATCH * per_token + rows * average)
     tile = min(tile_bytes, max(tokens, EVALUATION_BATCH) * width * word)
     return {
         "weights": rows * (4 * word + copies + average),
         "counters": 3 * 8 * sae.n_latents // mesh.shard,
         "step": round(step + tile),
     }
+
+
+def mutual_bytes(config: Config, d_model: int) -> float:
+    """What mutual feature regularisation holds on one rank during a step: four times the decoder rows that this replica
+    compares, two blocks of a peer's rows, and the cosines of two blocks."""
+    if not config.train.peers:
+        return 0.0
+    word = 8 if config.train.precision == "fp64" else 4
+    rows = config.sae.n_latents // config.mesh.shard
+    own, block = -(-rows // config.mesh.dp), min(rows, MATCHED_ROWS)
+    return word * ((4.0 * own + 2 * block) * d_model + min(own, MATCHED_ROWS) * block)
 
 
 def checkpoint_bytes(config: Config, d_model: int) -> int:
@@ -219,7 +251,7 @@ def bytes_sent_per_step(config: Config, d_model: int) -> dict[str, float]:
 
     selection: every shard's k candidates to the token's owner, and its answers, an int32 per token and shard.
     reconstruction: the partial sums of a TopK replica. gradients: latent rows over dp, the rest over all ranks.
-    counters: how often each latent fired. scalars: loss and statistics.
+    counters: how often each latent fired. mutual: the decoder rows of all peers. scalars: loss and statistics.
     """
     sae, mesh = config.sae, config.mesh
     word = 8 if config.train.precision == "fp64" else 4
@@ -241,6 +273,9 @@ def bytes_sent_per_step(config: Config, d_model: int) -> dict[str, float]:
         scalars += sent(1, word, mesh.shard, 2)
     if sae.consistency:
         scalars += sent(1, word, ranks, 2)
+    peers = config.train.peers
+    if peers:
+        scalars += sent(1, word, ranks, 2)
     # both residuals of each token, for THOR's consistency term
     whole = sent(2 * tokens * d_model, word, mesh.shard, 2) if sae.consistency else 0.0
     parts = {
@@ -248,6 +283,7 @@ def bytes_sent_per_step(config: Config, d_model: int) -> dict[str, float]:
         "reconstruction": sent(tokens * d_model, word, exchanged, 2) if exchanged else whole,
         "gradients": sent(latent_rows, word, mesh.dp, 2) + sent(replicated, word, ranks, 2),
         "counters": sent(rows, 8, mesh.dp, 2),
+        "mutual": sent(peers * sae.n_latents * d_model, word, mesh.shard, 2),
         "scalars": scalars,
     }
     return {kind: count for kind, count in parts.items() if count}

@@ -101,8 +101,8 @@ def _applies(key: str, cell: Mapping[str, Any]) -> bool:
     if key == "sae.n_experts":
         traits = ARCHITECTURES.get(cell[ARCHITECTURE])
         return traits is not None and traits.routed
-    # 0: not of this architecture
-    return key not in (*ACTIVE, "sae.sparsity") or bool(cell[key])
+    # 0: not of this architecture, or without peers
+    return key not in (*ACTIVE, "sae.sparsity", "train.mfr_weight", "train.mfr_seeds") or bool(cell[key])
 
 
 def _word(symbol: str, value: Any) -> str:

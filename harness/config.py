@@ -106,6 +106,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "train.ema": (0, BELOW_ONE),
     "train.signum_beta": (0, BELOW_ONE),
     "train.seed": (0, MOST_SEED),
+    "train.mfr_weight": (0, 1e9),
+    "train.mfr_seeds": (0, MOST_SEED),
     "train.dead_window_tokens": (1, MOST_TOKENS),
     "train.eval_points": (0, 1000),
     "train.eval_rows": (1, 10**12),
@@ -529,6 +531,14 @@ class TrainConfig:
     it is evaluated and saved instead of the weights."""
     seed: int = 0
     """Seed of the initial weights."""
+    mfr_weight: float = 0.0
+    """Weight λ of mutual feature regularisation (arXiv 2411.01220) in a loss in units of fvu: + λ·w(t)·(1 − the mean,
+    over the peers and over the own latents, of the largest cosine of the latent's decoder row with a row of the peer).
+    w rises from 0 to 1 along a cosine over 100 steps. A published coefficient belongs to a squared error that is
+    averaged over the d dimensions: multiply it by d/V, V of the rows of that loss. 0: none."""
+    mfr_seeds: list[int] = field(default_factory=list[int])
+    """With `mfr_weight`: the values of `train.seed` of the SAEs that are each other's peers, in any order. They differ
+    in nothing else, and one job trains all of them, so a launch asks for all. Without `mfr_weight` it means nothing."""
     init_from: str = _service("")
     """An SAE whose weights are the initial ones: a run directory, or FORMAT:PATH of an SAE that another tool wrote
     (`saelens:DIR`, `sparsify:DIR`, `dictionary_learning:DIR`). Architecture, n_latents and d_model must be its own."""
@@ -592,6 +602,37 @@ class TrainConfig:
             f"train.tokens={self.tokens:g} is less than one step of train.batch_tokens={self.batch_tokens}; "
             f"raise train.tokens or lower train.batch_tokens",
         )
+
+        self._check_mfr()
+
+    def _check_mfr(self) -> None:
+        # what means nothing, or an order that means nothing, must not give a run another name
+        self.mfr_seeds = sorted(self.mfr_seeds) if self.mfr_weight else []
+        if not self.mfr_weight:
+            return
+        seeds = self.mfr_seeds
+        _require(
+            len(seeds) > 1 and len({*seeds}) == len(seeds),
+            f"train.mfr_seeds={seeds}: train.mfr_weight={self.mfr_weight:g} needs the different seeds of two SAEs or "
+            f"more, e.g. train.mfr_seeds=[0,1] train.seed=0,1",
+        )
+        _require(
+            self.seed in seeds,
+            f"train.seed={self.seed} is not among train.mfr_seeds={seeds}; add it there, or set train.mfr_weight=0",
+        )
+        _require(
+            self.until == "budget",
+            "train.mfr_weight needs train.until=budget, since its SAEs end at the same step",
+        )
+        _require(
+            not self.init_from,
+            "train.mfr_weight with train.init_from: all its SAEs would begin as the same one; leave out one of the two",
+        )
+
+    @property
+    def peers(self) -> int:
+        """SAEs that this one is drawn to by mutual feature regularisation."""
+        return max(0, len(self.mfr_seeds) - 1)
 
     @property
     def decays(self) -> bool:

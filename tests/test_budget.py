@@ -11,6 +11,7 @@ from harness.config import SaeConfig
 from harness.ops import reference
 from harness.parallel import Solo
 from harness.saes import find_dead, initial_params, resolve_sae, step
+from harness.saes.mutual import Peers, draw_to_peers
 from tests.training.members import runtime, small_config
 
 D = 32
@@ -55,6 +56,20 @@ def test_switch_encodes_one_expert_per_token_and_adds_a_router() -> None:
     once = 2 * config.n_latents * D + 2 * config.n_experts * D
     counted = step_flops(config, tokens, 0) - once
     assert counted == tokens * (parts["encoder"] + parts["decode"] + parts["gradients"] + parts["router"])
+
+
+def test_the_comparison_with_peers_equals_the_counted_products() -> None:
+    """In `flops` and in the executed FLOPs alike: it is exact, so nothing is left to the kernels."""
+    config, tokens = sae_config(), 256
+    nominal, executed = (
+        budget.flops_per_token(config, D, tokens, peers=3),
+        budget.flops_executed_per_token(config, D, tokens, 0, DENSE, peers=3),
+    )
+    assert nominal["mutual"] == executed["mutual"] and "mutual" not in budget.flops_per_token(config, D, tokens)
+    own, *others = torch.randn(4, config.n_latents, D, generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        draw_to_peers(own, Peers(others, 1.0), Solo(), torch.zeros_like(own))
+    assert counter.get_total_flops() == tokens * nominal["mutual"]
 
 
 def test_closed_form_is_the_sparse_algorithm_with_nominal_auxk() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -45,7 +44,8 @@ def matched_cosine(first: Array, second: Array) -> Array:
 def seed_stability(table: RunTable) -> list[SeedStability]:
     """One entry per cell with two seeds whose weights are kept in one file. Raises `UserError` for damaged weights."""
     frame = table.frame
-    keys = [name for name in ("sae", "n_experts", "n_latents", "k", "lr", "activations.layer") if name in frame]
+    keys = ("sae", "n_experts", "n_latents", "k", "lr", "activations.layer", "train.mfr_weight")
+    keys = [name for name in keys if name in frame]
     if "seed" not in frame or not keys:
         return []
     found = []
@@ -56,17 +56,19 @@ def seed_stability(table: RunTable) -> list[SeedStability]:
         places = [place for place in places if place.is_file()][:2]
         if len(places) == 2:
             row: Any = part.iloc[0]
-            found.append(_compared(str(row["sae"]), int(row["n_latents"]), float(row["k"]), places))
+            cosines = compared(*places)
+            found.append(SeedStability(str(row["sae"]), int(row["n_latents"]), float(row["k"]), *cosines))
     return found
 
 
-def _compared(sae: str, n: int, k: float, places: Sequence[Path]) -> SeedStability:
+def compared(*places: Path) -> tuple[float, float, float]:
+    """`mean_cosine`, `shared` and `random_cosine` of two files of weights. Raises `UserError` for a damaged one."""
     rows = [_decoder(place) for place in places]
     few = [each[:: -(-len(each) // _ROWS)] for each in rows]
     both = np.concatenate([matched_cosine(few[0], rows[1]), matched_cosine(few[1], rows[0])])
     random = np.random.default_rng(0).standard_normal(rows[1].shape, dtype=np.float32)
     chance = float(matched_cosine(random[: _ROWS // 8].astype(float), rows[0]).mean())
-    return SeedStability(sae, n, k, float(both.mean()), float((both > SHARED).mean()), chance)
+    return float(both.mean()), float((both > SHARED).mean()), chance
 
 
 def _decoder(place: Path) -> Array:

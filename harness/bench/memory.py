@@ -41,9 +41,11 @@ from harness.process.runtime import Runtime
 from harness.process.signals import StopFlag
 from harness.record.run import Run
 from harness.saes.dead import DeadLatents
+from harness.saes.mutual import Peers
 from harness.saes.sae import Sae
 from harness.sweep.request import Request, plan_runs, requested_cells
 from harness.terminal import run_command, say, si, table
+from harness.training.state import TrainState
 
 BLOCK_BYTES = 512
 """What an allocation on a GPU is rounded up to."""
@@ -146,8 +148,8 @@ def _phases(config: Config, source: Any, runtime: Runtime, live: Live) -> dict[s
     found["start"] = live.since()
     shape = config.train.batch_tokens // shards.dp, source.d_model
     raw, ahead = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
-    state.train_step(raw, runtime)
-    state.train_step(ahead, runtime)
+    _step(state, raw, runtime)
+    _step(state, ahead, runtime)
     found["step"] = live.since()
     weights = state.optimizer.averaged(state.done)
     heldout_errors(state.sae, weights, source, state.normalizer, source.heldout_rows, runtime)
@@ -158,6 +160,18 @@ def _phases(config: Config, source: Any, runtime: Runtime, live: Live) -> dict[s
         shards.gather(weights[name])
     found["weights"] = live.since()
     return found
+
+
+def _step(state: TrainState, raw: Tensor, runtime: Runtime) -> None:
+    """A step. Peers are in the plans of their own runs, so the own decoder stands for theirs."""
+    peers = state.config.train.peers
+    if not peers:
+        state.train_step(raw, runtime)
+        return
+    state.begin_step(runtime)
+    stats = state.gradients(raw, runtime, Peers([state.params["W_dec"]] * peers, 1.0))
+    state.update(stats, state.is_well(stats), runtime)
+    state.end_step(runtime)
 
 
 class _LoneRank(Mesh):
@@ -222,7 +236,9 @@ def shapes(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         if not (run.config.sae.traits.per_token and run.store.d_model):
             continue
-        train = dataclasses.replace(run.config.train, seed=0, lr=0.0, lr_factor=1.0, warmup_tokens=0.0)
+        train = run.config.train
+        seeds = {"seed": 0, "mfr_seeds": list(range(len(train.mfr_seeds)))}
+        train = dataclasses.replace(train, **seeds, lr=0.0, lr_factor=1.0, warmup_tokens=0.0)
         found.setdefault(repr((run.config.sae, train, run.config.mesh)), run)
     return list(found.values())
 

@@ -173,9 +173,10 @@ def _executed(config: Config, d_model: int) -> dict[str, float]:
     the axis that timings lie on."""
     from harness.ops import reference
 
-    dense = reference.dense_rows_per_k(config.train.precision)
+    train = config.train
+    dense = reference.dense_rows_per_k(train.precision)
     return budget.flops_executed_per_token(
-        config.sae, d_model, config.train.batch_tokens, 0, dense, config.train.optimizer
+        config.sae, d_model, train.batch_tokens, 0, dense, train.optimizer, train.peers
     )
 
 
@@ -293,8 +294,9 @@ def _fits_here(config: Config, d_model: int) -> bool:
 
 
 def _smaller(config: Config, d_model: int) -> Config:
-    """The configuration for one process, with the threads of the run and a step of at most `MOST_STEP_FLOPS`."""
-    train = dataclasses.replace(config.train, threads=threads_of(config))
+    """The configuration for one process, with the threads of the run and a step of at most `MOST_STEP_FLOPS`; without
+    peers, whose part of a step is products like the others."""
+    train = dataclasses.replace(config.train, threads=threads_of(config), mfr_weight=0.0)
     config = dataclasses.replace(config, mesh=MeshConfig(), train=train)
     while step_flops(config, d_model) > MOST_STEP_FLOPS:
         sae, train = config.sae, config.train

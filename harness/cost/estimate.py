@@ -117,7 +117,8 @@ def _estimate(run: Run, times: Known | str | None, calibration: Calibration) -> 
         return Estimate()
     tokens = run.tokens
     assert tokens is not None, "d_model is known"
-    per_token = budget.flops_per_token(config.sae, d_model, config.train.batch_tokens, config.train.optimizer)
+    train = config.train
+    per_token = budget.flops_per_token(config.sae, d_model, train.batch_tokens, train.optimizer, train.peers)
     start = _start_seconds(config)
     evaluated = _evaluated_rows(config, d_model)
     steps = budget.total_steps(config, d_model)

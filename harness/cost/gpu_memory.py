@@ -37,7 +37,7 @@ def gpu_memory(config: Config, d_model: int) -> dict[str, int]:
 
 
 def _step(config: Config, entries: _Entries, k: int, rows: int, width: int) -> float:
-    """The largest of: choosing latents, weight gradients, AuxK, the update."""
+    """The largest of: choosing latents, weight gradients, AuxK, mutual feature regularisation, the update."""
     sae, groups = config.sae, max(1, rows // width)
     nested = len(sae.prefixes) if sae.architecture == "matryoshka" else 2 * (sae.traits.passes > 1)
     held = entries.batch(budget.NUMBER_BYTES[config.activations.dtype]) + nested * entries.residual
@@ -50,7 +50,8 @@ def _step(config: Config, entries: _Entries, k: int, rows: int, width: int) -> f
         aux = entries.residual + chosen + _aux(entries, k_aux, dead, dead // groups)
     # the norm of the gradient squares one matrix at a time
     update = entries.residual + chosen + entries.word * rows * entries.d_model if config.train.clip_norm else 0.0
-    return held + max(own, aux, update)
+    mutual = entries.residual + chosen + budget.mutual_bytes(config, entries.d_model)
+    return held + max(own, aux, update, mutual)
 
 
 def _aux(entries: _Entries, k: int, dead: int, width: int) -> float:

@@ -30,6 +30,9 @@ def step_seconds(gpu: Gpu, config: Config, d_model: int) -> float | None:
     sae, mesh = config.sae, config.mesh
     tokens = config.train.batch_tokens / mesh.dp
     product = 2.0 * tokens * d_model * sae.n_latents / sae.n_experts / mesh.shard / rate
+    # every row with those of each peer, in float32
+    pairs = config.train.peers * sae.n_latents**2 / mesh.training_ranks
+    product += 2.0 * pairs * d_model / (PRODUCTS_REACH * gpu.fp32_flops)
     traffic = budget.floor_bytes(sae, d_model, tokens, 2 if low else 4, mesh.shard) / (COPIES_REACH * gpu.bytes_per_s)
     sent = sum(budget.bytes_sent_per_step(config, d_model).values()) / gpu.link_bytes_per_s
     return max((product + traffic) / FLOOR_SHARE + sent, LAUNCHES_S)

@@ -24,7 +24,7 @@ PARTS = {"encoder": "enc", "selection": "sel", "decode": "dec", "gradients": "gr
 
 SHARES = f"% {'/'.join(PARTS.values())}/opt"
 
-OPTIONAL = (SHARES, "checkpoint", "sent/step", "params", "tokens", "FLOPs")
+OPTIONAL = (SHARES, "% mfr", "checkpoint", "sent/step", "params", "tokens", "FLOPs")
 """Columns that a narrow terminal does without, from the first on."""
 
 
@@ -59,6 +59,8 @@ def _columns(
         SHARES: lambda _, cost: _shares(cost.flops),
         "memory": lambda _, cost: _si(cost.memory_bytes, "B"),
     }
+    if any(run.config.train.peers for run in runs):
+        columns["% mfr"] = lambda _, cost: _share(cost.flops, "mutual")
     if any(run.config.mesh.ranks > 1 for run in runs):
         columns["sent/step"] = lambda _, cost: _si(cost.sent_bytes if cost.params else None, "B")
     columns["checkpoint"] = lambda _, cost: _si(cost.checkpoint_bytes or None, "B")
@@ -76,6 +78,11 @@ def _si(value: float | None, unit: str = "") -> str:
 def _shares(flops: dict[str, float]) -> str:
     total = sum(flops.values())
     return "/".join(f"{100 * flops[part] / total:.0f}" for part in (*PARTS, "optimizer")) if total else "?"
+
+
+def _share(flops: dict[str, float], part: str) -> str:
+    total = sum(flops.values())
+    return f"{100 * flops.get(part, 0.0) / total:.0f}" if total else "?"
 
 
 def _summary(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> list[str]:

@@ -14,7 +14,7 @@ GATHER_BYTES = 2**26
 
 Axis = Literal["shard", "dp", "all"]
 
-Kind = Literal["selection", "reconstruction", "auxk", "gradients", "counters", "scalars", "evaluation"]
+Kind = Literal["selection", "reconstruction", "auxk", "gradients", "counters", "mutual", "scalars", "evaluation"]
 """The purpose of an exchange; bytes are counted by it."""
 
 

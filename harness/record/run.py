@@ -53,7 +53,7 @@ class Run:
         if d_model is None or tokens is None:
             return None
         train = self.config.train
-        parts = budget.flops_per_token(self.config.sae, d_model, train.batch_tokens, train.optimizer)
+        parts = budget.flops_per_token(self.config.sae, d_model, train.batch_tokens, train.optimizer, train.peers)
         return tokens * sum(parts.values())
 
 

@@ -1,6 +1,7 @@
 """One training step of one SAE: loss and all gradients, by hand (no autograd), on any mesh.
 
-L = mean_tokens ‖x − x̂‖²/V + α·AuxK + λ·E·Σ_i f_i·P_i   (design: "Maths, fixed once").
+L = mean_tokens ‖x − x̂‖²/V + α·AuxK + λ·E·Σ_i f_i·P_i   (design: "Maths, fixed once"), and for SAEs with peers the
+penalty of `saes.mutual`.
 Tokens are averaged over the *global* batch. For TopK the ranks of a replica hold the same tokens and a part of the
 latents; for Switch they hold whole experts and so disjoint tokens. That is the only difference in what is summed.
 With THOR's consistency term a step sees each token twice, once for each of its two experts.
@@ -22,6 +23,7 @@ from harness.process.runtime import Runtime
 from harness.saes.catalogue import ACTIVATIONS
 from harness.saes.dead import DeadLatents
 from harness.saes.entries import Backward, Batch, Entries
+from harness.saes.mutual import Peers, draw_to_peers
 from harness.saes.router import Routing, route, router_grads
 from harness.saes.sae import Params, Sae
 from harness.saes.topk import active
@@ -45,6 +47,8 @@ class Stats:
     expert_share: Float[Tensor, " experts"]
     fired: Int[Tensor, " rows"]
     """Tokens of the global batch that each local latent fired on."""
+    mutual: Float[Tensor, ""]
+    """Mean over the peers of 1 − MMCS, before its weight; 0 without peers."""
     dense: bool
     """Whether this rank had more active latents than lists are for, and used dense products; nothing was cut."""
 
@@ -167,14 +171,15 @@ def step(
     grads: Params,
     *,
     sparsity: Float[Tensor, ""] | float = 0.0,
+    peers: Peers | None = None,
     done: int = 0,
 ) -> Stats:
     """Loss of one batch and, written into `grads`, the gradient of every parameter over the global batch.
 
     `params` are the master weights, `compute` the W_enc and W_dec that products use (a low-precision copy, or the
     same tensors), `x` this replica's normalised tokens. `grads` has an entry for each parameter and always one for
-    b_enc, since b_dec's gradient is made from it. `sparsity` is the coefficient of the penalty, `done` counts completed
-    steps. No host synchronisation for TopK and for Switch with one expert.
+    b_enc, since b_dec's gradient is made from it. `sparsity` is the coefficient of the penalty, `peers` draw this SAE
+    to their features, `done` counts completed steps. No host synchronisation for TopK and for Switch with one expert.
     """
     shards, ops = runtime.shards, runtime.ops
     own_tokens: Axis = "all" if sae.routed else "dp"
@@ -216,6 +221,9 @@ def step(
         router_grads(sae, params, run.centred, routing, share, scale_grad, global_tokens, grads)
         sums[1] = entr(routing.probabilities).sum()
         sums = torch.cat([sums, routing.probabilities.sum(dim=0)])
+    mutual = residual.new_zeros(())
+    if peers is not None:
+        mutual = draw_to_peers(params["W_dec"], peers, shards, grads["W_dec"])
     for name, cut in sae.layout().items():
         shards.sum_(grads[name], "dp" if cut == "latent_rows" else "all", "gradients")
 
@@ -225,6 +233,8 @@ def step(
     fvu = sums[0] / (sae.variance * global_tokens)
     balance = sae.n_experts * (share * sums[2:] / global_tokens).sum() if sae.learns_routing else share.new_ones(())
     further = _further_loss(run, back, shards)
+    if peers is not None:
+        further = further + peers.weight * mutual
     return Stats(
         loss=fvu + sae.aux_alpha * aux_loss + sae.balance_weight * balance + further,
         fvu=fvu,
@@ -234,6 +244,7 @@ def step(
         router_entropy=sums[1] / global_tokens,
         expert_share=share,
         fired=shards.sum_(fired, "dp", "counters"),
+        mutual=mutual,
         dense=is_whole(entries.index),
     )
 

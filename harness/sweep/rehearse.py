@@ -9,6 +9,7 @@ largest AuxK is tried too.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import tempfile
 import time
@@ -29,6 +30,7 @@ from harness.places import joined
 from harness.places.rehearsal import STEPS, rehearse_here, unfit
 from harness.process.signals import Interrupted, stop_on_signals
 from harness.record.job import Job, job_of
+from harness.record.peers import groups_of
 from harness.record.result import read_result, unfinished
 from harness.record.run import Run, Store
 from harness.record.rundir import run_directory
@@ -99,22 +101,31 @@ def _scratch(runs: Sequence[Run]) -> Iterator[dict[str, Path]]:
 
 
 def _shape(job: Job) -> str:
-    return repr(sorted(repr(_short_config(run, Path(), 0)) for run in job.runs))
+    configs = []
+    for group in groups_of(job.runs):
+        peers = list(range(len(group)))
+        configs += [_short_config(run, Path(), place, peers) for run, place in zip(group, peers, strict=True)]
+    return repr(sorted(map(repr, configs)))
 
 
 def _short_job(job: Job, scratch: Path) -> Job:
     """The job with a budget of a few steps, in `scratch`."""
-    runs = []
-    for place, run in enumerate(job.runs):
-        config = _short_config(run, scratch, place)
-        store = Store(store_name(config.activations), run.store.d_model)
-        config = dataclasses.replace(config, activations=dataclasses.replace(config.activations, store=store.id))
-        runs.append(Run(config, run_directory(config, run_id(config, store.id)), store))
+    runs, places = [], itertools.count()
+    for group in groups_of(job.runs):
+        # their names must differ in what is left of their settings
+        peers = [next(places) for _ in group]
+        for run, place in zip(group, peers, strict=True):
+            config = _short_config(run, scratch, place, peers)
+            store = Store(store_name(config.activations), run.store.d_model)
+            config = dataclasses.replace(config, activations=dataclasses.replace(config.activations, store=store.id))
+            runs.append(Run(config, run_directory(config, run_id(config, store.id)), store))
     return job_of(runs)
 
 
-def _short_config(run: Run, scratch: Path, seed: int) -> Config:
+def _short_config(run: Run, scratch: Path, seed: int, peers: list[int]) -> Config:
+    """`peers`: the seeds of the runs of its group, `seed` among them."""
     config, batch = run.config, run.config.train.batch_tokens
+    seeds = {"seed": seed, "mfr_seeds": peers, "mfr_weight": config.train.mfr_weight if len(peers) > 1 else 0.0}
     budget: dict[str, Any] = {"tokens": float(STEPS * batch), "flops": 0.0, "until": "budget"}
     records: dict[str, Any] = {"eval_points": 2, "log_every_steps": 1, "checkpoint_every_s": 0.0}
     return dataclasses.replace(
@@ -122,7 +133,7 @@ def _short_config(run: Run, scratch: Path, seed: int) -> Config:
         # all that was silent for a step is dead
         sae=dataclasses.replace(config.sae, dead_after_tokens=float(batch), aux_refresh_steps=1),
         activations=_few_rows(config.activations, Path(config.out), batch),
-        train=dataclasses.replace(config.train, **{**BLANK, **budget, **records, "seed": seed}),
+        train=dataclasses.replace(config.train, **{**BLANK, **budget, **records, **seeds}),
         stream=dataclasses.replace(config.stream, seed=0),
         tracker=TrackerConfig(name="none"),
         out=str(scratch),

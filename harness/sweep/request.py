@@ -16,6 +16,7 @@ from harness.grid.study import Study, overridden, study_grids
 from harness.mirror.copies import check as check_tracker
 from harness.mirror.wandb_settings import leave_agent, with_environment
 from harness.process.device import pick_device
+from harness.record.peers import groups_of, require_peers
 from harness.record.run import Run
 from harness.sweep.runs import UNRESOLVED, find_stores, make_runs, resolve_initial, resolve_precision, with_own_rows
 from harness.terminal import listed, say
@@ -123,6 +124,8 @@ def plan_runs(cells: Sequence[Cell], *, dry_run: bool) -> list[Run]:
         if store.id == UNRESOLVED:
             say(f"note: the activation store is unresolved here, names and states are provisional: {store.problem}")
     runs = make_runs(cells, stores)
+    for group in groups_of(runs):
+        require_peers(group)
     for run in runs:
         if run.config.train.flops and (reason := schedule_problem(run.config, run.tokens)):
             raise UserError(f"{run.run_id}: {reason}")

@@ -40,13 +40,14 @@ class Checkpoints:
         if not requests and not by_steps:
             return
         begun = time.monotonic()
-        self._save(active)
+        self.save(active)
         self._saved_at = time.monotonic()
         self._save_s = self._saved_at - begun
         if requests & STOP:
             raise Interrupted
 
-    def _save(self, active: Sequence[Member]) -> None:
+    def save(self, active: Sequence[Member]) -> None:
+        """Save now; every rank calls it at the same step."""
         shards = self._runtime.shards
         for member in active:
             member.metrics.sync()

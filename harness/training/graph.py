@@ -8,6 +8,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from harness.config import Config
+from harness.ops import Ops
+
+
+def can_repeat(config: Config, ops: Ops) -> bool:
+    """Whether a graph is asked for and these kernels do the same in all steps of a run of one process, while no latent
+    is dead."""
+    train, sae = config.train, config.sae
+    # other kernels read the learning rate on the host, so a recorded graph would keep its first value
+    able = train.cuda_graph and ops.NAME == "triton" and train.precision != "fp64"
+    # selections by threshold wait for the device, and Signum takes its learning rate from the host
+    able = able and sae.traits.per_token and train.optimizer == "adam"
+    # a graph would repeat one draw of experts, and one k
+    return able and sae.routing != "random" and not sae.k_anneal_fraction
+
+
 WARM_UP = 3
 """Steps on the recording's stream before recording: they compile kernels and make lasting allocations."""
 

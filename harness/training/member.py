@@ -86,6 +86,8 @@ class Member:
         state = self.state
         at_end = state.done >= state.last
         evaluation_due = at_end or state.done in self.evaluation_steps
+        # it ended before a save, and its peers had not yet
+        recorded = at_end and state.done in self.evaluations
         if state.summed_steps and (evaluation_due or state.done % self.config.train.log_every_steps == 0):
             self._record(state.log_line(runtime.shards))
             self.diverged_at = state.diverged_at()
@@ -111,7 +113,7 @@ class Member:
             self.final = evaluation
             self.converged = has_converged(self.config, self.evaluations, state.done)
             self.status = "done"
-        if evaluation is not None:
+        if evaluation is not None and not recorded:
             line = asdict(evaluation)
             line["eval_rows"] = line.pop("rows")
             if evaluation.fvu_raw is None:

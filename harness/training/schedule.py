@@ -15,6 +15,9 @@ from harness.config import Config
 HALVINGS_PER_DOUBLING = 4
 """With `until=convergence`: evaluations per doubling of the tokens."""
 
+MFR_RAMP_STEPS = 100
+"""Steps until `train.mfr_weight` is reached, as in the published code."""
+
 FIRST_EVALUATION_STEP = 16
 """Runs to convergence have no evaluation before this step."""
 
@@ -33,6 +36,11 @@ def lr_at(config: Config, step: int, last: int) -> float:
     if decay_steps:
         factor = min(factor, (last - step) / decay_steps)
     return learning_rate(config) * factor
+
+
+def mfr_weight_at(config: Config, step: int) -> float:
+    """Weight of mutual feature regularisation in step `step` (from 0): it rises along a cosine."""
+    return config.train.mfr_weight * (1 - math.cos(math.pi * min(1.0, step / MFR_RAMP_STEPS))) / 2
 
 
 def k_at(config: Config, step: int, last: int) -> int:

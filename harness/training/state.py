@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from harness import budget
@@ -31,8 +31,10 @@ from harness.saes import (
     resolve_sae,
     step,
 )
+from harness.saes.mutual import Peers
 from harness.saes.start_from import params_from
-from harness.training.graph import StepGraph
+from harness.training.graph import StepGraph, can_repeat
+from harness.training.means import SUMS, further_sums, summed
 from harness.training.optimizer import Optimizer
 from harness.training.schedule import k_at, lr_at
 from harness.training.signum import OPTIMIZERS
@@ -42,12 +44,6 @@ MASTER = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 INIT_ROWS = 4096
 """Rows of the sample that set the initial scale of the encoder."""
-
-PENALTY_SUMS = ("sparsity", "dense_share")
-"""Further means of architectures with a penalty: λ, and the share of steps with dense products, since too many
-latents were active for lists."""
-
-_SUMS = ("loss", "fvu_train", "aux_loss", "balance", "l0", "router_entropy", "grad_norm", "n_dead")
 
 
 @dataclass
@@ -67,8 +63,7 @@ class TrainState:
     dead: Tensor
     """The local latents that AuxK uses until the next refresh, bool."""
     sums: Tensor
-    """Sums over the steps since the last log line, float64: see `_SUMS`, then each expert's share, then
-    `PENALTY_SUMS` if there is a penalty."""
+    """Sums over the steps since the last log line, float64, in the order of `means.summed`."""
     bad_step: Tensor
     """Completed steps when the loss first was not finite; −1 while it is finite. int64."""
     number: Tensor
@@ -112,17 +107,24 @@ class TrainState:
 
     def train_step(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
         """One step on this replica's rows of the batch. It synchronises with the host only when AuxK is refreshed."""
-        sae = self.sae
-        if self.done % self.config.sae.aux_refresh_steps == 0:
-            self.dead.copy_(self.silent >= self.config.sae.dead_after_tokens)
-            self._dead_latents = find_dead(sae, self.dead, runtime.shards)
-        self.number.fill_(self.done)
+        self.begin_step(runtime)
         graph = self._step_graph(raw, runtime)
         self.optimizer.set_rates(lr_at(self.config, self.done, self.last), self.done + 1)
         if graph is None:
             self._compute(raw, runtime)
         else:
             graph(raw)
+        self.end_step(runtime)
+
+    def begin_step(self, runtime: Runtime) -> None:
+        """What comes before the gradients of a step. `train_step` is all parts of it in turn."""
+        if self.done % self.config.sae.aux_refresh_steps == 0:
+            self.dead.copy_(self.silent >= self.config.sae.dead_after_tokens)
+            self._dead_latents = find_dead(self.sae, self.dead, runtime.shards)
+        self.number.fill_(self.done)
+
+    def end_step(self, runtime: Runtime) -> None:
+        """What comes after the update."""
         self._count_flops(runtime)
         self.collect_sent(runtime.shards)
         self.summed_steps += 1
@@ -130,44 +132,50 @@ class TrainState:
 
     def _compute(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
         """The part of a step that runs on the device."""
+        stats = self.gradients(raw, runtime)
+        self.update(stats, self.is_well(stats), runtime)
+
+    def gradients(self, raw: Float[Tensor, "tokens d"], runtime: Runtime, peers: Peers | None = None) -> Stats:
+        """The gradients at the present weights, into the optimiser's."""
         sae = replace(self.sae, k=k_at(self.config, self.done, self.last))
         x = self.normalizer(raw, self.params["W_dec"].dtype)
-        optimizer = self.optimizer
-        sparsity = None if self.sparsity is None else self.sparsity.value(self.done).to(x.dtype)
-        stats = step(
+        return step(
             sae,
             self.params,
-            optimizer.compute,
+            self.optimizer.compute,
             x,
             runtime,
             self._dead_latents,
-            optimizer.grads,
-            sparsity=0.0 if sparsity is None else sparsity,
+            self.optimizer.grads,
+            sparsity=0.0 if self.sparsity is None else self.sparsity.value(self.done).to(x.dtype),
+            peers=peers,
             done=self.done,
         )
-        well = stats.loss.isfinite() & (self.bad_step < 0)
+
+    def is_well(self, stats: Stats) -> Bool[Tensor, ""]:
+        """Whether the loss is finite, and was so in all steps before."""
+        return stats.loss.isfinite() & (self.bad_step < 0)
+
+    def update(self, stats: Stats, well: Bool[Tensor, ""], runtime: Runtime) -> None:
+        """The update by the gradients that are there, where `well` is true, and what is counted."""
         lr = lr_at(self.config, self.done, self.last)
+        sparsity = None if self.sparsity is None else self.sparsity.value(self.done).to(stats.l0.dtype)
         if self.sparsity is not None:
             self.sparsity.observe(stats.l0, self.done, lr)
-        well, norm = optimizer.apply(lr, self.done + 1, well, runtime)
+        well, norm = self.optimizer.apply(lr, self.done + 1, well, runtime)
         self.bad_step.copy_(torch.where(well | (self.bad_step >= 0), self.bad_step, self.number))
         self.silent.add_(self.config.train.batch_tokens).masked_fill_(stats.fired > 0, 0)
         self.fire_counts.add_(stats.fired)
-        self._accumulate(stats, norm, sparsity)
+        n_dead = 0 if self._dead_latents is None else self._dead_latents.total
+        self.sums += summed(self.config, stats, norm, sparsity, n_dead).to(self.sums.dtype)
 
     def _step_graph(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> StepGraph | None:
         """The step as a CUDA graph if requested and possible, else None.
 
         It is possible while all steps do the same: in one process, with no latent dead.
         """
-        train, alike = self.config.train, runtime.shards.size == 1 and self._dead_latents is None
-        # other kernels read the learning rate on the host, so a recorded graph would keep its first value
-        able = raw.device.type == "cuda" and runtime.ops.NAME == "triton" and train.precision != "fp64"
-        # selections by threshold wait for the device, and Signum takes its learning rate from the host
-        able = able and self.sae.traits.per_token and train.optimizer == "adam"
-        # a graph would repeat one draw of experts, and one k
-        able = able and self.sae.routing != "random" and not self.config.sae.k_anneal_fraction
-        if not (train.cuda_graph and alike and able):
+        alike = runtime.shards.size == 1 and self._dead_latents is None
+        if not (alike and raw.device.type == "cuda" and can_repeat(self.config, runtime.ops)):
             return None
         if self._graph is None:
             self._graph = StepGraph(lambda batch: self._compute(batch, runtime), raw)
@@ -179,28 +187,20 @@ class TrainState:
         for kind, sent in shards.take_sent().items():
             self._sent[kind] = self._sent.get(kind, 0.0) + sent
 
-    def _accumulate(self, stats: Stats, norm: Tensor | None, sparsity: Tensor | None) -> None:
-        n_dead = 0 if self._dead_latents is None else self._dead_latents.total
-        zero = stats.loss.new_zeros(())
-        values = [stats.loss, stats.fvu, stats.aux_loss, stats.balance, stats.l0, stats.router_entropy]
-        values += [zero if norm is None else norm, zero + n_dead]
-        parts = [torch.stack(values), stats.expert_share]
-        self.sums += torch.cat(parts if sparsity is None else [*parts, torch.stack([sparsity, zero + stats.dense])]).to(
-            self.sums.dtype
-        )
-
     def _count_flops(self, runtime: Runtime) -> None:
         train, n_dead = self.config.train, 0 if self._dead_latents is None else self._dead_latents.total
         dense = runtime.ops.dense_rows_per_k(train.precision)
         executed = budget.flops_executed_per_token(
-            self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense, train.optimizer
+            self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense, train.optimizer, train.peers
         )
         self.flops_executed += sum(executed.values()) * train.batch_tokens
 
     def flops(self, auxk: bool = True) -> float:
         """Closed-form FLOPs so far, with or without the nominal AuxK."""
         train = self.config.train
-        parts = budget.flops_per_token(self.config.sae, self.sae.d_model, train.batch_tokens, train.optimizer)
+        parts = budget.flops_per_token(
+            self.config.sae, self.sae.d_model, train.batch_tokens, train.optimizer, train.peers
+        )
         return self.tokens * sum(flops for part, flops in parts.items() if auxk or part != "auxk")
 
     def position(self) -> dict[str, Any]:
@@ -222,14 +222,14 @@ class TrainState:
 
     def log_line(self, shards: Shards) -> dict[str, Any]:
         """Means over the steps since the last log line; the sums begin anew. Waits for the device."""
-        means = dict(zip(_SUMS, (self.sums[: len(_SUMS)] / self.summed_steps).tolist(), strict=True))
-        further = self.sums[len(_SUMS) :] / self.summed_steps
+        means = dict(zip(SUMS, (self.sums[: len(SUMS)] / self.summed_steps).tolist(), strict=True))
+        further = self.sums[len(SUMS) :] / self.summed_steps
         share = further[: self.sae.n_experts]
         line = self.position()
         before, self._mark = self._mark, (self.done, self.trained_s(), self.flops_executed)
         steps, seconds, flops = (now - then for now, then in zip(self._mark, before, strict=True))
         seconds = max(seconds, 1e-9)
-        line |= means | dict(zip(PENALTY_SUMS, further[self.sae.n_experts :].tolist(), strict=False))
+        line |= means | dict(zip(further_sums(self.config), further[self.sae.n_experts :].tolist(), strict=True))
         line |= {
             "dead_frac": self.dead_frac(shards),
             "lr": lr_at(self.config, self.done - 1, self.last),
@@ -338,9 +338,7 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
         silent=torch.zeros(rows, dtype=torch.int64, device=device),
         fire_counts=torch.zeros(rows, dtype=torch.int64, device=device),
         dead=torch.zeros(rows, dtype=torch.bool, device=device),
-        sums=torch.zeros(
-            len(_SUMS) + sae.n_experts + (len(PENALTY_SUMS) if penalised else 0), dtype=torch.float64, device=device
-        ),
+        sums=torch.zeros(len(SUMS) + sae.n_experts + len(further_sums(config)), dtype=torch.float64, device=device),
         bad_step=torch.tensor(-1, device=device),
         number=torch.tensor(0, device=device),
         clock=time.monotonic(),

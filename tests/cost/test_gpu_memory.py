@@ -42,6 +42,13 @@ def test_it_is_on_a_mesh_and_in_other_precisions(mesh: str) -> None:
 
 
 @pytest.mark.slow
+def test_it_is_with_peers() -> None:
+    peers = ("train.until=budget", "train.seed=0,1,2", "train.mfr_weight=1", "train.mfr_seeds=[0,1,2]")
+    few = ("sae=topk", "sae.aux_alpha=0", "sae.k=32", "train.ema=0", "train.batch_tokens=4096")
+    agree(*PAPER, *peers, *few, "sae.n_latents=262144")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GPU_STUDIES)
 def test_it_is_for_the_shipped_studies(name: str) -> None:
     # k moves it least, and all of the 42 cells of gao2024_nk would take minutes

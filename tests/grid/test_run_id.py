@@ -77,6 +77,18 @@ def test_scientific_settings_rename(change: dict[str, object]) -> None:
     assert run_id(config(**change), "s") != run_id(config(), "s")
 
 
+def test_peers_rename_and_their_order_does_not() -> None:
+    def named(**settings: object) -> str:
+        return run_id(config(train=TrainConfig(tokens=1e6, precision="fp32", **settings)), "s")  # pyright: ignore
+
+    pair = named(mfr_weight=1.0, mfr_seeds=[1, 0])
+    assert pair == named(mfr_weight=1.0, mfr_seeds=[0, 1])
+    assert (
+        len({pair, named(), named(mfr_weight=1.0, mfr_seeds=[0, 1, 2]), named(mfr_weight=2.0, mfr_seeds=[0, 1])}) == 4
+    )
+    assert named(mfr_seeds=[0, 1]) == named(), "without a weight they mean nothing"
+
+
 def test_the_store_renames() -> None:
     assert run_id(config(), "a") != run_id(config(), "b")
 

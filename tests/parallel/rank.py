@@ -22,13 +22,14 @@ from harness.process.signals import SAVE
 from harness.record.checkpoint import find_checkpoint, load_tensors, save_checkpoint
 from harness.training import evaluate as evaluation
 from harness.training.evaluate import evaluate
+from harness.training.mutual import take_step
 from harness.training.state import make_state
 from tests.parallel.preactivations import chosen, selections
-from tests.parallel.trajectory import CASES, CATALOGUE, CPU, case_config, trajectory
+from tests.parallel.trajectory import CASES, CATALOGUE, CPU, case_config, trajectory, with_peers
 from tests.training.members import runtime, source_of
 
 MESHES = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 4: [(1, 4), (2, 2), (4, 1)]}
-STEPS = dict.fromkeys(CASES, 50) | dict.fromkeys(CATALOGUE, 12)
+STEPS = dict.fromkeys(CASES, 50) | dict.fromkeys([*CATALOGUE, "topk_mutual", "switch_mutual"], 12)
 """Latents can be dead from step 4, and the list of them is made anew at step 8."""
 
 
@@ -66,10 +67,11 @@ def traffic_equals_the_formula(name: str, shards: Mesh) -> None:
     config = case_config(name, shards.dp, shards.shard)
     config.sae.aux_alpha = 0.0
     source, ops = source_of(config), choose_ops("reference")
-    member = make_state(config, source, runtime(shards, ops))
+    group = with_peers(config, source, runtime(shards, ops))
+    member = group[0]
     batch = source.stream(0, 64, CPU, shards.dp_rank, shards.dp).batch(0)
     shards.take_sent()
-    member.train_step(batch, runtime(shards, ops))
+    take_step(group, batch, runtime(shards, ops))
     formula = budget.bytes_sent_per_step(config, member.sae.d_model)
     line, prefix = member.log_line(shards), "bytes_sent_"
     counted = {name.removeprefix(prefix): sent for name, sent in line.items() if name.startswith(prefix) and sent}

@@ -84,6 +84,43 @@ def test_a_pack_that_has_saved_stays_this_pack(tmp_path: Path) -> None:
     assert read_job(first.home).run_dirs == (runs[0].run_dir,)
 
 
+def peers(out: Path, cluster: dict, lr: float = 1e-3) -> list[Run]:
+    common = {"train__mfr_weight": 1.0, "train__mfr_seeds": [0, 1, 2], "train__lr": lr}
+    return [a_run(out, a_config(cluster, **common, train__seed=seed), name=f"p{lr}-{seed}") for seed in (2, 0, 1)]
+
+
+def test_peers_are_never_apart(tmp_path: Path) -> None:
+    for cluster in ({}, SLURM | {"pack": 1}, {"pack": 2}):
+        assert sizes(peers(tmp_path, cluster) + peers(tmp_path, cluster, 1e-2)) == [3, 3]
+    assert sizes(peers(tmp_path, SLURM), seconds=7200, most_in_memory=1) == [3]
+    assert sizes(peers(tmp_path, SLURM) + grid(tmp_path, SLURM, 2) + peers(tmp_path, SLURM, 1e-2)) == [8]
+    assert sizes(peers(tmp_path, {"pack": 4}) + grid(tmp_path, {"pack": 4}, 2)) == [4, 1]
+
+
+def test_peers_that_have_saved_go_on_and_no_peer_begins_alone(tmp_path: Path) -> None:
+    runs = peers(tmp_path, SLURM | {"pack": 1})
+    with pytest.raises(UserError, match=r"train.seed=0.* is not to be trained with it; launch train.seed=0,1,2"):
+        sizes([run for run in runs if run.config.train.seed])
+    job = job_of(runs)
+    freeze_job(job)
+    (job.home / "checkpoints" / "step-0000000004").mkdir(parents=True)
+    # two have ended, and the third has only its result to write
+    assert [job.home for job in make_jobs(runs[:1], lambda run: 1.0, lambda job: True)] == [job.home]
+
+
+def test_a_launch_asks_for_all_peers(launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("train.mfr_weight=0,1", "train.mfr_seeds=[1,0]", "train.eval_points=0")
+    assert launch(*settings, "train.seed=0") == 2
+    assert "learns from its peers of train.mfr_seeds=[0, 1]" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert launch(*settings, "train.seed=0,1") == 0
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("t/*/result.json")]
+    assert sorted(result["trained_together"] for result in results) == [1, 1, 2, 2]
+    assert {tuple(r["config"]["train"]["mfr_seeds"]) for r in results} == {(), (0, 1)}
+    assert launch(*settings, "train.seed=0,1") == 0
+    assert "all 4 cells already done" in capsys.readouterr().err
+
+
 def test_a_damaged_pack_is_told(tmp_path: Path) -> None:
     job = job_of(grid(tmp_path, SLURM, 2))
     freeze_job(job)

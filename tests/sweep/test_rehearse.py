@@ -9,6 +9,7 @@ import pytest
 from harness.grid.study import STUDY_DIR, load_study, study_names
 from harness.launch import main
 from harness.record.job import Job, job_of
+from harness.record.peers import groups_of
 from harness.sweep import rehearse as rehearsals
 from harness.sweep.request import Request, plan_runs, requested_cells
 from tests.tiny import TINY, Launch
@@ -45,9 +46,19 @@ def test_a_missing_store_is_made_with_few_rows(tmp_path: Path) -> None:
     assert (short.activations.window_tokens, short.activations.tokens) == (16384, 32768)
 
 
+def test_peers_are_rehearsed_together(tmp_path: Path) -> None:
+    peers = ("train.mfr_weight=1", "train.mfr_seeds=[4,9]", "train.seed=4,9", "train.lr_factor=1,2")
+    cells = requested_cells(Request([*TINY, f"out={tmp_path}", *peers]))
+    job = job_of(plan_runs(cells, dry_run=False))
+    short = rehearsals._short_job(job, tmp_path / "scratch")
+    assert len({run.run_id for run in short.runs}) == 4
+    assert sorted(len(group) for group in groups_of(short.runs)) == [2, 2]
+
+
 @pytest.mark.slow
 def test_shapes_are_tried_and_nothing_stays(launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch("sae=topk", "train.seed=0,1", "cluster.pack=2", "--rehearse") == 0
+    peers = ("train.mfr_weight=1", "train.mfr_seeds=[0,1]")
+    assert launch("sae=topk", "train.seed=0,1", *peers, "cluster.pack=2", "--rehearse") == 0
     table = capsys.readouterr().out
     assert "done" in table and "1 × 1" in table
     assert list(tmp_path.iterdir()) == []
