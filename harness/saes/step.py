@@ -8,7 +8,9 @@ With THOR's consistency term a step sees each token twice, once for each of its 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +27,19 @@ from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.router import Routing, route, router_grads
 from harness.saes.sae import Params, Sae
 from harness.saes.topk import active
+
+
+class Pull(NamedTuple):
+    """What an objective other than the error of x̂ itself says of a batch, in one process."""
+
+    loss: Float[Tensor, ""]
+    """Averaged over tokens; it takes the place of fvu in the loss."""
+    gradient: Float[Tensor, "tokens d"]
+    """Of it with respect to x̂, for each token of the batch."""
+
+
+Objective: TypeAlias = Callable[[Float[Tensor, "tokens d"]], Pull]
+"""Called with x − x̂, in normalised units."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,16 @@ def _drawn_together(run: Forward, W_dec: Float[Tensor, "rows d"]) -> Forward:
     return replace(run, dz=dz, pulls=pull[None], error=run.error + (shift * apart).sum() / 2)
 
 
+def _pulled(run: Forward, W_dec: Float[Tensor, "rows d"], objective: Objective) -> tuple[Forward, Pull]:
+    """The same forward pass with the gradients of another objective, and what that says of it."""
+    batch, order = run.batch, run.routing.order
+    told = objective(run.residual if order is None else run.residual[order.argsort()])
+    # gradients are made from −2/(V·B)·pull, where the pull of the error itself is x − x̂
+    pull = (told.gradient if order is None else told.gradient[order]) / batch.factor
+    dz = batch.ops.latent_grads(Codes(run.entries.z, run.entries.index), W_dec, pull, run.routing.groups)
+    return replace(run, dz=dz, pulls=pull[None]), told
+
+
 def _scaled(values: Float[Tensor, "own k"], factor: float | Tensor, scale: Float[Tensor, " own"] | None) -> Tensor:
     values = values * factor
     return values if scale is None else values * scale[:, None]
@@ -168,17 +193,21 @@ def step(
     *,
     sparsity: Float[Tensor, ""] | float = 0.0,
     done: int = 0,
+    objective: Objective | None = None,
 ) -> Stats:
     """Loss of one batch and, written into `grads`, the gradient of every parameter over the global batch.
 
     `params` are the master weights, `compute` the W_enc and W_dec that products use (a low-precision copy, or the
     same tensors), `x` this replica's normalised tokens. `grads` has an entry for each parameter and always one for
     b_enc, since b_dec's gradient is made from it. `sparsity` is the coefficient of the penalty, `done` counts completed
-    steps. No host synchronisation for TopK and for Switch with one expert.
+    steps. `objective` takes the place of the error, for SAEs of a single reconstruction and in one process. No host
+    synchronisation for TopK and for Switch with one expert.
     """
     shards, ops = runtime.shards, runtime.ops
     own_tokens: Axis = "all" if sae.routed else "dp"
-    run = forward(sae, params, compute, x, runtime, training=True, done=done)
+    run, told = forward(sae, params, compute, x, runtime, training=True, done=done), None
+    if objective is not None:
+        run, told = _pulled(run, compute["W_dec"], objective)
     global_tokens = run.batch.global_tokens
     batch, entries, routing, residual = run.batch, run.entries, run.routing, run.residual
     factor = batch.factor
@@ -186,7 +215,7 @@ def step(
     # in place, unless the router needs it as it was
     dz = run.dz.mul_(factor) if routing.scale is None else _scaled(run.dz, factor, routing.scale)
     back = ACTIVATIONS[sae.architecture].backward(
-        replace(batch, residual=residual), entries, dz, sparsity / global_tokens
+        replace(batch, residual=run.pulls[0]), entries, dz, sparsity / global_tokens
     )
     _weight_grads(batch, entries, run.pulls, back, grads)
     aux_loss = residual.new_zeros(())
@@ -226,7 +255,7 @@ def step(
     balance = sae.n_experts * (share * sums[2:] / global_tokens).sum() if sae.learns_routing else share.new_ones(())
     further = _further_loss(run, back, shards)
     return Stats(
-        loss=fvu + sae.aux_alpha * aux_loss + sae.balance_weight * balance + further,
+        loss=(fvu if told is None else told.loss) + sae.aux_alpha * aux_loss + sae.balance_weight * balance + further,
         fvu=fvu,
         aux_loss=aux_loss,
         balance=balance,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness import budget
 from harness.activations.source import ActivationSource
+from harness.activations.whole_contexts import ContextBatch, WholeContexts
 from harness.config import Config
 from harness.errors import UserError
 from harness.parallel import Shards
@@ -32,6 +33,7 @@ from harness.saes import (
     step,
 )
 from harness.saes.start_from import params_from
+from harness.training import end_to_end
 from harness.training.graph import StepGraph
 from harness.training.optimizer import Optimizer
 from harness.training.schedule import k_at, lr_at
@@ -68,13 +70,15 @@ class TrainState:
     """The local latents that AuxK uses until the next refresh, bool."""
     sums: Tensor
     """Sums over the steps since the last log line, float64: see `_SUMS`, then each expert's share, then
-    `PENALTY_SUMS` if there is a penalty."""
+    `PENALTY_SUMS` if there is a penalty, then `end_to_end.SUMS` with such an objective."""
     bad_step: Tensor
     """Completed steps when the loss first was not finite; −1 while it is finite. int64."""
     number: Tensor
     """`done`, on the device, int64."""
     sparsity: Sparsity | None = None
     """The coefficient of the penalty; None for architectures without one."""
+    lm_flops: float = 0.0
+    """Closed-form FLOPs per token of what the objective asks of the language model."""
     peak_flops: float | None = None
     """FLOP/s that one rank's GPU reaches at most; None if unknown."""
     done: int = 0
@@ -110,17 +114,18 @@ class TrainState:
         """Seconds of training, evaluations excluded, over all attempts."""
         return self.elapsed() - self.eval_s
 
-    def train_step(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
+    def train_step(self, batch: Float[Tensor, "tokens d"] | ContextBatch, runtime: Runtime) -> None:
         """One step on this replica's rows of the batch. It synchronises with the host only when AuxK is refreshed."""
-        sae = self.sae
+        sae, text = self.sae, batch if isinstance(batch, ContextBatch) else None
+        raw = batch.rows if isinstance(batch, ContextBatch) else batch
         if self.done % self.config.sae.aux_refresh_steps == 0:
             self.dead.copy_(self.silent >= self.config.sae.dead_after_tokens)
             self._dead_latents = find_dead(sae, self.dead, runtime.shards)
         self.number.fill_(self.done)
-        graph = self._step_graph(raw, runtime)
+        graph = None if text is not None else self._step_graph(raw, runtime)
         self.optimizer.set_rates(lr_at(self.config, self.done, self.last), self.done + 1)
         if graph is None:
-            self._compute(raw, runtime)
+            self._compute(raw, runtime, text)
         else:
             graph(raw)
         self._count_flops(runtime)
@@ -128,12 +133,16 @@ class TrainState:
         self.summed_steps += 1
         self.done += 1
 
-    def _compute(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
+    def _compute(self, raw: Float[Tensor, "tokens d"], runtime: Runtime, text: ContextBatch | None = None) -> None:
         """The part of a step that runs on the device."""
         sae = replace(self.sae, k=k_at(self.config, self.done, self.last))
         x = self.normalizer(raw, self.params["W_dec"].dtype)
         optimizer = self.optimizer
         sparsity = None if self.sparsity is None else self.sparsity.value(self.done).to(x.dtype)
+        objective = None
+        if text is not None:
+            weights = end_to_end.WEIGHTS[self.config.train.objective]
+            objective = end_to_end.EndToEnd(weights, text, self.normalizer, x)
         stats = step(
             sae,
             self.params,
@@ -144,6 +153,7 @@ class TrainState:
             optimizer.grads,
             sparsity=0.0 if sparsity is None else sparsity,
             done=self.done,
+            objective=objective,
         )
         well = stats.loss.isfinite() & (self.bad_step < 0)
         lr = lr_at(self.config, self.done, self.last)
@@ -153,7 +163,7 @@ class TrainState:
         self.bad_step.copy_(torch.where(well | (self.bad_step >= 0), self.bad_step, self.number))
         self.silent.add_(self.config.train.batch_tokens).masked_fill_(stats.fired > 0, 0)
         self.fire_counts.add_(stats.fired)
-        self._accumulate(stats, norm, sparsity)
+        self._accumulate(stats, norm, sparsity, objective)
 
     def _step_graph(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> StepGraph | None:
         """The step as a CUDA graph if requested and possible, else None.
@@ -179,15 +189,19 @@ class TrainState:
         for kind, sent in shards.take_sent().items():
             self._sent[kind] = self._sent.get(kind, 0.0) + sent
 
-    def _accumulate(self, stats: Stats, norm: Tensor | None, sparsity: Tensor | None) -> None:
+    def _accumulate(
+        self, stats: Stats, norm: Tensor | None, sparsity: Tensor | None, objective: end_to_end.EndToEnd | None
+    ) -> None:
         n_dead = 0 if self._dead_latents is None else self._dead_latents.total
         zero = stats.loss.new_zeros(())
         values = [stats.loss, stats.fvu, stats.aux_loss, stats.balance, stats.l0, stats.router_entropy]
         values += [zero if norm is None else norm, zero + n_dead]
         parts = [torch.stack(values), stats.expert_share]
-        self.sums += torch.cat(parts if sparsity is None else [*parts, torch.stack([sparsity, zero + stats.dense])]).to(
-            self.sums.dtype
-        )
+        if sparsity is not None:
+            parts.append(torch.stack([sparsity, zero + stats.dense]))
+        if objective is not None:
+            parts.append(torch.stack([objective.measured[name].to(zero) for name in end_to_end.SUMS]))
+        self.sums += torch.cat(parts).to(self.sums.dtype)
 
     def _count_flops(self, runtime: Runtime) -> None:
         train, n_dead = self.config.train, 0 if self._dead_latents is None else self._dead_latents.total
@@ -195,13 +209,14 @@ class TrainState:
         executed = budget.flops_executed_per_token(
             self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense, train.optimizer
         )
-        self.flops_executed += sum(executed.values()) * train.batch_tokens
+        self.flops_executed += (sum(executed.values()) + self.lm_flops) * train.batch_tokens
 
     def flops(self, auxk: bool = True) -> float:
         """Closed-form FLOPs so far, with or without the nominal AuxK."""
         train = self.config.train
         parts = budget.flops_per_token(self.config.sae, self.sae.d_model, train.batch_tokens, train.optimizer)
-        return self.tokens * sum(flops for part, flops in parts.items() if auxk or part != "auxk")
+        own = sum(flops for part, flops in parts.items() if auxk or part != "auxk")
+        return self.tokens * (own + self.lm_flops)
 
     def position(self) -> dict[str, Any]:
         """The axes on every line of the record."""
@@ -229,7 +244,9 @@ class TrainState:
         before, self._mark = self._mark, (self.done, self.trained_s(), self.flops_executed)
         steps, seconds, flops = (now - then for now, then in zip(self._mark, before, strict=True))
         seconds = max(seconds, 1e-9)
-        line |= means | dict(zip(PENALTY_SUMS, further[self.sae.n_experts :].tolist(), strict=False))
+        line |= means | dict(
+            zip(_further_sums(self.config, self.sae), further[self.sae.n_experts :].tolist(), strict=True)
+        )
         line |= {
             "dead_frac": self.dead_frac(shards),
             "lr": lr_at(self.config, self.done - 1, self.last),
@@ -305,6 +322,13 @@ class TrainState:
         self._dead_latents = find_dead(self.sae, self.dead, shards)
 
 
+def _further_sums(config: Config, sae: Sae) -> tuple[str, ...]:
+    """Names of the sums that not every run has."""
+    return (PENALTY_SUMS if sae.traits.penalty else ()) + (
+        end_to_end.SUMS if config.train.objective in end_to_end.WEIGHTS else ()
+    )
+
+
 def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> TrainState:
     """The state at step 0: normalisation and V from the store, initial weights from `train.seed`."""
     device, shards = runtime.device, runtime.shards
@@ -339,11 +363,12 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
         fire_counts=torch.zeros(rows, dtype=torch.int64, device=device),
         dead=torch.zeros(rows, dtype=torch.bool, device=device),
         sums=torch.zeros(
-            len(_SUMS) + sae.n_experts + (len(PENALTY_SUMS) if penalised else 0), dtype=torch.float64, device=device
+            len(_SUMS) + sae.n_experts + len(_further_sums(config, sae)), dtype=torch.float64, device=device
         ),
         bad_step=torch.tensor(-1, device=device),
         number=torch.tensor(0, device=device),
         clock=time.monotonic(),
+        lm_flops=source.flops_per_row if isinstance(source, WholeContexts) else 0.0,
         sparsity=Sparsity(config, math.sqrt(statistics.mean_sq_norm / unit) / sae.variance, device)
         if penalised
         else None,
