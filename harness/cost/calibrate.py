@@ -271,7 +271,9 @@ def probes(runs: Iterable[Run]) -> list[tuple[Config, int]]:
     would take too long."""
     kinds: dict[tuple[Any, ...], dict[float, tuple[Config, int]]] = {}
     for run in runs:
-        config, d_model = run.config, run.store.d_model or 0
+        # of an end-to-end objective only the SAE's own part is timed, and `known` does not use it
+        train = dataclasses.replace(run.config.train, objective="local")
+        config, d_model = dataclasses.replace(run.config, train=train), run.store.d_model or 0
         kinds.setdefault(kind_of(config), {})[step_flops(config, d_model)] = (config, d_model)
     each = max(1, SHAPES // len(kinds))
     chosen: dict[tuple[Any, ...], tuple[Config, int]] = {}

@@ -61,7 +61,7 @@ def _shared_settings(run: Run) -> tuple[Any, ...]:
     config = run.config
     train, mesh = config.train, config.mesh
     place = (mesh.dp, mesh.shard, mesh.lm, train.device, train.threads, config.ops, repr(config.cluster))
-    return (run.sweep_dir, run.store.id, config.stream.seed, train.batch_tokens, *place)
+    return (run.sweep_dir, run.store.id, config.stream.seed, train.batch_tokens, train.objective == "local", *place)
 
 
 def _cut(

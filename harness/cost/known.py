@@ -101,7 +101,8 @@ def _newest(sweep_dir: Path) -> list[Path]:
 
 def _key(config: Config, store: str) -> tuple[Any, ...]:
     """What two runs must share so that their steps differ only in size."""
-    return (*kind_of(config), *place_of(config), config.mesh.dp, config.mesh.shard, store)
+    mesh, objective = config.mesh, config.train.objective
+    return (*kind_of(config), *place_of(config), mesh.dp, mesh.shard, store, objective)
 
 
 def earlier_calibration(runs: Sequence[Run]) -> Calibration:
@@ -126,6 +127,8 @@ def known(run: Run, d_model: int, ended: Ended, calibration: Calibration) -> Kno
         step_s = interpolate(points, flops)
         source = f"from {len(points)} size{'s' if len(points) > 1 else ''} of ended runs of this sweep"
         return Known(step_s, EVALUATION_OVER_STEP * step_s / batch, 0.0, source)
+    if config.train.objective != "local":
+        return f"no run with train.objective={config.train.objective} has ended in this sweep, so its time is unknown"
     if points := calibration.steps.get(kind_of(config)):
         steps = budget.total_steps(config, d_model)
         dead = max(0.0, 1 - config.sae.dead_after_tokens / (steps * batch))

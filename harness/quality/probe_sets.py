@@ -10,15 +10,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from harness.activations.store.identity import recipe
 from harness.errors import UserError
 from harness.quality.shared import Shared
 
@@ -133,19 +131,13 @@ def set_rows(shared: Shared) -> dict[str, SetRows]:
         shared.progress.note("sae-probes is not installed: probes of token labels only (make setup-probes adds texts)")
         return {}
     most = min(MOST_TEXTS, max(64, shared.tokens // 16))
-    tensors = shared.cached(f"sets-{_key(shared, version, most)}", lambda: _make(shared, most))
+    key = shared.model_key({"sae-probes": version, "texts": most, "sets": SETS, "quality": VERSION})
+    tensors = shared.cached(f"sets-{key}", lambda: _make(shared, most))
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         parts.setdefault(name, {})[field] = value
     return {name: SetRows(**{"tokens": None, "owner": None, **parts[name]}) for name in SETS if name in parts}  # pyright: ignore
-
-
-def _key(shared: Shared, version: str, most: int) -> str:
-    text = ("text", "tokens", "heldout_tokens", "seed", "dtype", "drop_first_position", "window_tokens")
-    settings: dict[str, Any] = {name: value for name, value in recipe(shared.cfg).items() if name not in text}
-    settings |= {"precision": shared.precision, "sae-probes": version, "texts": most, "sets": SETS, "quality": VERSION}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _make(shared: Shared, most: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from harness.quality import (
     examples,
     explanations,
     geometry,
+    knowledge,
     mdl,
     probes,
     progressive,
@@ -25,6 +26,7 @@ _ALL = (
         "detection", detection.VERSION, "whether a judge finds a latent by its words", detection.run, detection.settings
     ),
     Metric("ablation", ablation.VERSION, "how many logits a latent touches", ablation.run),
+    Metric("knowledge", knowledge.VERSION, "whether latents hold facts apart", knowledge.run, knowledge.settings),
     Metric("geometry", geometry.VERSION, "duplicates, nearest neighbours and experts", geometry.run),
     Metric("refinement", refinement.VERSION, "shrinkage of activations", refinement.run),
     Metric("progressive", progressive.VERSION, "codes of other sizes, fixed thresholds", progressive.run),

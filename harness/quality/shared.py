@@ -184,6 +184,13 @@ class Shared:
         settings |= {"precision": self.precision, "quality": VERSION}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
+    def model_key(self, further: dict[str, Any]) -> str:
+        """Hash of model, hook, precision and `further` settings, without those of the text and of its rows."""
+        text = ("text", "tokens", "heldout_tokens", "seed", "dtype", "drop_first_position", "window_tokens")
+        settings = {name: value for name, value in recipe(self.cfg).items() if name not in text}
+        settings |= {"precision": self.precision, **further}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
     @functools.cached_property
     def text(self) -> Text:
         """Raises `UserError` where there is no language model."""

@@ -64,7 +64,7 @@ class Batch:
     step: int = 0
     """Completed steps."""
     residual: Float[Tensor, "own d"] | None = None
-    """x − x̂, once it is known."""
+    """What pulls at x̂, once it is known: x − x̂, with another objective −V·B/2 times its gradient."""
 
     @property
     def factor(self) -> float:

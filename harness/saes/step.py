@@ -9,7 +9,9 @@ With THOR's consistency term a step sees each token twice, once for each of its 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +29,21 @@ from harness.saes.mutual import Peers, draw_to_peers
 from harness.saes.router import Routing, route, router_grads
 from harness.saes.sae import Params, Sae
 from harness.saes.topk import active
+
+
+class Pull(NamedTuple):
+    """What an objective other than the error of x̂ itself says of a batch, in one process."""
+
+    loss: Float[Tensor, ""]
+    """Averaged over tokens; it takes the place of fvu in the loss."""
+    gradient: Float[Tensor, "tokens d"]
+    """Of it with respect to x̂, for each token of the batch."""
+    measured: Mapping[str, Float[Tensor, ""]]
+    """What it consists of, for the record."""
+
+
+Objective: TypeAlias = Callable[[Float[Tensor, "tokens d"]], Pull]
+"""Called with x − x̂, in normalised units."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,8 @@ class Stats:
     """Tokens of the global batch that each local latent fired on."""
     mutual: Float[Tensor, ""]
     """Mean over the peers of 1 − MMCS, before its weight; 0 without peers."""
+    measured: Mapping[str, Float[Tensor, ""]]
+    """Of an `Objective`; empty without one."""
     dense: bool
     """Whether this rank had more active latents than lists are for, and used dense products; nothing was cut."""
 
@@ -156,6 +175,16 @@ def _drawn_together(run: Forward, W_dec: Float[Tensor, "rows d"]) -> Forward:
     return replace(run, dz=dz, pulls=pull[None], error=run.error + (shift * apart).sum() / 2)
 
 
+def _pulled(run: Forward, W_dec: Float[Tensor, "rows d"], objective: Objective) -> tuple[Forward, Pull]:
+    """The same forward pass with the gradients of another objective, and what that says of it."""
+    batch, order = run.batch, run.routing.order
+    told = objective(run.residual if order is None else run.residual[order.argsort()])
+    # gradients are made from −2/(V·B)·pull, where the pull of the error itself is x − x̂
+    pull = (told.gradient if order is None else told.gradient[order]) / batch.factor
+    dz = batch.ops.latent_grads(Codes(run.entries.z, run.entries.index), W_dec, pull, run.routing.groups)
+    return replace(run, dz=dz, pulls=pull[None]), told
+
+
 def _scaled(values: Float[Tensor, "own k"], factor: float | Tensor, scale: Float[Tensor, " own"] | None) -> Tensor:
     values = values * factor
     return values if scale is None else values * scale[:, None]
@@ -173,17 +202,21 @@ def step(
     sparsity: Float[Tensor, ""] | float = 0.0,
     peers: Peers | None = None,
     done: int = 0,
+    objective: Objective | None = None,
 ) -> Stats:
     """Loss of one batch and, written into `grads`, the gradient of every parameter over the global batch.
 
     `params` are the master weights, `compute` the W_enc and W_dec that products use (a low-precision copy, or the
     same tensors), `x` this replica's normalised tokens. `grads` has an entry for each parameter and always one for
     b_enc, since b_dec's gradient is made from it. `sparsity` is the coefficient of the penalty, `peers` draw this SAE
-    to their features, `done` counts completed steps. No host synchronisation for TopK and for Switch with one expert.
+    to their features, `done` counts completed steps. `objective` takes the place of the error, for SAEs of a single
+    reconstruction and in one process. No host synchronisation for TopK and for Switch with one expert.
     """
     shards, ops = runtime.shards, runtime.ops
     own_tokens: Axis = "all" if sae.routed else "dp"
-    run = forward(sae, params, compute, x, runtime, training=True, done=done)
+    run, told = forward(sae, params, compute, x, runtime, training=True, done=done), None
+    if objective is not None:
+        run, told = _pulled(run, compute["W_dec"], objective)
     global_tokens = run.batch.global_tokens
     batch, entries, routing, residual = run.batch, run.entries, run.routing, run.residual
     factor = batch.factor
@@ -191,7 +224,7 @@ def step(
     # in place, unless the router needs it as it was
     dz = run.dz.mul_(factor) if routing.scale is None else _scaled(run.dz, factor, routing.scale)
     back = ACTIVATIONS[sae.architecture].backward(
-        replace(batch, residual=residual), entries, dz, sparsity / global_tokens
+        replace(batch, residual=run.pulls[0]), entries, dz, sparsity / global_tokens
     )
     _weight_grads(batch, entries, run.pulls, back, grads)
     aux_loss = residual.new_zeros(())
@@ -236,7 +269,7 @@ def step(
     if peers is not None:
         further = further + peers.weight * mutual
     return Stats(
-        loss=fvu + sae.aux_alpha * aux_loss + sae.balance_weight * balance + further,
+        loss=(fvu if told is None else told.loss) + sae.aux_alpha * aux_loss + sae.balance_weight * balance + further,
         fvu=fvu,
         aux_loss=aux_loss,
         balance=balance,
@@ -245,6 +278,7 @@ def step(
         expert_share=share,
         fired=shards.sum_(fired, "dp", "counters"),
         mutual=mutual,
+        measured={} if told is None else told.measured,
         dense=is_whole(entries.index),
     )
 

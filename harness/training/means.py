@@ -8,6 +8,7 @@ from torch import Tensor
 
 from harness.config import Config
 from harness.saes import Stats
+from harness.training import end_to_end
 
 SUMS = ("loss", "fvu_train", "aux_loss", "balance", "l0", "router_entropy", "grad_norm", "n_dead")
 
@@ -21,7 +22,11 @@ MUTUAL_SUMS = ("mutual",)
 
 def further_sums(config: Config) -> tuple[str, ...]:
     """The sums beyond `SUMS` and the experts' shares."""
-    return (PENALTY_SUMS if config.sae.traits.penalty else ()) + (MUTUAL_SUMS if config.train.peers else ())
+    return (
+        *(PENALTY_SUMS if config.sae.traits.penalty else ()),
+        *(MUTUAL_SUMS if config.train.peers else ()),
+        *(end_to_end.SUMS if config.train.objective in end_to_end.WEIGHTS else ()),
+    )
 
 
 def summed(
@@ -37,4 +42,6 @@ def summed(
         parts.append(torch.stack([sparsity, zero + stats.dense]))
     if config.train.peers:
         parts.append(stats.mutual[None])
+    if stats.measured:
+        parts.append(torch.stack([stats.measured[name].to(zero) for name in end_to_end.SUMS]))
     return torch.cat(parts)

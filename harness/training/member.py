@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from harness.activations.source import ActivationSource
-from harness.activations.stream import Stream
+from harness.activations.stream import Batches
 from harness.activations.synthetic import best_cosines, close_latents, recovered
 from harness.config import Config
 from harness.parallel import Shards
@@ -76,7 +76,7 @@ class Member:
         """Worked out once, because every step asks."""
         return evaluation_steps(self.config, self.state.last)
 
-    def open_stream(self, runtime: Runtime) -> Stream:
+    def open_stream(self, runtime: Runtime) -> Batches:
         shards, seed = runtime.shards, self.config.stream.seed
         batch_tokens = self.config.train.batch_tokens
         return self.source.stream(seed, batch_tokens, runtime.device, shards.dp_rank, shards.dp)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from harness.activations.whole_contexts import ContextBatch
 from harness.process.runtime import Runtime
 from harness.record.peers import groups_of, require_peers
 from harness.saes import Stats
@@ -32,20 +33,20 @@ def member_groups(members: Sequence[Member]) -> list[list[Member]]:
     return [[of_run[run.run_dir] for run in group] for group in groups]
 
 
-def take_step(group: Sequence[TrainState], raw: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
+def take_step(group: Sequence[TrainState], batch: Float[Tensor, "tokens d"] | ContextBatch, runtime: Runtime) -> None:
     """One step of an SAE alone, or of peers on the same rows.
 
     All gradients of peers are taken before the first update, so their order does not matter. Their losses are one:
     where one of them is not finite, none is updated, and all have diverged.
     """
     if len(group) == 1:
-        group[0].train_step(raw, runtime)
+        group[0].train_step(batch, runtime)
         return
     found: list[Stats] = []
     for state in group:
         state.begin_step(runtime)
         decoders = [peer.params["W_dec"] for peer in group if peer is not state]
-        found.append(state.gradients(raw, runtime, Peers(decoders, mfr_weight_at(state.config, state.done))))
+        found.append(state.gradients(batch, runtime, Peers(decoders, mfr_weight_at(state.config, state.done))))
         state.collect_sent(runtime.shards)
     well = torch.stack([state.is_well(stats) for state, stats in zip(group, found, strict=True)]).all()
     for state, stats in zip(group, found, strict=True):

@@ -26,6 +26,7 @@ from harness.record.notes import add_note, read_notes
 from harness.record.provenance import now
 from harness.record.run import Run
 from harness.schema import fields
+from harness.training import end_to_end
 from harness.training.checkpoints import Checkpoints
 from harness.training.loop import train
 from harness.training.member import COUNTERS, Member
@@ -50,6 +51,8 @@ def train_job(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     reset_peak()
+    if config.train.objective in end_to_end.WEIGHTS:
+        source = end_to_end.whole_contexts(config, source, device)
     counters = fields({run.run_id: COUNTERS for run in job.runs})
     checkpoint = find_checkpoint(job.checkpoints, job.home.name, shards, counters)
     if checkpoint is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness import budget
 from harness.activations.source import ActivationSource
+from harness.activations.whole_contexts import ContextBatch, WholeContexts
 from harness.config import Config
 from harness.errors import UserError
 from harness.parallel import Shards
@@ -33,6 +34,7 @@ from harness.saes import (
 )
 from harness.saes.mutual import Peers
 from harness.saes.start_from import params_from
+from harness.training import end_to_end
 from harness.training.graph import StepGraph, can_repeat
 from harness.training.means import SUMS, further_sums, summed
 from harness.training.optimizer import Optimizer
@@ -70,6 +72,8 @@ class TrainState:
     """`done`, on the device, int64."""
     sparsity: Sparsity | None = None
     """The coefficient of the penalty; None for architectures without one."""
+    lm_flops: float = 0.0
+    """Closed-form FLOPs per token of what the objective asks of the language model."""
     peak_flops: float | None = None
     """FLOP/s that one rank's GPU reaches at most; None if unknown."""
     done: int = 0
@@ -105,15 +109,15 @@ class TrainState:
         """Seconds of training, evaluations excluded, over all attempts."""
         return self.elapsed() - self.eval_s
 
-    def train_step(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
+    def train_step(self, batch: Float[Tensor, "tokens d"] | ContextBatch, runtime: Runtime) -> None:
         """One step on this replica's rows of the batch. It synchronises with the host only when AuxK is refreshed."""
         self.begin_step(runtime)
-        graph = self._step_graph(raw, runtime)
+        graph = None if isinstance(batch, ContextBatch) else self._step_graph(batch, runtime)
         self.optimizer.set_rates(lr_at(self.config, self.done, self.last), self.done + 1)
         if graph is None:
-            self._compute(raw, runtime)
+            self._compute(batch, runtime)
         else:
-            graph(raw)
+            graph(batch)
         self.end_step(runtime)
 
     def begin_step(self, runtime: Runtime) -> None:
@@ -130,15 +134,21 @@ class TrainState:
         self.summed_steps += 1
         self.done += 1
 
-    def _compute(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> None:
+    def _compute(self, batch: Float[Tensor, "tokens d"] | ContextBatch, runtime: Runtime) -> None:
         """The part of a step that runs on the device."""
-        stats = self.gradients(raw, runtime)
+        stats = self.gradients(batch, runtime)
         self.update(stats, self.is_well(stats), runtime)
 
-    def gradients(self, raw: Float[Tensor, "tokens d"], runtime: Runtime, peers: Peers | None = None) -> Stats:
+    def gradients(
+        self, batch: Float[Tensor, "tokens d"] | ContextBatch, runtime: Runtime, peers: Peers | None = None
+    ) -> Stats:
         """The gradients at the present weights, into the optimiser's."""
         sae = replace(self.sae, k=k_at(self.config, self.done, self.last))
-        x = self.normalizer(raw, self.params["W_dec"].dtype)
+        rows = batch.rows if isinstance(batch, ContextBatch) else batch
+        x, objective = self.normalizer(rows, self.params["W_dec"].dtype), None
+        if isinstance(batch, ContextBatch):
+            weights = end_to_end.WEIGHTS[self.config.train.objective]
+            objective = end_to_end.EndToEnd(weights, batch, self.normalizer, x)
         return step(
             sae,
             self.params,
@@ -150,6 +160,7 @@ class TrainState:
             sparsity=0.0 if self.sparsity is None else self.sparsity.value(self.done).to(x.dtype),
             peers=peers,
             done=self.done,
+            objective=objective,
         )
 
     def is_well(self, stats: Stats) -> Bool[Tensor, ""]:
@@ -193,7 +204,7 @@ class TrainState:
         executed = budget.flops_executed_per_token(
             self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense, train.optimizer, train.peers
         )
-        self.flops_executed += sum(executed.values()) * train.batch_tokens
+        self.flops_executed += (sum(executed.values()) + self.lm_flops) * train.batch_tokens
 
     def flops(self, auxk: bool = True) -> float:
         """Closed-form FLOPs so far, with or without the nominal AuxK."""
@@ -201,7 +212,8 @@ class TrainState:
         parts = budget.flops_per_token(
             self.config.sae, self.sae.d_model, train.batch_tokens, train.optimizer, train.peers
         )
-        return self.tokens * sum(flops for part, flops in parts.items() if auxk or part != "auxk")
+        own = sum(flops for part, flops in parts.items() if auxk or part != "auxk")
+        return self.tokens * (own + self.lm_flops)
 
     def position(self) -> dict[str, Any]:
         """The axes on every line of the record."""
@@ -342,6 +354,7 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
         bad_step=torch.tensor(-1, device=device),
         number=torch.tensor(0, device=device),
         clock=time.monotonic(),
+        lm_flops=source.flops_per_row if isinstance(source, WholeContexts) else 0.0,
         sparsity=Sparsity(config, math.sqrt(statistics.mean_sq_norm / unit) / sae.variance, device)
         if penalised
         else None,

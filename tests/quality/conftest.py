@@ -50,7 +50,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared(causal: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     """512 tokens of held-out text in contexts of 16."""
-    yield from _shared(causal, corpus, tmp_path_factory.mktemp("out"))
+    yield from shared_of(causal, corpus, tmp_path_factory.mktemp("out"))
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +71,7 @@ def embedding_shared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         model.lm_head.weight.copy_(embedding)
     model.save_pretrained(directory)
     save_tokenizer(directory)
-    yield from _shared(directory, corpus, tmp_path_factory.mktemp("out"))
+    yield from shared_of(directory, corpus, tmp_path_factory.mktemp("out"))
 
 
 @pytest.fixture(scope="session")
@@ -83,10 +83,11 @@ def encoder_shared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         directory
     )
     save_tokenizer(directory)
-    yield from _shared(directory, corpus, tmp_path_factory.mktemp("out"))
+    yield from shared_of(directory, corpus, tmp_path_factory.mktemp("out"))
 
 
-def _shared(model: Path, corpus: Path, out: Path) -> Iterator[Shared]:
+def shared_of(model: Path, corpus: Path, out: Path) -> Iterator[Shared]:
+    """512 tokens of held-out text in contexts of 16, and block 1 of a model of three."""
     cfg = ActivationsConfig(
         model=str(model),
         layer=1,

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from harness import budget
 from harness.activations.lm.hook import find_blocks
 from harness.activations.lm.location import locate
 from harness.activations.lm.model import HookedModel, load_model
@@ -57,7 +58,7 @@ class SplicedModel:
     def hidden(self, ids: Int[Tensor, "contexts length"]) -> Float[Tensor, "contexts length d"]:
         """The value at the hook, fp32."""
         with self.hooked.computing():
-            return self.hooked.activations(ids, None).float()
+            return _precise(self.hooked.activations(ids, None))
 
     @torch.no_grad()
     def logits(
@@ -74,6 +75,31 @@ class SplicedModel:
         precision = nullcontext() if exact else self.hooked.computing()
         with self._skipping(hidden) if self._skips else self._replacing(hidden), precision:
             return self._model(input_ids=ids, use_cache=False).logits.float()
+
+    def suffix_flops(self, context: int) -> float:
+        """Of a token of a context, see `budget.suffix_flops`."""
+        blocks, head = self._blocks[self._last + 1 :], self._model.get_output_embeddings()
+        weights = sum(p.numel() for part in (*blocks, head) for p in part.parameters() if p.dim() >= 2)
+        return budget.suffix_flops(weights, len(blocks), self._model.config.get_text_config().hidden_size, context)
+
+    def outputs(
+        self, ids: Int[Tensor, "contexts length"], hidden: Float[Tensor, "contexts length d"]
+    ) -> tuple[Float[Tensor, "contexts length vocabulary"], list[Float[Tensor, "contexts length d"]]]:
+        """Logits, and the values after each block that comes after the hook, in fp32 or better; gradients go back to
+        `hidden` where they are recorded. For `resid_post`."""
+        later: list[Tensor] = []
+
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            later.append((output if isinstance(output, Tensor) else output[0]).reshape(hidden.shape))
+
+        handles = [block.register_forward_hook(note) for block in self._blocks[self._last + 1 :]]
+        try:
+            with self._skipping(hidden) if self._skips else self._replacing(hidden), self.hooked.computing():
+                logits = self._model(input_ids=ids, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return _precise(logits), [_precise(value) for value in later]
 
     def continuations(
         self,
@@ -139,6 +165,11 @@ class SplicedModel:
             yield
         finally:
             handle.remove()
+
+
+def _precise(value: Tensor) -> Tensor:
+    """In fp32, or in fp64 as it is."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 class _Stored(nn.Module):
