@@ -236,6 +236,7 @@ def references(shared: Shared, known: Known, pairs: Sequence[Pair]) -> dict[str,
         }
         found = exchanged(shared, known, pairs, ways, "exchange of channels and directions")
         base, source = (known.x[torch.tensor(column)] for column in zip(*pairs, strict=True))
+        shared.progress.start("exchange of the whole value", len({pair.base for pair in pairs}))
         whole = exchange(shared, known, pairs, (source - base)[:, None, None].expand(-1, 2, 1, -1))
         shared.progress.finish("")
         tables = {**found, "whole": Exchanged(*(part.expand(-1, -1, len(SIZES)).contiguous() for part in whole))}
