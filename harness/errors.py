@@ -6,3 +6,7 @@ FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 75
 
 class UserError(ValueError):
     """A wrong request: the command prints the message without a traceback and exits with 2."""
+
+
+class Unavailable(UserError):
+    """What is asked for needs something that is not here: a language model with a head, a package, enough facts."""

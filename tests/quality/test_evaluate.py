@@ -133,4 +133,13 @@ def test_saes_of_one_name_are_kept_apart(topk_run: Path, tmp_path: Path, capsys:
 def test_metrics_of_a_language_model_are_refused_without_one(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(sweep), "--metrics", "downstream,geometry"]) == 1
     output = capsys.readouterr().err
-    assert "downstream: synthetic activations have no language model" in output and "2 evaluations done" in output
+    assert "error: downstream: synthetic activations have no language model" in output
+    assert "2 evaluations done" in output
+
+
+def test_without_names_the_metrics_that_are_possible_are_taken(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(sweep)]) == 0
+    output = capsys.readouterr().err
+    assert "left out: downstream: synthetic activations have no language model" in output and "error" not in output
+    judged = {path.stem for path in sweep.glob("*/quality/*.json")}
+    assert {"geometry", "refinement", "progressive", "mdl", "dimension"} <= judged

@@ -17,7 +17,7 @@ from harness.activations.lm.hook import Hook, find_blocks, find_hook
 from harness.activations.lm.hub import HUB_ERRORS, online, quiet, unreachable
 from harness.activations.lm.location import Location
 from harness.config import ActivationsConfig
-from harness.errors import UserError
+from harness.errors import Unavailable, UserError
 
 LM_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Types of the language model's weights by their names in the configuration (`activations.lm_dtype`)."""
@@ -147,7 +147,7 @@ def load_model(
         model, info = model_class.from_pretrained(location.source, config=empty.config, **arguments)
     model.eval()
     if head and info["missing_keys"]:
-        raise UserError(
+        raise Unavailable(
             f"activations.model={cfg.model} has no weights that predict the next token (no "
             f"{min(info['missing_keys'])}), so it has no losses; take a causal language model, e.g. activations=smollm2"
         )
