@@ -50,5 +50,5 @@ class EndToEnd:
         effects = self.batch.effects(rows.detach(), self.weights)
         (gradient,) = torch.autograd.grad(rows, reconstruction, effects.gradient.to(rows))
         loss = self.weights.kl * effects.kl + self.weights.later * effects.later
-        measured = dict(zip(SUMS, (effects.kl, effects.later), strict=True))
+        measured: dict[str, Tensor] = dict(zip(SUMS, (effects.kl, effects.later), strict=True))
         return Pull(loss.to(residual.dtype), gradient, measured)

@@ -112,12 +112,12 @@ class TrainState:
     def train_step(self, batch: Float[Tensor, "tokens d"] | ContextBatch, runtime: Runtime) -> None:
         """One step on this replica's rows of the batch. It synchronises with the host only when AuxK is refreshed."""
         self.begin_step(runtime)
-        graph = None if isinstance(batch, ContextBatch) else self._step_graph(batch, runtime)
+        graph = self._step_graph(batch, runtime) if isinstance(batch, Tensor) else None
         self.optimizer.set_rates(lr_at(self.config, self.done, self.last), self.done + 1)
-        if graph is None:
-            self._compute(batch, runtime)
-        else:
+        if graph is not None and isinstance(batch, Tensor):
             graph(batch)
+        else:
+            self._compute(batch, runtime)
         self.end_step(runtime)
 
     def begin_step(self, runtime: Runtime) -> None:
