@@ -129,6 +129,7 @@ def _rates(study: Study) -> Drawn:
     left, right = picture.subplots(1, 2)
     sizes = sorted(set(data["n_latents"]))
     lines(left, data, "lr", "fvu", "n_latents", sizes, [f"n = {n:,.0f}" for n in sizes])
+    left.set_xlim(data["lr"].min() / 1.4, data["lr"].max() * 6)  # room for the legend
     finish(left, "learning rate", "held-out fvu")
     plot.best_learning_rates(right, best)
     n = np.geomspace(min(sizes), max(sizes), 20)

@@ -34,8 +34,9 @@ LIMITS_S = {
     "sweep": 120,
     "kernels": 150,
 }
-"""The checks (functions of `checks`) in their order, and how long each may take, in seconds. The tests of the
-kernels come last: compiling their many small sizes takes longest."""
+"""The checks (functions of `checks`) in their order, and how long each may take of `MINUTES`, in seconds. The tests of
+the kernels come last: compiling their many small sizes takes longest."""
+MINUTES = 9.0
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run_checks(names: list[str], figures: Figures, dry: bool, out: Path, deadline: float) -> None:
-    """Every check within its own limit and the deadline; what one raises does not stop the next."""
+def run_checks(names: list[str], figures: Figures, dry: bool, out: Path, minutes: float) -> None:
+    """Every check within its own share of the minutes; what one raises does not stop the next."""
     import torch
 
     from harness.bench.gpu import checks
@@ -166,6 +167,7 @@ def run_checks(names: list[str], figures: Figures, dry: bool, out: Path, deadlin
 
     setting = Setting(pick_device("cpu" if dry else "cuda"), dry, out, figures.record)
     torch.manual_seed(0)
+    deadline = time.monotonic() + 60 * minutes
     for name in names:
         left = deadline - time.monotonic()
         begin = time.monotonic()
@@ -173,7 +175,7 @@ def run_checks(names: list[str], figures: Figures, dry: bool, out: Path, deadlin
             figures.record(f"errors.{name}", "no time left")
             continue
         try:
-            with time_limit(min(left, LIMITS_S[name])):
+            with time_limit(min(left, LIMITS_S[name] * minutes / MINUTES)):
                 getattr(checks, name)(setting)
         except Exception as error:
             lines = str(error).splitlines() or [""]
@@ -185,14 +187,13 @@ def run_checks(names: list[str], figures: Figures, dry: bool, out: Path, deadlin
 def main() -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m harness.bench.gpu", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=9.0, help="stop after this time")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="stop after this time; each check has a share")
     parser.add_argument(
         "--out", type=path_argument, default=Path("runs/gpu-check"), metavar="DIR", help="for gpu.json and logs"
     )
     parser.add_argument("--checks", default=",".join(LIMITS_S), help="which checks, in this order")
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU, kernels in Triton's interpreter")
     arguments = parser.parse_args()
-    deadline = time.monotonic() + 60 * arguments.minutes
     names = arguments.checks.split(",")
     if unknown := set(names) - set(LIMITS_S):
         say(f"--checks: unknown {', '.join(sorted(unknown))}; choose from {', '.join(LIMITS_S)}")
@@ -210,7 +211,7 @@ def main() -> int:
     # a call into the driver that never returns cannot be interrupted; the figures are on disk already
     faulthandler.dump_traceback_later(60 * arguments.minutes + 10, exit=True)
     try:
-        run_checks(names, figures, arguments.dry, arguments.out.resolve(), deadline)
+        run_checks(names, figures, arguments.dry, arguments.out.resolve(), arguments.minutes)
     except KeyboardInterrupt:
         say(f"interrupted; the figures so far are in {arguments.out / 'gpu.json'}")
         return INTERRUPTED
