@@ -50,10 +50,13 @@ class ProLu:
 
     The derivative in the bias is a convention. `relu`: that of ReLU(m + b) for both m and b. `ste`: the
     straight-through estimator, dm = (1 + m)·dz and db = m·dz.
+
+    Biases begin at zero, as published, also where L0 has a target: without a penalty L0 falls by itself, so one that
+    began at its target would end below it, whatever the penalty.
     """
 
     def parameters(self, start: Start) -> Params:
-        return {"b_enc": start.biases()}
+        return {"b_enc": torch.zeros_like(start.params["b_enc"])}
 
     def select(self, batch: Batch) -> Entries:
         bias = batch.params["b_enc"]
