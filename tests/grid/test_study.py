@@ -22,7 +22,7 @@ def sae_shapes(study: Study, *overrides: str) -> Counter[tuple[str, int, int, in
 def test_shipped_studies() -> None:
     assert set(study_names()) == {
         *("quick", "standard", "lr_width", "quality", "architectures", "optimisers"),
-        *("routing", "description", "layers", "llama_scope", "manifolds", "mfr"),
+        *("routing", "description", "layers", "llama_scope", "manifolds", "mfr", "end_to_end"),
         *("gao2024_nk", "gao2024_16m", "gao2024_baselines", "switch2024_flop_matched", "switch2024_width_matched"),
     }
 
