@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from harness.quality.subjects import subjects_of
+from harness.record.rundir import read_config
 from harness.saes.trained import load
 from harness.terminal import say
 
@@ -47,7 +48,7 @@ def main(targets: list[str]) -> None:
     dictionaries = {}
     for subject in subjects:
         sae = load(subject.directory)
-        objective = (subject.directory / "config.yaml").read_text().partition("objective: ")[2].partition("\n")[0]
+        objective = read_config(subject.directory).train.objective
         dictionaries[f"{subject.directory.parent.name}/{subject.name} {objective}"] = sae.W_dec
     first = next(iter(dictionaries.values()))
     dictionaries["random rows"] = torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
