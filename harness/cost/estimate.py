@@ -190,14 +190,14 @@ def _mapped_bytes(activations: ActivationsConfig, d_model: int, tokens: float) -
 def _process_bytes(run: Run, launcher: int) -> int:
     """Memory of the process before training: the launcher trains local single-rank runs itself, with all that it has
     loaded; other runs get new processes."""
-    from harness.activations.store.paths import is_complete, store_path
+    from harness.activations.store.paths import is_complete, store_root
 
     config = run.config
     if config.cluster.name != "local" or config.mesh.ranks > 1:
         return PROCESS_BYTES
     activations = config.activations
     harvests = activations.kind != "synthetic" and activations.keep == "store"
-    if harvests and not is_complete(store_path(activations, Path(config.out))):
+    if harvests and not is_complete(store_root(activations, Path(config.out)) / run.store.id):
         return launcher + HARVEST_BYTES
     return launcher
 
