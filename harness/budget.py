@@ -28,6 +28,9 @@ CHECKPOINT_FILE_BYTES = 256e6
 """A rank begins another file of a checkpoint when one has so much: a file is put together in memory before it is
 written."""
 
+WEIGHTS_FILE_BYTES = 4e9
+"""Larger final weights are cut into several files."""
+
 SAVE_BYTES_PER_S = 1e8
 """How fast a checkpoint is assumed to be written before a save has been timed: a slow network disk."""
 
@@ -245,13 +248,13 @@ def checkpoint_bytes(config: Config, d_model: int) -> int:
     return copies * word * params(config.sae, d_model) + 17 * config.sae.n_latents
 
 
-def save_bytes(config: Config, d_model: int) -> float:
-    """Memory that one rank needs on its host to write a checkpoint: twice the largest file, which holds at least a
-    matrix."""
+def largest_file(config: Config, d_model: int) -> float:
+    """Bytes of the largest file of a checkpoint, which holds at least a matrix. Twice as much memory is needed to put
+    it together."""
     word = 8 if config.train.precision == "fp64" else 4
     ranks = config.mesh.training_ranks
     matrix = word * config.sae.n_latents * d_model / config.mesh.shard
-    return 2 * max(matrix, min(CHECKPOINT_FILE_BYTES, checkpoint_bytes(config, d_model) / ranks))
+    return max(matrix, min(CHECKPOINT_FILE_BYTES, checkpoint_bytes(config, d_model) / ranks))
 
 
 def weights_bytes(config: Config, d_model: int) -> int:

@@ -50,6 +50,8 @@ class Estimate:
     """The part of `seconds` that a job pays once for all its runs: to start processes and to draw the stream."""
     memory_bytes: int | None = None
     """Peak of one rank: of its GPU if it has one, else of its process."""
+    host_bytes: int = 0
+    """Of a rank on a GPU, the least memory of its process (`host_memory`)."""
     shared_bytes: int = 0
     """The part of `memory_bytes` that the runs of a pack use one after the other."""
     mapped_bytes: int = 0
@@ -138,6 +140,7 @@ def _estimate(run: Run, times: Known | str | None, calibration: Calibration) -> 
         train_s=trained,
         once_s=start + drawn,
         memory_bytes=own + shared,
+        host_bytes=host_memory(config, d_model) if planned_on_gpu(config) else 0,
         shared_bytes=shared,
         checkpoint_bytes=budget.checkpoint_bytes(config, d_model),
         weights_bytes=budget.weights_bytes(config, d_model),
@@ -159,9 +162,19 @@ def own_and_shared(run: Run, d_model: int, process_bytes: int = PROCESS_BYTES) -
     matrices = 3 * word * config.sae.n_latents * d_model // config.mesh.shard
     start = START_BYTES_PER_NUMBER * d_model * sample_rows(config) + matrices - own
     # what the steps have freed is still there when a checkpoint is written
-    save = min(shared, budget.KEPT_BYTES) + round(budget.save_bytes(config, d_model))
+    save = min(shared, budget.KEPT_BYTES) + 2 * round(budget.largest_file(config, d_model))
     needed = max(shared, start, save)
     return own, _process_bytes(run, process_bytes) + needed
+
+
+def host_memory(config: Config, d_model: int) -> int:
+    """Bytes of the process of a rank on a GPU, beside what CUDA and mapped rows take: itself, and the most of the
+    sample that it begins with, a file of a checkpoint, which is copied from the GPU and put together, and a file of the
+    final weights."""
+    sample = START_BYTES_PER_NUMBER * d_model * sample_rows(config)
+    checkpoint = 3 * round(budget.largest_file(config, d_model))
+    weights = round(min(budget.weights_bytes(config, d_model), budget.WEIGHTS_FILE_BYTES))
+    return PROCESS_BYTES + max(sample, checkpoint, weights)
 
 
 def rank_memory(config: Config, d_model: int) -> dict[str, int]:
