@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
@@ -63,16 +61,17 @@ def dead_latents(ax: Axes, table: RunTable) -> Axes:
     part = table.frame[pd.to_numeric(table.frame[table.roles["dead"]], errors="coerce").notna()]
     levels = sorted(set(table.values("k")))
     names = [name for name, _ in _populations(part)]
-    many, style = len(names) > 2, dict[str, Any]()
+    many = len(names) > 2
     for value in [levels[len(levels) // 2]] if many else levels:
         for name, group in _populations(part[part[table.roles["k"]] == value]):
             means = group.groupby(table.roles["n"])[table.roles["dead"]].mean() * 100
             if many:
-                style = architecture_style(names.index(name), len(names)) | {"label": name}
+                style = architecture_style(names.index(name), len(names))
+                style["label"] = name
             else:
                 style, first = k_style(levels, value), name in ("TopK", "runs")
                 filled = {"ls": "-", "mfc": style["color"], "label": f"k = {value:g}"}
-                style |= {"lw": 1.1, "ms": 5} | (filled if first else {"ls": "--", "mfc": "white"})
+                style |= {"lw": 1.1, "ms": 5, **(filled if first else {"ls": "--", "mfc": "white"})}
             ax.plot(means.index, means.to_numpy(), **style)
     sizes = part[table.roles["n"]].to_numpy()
     log_axes(ax, "number of latents n", "dead latents [%]", sizes, powers_of_two=True, y_scale="linear")
