@@ -154,9 +154,21 @@ def _threshold(maxima: Floats, lanes: int, k: int) -> np.float32:
 
 
 @compiled
-def topk(tile: Floats | Shorts, bias: Floats, k: int, lanes: int, first_row: int, values: Floats, index: Longs) -> None:
+def topk(
+    tile: Floats | Shorts,
+    bias: Floats,
+    k: int,
+    lanes: int,
+    first_row: int,
+    values: Floats,
+    index: Longs,
+    subset: Longs,
+    columns: Floats,
+) -> None:
     """Exact top-k of each row of tile + bias: (rows, width) → values, index (rows, k) by value descending, then index
     ascending; `first_row` is added to the indices. k ≤ lanes ≤ width < 2³², or lanes = width.
+
+    Copies the columns `subset` of the tile to `columns` (rows, subset), without bias, while a row is in cache.
 
     The k-th largest of the lane maxima bounds the k-th largest value from below, so only lanes whose maximum reaches
     it are read a second time.
@@ -168,7 +180,10 @@ def topk(tile: Floats | Shorts, bias: Floats, k: int, lanes: int, first_row: int
     for t in range(rows):
         row = tile[t]
         count = 0
-        if _lane_maxima(row, bias, lanes, maxima) == np.float32(0.0):
+        finite = _lane_maxima(row, bias, lanes, maxima) == np.float32(0.0)
+        for i in range(subset.shape[0]):
+            columns[t, i] = _widen(row[subset[i]])
+        if finite:
             threshold = _threshold(maxima, lanes, k)
             reaching = 0
             for i in range(lanes):
