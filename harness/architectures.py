@@ -31,6 +31,8 @@ class Traits:
     """Times k: the active latents of a token that a step handles."""
     uses: int = 4
     """Times that a step multiplies an active latent with a row: decode, and three for the gradients, or more."""
+    begins_at_target: bool = True
+    """Of those with a penalty: whether its first values leave `sae.target_l0` latents active; otherwise half of all."""
     vectors: tuple[str, ...] = ()
     """Further parameters, a number per latent each."""
 
@@ -55,7 +57,7 @@ ARCHITECTURES: dict[str, Traits] = {
     "relu": Traits(penalty="l1"),
     "relu_decoder_norm": Traits(penalty="l1", unit_decoder=False, pre_bias=False),
     "gated": Traits(penalty="l1", uses=6, vectors=("r_mag", "b_mag")),
-    "prolu": Traits(penalty="l1"),
+    "prolu": Traits(penalty="l1", begins_at_target=False),
     "jumprelu": Traits(penalty="l0", vectors=("log_threshold",)),
     "jumprelu_tanh": Traits(penalty="tanh", unit_decoder=False, pre_bias=False, vectors=("log_threshold",)),
 }

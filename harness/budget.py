@@ -21,6 +21,16 @@ EVALUATION_BATCH = 4096
 HARVEST_COPIES = 2.05
 """A store takes this many times its size while it is made: units, and the shards made of them."""
 
+KEPT_BYTES = 1 << 28
+"""Freed memory that a process on a CPU keeps, at most (`ops.cpu.arrays`)."""
+
+CHECKPOINT_FILE_BYTES = 256e6
+"""A rank begins another file of a checkpoint when one has so much: a file is put together in memory before it is
+written."""
+
+WEIGHTS_FILE_BYTES = 4e9
+"""Larger final weights are cut into several files."""
+
 SAVE_BYTES_PER_S = 1e8
 """How fast a checkpoint is assumed to be written before a save has been timed: a slow network disk."""
 
@@ -64,7 +74,8 @@ def active(sae: SaeConfig) -> float:
 
 def most_active(sae: SaeConfig) -> float:
     """The same at the step with most of them."""
-    return max(sae.active, sae.first_k) * sae.traits.passes
+    half = sae.n_latents / 2 if sae.traits.penalty and not sae.traits.begins_at_target else 0
+    return max(sae.active, sae.first_k, half) * sae.traits.passes
 
 
 def _optimizer(sae: SaeConfig, d_model: int, batch_tokens: int, name: str) -> float:
@@ -204,7 +215,8 @@ def memory_bytes(config: Config, d_model: int, tile_bytes: float, kernel_bytes: 
     rows = params(sae, d_model) // mesh.shard
     tokens, width = sae.visits * train.batch_tokens // mesh.dp, sae.n_latents // sae.n_experts
     # normalised, in the experts' order, centred, residual and one in passing; values, indices and gradients of codes
-    per_token = 5 * d_model * word + round(most_active(sae)) * (2 * word + 8) * 2
+    entry = (2 * word + 8) * (3 if sae.traits.penalty else 2)
+    per_token = 5 * d_model * word + round(most_active(sae)) * entry
     aux = min(aux_k(sae, d_model), width) * (5 * word + 8) + 2 * d_model * word if sae.aux_alpha else 0
     # copies of the dead rows of both matrices, and their gradients
     dead = 4 * word * d_model * PLANNED_DEAD * sae.n_latents / mesh.shard if sae.aux_alpha else 0
@@ -235,6 +247,15 @@ def checkpoint_bytes(config: Config, d_model: int) -> int:
     word = 8 if config.train.precision == "fp64" else 4
     copies = 3 + (1 if config.train.ema else 0)
     return copies * word * params(config.sae, d_model) + 17 * config.sae.n_latents
+
+
+def largest_file(config: Config, d_model: int) -> float:
+    """Bytes of the largest file of a checkpoint, which holds at least a matrix. Twice as much memory is needed to put
+    it together."""
+    word = 8 if config.train.precision == "fp64" else 4
+    ranks = config.mesh.training_ranks
+    matrix = word * config.sae.n_latents * d_model / config.mesh.shard
+    return max(matrix, min(CHECKPOINT_FILE_BYTES, checkpoint_bytes(config, d_model) / ranks))
 
 
 def weights_bytes(config: Config, d_model: int) -> int:

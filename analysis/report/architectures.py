@@ -6,12 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
 
 from analysis.format import number
 from analysis.questions.sparsity import Frontier, at_equal_l0, frontiers, order
 from analysis.report import plot
-from analysis.report.plot.style import add_legend, encode, log_axes
+from analysis.report.plot.style import add_legend, architecture_style, encode, log_axes
 
 if TYPE_CHECKING:
     from analysis.report.findings import Findings
@@ -64,18 +63,17 @@ def frontier_picture(findings: Findings) -> dict[str, str] | None:
     if not widths:
         return None
     names = sorted({frontier.architecture for frontier in every}, key=lambda name: (name != "topk", name))
-    figure = plot.figure(0.8 + 3.0 * len(widths))
+    figure = plot.figure(1.4 + 3.0 * len(widths))
     axes = np.atleast_1d(figure.subplots(len(widths), 1, sharex=True))
     for ax, n in zip(axes, widths, strict=True):
         for place, name in enumerate(names):
             for frontier in (each for each in every if (each.n, each.architecture) == (n, name)):
                 l0, loss = _curve(frontier)
-                style = {"ls": ("-", "--", ":", "-.")[place % 4], "marker": "os^Dvx"[place % 6], "ms": 4, "lw": 1.2}
-                ax.plot(l0, loss, color=colormaps["turbo"](place / max(1, len(names) - 1)), label=name, **style)
+                ax.plot(l0, loss, label=name, **architecture_style(place, len(names)))
         shown = np.concatenate([_curve(frontier)[0] for frontier in every if frontier.n == n])
         log_axes(ax, "active latents per token, held-out (L0)", "held-out fvu", shown)
         ax.set_title(f"n = {n:g}", fontsize=10, loc="left")
-    add_legend(axes[0], ncols=2)
+    add_legend(axes[0], ncols=3, below=True)
     title = "Architectures at equal sparsity"
     caption = "Each at its best learning rate, seeds averaged. L0 was measured on held-out rows. Lower is better."
     return {"src": encode(figure), "title": title, "caption": caption, "alt": f"{title}, one panel for each n"}

@@ -16,6 +16,7 @@ from analysis.report import plot
 from analysis.report.architectures import frontier_picture
 from analysis.report.plot.style import encode
 from analysis.report.words import floor_word
+from analysis.runs.populations import at_best_rate
 
 if TYPE_CHECKING:
     from analysis.report.findings import Findings
@@ -145,10 +146,12 @@ def _versus(findings: Findings, x: str, ratio: str, title: str) -> dict[str, str
     if not findings.versus:
         return None
     levels = sorted({row["k"] for row in findings.versus})[:6]
+    both = at_best_rate(findings.shown)
+    both = both.keep(both.frame["sae"].isin(["topk", "switch"]).to_numpy(), "neither TopK nor Switch")
     figure = plot.figure(0.6 + 2.5 * len(levels))
     axes = np.atleast_1d(figure.subplots(len(levels), 1, sharex=True))
     for i, (ax, k) in enumerate(zip(axes, levels, strict=True)):
-        plot.architectures(ax, findings.shown, k, x, legend=i == 0)
+        plot.architectures(ax, both, k, x, legend=i == 0)
         if i < len(levels) - 1:
             ax.set_xlabel("")
     count = sum(row[ratio] is not None for row in findings.versus)
@@ -162,8 +165,8 @@ def _dead(findings: Findings) -> dict[str, str] | None:
     column = pd.to_numeric(findings.shown.frame[findings.shown.roles["dead"]], errors="coerce")
     if not column.notna().any():
         return None
-    figure = plot.figure(3.6)
-    plot.dead_latents(figure.subplots(), findings.shown)
+    figure = plot.figure(4.2)
+    plot.dead_latents(figure.subplots(), at_best_rate(findings.shown))
     return _picture(
         figure,
         "Dead latents",

@@ -45,8 +45,8 @@ DEAD_SHARE = 0.02
 """Architecture -> assumed share of dead latents once a run has passed `sae.dead_after_tokens`; AuxK works on these. The
 values come from the default study (docs/lab-log.md); `DEAD_SHARE` is for the others."""
 
-START_BYTES_PER_NUMBER = 28
-"""Memory of the sample that sets the normalisation and the initial centre: once in float32, three times in float64."""
+START_BYTES_PER_NUMBER = 20
+"""Memory of the sample that sets the normalisation and the initial centre: once in float32, twice in float64."""
 
 PROBE_SHARE = 0.5
 """A plan uses at most this share of the memory of this machine."""

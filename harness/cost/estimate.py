@@ -30,8 +30,8 @@ PROCESS_START_S = 6.0
 RUN_START_S = 0.5
 """Seconds for record, tracker and final weights of a run, in addition to the timed start."""
 
-SAVE_COPIES = 2
-"""Writing a checkpoint needs this many times its size in memory, in addition to the state."""
+HARVEST_BYTES = 205_000_000
+"""Memory of the modules that a language model needs, which stay in a process that has harvested."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Estimate:
     """The part of `seconds` that a job pays once for all its runs: to start processes and to draw the stream."""
     memory_bytes: int | None = None
     """Peak of one rank: of its GPU if it has one, else of its process."""
+    host_bytes: int = 0
+    """Of a rank on a GPU, the least memory of its process (`host_memory`)."""
     shared_bytes: int = 0
     """The part of `memory_bytes` that the runs of a pack use one after the other."""
     mapped_bytes: int = 0
@@ -129,13 +131,7 @@ def _estimate(run: Run, times: Known | str | None, calibration: Calibration) -> 
     if trained is not None:
         trained += drawn + evaluated * draw_s
     begin = RUN_START_S + calibration.start_s + sample_rows(config) * draw_s
-    memory = rank_memory(config, d_model)
-    checkpoint = budget.checkpoint_bytes(config, d_model)
-    own, shared = memory["weights"] + memory["counters"], memory["step"]
-    if not planned_on_gpu(config):
-        sample = START_BYTES_PER_NUMBER * d_model * sample_rows(config)
-        save = SAVE_COPIES * checkpoint // config.mesh.training_ranks
-        shared = _process_bytes(config, calibration) + max(shared, sample, save)
+    own, shared = own_and_shared(run, d_model, calibration.process_bytes)
     return Estimate(
         tokens=tokens,
         params=budget.params(config.sae, d_model),
@@ -144,12 +140,41 @@ def _estimate(run: Run, times: Known | str | None, calibration: Calibration) -> 
         train_s=trained,
         once_s=start + drawn,
         memory_bytes=own + shared,
+        host_bytes=host_memory(config, d_model) if planned_on_gpu(config) else 0,
         shared_bytes=shared,
-        checkpoint_bytes=checkpoint,
+        checkpoint_bytes=budget.checkpoint_bytes(config, d_model),
         weights_bytes=budget.weights_bytes(config, d_model),
         mapped_bytes=0 if planned_on_gpu(config) else round(_mapped_bytes(config.activations, d_model, tokens)),
         sent_bytes=sum(budget.bytes_sent_per_step(config, d_model).values()),
     )
+
+
+def own_and_shared(run: Run, d_model: int, process_bytes: int = PROCESS_BYTES) -> tuple[int, int]:
+    """Peak bytes of one rank: what each run of a pack holds, and what they hold one after the other, the process
+    included where there is no GPU. `process_bytes`: of the launcher."""
+    config = run.config
+    memory = rank_memory(config, d_model)
+    own, shared = memory["weights"] + memory["counters"], memory["step"]
+    if planned_on_gpu(config):
+        return own, shared
+    # the sample is gone before moments and gradients exist; both matrices and the directions that they begin with do
+    word = 8 if config.train.precision == "fp64" else 4
+    matrices = 3 * word * config.sae.n_latents * d_model // config.mesh.shard
+    start = START_BYTES_PER_NUMBER * d_model * sample_rows(config) + matrices - own
+    # what the steps have freed is still there when a checkpoint is written
+    save = min(shared, budget.KEPT_BYTES) + 2 * round(budget.largest_file(config, d_model))
+    needed = max(shared, start, save)
+    return own, _process_bytes(run, process_bytes) + needed
+
+
+def host_memory(config: Config, d_model: int) -> int:
+    """Bytes of the process of a rank on a GPU, beside what CUDA and mapped rows take: itself, and the most of the
+    sample that it begins with, a file of a checkpoint, which is copied from the GPU and put together, and a file of the
+    final weights."""
+    sample = START_BYTES_PER_NUMBER * d_model * sample_rows(config)
+    checkpoint = 3 * round(budget.largest_file(config, d_model))
+    weights = round(min(budget.weights_bytes(config, d_model), budget.WEIGHTS_FILE_BYTES))
+    return PROCESS_BYTES + max(sample, checkpoint, weights)
 
 
 def rank_memory(config: Config, d_model: int) -> dict[str, int]:
@@ -175,11 +200,19 @@ def _mapped_bytes(activations: ActivationsConfig, d_model: int, tokens: float) -
     return (rows + activations.heldout_tokens) * d_model * budget.NUMBER_BYTES[activations.dtype]
 
 
-def _process_bytes(config: Config, calibration: Calibration) -> int:
+def _process_bytes(run: Run, launcher: int) -> int:
     """Memory of the process before training: the launcher trains local single-rank runs itself, with all that it has
     loaded; other runs get new processes."""
-    own = config.cluster.name == "local" and config.mesh.ranks == 1
-    return calibration.process_bytes if own else PROCESS_BYTES
+    from harness.activations.store.paths import is_complete, store_root
+
+    config = run.config
+    if config.cluster.name != "local" or config.mesh.ranks > 1:
+        return PROCESS_BYTES
+    activations = config.activations
+    harvests = activations.kind != "synthetic" and activations.keep == "store"
+    if harvests and not is_complete(store_root(activations, Path(config.out)) / run.store.id):
+        return launcher + HARVEST_BYTES
+    return launcher
 
 
 def _start_seconds(config: Config) -> float:

@@ -94,8 +94,7 @@ def would_not_fit(jobs: Sequence[Job], estimates: Estimates, needed: Disk) -> li
     """One line for each limit that the plan exceeds, with a remedy."""
     lines = []
     for job in jobs:
-        if line := memory_problem(job, estimates):
-            lines.append(line)
+        lines += filter(None, [memory_problem(job, estimates), _host_problem(job, estimates)])
     if len(lines) > 5:
         lines = [*lines[:5], f"… and {len(lines) - 5} more jobs"]
     if jobs:
@@ -133,6 +132,29 @@ def memory_problem(job: Job, estimates: Estimates) -> str:
     return f"memory: {name} needs {si(needed)}B per rank, {where} has {si(size)}B; {remedy}"
 
 
+def _host_problem(job: Job, estimates: Estimates) -> str:
+    """Why the process of a rank on a GPU does not fit into its share of a node; empty if it does, as far as known."""
+    memory = _share_of_node(job.config)
+    if memory is None or not planned_on_gpu(job.config):
+        return ""
+    needed = max(estimates.of(run).host_bytes for run in job.runs)
+    if needed <= memory[0]:
+        return ""
+    return (
+        f"memory of the node: {job.runs[0].run_id} needs more than {si(needed)}B per rank, {memory[1]} is "
+        f"{si(memory[0])}B; raise cluster.mem"
+    )
+
+
+def _share_of_node(config: Config) -> tuple[float, str] | None:
+    """Bytes of memory of a rank's share of a Slurm node, and words for it; None if they are not asked for."""
+    cluster = config.cluster
+    if cluster.name != "slurm" or not cluster.mem:
+        return None
+    ranks = cluster.tasks_per_node or config.mesh.ranks
+    return memory_limit(cluster.mem) / ranks, f"its share of cluster.mem={cluster.mem}"
+
+
 def available(config: Config) -> tuple[float, str] | None:
     """Bytes of memory for one rank and the name of that memory; None if the plan cannot know."""
     cluster, ranks = config.cluster, config.mesh.ranks
@@ -146,9 +168,7 @@ def available(config: Config) -> tuple[float, str] | None:
 
         return float(torch.cuda.get_device_properties(0).total_memory), "the GPU here"
     if cluster.name == "slurm":
-        if not cluster.mem:
-            return None
-        return memory_limit(cluster.mem) / (cluster.tasks_per_node or ranks), f"its share of cluster.mem={cluster.mem}"
+        return _share_of_node(config)
     import psutil
 
     return psutil.virtual_memory().total / ranks, "this machine" if ranks == 1 else "its share of this machine"

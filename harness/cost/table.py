@@ -100,6 +100,8 @@ def _summary(runs: Sequence[Run], jobs: Sequence[Job], estimates: Estimates) -> 
         lines.append(f"times: {calibration.problem}")
     needed = disk(runs, jobs, estimates)
     lines.append(f"disk: {_disk(needed)}")
+    if host := max(estimates.of(run).host_bytes for run in to_do):
+        lines.append(f"memory of the node: more than {si(host)}B per rank, beside what CUDA and mapped rows take")
     lines += window_lines(jobs, estimates)
     lines += outlier_lines(to_do)
     lines += longer_than_the_limit(jobs, estimates)

@@ -1,8 +1,8 @@
 """Checkpoints: torch.distributed.checkpoint with safetensors storage (nothing is unpickled), on any mesh.
 
-`checkpoints/step-0000001234/` holds one safetensors file per rank and `marker.json` (step, format, run, mesh, versions,
-size and hash of every file, and its own hash). The marker is written last, and the directory is then renamed into
-place: a directory with its final name is whole. The previous checkpoint is removed only after that.
+`checkpoints/step-0000001234/` holds safetensors files of each rank and `marker.json` (step, format, run, mesh,
+versions, size and hash of every file, and its own hash). The marker is written last, and the directory is then renamed
+into place: a directory with its final name is whole. The previous checkpoint is removed only after that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
+from harness.budget import CHECKPOINT_FILE_BYTES
 from harness.files import fsync_directory, fsync_file, sha256_of, write_json_atomic
 from harness.parallel import Shards
 from harness.process.together import together
@@ -107,7 +109,7 @@ def save_checkpoint(
     try:
         with together(shards):
             with _quietly():
-                writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+                writer = HuggingFaceStorageWriter(str(beside), _files(views), save_distributed=True)
                 save(dict(views), storage_writer=writer, no_dist=shards.size == 1)
             own = _described(beside, shards)
         files: dict[str, Any] = {}
@@ -120,6 +122,23 @@ def save_checkpoint(
         if shards.rank == 0:
             shutil.rmtree(beside, ignore_errors=True)  # on a full disk it is in the way
         raise
+
+
+def _own_bytes(view: Tensor) -> int:
+    """Bytes of this rank's part."""
+    return (view.to_local() if isinstance(view, DTensor) else view).nbytes
+
+
+def _files(views: Mapping[str, Tensor]) -> dict[str, int]:
+    """Tensor → the file of its rank that it is written to, counted from 1. The first rank decides for all."""
+    places: dict[str, int] = {}
+    number, size = 1, 0
+    for name, view in views.items():
+        if size and size + _own_bytes(view) > CHECKPOINT_FILE_BYTES:
+            number, size = number + 1, 0
+        places[name] = number
+        size += _own_bytes(view)
+    return places
 
 
 def _prepare(root: Path, beside: Path, views: Mapping[str, Tensor]) -> None:

@@ -18,15 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
+from harness.budget import WEIGHTS_FILE_BYTES
 from harness.errors import UserError
 from harness.files import sha256_of, write_json_atomic, write_tensors_atomic
 from harness.parallel import Shards
 from harness.process.together import together
 from harness.record import names
 from harness.schema import FILE_NAME, dict_of, fields, read_json, text
-
-MOST_FILE_BYTES = 4e9
-"""Larger weights are cut into several files."""
 
 _INDEX = fields({"weight_map": dict_of(FILE_NAME, text(r"[\w.\-]+", "the name of a tensor"))})
 _BLOCK = re.compile(r"(.+)\.(\d{5})-of-(\d{5})")
@@ -41,7 +39,7 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], cut: Collection[s
     """
     own = sum(tensors[name].nbytes for name in cut)
     shared = sum(tensor.nbytes for name, tensor in tensors.items() if name not in cut)
-    alone = own * shards.shard + shared <= MOST_FILE_BYTES
+    alone = own * shards.shard + shared <= WEIGHTS_FILE_BYTES
     written: dict[str, str] = {}
     if alone:
         whole: dict[str, Tensor] = {}
@@ -55,7 +53,7 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], cut: Collection[s
     else:
         with together(shards):
             if shards.dp_rank == 0:
-                each = math.ceil((own + shared) / MOST_FILE_BYTES)
+                each = math.ceil((own + shared) / WEIGHTS_FILE_BYTES)
                 for number in range(each):
                     written |= _write_part(folder, tensors, cut, shards.shard_rank, shards.shard, number, each)
     hashes: dict[str, str] = {}

@@ -72,6 +72,23 @@ def test_memory_of_a_node(tmp_path: Path) -> None:
     assert "its share of cluster.mem=1G" in line
 
 
+def test_memory_of_the_node_of_a_gpu(tmp_path: Path) -> None:
+    """A checkpoint of a large SAE is put together on the host, a matrix at a time."""
+    gpu = {"name": "slurm", "gpu_type": "h200", "mem": "16G"}
+    large = {"sae__n_latents": 1 << 21, "sae__k": 32, "train__precision": "bf16", "train__device": "auto"}
+    line, *_ = problems([a_run(tmp_path, a_config(cluster=gpu, **large), "large", d_model=768)])
+    assert line.startswith("memory of the node: large needs more than 19.8GB per rank") and "cluster.mem=16G" in line
+    gpu["mem"] = "24G"
+    assert not any(
+        line.startswith("memory of")
+        for line in problems([a_run(tmp_path, a_config(cluster=gpu, **large), d_model=768)])
+    )
+    both = a_config(cluster=gpu, mesh={"shard": 2}, **large)
+    assert not any(line.startswith("memory of") for line in problems([a_run(tmp_path, both, d_model=768)])), (
+        "half a matrix each"
+    )
+
+
 def test_memory_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 

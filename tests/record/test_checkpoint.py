@@ -38,6 +38,23 @@ def test_round_trip_and_only_the_newest_stays(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-0000000012"]
 
 
+def test_a_large_state_is_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is put together in memory before it is written."""
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_FILE_BYTES", 200)
+    state = {f"t{number}": torch.arange(20.0) + number for number in range(5)} | {"large": torch.arange(100.0)}
+    save_checkpoint(tmp_path / "c", 3, state, {}, "run")
+    found = load_checkpoint(tmp_path / "c", "run")
+    assert found is not None and found.directory is not None
+    files = sorted(found.directory.glob("*.safetensors"))
+    assert len(files) == 4, "two of 80 bytes fit into a file, the large one takes its own"
+    read = {name: torch.zeros_like(value) for name, value in state.items()}
+    load_tensors(found.directory, read, Solo())
+    assert all(torch.equal(read[name], value) for name, value in state.items())
+    files[1].write_bytes(files[1].read_bytes()[:-3])
+    refused = load_checkpoint(tmp_path / "c", "run")
+    assert refused is not None and refused.directory is None and files[1].name in refused.refused[0]
+
+
 def test_saving_the_same_step_again_keeps_what_stands(tmp_path: Path) -> None:
     """A resumed run may be asked to save before its first step: no moment without any checkpoint."""
     save_checkpoint(tmp_path / "c", 3, TENSORS, {}, "run")

@@ -254,7 +254,7 @@ def test_weights_in_several_files_are_the_same_sae(
     shutil.copytree(topk_run, copy)
     tensors = load_file(copy / "sae/sae.safetensors")
     cut = [name for name, tensor in tensors.items() if len(tensor) == 32]
-    monkeypatch.setattr(weights, "MOST_FILE_BYTES", 2500)
+    monkeypatch.setattr(weights, "WEIGHTS_FILE_BYTES", 2500)
     written = weights.write_weights(copy / "sae", tensors, cut, Solo())
     rewrite_json(copy / "result.json", lambda result: result["weights"].pop("sae.safetensors"))
     rewrite_json(copy / "result.json", lambda result: result["weights"].update(written))

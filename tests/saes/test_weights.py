@@ -58,7 +58,7 @@ class Rank(Solo):
 def test_large_weights_are_cut_into_files_with_an_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float, files: int
 ) -> None:
-    monkeypatch.setattr(weights, "MOST_FILE_BYTES", limit)
+    monkeypatch.setattr(weights, "WEIGHTS_FILE_BYTES", limit)
     written = write_weights(tmp_path, tensors(), CUT, Solo())
     assert set(written) == {path.name for path in tmp_path.iterdir()}
     assert same(read_weights(tmp_path, ""), tensors())
@@ -73,7 +73,7 @@ def test_large_weights_are_cut_into_files_with_an_index(
 
 
 def test_ranks_write_their_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "MOST_FILE_BYTES", 200)
+    monkeypatch.setattr(weights, "WEIGHTS_FILE_BYTES", 200)
     save_file({"old": torch.zeros(1)}, tmp_path / "sae-00001-of-00007.safetensors")  # of a killed attempt
     shared, written = Threads(2), {}
 
@@ -92,7 +92,7 @@ def test_ranks_write_their_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "MOST_FILE_BYTES", 200)
+    monkeypatch.setattr(weights, "WEIGHTS_FILE_BYTES", 200)
     write_weights(tmp_path, tensors(), CUT, Solo())
     part, index = tmp_path / "sae-00002-of-00002.safetensors", tmp_path / "sae.safetensors.index.json"
     places = json.loads(index.read_text())

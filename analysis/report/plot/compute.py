@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from analysis.fits.result import FitResult
 from analysis.questions.isoflop import IsoFlop
-from analysis.report.plot.style import add_legend, k_style, log_axes
+from analysis.report.plot.style import add_legend, hollow_label, k_style, log_axes
 from analysis.runs.axes import axis_words
 from analysis.runs.table import RunTable
 
@@ -17,25 +17,28 @@ from analysis.runs.table import RunTable
 def loss_against_flops(
     ax: Axes, table: RunTable, curves: pd.DataFrame, front: pd.DataFrame, fit: FitResult | None = None
 ) -> Axes:
-    """Training curves in grey, final points by k, the frontier over all of them, and its fitted law."""
+    """Training curves in grey, final points by k (hollow: not TopK), the frontier over all of them, and its fitted
+    law."""
     for _, part in curves[curves["constant_lr"].astype(bool)].groupby("run"):
         if len(part) > 1:
             part = part.sort_values("flops")
             ax.plot(part["flops"], part["loss"], color="0.82", lw=0.9, zorder=1)
     levels = sorted(set(table.values("k")))
-    hollow = (table.frame["sae"] == "switch").to_numpy() if "sae" in table.frame else np.zeros(len(table), bool)
+    hollow = (table.frame["sae"] != "topk").to_numpy() if "sae" in table.frame else np.zeros(len(table), bool)
+    if hollow.all():
+        hollow = ~hollow
     for value in levels:
         style = k_style(levels, value)
-        for switch in (False, True):
-            chosen = (table.values("k") == value) & (hollow == switch)
+        for other in (False, True):
+            chosen = (table.values("k") == value) & (hollow == other)
             if chosen.any():
                 ax.plot(
                     table.values("flops")[chosen],
                     table.values("loss")[chosen],
                     linestyle="none",
                     ms=5.5,
-                    mfc="white" if switch else style["color"],
-                    label=None if switch else f"k = {value:g}",
+                    mfc="white" if other else style["color"],
+                    label=None if other else f"k = {value:g}",
                     zorder=3,
                     **style,
                 )
@@ -45,9 +48,9 @@ def loss_against_flops(
         x = np.geomspace(front["flops"].min(), front["flops"].max(), 60)
         ax.plot(x, fit.value({"x": x}), color="#d55e00", lw=1.3, ls="--", label="fit of the frontier", zorder=2)
     if hollow.any():
-        ax.plot([], [], "o", mfc="white", mec="0.3", label="hollow: Switch")
+        ax.plot([], [], "o", mfc="white", mec="0.3", label=hollow_label(table.frame["sae"]))
     log_axes(ax, axis_words(table.roles), "held-out fvu")
-    add_legend(ax, ncols=2)
+    add_legend(ax, ncols=3, below=table.frame["sae"].nunique() > 2 if "sae" in table.frame else False)
     return ax
 
 

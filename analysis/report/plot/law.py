@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -110,8 +111,8 @@ def _excluded(ax: Axes, table: RunTable) -> None:
     reasons = out["reason"].where(usable & same)
     for marker, (reason, count) in zip("x+1234", reasons.value_counts().items(), strict=False):
         chosen = reasons == reason
-        text = str(reason) if len(str(reason)) <= 38 else str(reason)[:37] + "…"
-        ax.plot(x[chosen], y[chosen], marker, color=GREY, ms=6, label=f"left out ({count}): {text}")
+        text = textwrap.fill(f"left out ({count}): {reason}", 46)
+        ax.plot(x[chosen], y[chosen], marker, color=GREY, ms=6, label=text)
 
 
 def residuals_against_n(ax: Axes, table: RunTable, fits: Fits) -> Axes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
@@ -9,7 +11,7 @@ from matplotlib.axes import Axes
 
 from analysis.questions.convergence import Convergence
 from analysis.questions.learning_rate import BestRates
-from analysis.report.plot.style import add_legend, k_style, log_axes
+from analysis.report.plot.style import add_legend, architecture_style, hollow_label, k_style, log_axes
 from analysis.runs.axes import axis_words
 from analysis.runs.table import RunTable
 
@@ -52,34 +54,34 @@ def _populations(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
             "TopK" if sae == "topk" else f"Switch, {experts[0]:g} experts" if sae == "switch" and experts else str(sae)
         )
         groups.append((name, part))
-    return sorted(groups, key=lambda group: (group[0] != "TopK", group[0]))
+    return sorted(groups, key=lambda group: (group[0] != "TopK", group[0].lower()))
 
 
 def dead_latents(ax: Axes, table: RunTable) -> Axes:
-    """Share of dead latents against n by k; hollow markers are Switch."""
+    """Share of dead latents against n by k; hollow markers are not TopK. Of more than two architectures only the middle
+    k, a line each."""
     part = table.frame[pd.to_numeric(table.frame[table.roles["dead"]], errors="coerce").notna()]
     levels = sorted(set(table.values("k")))
-    for value in levels:
-        style = k_style(levels, value)
+    names = [name for name, _ in _populations(part)]
+    many, style = len(names) > 2, dict[str, Any]()
+    for value in [levels[len(levels) // 2]] if many else levels:
         for name, group in _populations(part[part[table.roles["k"]] == value]):
             means = group.groupby(table.roles["n"])[table.roles["dead"]].mean() * 100
-            first = name in ("TopK", "runs")
-            ax.plot(
-                means.index,
-                means.to_numpy(),
-                ls="-" if first else "--",
-                mfc=style["color"] if first else "white",
-                lw=1.1,
-                ms=5,
-                label=f"k = {value:g}" if first else None,
-                **style,
-            )
+            if many:
+                style = architecture_style(names.index(name), len(names)) | {"label": name}
+            else:
+                style, first = k_style(levels, value), name in ("TopK", "runs")
+                filled = {"ls": "-", "mfc": style["color"], "label": f"k = {value:g}"}
+                style |= {"lw": 1.1, "ms": 5} | (filled if first else {"ls": "--", "mfc": "white"})
+            ax.plot(means.index, means.to_numpy(), **style)
     sizes = part[table.roles["n"]].to_numpy()
     log_axes(ax, "number of latents n", "dead latents [%]", sizes, powers_of_two=True, y_scale="linear")
     ax.set_ylim(bottom=0)
-    if len(_populations(part)) > 1:
-        ax.plot([], [], "o--", mfc="white", color="0.3", ms=5, label="hollow: Switch")
-    add_legend(ax)
+    if many:
+        ax.set_title(f"k = {levels[len(levels) // 2]:g}", fontsize=10, loc="left")
+    if len(names) == 2:
+        ax.plot([], [], "o--", mfc="white", color="0.3", ms=5, label=hollow_label(part["sae"]))
+    add_legend(ax, ncols=2 if many else 1, below=many)
     return ax
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -122,10 +122,29 @@ def _few_decade_ticks(ax: Axes) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def add_legend(ax: Axes, ncols: int = 1) -> None:
-    """A legend without a box, if there are labels."""
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=True, facecolor="white", edgecolor="none", framealpha=0.8, fontsize=8.5, ncols=ncols)
+def add_legend(ax: Axes, ncols: int = 1, below: bool = False) -> None:
+    """A legend without a box, if there are labels. `below`: under the figure instead of where the axes have most room,
+    for pictures that are full."""
+    handles, labels = ax.get_legend_handles_labels()
+    if not handles:
+        return
+    style = {"frameon": True, "facecolor": "white", "edgecolor": "none", "framealpha": 0.8, "fontsize": 8.5}
+    if below:
+        ax.figure.legend(handles, labels, loc="outside lower center", ncols=ncols, **style)
+    else:
+        ax.legend(ncols=ncols, **style)
+
+
+def architecture_style(place: int, count: int) -> dict[str, Any]:
+    """Line, marker and colour of one of `count` architectures."""
+    color = colormaps["turbo"](place / max(1, count - 1))
+    return {"ls": ("-", "--", ":", "-.")[place % 4], "marker": "os^Dvx"[place % 6], "ms": 4, "lw": 1.2, "color": color}
+
+
+def hollow_label(architectures: Iterable[str]) -> str:
+    """What hollow markers stand for beside filled ones of TopK."""
+    others = set(architectures) - {"topk"}
+    return "hollow: Switch" if others == {"switch"} else "hollow: other architectures"
 
 
 def plain_log_ticks(ax: Axes) -> None:

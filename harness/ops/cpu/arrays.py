@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.budget import KEPT_BYTES
+
 TILE_ELEMENTS = 1 << 22
 """Pre-activations that a thread produces and selects from at a time."""
 
@@ -19,9 +21,6 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 
 _LARGEST_MMAP_THRESHOLD = 1 << 25
 """The largest value that `mallopt` takes on 64-bit systems."""
-
-_KEPT_BYTES = 1 << 28
-"""Freed memory that the process keeps, at most."""
 
 _local = threading.local()
 
@@ -33,7 +32,7 @@ def keep_freed_memory() -> None:
     setting = getattr(ctypes.CDLL(None), "mallopt", None)
     if setting is not None:
         setting(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        setting(_TRIM_THRESHOLD, _KEPT_BYTES)
+        setting(_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def scratch(name: str, count: int, dtype: torch.dtype) -> Tensor:

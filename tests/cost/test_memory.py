@@ -1,4 +1,4 @@
-"""The planned memory of a GPU against what the real code allocates at real sizes, without a GPU."""
+"""The planned memory of a rank against what the real code takes: of a GPU without one, of a process on the CPU."""
 
 from __future__ import annotations
 
@@ -54,3 +54,11 @@ def test_it_is_for_the_shipped_studies(name: str) -> None:
     # k moves it least, and all of the 42 cells of gao2024_nk would take minutes
     few = {"gao2024_baselines": ["sae.k=32", "sae.target_l0=32"], "gao2024_16m": []}.get(name, ["sae.k=32"])
     agree("--study", name, "tracker=none", *few)
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_cpu_is_within_a_tenth_of_what_a_process_takes() -> None:
+    small = ("--device", "cpu", "activations=minilm", "train=quick", "tracker=none")
+    # the sample decides, a save, half of all latents that are active at first
+    agree(*small, "sae=topk,switch", "sae.n_latents=1024,32768", "sae.k=16")
+    agree(*small, "sae=prolu", "sae.n_latents=4096", "sae.target_l0=32", "train.batch_tokens=256")
