@@ -147,12 +147,13 @@ def flops_executed_per_token(
     dense_rows_per_k: int,
     optimizer: str = "adam",
     peers: int = 0,
+    encodes_dead: bool = True,
 ) -> dict[str, float]:
     """What a step computes when `n_dead` latents are dead, by part; per token, averaged over experts.
 
     `dense_rows_per_k` belongs to the kernel set (`harness.ops.Ops.dense_rows_per_k`): a group of at most this many
-    latents per active one is computed as dense products. AuxK encodes the dead latents of the token's group again and
-    is free when nothing is dead.
+    latents per active one is computed as dense products. AuxK encodes the dead latents of the token's group again,
+    unless it has `encodes_dead` false (`harness.saes.dead.encoded_with_all`), and is free when nothing is dead.
     """
     width = sae.n_latents // sae.n_experts
     use = _per_use(width, active(sae), d_model, dense_rows_per_k)
@@ -160,7 +161,7 @@ def flops_executed_per_token(
     aux = 0.0
     if sae.aux_alpha and n_dead:
         chosen = min(aux_k(sae, d_model), dead)
-        aux = 2.0 * d_model * dead + 4 * _per_use(dead, chosen, d_model, dense_rows_per_k)
+        aux = 2.0 * d_model * dead * encodes_dead + 4 * _per_use(dead, chosen, d_model, dense_rows_per_k)
     return {
         "encoder": sae.visits * 2.0 * d_model * width,
         "selection": sae.visits * float(width),

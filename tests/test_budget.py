@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import budget
 from harness.config import SaeConfig
-from harness.ops import reference
+from harness.ops import Ops, choose_ops, reference
 from harness.parallel import Solo
 from harness.saes import find_dead, initial_params, resolve_sae, step
 from harness.saes.mutual import Peers, draw_to_peers
@@ -23,15 +23,15 @@ def sae_config(**changes) -> SaeConfig:
     return SaeConfig(**settings)
 
 
-def step_flops(config: SaeConfig, tokens: int, n_dead: int) -> int:
-    """Products that torch counts in one step of the reference; gathers and element-wise work are not among them."""
+def step_flops(config: SaeConfig, tokens: int, n_dead: int, ops: Ops = reference) -> int:
+    """Products that torch counts in one step; gathers and element-wise work are not among them."""
     sae = resolve_sae(config, D, 1.0, 1.0)
     params = initial_params(sae, torch.zeros(1, D, dtype=torch.float64), 0, Solo(), torch.device("cpu"), torch.float32)
     grads = {name: torch.zeros_like(value) for name, value in params.items()}
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(0))
     dead = find_dead(sae, torch.arange(config.n_latents) < n_dead, Solo())
     with FlopCounterMode(display=False) as counter:
-        step(sae, params, params, x, runtime(Solo(), reference), dead, grads)
+        step(sae, params, params, x, runtime(Solo(), ops), dead, grads)
     return counter.get_total_flops()
 
 
@@ -48,6 +48,20 @@ def test_auxk_costs_what_the_dead_latents_cost_and_nothing_without_them() -> Non
     alive, dying = (budget.flops_executed_per_token(config, D, tokens, dead, DENSE) for dead in (0, 40))
     assert alive["auxk"] == 0
     assert step_flops(config, tokens, 40) - step_flops(config, tokens, 0) == tokens * dying["auxk"]
+
+
+def test_the_cpu_kernels_take_dead_latents_from_the_encoders_product() -> None:
+    config, tokens, dead = sae_config(), 256, 40
+    # products on other threads are not counted
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        counted = step_flops(config, tokens, dead, choose_ops("cpu")) - step_flops(config, tokens, 0, choose_ops("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    parts = budget.flops_executed_per_token(config, D, tokens, dead, DENSE, encodes_dead=False)
+    # torch counts the products of decoding and of dz, but none that is added to a gradient
+    assert counted == tokens * parts["auxk"] / 2 == tokens * 2 * 2 * dead * D
 
 
 def test_switch_encodes_one_expert_per_token_and_adds_a_router() -> None:

@@ -1,6 +1,6 @@
 """TopK and Switch sparse autoencoders: what is computed, in which order, with hand-written gradients."""
 
-from harness.saes.dead import DeadLatents, find_dead
+from harness.saes.dead import DeadLatents, encoded_with_all, find_dead
 from harness.saes.init import geometric_median, initial_params, match_norm
 from harness.saes.normalize import Normalizer, make_normalizer
 from harness.saes.sae import Params, Sae, resolve_sae
@@ -12,6 +12,7 @@ __all__ = [
     "Params",
     "Sae",
     "Stats",
+    "encoded_with_all",
     "find_dead",
     "forward",
     "geometric_median",

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from harness.ops import Ops
+from harness.ops.subset import selects_subsets
 from harness.ops.untyped import integers
 from harness.parallel import Shards
 from harness.saes.sae import Sae
@@ -26,6 +28,13 @@ class DeadLatents:
     """min(configured k_aux, number of dead latents in the largest group, over all shards for TopK)."""
     total: int
     """Dead latents on all shards."""
+
+
+def encoded_with_all(sae: Sae, dtype: torch.dtype, shards: Shards, ops: Ops) -> bool:
+    """Whether AuxK takes its pre-activations from the encoder's product in this precision, so that dead latents are not
+    encoded again. Experts and shards choose among dead latents of their own, and BatchTopK selects by a threshold."""
+    alone = sae.traits.per_token and not sae.routed and shards.shard == 1
+    return alone and selects_subsets(ops, dtype) is not None
 
 
 def find_dead(sae: Sae, dead: Bool[Tensor, " rows"], shards: Shards) -> DeadLatents | None:

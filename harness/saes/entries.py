@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.ops import Codes, Nesting, Ops, Reduce
 from harness.parallel import Shards
+from harness.saes.dead import DeadLatents
 from harness.saes.router import Routing
 from harness.saes.sae import Params, Sae
 from harness.saes.start import Start
@@ -32,6 +33,8 @@ class Entries:
     """Activations."""
     nesting: Nesting | None = None
     """Nested reconstructions; None: one, of all entries."""
+    dead: Codes | None = None
+    """AuxK's latents of each token, where they came with the selection; `index` counts places in `DeadLatents.rows`."""
 
     @property
     def codes(self) -> Codes:
@@ -63,6 +66,8 @@ class Batch:
     global_tokens: int
     step: int = 0
     """Completed steps."""
+    dead: DeadLatents | None = None
+    """Dead latents that the selection chooses from for AuxK at the same time (`saes.dead.encoded_with_all`)."""
     residual: Float[Tensor, "own d"] | None = None
     """What pulls at x̂, once it is known: x − x̂, with another objective −V·B/2 times its gradient."""
 

@@ -47,25 +47,25 @@ class JumpRelu:
             codes.values, codes.index, codes.values.where(~(codes.values <= per_entry(threshold, codes.index)), 0.0)
         )
 
-    def _near(self, batch: Batch, entries: Entries) -> Tensor:
-        """K((a − θ)/ε)."""
-        threshold = per_entry(batch.params["log_threshold"].exp(), entries.index)
-        return ((entries.pre - threshold).abs() < batch.sae.bandwidth / 2).to(entries.z.dtype)
+    def _near(self, batch: Batch, entries: Entries, theta: Tensor) -> Tensor:
+        """K((a − θ)/ε). `theta`: of each entry's latent."""
+        return ((entries.pre - theta).abs_() < batch.sae.bandwidth / 2).to(entries.z.dtype)
 
     def _all_grads(self, batch: Batch, entries: Entries, dz: Tensor, near: Tensor) -> Tensor:
-        """`dz`, and the same for entries inside the kernel that are not active."""
+        """`dz`, and the same for entries inside the kernel that are not active; as a new tensor."""
         inside = Codes(near.where(entries.z == 0, 0.0), entries.index)
         residual = batch.residual
         assert residual is not None
-        return dz + batch.factor * batch.ops.latent_grads(
-            inside, batch.compute["W_dec"], residual, batch.routing.groups
-        )
+        grads = batch.ops.latent_grads(inside, batch.compute["W_dec"], residual, batch.routing.groups)
+        return grads.mul_(batch.factor).add_(dz)
 
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
         epsilon, rows = batch.sae.bandwidth, batch.params["b_enc"].shape[0]
-        threshold, near = batch.params["log_threshold"].exp(), self._near(batch, entries)
-        pull = self._all_grads(batch, entries, dz, near) * per_entry(threshold, entries.index) + sparsity
-        to_threshold = batch.ops.latent_sums(near * pull, entries.index, rows) / -epsilon
+        threshold = batch.params["log_threshold"].exp()
+        theta = per_entry(threshold, entries.index)
+        near = self._near(batch, entries, theta)
+        pull = self._all_grads(batch, entries, dz, near).mul_(theta).add_(sparsity)
+        to_threshold = batch.ops.latent_sums(pull.mul_(near), entries.index, rows) / -epsilon
         return Backward(
             dz, {"log_threshold": threshold * to_threshold}, latent_loss=sparsity * (entries.z > 0).to(dz.dtype).sum()
         )
@@ -91,17 +91,19 @@ class JumpReluTanh(JumpRelu):
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
         sae, params, index, z = batch.sae, batch.params, entries.index, entries.z
         rows, tokens, sums = params["b_enc"].shape[0], batch.inputs.shape[0], batch.ops.latent_sums
-        threshold, near = params["log_threshold"].exp(), self._near(batch, entries)
+        threshold = params["log_threshold"].exp()
+        theta = per_entry(threshold, index)
+        near = self._near(batch, entries, theta)
         norms = norm(params["W_dec"], dim=1)
         reach = torch.tanh(TANH_SCALE * z * per_entry(norms, index))
         slope = sparsity * TANH_SCALE * (1 - reach.square())
         active = (z > 0).to(z.dtype)
         g = self._all_grads(batch, entries, dz, near) + slope * per_entry(norms, index) * (active + near).clamp(max=1)
-        jump = per_entry(threshold, index) / sae.bandwidth * near
+        jump = theta / sae.bandwidth * near
         # ReLU(θ − a)·‖d‖ on every token: on all of them, less the active ones
         below = sae.preactivation_penalty / batch.global_tokens * norms
         da = g * (active + jump) + per_entry(below, index) * active
-        excess = sums((entries.pre - per_entry(threshold, index)).where(z > 0, 0.0), index, rows)
+        excess = sums((entries.pre - theta).where(z > 0, 0.0), index, rows)
         total = batch.inputs.to(params["W_enc"].dtype).sum(dim=0)
         everywhere = tokens * (threshold - params["b_enc"]) - params["W_enc"] @ total
         shortfall = excess + everywhere

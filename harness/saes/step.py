@@ -23,7 +23,7 @@ from harness.ops.untyped import entr, norm
 from harness.parallel import Axis, Kind, Shards
 from harness.process.runtime import Runtime
 from harness.saes.catalogue import ACTIVATIONS
-from harness.saes.dead import DeadLatents
+from harness.saes.dead import DeadLatents, encoded_with_all
 from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.mutual import Peers, draw_to_peers
 from harness.saes.router import Routing, route, router_grads
@@ -120,9 +120,10 @@ def encode(
     *,
     training: bool = False,
     done: int = 0,
+    dead: DeadLatents | None = None,
 ) -> tuple[Batch, Entries]:
     """Route, encode and select. `training` allows what is for training alone: a choice among the whole batch, entries
-    that only gradients need. `done`: completed steps."""
+    that only gradients need. `done`: completed steps. `dead`: latents that AuxK will choose from."""
     shards, pairs = runtime.shards, training and sae.consistency > 0
     x = torch.cat([x, x]) if pairs else x
     routing = route(sae, params, x, shards, done + 1 if training else 0, pairs)
@@ -130,7 +131,8 @@ def encode(
     inputs = (centred if sae.traits.pre_bias else x).to(compute["W_enc"].dtype)
     reduce = _reduce(sae, shards, "reconstruction")
     tokens = x.shape[0] * shards.dp
-    batch = Batch(sae, params, compute, routing, centred, inputs, runtime.ops, shards, reduce, training, tokens, done)
+    ops, dead = runtime.ops, dead if encoded_with_all(sae, inputs.dtype, shards, runtime.ops) else None
+    batch = Batch(sae, params, compute, routing, centred, inputs, ops, shards, reduce, training, tokens, done, dead)
     return batch, ACTIVATIONS[sae.architecture].select(batch)
 
 
@@ -143,9 +145,10 @@ def forward(
     *,
     training: bool = False,
     done: int = 0,
+    dead: DeadLatents | None = None,
 ) -> Forward:
     """Encode and decode: x̂ = scale·W_decᵀz + b_dec, and the nested reconstructions if there are any."""
-    batch, entries = encode(sae, params, compute, x, runtime, training=training, done=done)
+    batch, entries = encode(sae, params, compute, x, runtime, training=training, done=done, dead=dead)
     ops, W_dec, groups = batch.ops, compute["W_dec"], batch.routing.groups
     if entries.nesting is None:
         codes = Codes(entries.z, entries.index)
@@ -214,7 +217,7 @@ def step(
     """
     shards, ops = runtime.shards, runtime.ops
     own_tokens: Axis = "all" if sae.routed else "dp"
-    run, told = forward(sae, params, compute, x, runtime, training=True, done=done), None
+    run, told = forward(sae, params, compute, x, runtime, training=True, done=done, dead=dead), None
     if objective is not None:
         run, told = _pulled(run, compute["W_dec"], objective)
     global_tokens = run.batch.global_tokens
@@ -337,12 +340,15 @@ def _aux(
     shards, ops = runtime.shards, runtime.ops
     routing, target, inputs = run.routing, run.residual, run.batch.inputs
     groups = Groups(routing.groups.token_offsets, dead.row_offsets)
-    W_enc, W_dec = compute["W_enc"][dead.rows], compute["W_dec"][dead.rows]
-    b_enc = params["b_enc"][dead.rows] if sae.enc_bias else None
-    # only the choice among shards needs the order
-    codes = ops.select(inputs, W_enc, b_enc, dead.k, groups, ordered=shards.shard > 1)
-    values = active(sae, codes, dead.k, shards, "auxk") if shards.shard > 1 else codes.values.relu()
-    codes = Codes(values, codes.index)
+    W_dec, codes = compute["W_dec"][dead.rows], run.entries.dead
+    if codes is None:
+        W_enc, b_enc = compute["W_enc"][dead.rows], params["b_enc"][dead.rows] if sae.enc_bias else None
+        # only the choice among shards needs the order
+        codes = ops.select(inputs, W_enc, b_enc, dead.k, groups, ordered=shards.shard > 1)
+    if shards.shard > 1:
+        codes = Codes(active(sae, codes, dead.k, shards, "auxk"), codes.index)
+    elif not is_whole(codes.index):  # the whole form has no negative values
+        codes = Codes(codes.values.relu(), codes.index)
     error, dz, squared = ops.reconstruct(codes, W_dec, target, routing.scale, groups, _reduce(sae, shards, "auxk"))
 
     moments = torch.cat([target.sum(dim=0), run.squared.sum()[None], squared.sum()[None]])
@@ -350,15 +356,18 @@ def _aux(
     spread = moments[-2] - moments[:-2].square().sum() / global_tokens
     inverse = torch.where(spread > 0, 1 / spread, 0.0)
 
-    factor = -2.0 * sae.aux_alpha * inverse
-    weighted = Codes(_scaled(codes.values, factor, routing.scale), codes.index)
+    if routing.scale is not None:
+        codes = Codes(codes.values * routing.scale[:, None], codes.index)
+        dz = dz * routing.scale[:, None]
     count = dead.rows.shape[0]
     out = (
         grads["W_enc"].new_empty(count, sae.d_model),
         grads["W_dec"].new_empty(count, sae.d_model),
         grads["b_enc"].new_empty(count),
     )
-    ops.weight_grads(weighted, _scaled(dz, factor, routing.scale), inputs, error, groups, out)
+    ops.weight_grads(codes, dz, inputs, error, groups, out)
+    # the loss's factor goes to the sums: they are fewer numbers than the codes
+    factor = -2.0 * sae.aux_alpha * inverse
     for name, grad in zip(("W_enc", "W_dec", "b_enc"), out, strict=True):
-        grads[name].index_add_(0, dead.rows, grad)
+        grads[name].index_add_(0, dead.rows, grad.mul_(factor))
     return moments[-1] * inverse

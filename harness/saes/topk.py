@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from harness.ops import Codes, Nesting
+from harness.ops.subset import selects_subsets
 from harness.parallel import Kind, Shards
 from harness.saes.entries import Backward, Batch, Entries
 from harness.saes.sae import Params, Sae
@@ -37,8 +40,14 @@ class TopK:
 
     def _largest(self, batch: Batch, k: int) -> Entries:
         W_enc, bias = batch.compute["W_enc"], batch.params.get("b_enc")
-        codes = batch.ops.select(batch.inputs, W_enc, bias, k, batch.routing.groups)
-        return Entries(codes.values, codes.index, active(batch.sae, codes, k, batch.shards, "selection"))
+        inputs, groups, dead, aux = batch.inputs, batch.routing.groups, batch.dead, None
+        if dead is None:
+            codes = batch.ops.select(inputs, W_enc, bias, k, groups)
+        else:
+            both = selects_subsets(batch.ops, inputs.dtype)
+            assert both is not None
+            codes, aux = both.select_with_subset(inputs, W_enc, bias, k, groups, dead.rows, dead.k)
+        return Entries(codes.values, codes.index, active(batch.sae, codes, k, batch.shards, "selection"), dead=aux)
 
     def backward(self, batch: Batch, entries: Entries, dz: Tensor, sparsity: Tensor | float) -> Backward:
         return Backward(dz)
@@ -56,4 +65,4 @@ class MultiTopK(TopK):
         kept = shards.keep(entries.pre, sae.k, "selection")
         first = torch.arange(entries.pre.shape[1], device=kept.device) < kept[:, None]
         nesting = Nesting((~first).to(torch.uint8), (1.0, MULTI_WEIGHT), headline=0)
-        return Entries(entries.pre, entries.index, entries.z, nesting)
+        return replace(entries, nesting=nesting)

@@ -25,6 +25,7 @@ from harness.saes import (
     Params,
     Sae,
     Stats,
+    encoded_with_all,
     find_dead,
     initial_params,
     make_normalizer,
@@ -200,9 +201,16 @@ class TrainState:
 
     def _count_flops(self, runtime: Runtime) -> None:
         train, n_dead = self.config.train, 0 if self._dead_latents is None else self._dead_latents.total
-        dense = runtime.ops.dense_rows_per_k(train.precision)
+        ops, dtype = runtime.ops, self.optimizer.compute["W_enc"].dtype
         executed = budget.flops_executed_per_token(
-            self.config.sae, self.sae.d_model, train.batch_tokens, n_dead, dense, train.optimizer, train.peers
+            self.config.sae,
+            self.sae.d_model,
+            train.batch_tokens,
+            n_dead,
+            ops.dense_rows_per_k(train.precision),
+            train.optimizer,
+            train.peers,
+            encodes_dead=not encoded_with_all(self.sae, dtype, runtime.shards, ops),
         )
         self.flops_executed += (sum(executed.values()) + self.lm_flops) * train.batch_tokens
 

@@ -88,6 +88,37 @@ def test_selection_without_order_keeps_the_same_positive_latents(
         assert inside.all() or own.start == rows
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    case=selections(),
+    share=st.floats(0, 1),
+    wanted=st.floats(0, 1),
+    spoiled=st.sampled_from([0.0, torch.inf, torch.nan]),
+)
+def test_cpu_selects_from_a_subset_of_the_same_product(
+    dtype: torch.dtype, case: tuple[int, int, int, int, int, bool, int], share: float, wanted: float, spoiled: float
+) -> None:
+    from harness.ops import cpu
+
+    tokens, d, rows, k, _, biased, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (small_integers(generator, count, d, largest=1) for count in (tokens, rows))
+    x[0, 0] += spoiled
+    bias = small_integers(generator, rows) if biased else None
+    subset = torch.randperm(rows, generator=generator)[: max(1, round(share * rows))].sort().values
+    few, whole = max(1, round(wanted * len(subset))), even_groups(tokens, rows, 1)
+    low, low_weight = x.to(dtype), weight.to(dtype)
+    codes, chosen = cpu.select_with_subset(low, low_weight, bias, k, whole, subset, few)
+    alone = cpu.select(low, low_weight, bias, k, whole)
+    assert torch.equal(codes.index, alone.index) and torch.equal(codes.values.nan_to_num(), alone.values.nan_to_num())
+    own_bias, own = None if bias is None else bias[subset], even_groups(tokens, len(subset), 1)
+    expected = cpu.select(low, low_weight[subset], own_bias, few, own, ordered=False)
+    assert torch.equal(positive(chosen, len(subset)).nan_to_num(-1.0), positive(expected, len(subset)).nan_to_num(-1.0))
+    # the caller adds up the whole form as it is
+    assert not (chosen.values < 0).any()
+
+
 def preactivation_rows(width: int, generator: torch.Generator) -> Tensor:
     """Rows that a selection by thresholds finds hard."""
     rows = [

@@ -8,7 +8,7 @@ for the gain of each choice.
 from harness.ops.cpu.adam import project, update
 from harness.ops.cpu.gradients import fired, latent_sums, nested_weight_grads, weight_grads
 from harness.ops.cpu.products import dense_rows_per_k, latent_grads, reconstruct, reconstruct_nested
-from harness.ops.cpu.selection import select, select_above, select_preactivations
+from harness.ops.cpu.selection import select, select_above, select_preactivations, select_with_subset
 
 __all__ = [
     "NAME",
@@ -23,6 +23,7 @@ __all__ = [
     "select",
     "select_above",
     "select_preactivations",
+    "select_with_subset",
     "update",
     "weight_grads",
 ]

@@ -151,7 +151,8 @@ def gather_products(
     dz: Floats,
     squared: Floats,
 ) -> None:
-    """`latent_grads` from products[t − begin] = residual[t] with every row of the group, from `first_row` on."""
+    """`latent_grads` from products[t − begin], which begins with the products of residual[t] with all rows of the
+    group, from `first_row` on."""
     for t in range(begin, end):
         for j in range(values.shape[1]):
             dz[t, j] = products[t - begin, index[t, j] - first_row] if values[t, j] > 0 else np.float32(0.0)
@@ -159,11 +160,13 @@ def gather_products(
 
 
 @compiled
-def mask_products(begin: int, end: int, values: Floats, residual: Floats, dz: Floats, squared: Floats) -> None:
-    """`gather_products` in the whole form, in place: dz is 0 where values are."""
+def mask_products(
+    begin: int, end: int, values: Floats, products: Floats, residual: Floats, dz: Floats, squared: Floats
+) -> None:
+    """`gather_products` in the whole form."""
     for t in range(begin, end):
         for j in range(values.shape[1]):
-            dz[t, j] = dz[t, j] if values[t, j] > 0 else np.float32(0.0)
+            dz[t, j] = products[t - begin, j] if values[t, j] > 0 else np.float32(0.0)
         squared[t] = _square(residual[t])
 
 

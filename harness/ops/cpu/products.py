@@ -21,6 +21,13 @@ dz) and two accumulations (weight gradients) cost as much as four products. Meas
 TOKENS_AT_LEAST = 32
 """Fewer tokens are not worth a work item of their own."""
 
+DENSE_TOKENS = 512
+"""Tokens of a dense product at a time, at most: their codes, residuals and gradients stay in a core's own cache, and
+the product packs the weights rarely enough (docs/lab-log.md)."""
+
+ALIGNED = 16
+"""Numbers in 64 bytes. Products are written faster to rows that begin at such multiples."""
+
 _NO_SCALE = np.empty(0, np.float32)
 
 
@@ -43,7 +50,7 @@ def _dense_blocks(groups: Groups, k: int) -> list[tuple[slice, slice]]:
     widest = max((rows.stop - rows.start for _, rows in spans), default=1)
     tokens = max((tokens.stop - tokens.start for tokens, _ in spans), default=1)
     share = -(-tokens // torch.get_num_threads())
-    size = max(1, min(share, TILE_ELEMENTS // widest))
+    size = max(1, min(share, DENSE_TOKENS, TILE_ELEMENTS // widest))
     return list(blocks(spans, size))
 
 
@@ -84,24 +91,15 @@ def reconstruct(
 
     def latent_grads_dense(item: int) -> None:
         tokens, rows = dense[item]
-        if whole:
-            torch.mm(residual[tokens], weight[rows].T, out=dz[tokens])
-            kernels.mask_products(tokens.start, tokens.stop, values, residual.numpy(), dz.numpy(), squared.numpy())
-            return
         count, width = tokens.stop - tokens.start, rows.stop - rows.start
-        products = scratch("dense", count * width, torch.float32).view(count, width)
-        torch.mm(residual[tokens], weight[rows].T, out=products)
-        kernels.gather_products(
-            tokens.start,
-            tokens.stop,
-            values,
-            index,
-            rows.start,
-            products.numpy(),
-            residual.numpy(),
-            dz.numpy(),
-            squared.numpy(),
-        )
+        stride = -(-width // ALIGNED) * ALIGNED
+        products = scratch("dense", count * stride, torch.float32).view(count, stride)
+        torch.mm(residual[tokens], weight[rows].T, out=products[:, :width])
+        shared = (products.numpy(), residual.numpy(), dz.numpy(), squared.numpy())
+        if whole:
+            kernels.mask_products(tokens.start, tokens.stop, values, *shared)
+        else:
+            kernels.gather_products(tokens.start, tokens.stop, values, index, rows.start, *shared)
 
     def dense_fused(item: int) -> None:
         decode_dense(item)

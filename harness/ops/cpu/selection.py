@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.ops import reference
@@ -17,6 +17,8 @@ from harness.ops.cpu.compile import Floats, Ints, Longs
 from harness.ops.cpu.products import dense_from, is_dense
 from harness.ops.cpu.team import run
 from harness.ops.interface import Codes, Groups, whole_index
+
+_NO_SUBSET, _NO_COLUMNS = np.empty(0, np.int64), np.empty((0, 0), np.float32)
 
 
 def _lanes(width: int, k: int) -> int:
@@ -58,13 +60,53 @@ def select(
 
     def work(item: int) -> None:
         span, rows = tiles[item]
-        width, kept = rows.stop - rows.start, min(k, rows.stop - rows.start)
-        tile = scratch("tile", (span.stop - span.start) * width, x.dtype).view(-1, width)
-        torch.mm(x[span], W_enc[rows].T, out=tile)
-        _topk(tile, bias[rows], kept, rows.start, ordered, out_values[span], out_index[span])
+        kept = min(k, rows.stop - rows.start)
+        _topk(_product(x, W_enc, span, rows), bias[rows], kept, rows.start, ordered, out_values[span], out_index[span])
 
     run(len(tiles), work)
     return Codes(values, index)
+
+
+def select_with_subset(
+    x: Float[Tensor, "tokens d"],
+    W_enc: Float[Tensor, "rows d"],
+    b_enc: Float[Tensor, " rows"] | None,
+    k: int,
+    groups: Groups,
+    subset: Int[Tensor, " subset"],
+    subset_k: int,
+) -> tuple[Codes, Codes]:
+    """See `harness.ops.subset`. A single group; float32 or bfloat16."""
+    keep_freed_memory()
+    tokens, width = x.shape[0], subset.shape[0]
+    values, index = torch.empty((tokens, k)), torch.empty((tokens, k), dtype=torch.int64)
+    bias = np.zeros(W_enc.shape[0], np.float32) if b_enc is None else floats(b_enc)
+    chosen = array(subset)
+    chosen_bias, whole = bias[chosen], is_dense(slice(0, width), subset_k)
+    few_values = torch.empty(tokens, width if whole else subset_k)
+    few_index = whole_index(slice(0, width), tokens, x.device) if whole else torch.empty(few_values.shape).long()
+    outputs = values.numpy(), index.numpy(), few_values.numpy(), few_index.numpy()
+    tiles = _tiles(groups, tokens)
+
+    def work(item: int) -> None:
+        span, rows = tiles[item]
+        out_values, out_index, out_few, out_few_index = (output[span] for output in outputs)
+        tile = array(_product(x, W_enc, span, rows))
+        columns = out_few if whole else scratch("columns", len(tile) * width, torch.float32).view(-1, width).numpy()
+        kernels.topk(tile, bias, k, _lanes(tile.shape[1], k), 0, out_values, out_index, chosen, columns)
+        if whole:
+            kernels.keep_positive_topk(columns, chosen_bias, subset_k)
+        else:
+            kernels.positive_topk(columns, chosen_bias, subset_k, 0, out_few, out_few_index)
+
+    run(len(tiles), work)
+    return Codes(values, index), Codes(few_values, few_index)
+
+
+def _product(x: Tensor, W_enc: Tensor, tokens: slice, rows: slice) -> Float[Tensor, "tokens rows"]:
+    """Pre-activations without bias, in this thread's scratch memory."""
+    count, width = tokens.stop - tokens.start, rows.stop - rows.start
+    return torch.mm(x[tokens], W_enc[rows].T, out=scratch("tile", count * width, x.dtype).view(count, width))
 
 
 def _select_whole(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, groups: Groups) -> Codes:
@@ -107,8 +149,7 @@ def select_above(
         nonlocal whole
         span, rows = tiles[item]
         count, width = span.stop - span.start, rows.stop - rows.start
-        tile = scratch("tile", count * width, x.dtype).view(count, width)
-        torch.mm(x[span], W_enc[rows].T, out=tile)
+        tile = _product(x, W_enc, span, rows)
         starts, places = np.empty(count + 1, np.int64), count * min(most, width) + width + 1
         values, index = scratch("values", places, torch.float32).numpy(), scratch("index", places, torch.int32).numpy()
         if kernels.gather_above(array(tile), bias[rows], limits[rows], most, rows.start, starts, values, index):
@@ -148,7 +189,8 @@ def _topk(
     tile: Tensor, bias: np.ndarray, k: int, first_row: int, ordered: bool, values: np.ndarray, index: np.ndarray
 ) -> None:
     if ordered:
-        kernels.topk(array(tile), bias, k, _lanes(tile.shape[1], k), first_row, values, index)
+        lanes = _lanes(tile.shape[1], k)
+        kernels.topk(array(tile), bias, k, lanes, first_row, values, index, _NO_SUBSET, _NO_COLUMNS)
     else:
         kernels.positive_topk(array(tile), bias, k, first_row, values, index)
 

@@ -154,9 +154,21 @@ def _threshold(maxima: Floats, lanes: int, k: int) -> np.float32:
 
 
 @compiled
-def topk(tile: Floats | Shorts, bias: Floats, k: int, lanes: int, first_row: int, values: Floats, index: Longs) -> None:
+def topk(
+    tile: Floats | Shorts,
+    bias: Floats,
+    k: int,
+    lanes: int,
+    first_row: int,
+    values: Floats,
+    index: Longs,
+    subset: Longs,
+    columns: Floats,
+) -> None:
     """Exact top-k of each row of tile + bias: (rows, width) → values, index (rows, k) by value descending, then index
     ascending; `first_row` is added to the indices. k ≤ lanes ≤ width < 2³², or lanes = width.
+
+    Copies the columns `subset` of the tile to `columns` (rows, subset), without bias, while a row is in cache.
 
     The k-th largest of the lane maxima bounds the k-th largest value from below, so only lanes whose maximum reaches
     it are read a second time.
@@ -168,7 +180,10 @@ def topk(tile: Floats | Shorts, bias: Floats, k: int, lanes: int, first_row: int
     for t in range(rows):
         row = tile[t]
         count = 0
-        if _lane_maxima(row, bias, lanes, maxima) == np.float32(0.0):
+        finite = _lane_maxima(row, bias, lanes, maxima) == np.float32(0.0)
+        for i in range(subset.shape[0]):
+            columns[t, i] = _widen(row[subset[i]])
+        if finite:
             threshold = _threshold(maxima, lanes, k)
             reaching = 0
             for i in range(lanes):
@@ -255,8 +270,8 @@ def positive_topk(tile: Floats | Shorts, bias: Floats, k: int, first_row: int, v
         index[t, count:] = first_row
 
 
-BLOCK = 32
-"""Neighbouring numbers that are counted together; most blocks have no entry above a threshold."""
+WORD = 8
+"""Neighbouring numbers whose marks are tested as one integer; most have no entry above a threshold."""
 
 
 @compiled
@@ -276,20 +291,29 @@ def gather_above(
     `values` and `index` need a place more than rows·most + width: a number is written first and counted afterwards.
     """
     rows, width = tile.shape
+    words = width // WORD
+    marks = np.zeros((words + 1) * WORD, np.int8)
+    packed, marked = marks.view(np.int64), np.empty(words + 1, np.int32)
     starts[0] = place = 0
     for t in range(rows):
         row = tile[t]
-        for begin in range(0, width, BLOCK):
-            end = min(begin + BLOCK, width)
-            reach = np.float32(0.0)
-            for i in range(begin, end):
-                reach += np.float32(0.0) if _widen(row[i]) + bias[i] < theta[i] else np.float32(1.0)
-            if reach > 0:
-                for i in range(begin, end):
-                    value = _widen(row[i]) + bias[i]
-                    values[place] = value
-                    index[place] = first_row + i
-                    place += 0 if value < theta[i] else 1
+        for i in range(width):
+            marks[i] = np.int8(0) if _widen(row[i]) + bias[i] < theta[i] else np.int8(1)
+        count = 0
+        for word in range(words):
+            marked[count] = word
+            count += 1 if packed[word] != 0 else 0
+        for at in range(count):
+            begin = np.int64(marked[at]) * WORD
+            for offset in range(WORD):
+                i = begin + offset
+                values[place] = _widen(row[i]) + bias[i]
+                index[place] = first_row + i
+                place += np.int64(marks[i])
+        for i in range(words * WORD, width):
+            values[place] = _widen(row[i]) + bias[i]
+            index[place] = first_row + i
+            place += np.int64(marks[i])
         if place - starts[t] > most:
             return False
         starts[t + 1] = place
