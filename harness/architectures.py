@@ -5,6 +5,7 @@ The maths of each is in `harness/saes/`, its source in `conf/sae/`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,8 +32,9 @@ class Traits:
     """Times k: the active latents of a token that a step handles."""
     uses: int = 4
     """Times that a step multiplies an active latent with a row: decode, and three for the gradients, or more."""
-    begins_at_target: bool = True
-    """Of those with a penalty: whether its first values leave `sae.target_l0` latents active; otherwise half of all."""
+    first_active: float = 0.0
+    """Of those with a penalty whose first values do not leave `sae.target_l0` latents active: how many they do, but at
+    most half of all."""
     vectors: tuple[str, ...] = ()
     """Further parameters, a number per latent each."""
 
@@ -57,7 +59,10 @@ ARCHITECTURES: dict[str, Traits] = {
     "relu": Traits(penalty="l1"),
     "relu_decoder_norm": Traits(penalty="l1", unit_decoder=False, pre_bias=False),
     "gated": Traits(penalty="l1", uses=6, vectors=("r_mag", "b_mag")),
-    "prolu": Traits(penalty="l1", begins_at_target=False),
+    "prolu": Traits(penalty="l1", first_active=math.inf),
     "jumprelu": Traits(penalty="l0", vectors=("log_threshold",)),
-    "jumprelu_tanh": Traits(penalty="tanh", unit_decoder=False, pre_bias=False, vectors=("log_threshold",)),
+    # Conerly et al. 2025: at first every latent fires on 10,000/n of the tokens
+    "jumprelu_tanh": Traits(
+        penalty="tanh", unit_decoder=False, pre_bias=False, first_active=10_000, vectors=("log_threshold",)
+    ),
 }

@@ -40,6 +40,10 @@ NUMBER_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 MATCHED_ROWS = 2048
 """Mutual feature regularisation compares so many decoder rows with so many of a peer at a time."""
 
+BIAS_ROWS = 1024
+"""The first biases of JumpReLU with the tanh penalty come from the pre-activations of so many latents on the whole
+sample at a time, and from as many sorted ones."""
+
 PLANNED_DEAD = 0.25
 """Share of dead latents that the memory of AuxK is planned for."""
 
@@ -74,8 +78,8 @@ def active(sae: SaeConfig) -> float:
 
 def most_active(sae: SaeConfig) -> float:
     """The same at the step with most of them."""
-    half = sae.n_latents / 2 if sae.traits.penalty and not sae.traits.begins_at_target else 0
-    return max(sae.active, sae.first_k, half) * sae.traits.passes
+    first = min(sae.n_latents / 2, sae.traits.first_active)
+    return max(sae.active, sae.first_k, first) * sae.traits.passes
 
 
 def _optimizer(sae: SaeConfig, d_model: int, batch_tokens: int, name: str) -> float:

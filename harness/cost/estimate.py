@@ -161,6 +161,9 @@ def own_and_shared(run: Run, d_model: int, process_bytes: int = PROCESS_BYTES) -
     word = 8 if config.train.precision == "fp64" else 4
     matrices = 3 * word * config.sae.n_latents * d_model // config.mesh.shard
     start = START_BYTES_PER_NUMBER * d_model * sample_rows(config) + matrices - own
+    if config.sae.traits.penalty == "tanh":
+        latents = min(budget.BIAS_ROWS, config.sae.n_latents // config.mesh.shard)
+        start += 2 * word * sample_rows(config) * latents
     # what the steps have freed is still there when a checkpoint is written
     save = min(shared, budget.KEPT_BYTES) + 2 * round(budget.largest_file(config, d_model))
     needed = max(shared, start, save)

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from harness.budget import BIAS_ROWS
 from harness.ops import Codes, per_entry
 from harness.ops.untyped import norm
 from harness.saes.entries import Backward, Batch, Entries
@@ -20,11 +21,6 @@ from harness.saes.start import Start
 
 TANH_SCALE = 4.0
 """c in tanh(c·z·‖d‖)."""
-
-FIRING_TOKENS = 10_000
-"""At first a latent of JumpReLU with the tanh penalty fires on this share of all latents (Conerly et al. 2025)."""
-
-ROWS_AT_A_TIME = 1024
 
 
 class JumpRelu:
@@ -81,9 +77,9 @@ class JumpReluTanh(JumpRelu):
         W_enc, b_enc = W_dec * (sae.d_model / sae.n_latents), torch.zeros_like(params["b_enc"])
         log_threshold = super().parameters(start)["log_threshold"]
         sample, threshold = start.sample.to(W_enc), log_threshold.exp()
-        least = max(1, round(min(0.5, FIRING_TOKENS / sae.n_latents) * sample.shape[0]))
-        for first in range(0, W_enc.shape[0], ROWS_AT_A_TIME):
-            block = slice(first, first + ROWS_AT_A_TIME)
+        least = max(1, round(min(0.5, sae.traits.first_active / sae.n_latents) * sample.shape[0]))
+        for first in range(0, W_enc.shape[0], BIAS_ROWS):
+            block = slice(first, first + BIAS_ROWS)
             products = sample @ W_enc[block].T
             b_enc[block] = threshold[block] - products.topk(least, dim=0).values[-1]
         return {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "log_threshold": log_threshold}
