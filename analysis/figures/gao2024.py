@@ -194,7 +194,7 @@ def _quality(study: Study) -> Drawn | None:
             name = f"{'TopK' if sae == 'topk' else 'Switch, 8 experts'}, k = {k:g}"
             ax.errorbar(part["n_latents"], part[column], error, ms=5, lw=1.3, capsize=2, label=name, **style)
         log_axes(ax, "number of latents n", QUALITY_NAMES[column], frame["n_latents"].to_numpy(), powers_of_two=True)
-    add_legend(panels[0])
+    add_legend(panels[0], ncols=2, below=True)
     for ax in panels[len(known) :]:
         ax.set_axis_off()
     caption = (
