@@ -47,19 +47,22 @@ def _step(config: Config, entries: _Entries, k: int, rows: int, width: int) -> f
     if sae.aux_alpha:
         dead = int(budget.PLANNED_DEAD * rows)
         k_aux = max(1, min(budget.aux_k(sae, entries.d_model), dead // groups))
-        aux = entries.residual + chosen + _aux(entries, k_aux, dead, dead // groups)
+        aux = entries.residual + chosen + _aux(entries, k_aux, dead, dead // groups, sae.traits.routed)
     # the norm of the gradient squares one matrix at a time
     update = entries.residual + chosen + entries.word * rows * entries.d_model if config.train.clip_norm else 0.0
     mutual = entries.residual + chosen + budget.mutual_bytes(config, entries.d_model)
     return held + max(own, aux, update, mutual)
 
 
-def _aux(entries: _Entries, k: int, dead: int, width: int) -> float:
-    """Copies of the dead rows of both matrices and their gradients, and a second selection and reconstruction."""
+def _aux(entries: _Entries, k: int, dead: int, width: int, weighted: bool) -> float:
+    """Copies of the dead rows of both matrices and their gradients, and a second selection and reconstruction.
+    `weighted`: by the router."""
     copies = dead * (2 * entries.d_model * entries.low + 8)
     grads = dead * (2 * entries.d_model + 1) * entries.word
-    chosen = entries.codes(k)
-    return copies + max(entries.select(k, width), entries.residual + chosen + grads + entries.gradients(k, dead, width))
+    # activations replace pre-activations
+    chosen = entries.codes(k) - entries.tokens * k * entries.word
+    backward = grads + entries.gradients(k, dead, width, weighted)
+    return copies + max(entries.select(k, width), entries.residual + chosen + backward)
 
 
 def _evaluation(config: Config, entries: _Entries, k: int, numbers: int, width: int) -> float:
@@ -119,10 +122,10 @@ class _Entries:
         low = block * self.d_model * self.low if self.low != self.word else 0
         return self._tile(width, self.low) + self._tile(width, 4) + low + block * k * 2 * 4 + self.tokens * k * 8
 
-    def gradients(self, k: int, rows: int, width: int) -> float:
-        """Beyond codes and residual: weighted values and gradients, and either codes as matrices, or the entries in
-        order of their latents and sums of pieces of both matrices."""
-        weighted = self.tokens * k * 2 * self.word
+    def gradients(self, k: int, rows: int, width: int, scaled: bool = True) -> float:
+        """Beyond codes and residual: weighted values and gradients (if `scaled`), and either codes as matrices, or the
+        entries in order of their latents and sums of pieces of both matrices."""
+        weighted = self.tokens * k * 2 * self.word if scaled else 0
         if self.is_dense(k, width):
             return max(weighted + self._tile(width, self.low), self.decode(k, width))
         residual = self.tokens * self.d_model * self.low if self.low != self.word else 0

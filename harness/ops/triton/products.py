@@ -69,6 +69,7 @@ def select(
         z = aligned_rows(block.stop - block.start, widest, x.dtype, x.device)
         latent_products(x[block], W_enc, bias, offsets, groups.row_starts, z)
         select_rows(z, k, firsts[block], widths[block], (values[block], index[block]), ordered)
+        del z  # before the next tile is allocated
     return Codes(values, index)
 
 
