@@ -31,6 +31,8 @@ def test_the_plan_of_a_gpu_is_within_a_tenth_of_what_is_allocated() -> None:
 @pytest.mark.slow
 def test_it_is_with_further_reconstructions() -> None:
     agree(*PAPER, "sae=topk,multi_topk", "sae.n_latents=2048,65536", "sae.k=32")
+    # an evaluation in several tiles takes most
+    agree(*PAPER, "sae=topk", "sae.n_latents=65536", "sae.k=32", "sae.aux_alpha=0", "train.batch_tokens=4096")
 
 
 @pytest.mark.slow
