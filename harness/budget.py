@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from harness.config import Config, SaeConfig
+from harness.config import Config, SaeConfig, TrainConfig
 
 OPTIMIZER_FLOPS = {"adam": 12, "signum": 9}
 """Per parameter. Adam: two moments (3 + 4), bias-corrected step with a square root and a division (5). Signum: a step
@@ -50,6 +50,11 @@ PLANNED_DEAD = 0.25
 UNIT_NORM_FLOPS = {"adam": 7, "signum": 10}
 """Per decoder weight, unless it is free: removing the parallel gradient (4) and renormalising the row (3, Signum of two
 sequences)."""
+
+
+def word_bytes(train: TrainConfig) -> int:
+    """Size of a number of the weights that the optimiser updates, of its moments and of gradients."""
+    return 8 if train.precision == "fp64" else 4
 
 
 def aux_k(sae: SaeConfig, d_model: int) -> int:
@@ -213,7 +218,7 @@ def memory_bytes(config: Config, d_model: int, tile_bytes: float, kernel_bytes: 
     that the kernels hold at a time, at most; `kernel_bytes`: what else they hold.
     """
     train, sae, mesh = config.train, config.sae, config.mesh
-    word = 8 if train.precision == "fp64" else 4
+    word = word_bytes(train)
     copies = 2 if train.precision == "bf16" else 0
     average = word if train.ema else 0
     rows = params(sae, d_model) // mesh.shard
@@ -240,7 +245,7 @@ def mutual_bytes(config: Config, d_model: int) -> float:
     compares, two blocks of a peer's rows, and the cosines of two blocks."""
     if not config.train.peers:
         return 0.0
-    word = 8 if config.train.precision == "fp64" else 4
+    word = word_bytes(config.train)
     rows = config.sae.n_latents // config.mesh.shard
     own, block = -(-rows // config.mesh.dp), min(rows, MATCHED_ROWS)
     return word * ((4.0 * own + 2 * block) * d_model + min(own, MATCHED_ROWS) * block)
@@ -248,7 +253,7 @@ def mutual_bytes(config: Config, d_model: int) -> float:
 
 def checkpoint_bytes(config: Config, d_model: int) -> int:
     """Size of one checkpoint over all ranks: parameters, two moments, the average; counters of the latents."""
-    word = 8 if config.train.precision == "fp64" else 4
+    word = word_bytes(config.train)
     copies = 3 + (1 if config.train.ema else 0)
     return copies * word * params(config.sae, d_model) + 17 * config.sae.n_latents
 
@@ -256,7 +261,7 @@ def checkpoint_bytes(config: Config, d_model: int) -> int:
 def largest_file(config: Config, d_model: int) -> float:
     """Bytes of the largest file of a checkpoint, which holds at least a matrix. Twice as much memory is needed to put
     it together."""
-    word = 8 if config.train.precision == "fp64" else 4
+    word = word_bytes(config.train)
     ranks = config.mesh.training_ranks
     matrix = word * config.sae.n_latents * d_model / config.mesh.shard
     return max(matrix, min(CHECKPOINT_FILE_BYTES, checkpoint_bytes(config, d_model) / ranks))
@@ -264,7 +269,7 @@ def largest_file(config: Config, d_model: int) -> float:
 
 def weights_bytes(config: Config, d_model: int) -> int:
     """Size of the final weights of a run, with their counters."""
-    word = 8 if config.train.precision == "fp64" else 4
+    word = word_bytes(config.train)
     return word * params(config.sae, d_model) + 16 * config.sae.n_latents
 
 
@@ -290,7 +295,7 @@ def bytes_sent_per_step(config: Config, d_model: int) -> dict[str, float]:
     counters: how often each latent fired. mutual: the decoder rows of all peers. scalars: loss and statistics.
     """
     sae, mesh = config.sae, config.mesh
-    word = 8 if config.train.precision == "fp64" else 4
+    word = word_bytes(config.train)
     tokens, ranks = config.train.batch_tokens // mesh.dp, mesh.dp * mesh.shard
     rows, routed = sae.n_latents // mesh.shard, sae.traits.routed
 

@@ -36,10 +36,10 @@ def shapes(runs: Sequence[Run], device: str) -> list[Run]:
         known = config.mesh.ranks == 1 if device == "cpu" else config.sae.traits.per_token
         if not (known and run.store.d_model):
             continue
-        train = run.config.train
+        train = config.train
         seeds = {"seed": 0, "mfr_seeds": list(range(len(train.mfr_seeds)))}
         train = dataclasses.replace(train, **seeds, lr=0.0, lr_factor=1.0, warmup_tokens=0.0)
-        found.setdefault(repr((run.config.sae, train, run.config.mesh)), run)
+        found.setdefault(repr((config.sae, train, config.mesh)), run)
     return list(found.values())
 
 

@@ -23,6 +23,7 @@ from harness.saes.dead import DeadLatents
 from harness.saes.mutual import Peers
 from harness.saes.sae import Sae
 from harness.saes.weights import write_weights
+from harness.training.evaluate import heldout_errors
 from harness.training.state import TrainState, make_state
 
 Rows = Callable[[int, int], Tensor]
@@ -62,8 +63,6 @@ class FakeRows:
 
 def phases(config: Config, source: Any, runtime: Runtime, folder: Path | None = None) -> Iterator[str]:
     """Yield the name of each part when it has ended. `folder`: where to save; None: the weights are only gathered."""
-    from harness.training.evaluate import heldout_errors
-
     shards, device = runtime.shards, runtime.device
     with patch("harness.training.state.find_dead", planned_dead):
         state = make_state(config, source, runtime)

@@ -149,7 +149,7 @@ def _estimate(run: Run, times: Known | str | None, calibration: Calibration) -> 
     )
 
 
-def own_and_shared(run: Run, d_model: int, process_bytes: int = PROCESS_BYTES) -> tuple[int, int]:
+def own_and_shared(run: Run, d_model: int, process_bytes: int) -> tuple[int, int]:
     """Peak bytes of one rank: what each run of a pack holds, and what they hold one after the other, the process
     included where there is no GPU. `process_bytes`: of the launcher."""
     config = run.config
@@ -158,7 +158,7 @@ def own_and_shared(run: Run, d_model: int, process_bytes: int = PROCESS_BYTES) -
     if planned_on_gpu(config):
         return own, shared
     # the sample is gone before moments and gradients exist; both matrices and the directions that they begin with do
-    word = 8 if config.train.precision == "fp64" else 4
+    word = budget.word_bytes(config.train)
     matrices = 3 * word * config.sae.n_latents * d_model // config.mesh.shard
     start = START_BYTES_PER_NUMBER * d_model * sample_rows(config) + matrices - own
     if config.sae.traits.penalty == "tanh":
@@ -188,7 +188,7 @@ def rank_memory(config: Config, d_model: int) -> dict[str, int]:
         return gpu_memory(config, d_model)
     from harness.ops.cpu.arrays import TILE_ELEMENTS
 
-    word = 8 if config.train.precision == "fp64" else 4
+    word = budget.word_bytes(config.train)
     on_cluster = config.cluster.name == "slurm"
     threads = config.train.threads or (config.cluster.cpus_per_task if on_cluster else cores())
     # how many entries each thread has of each latent, where they begin, and where the next one goes

@@ -18,7 +18,7 @@ def gpu_memory(config: Config, d_model: int) -> dict[str, int]:
     holds in addition, whichever is more.
     """
     train, sae, mesh = config.train, config.sae, config.mesh
-    word = 8 if train.precision == "fp64" else 4
+    word = budget.word_bytes(train)
     low = 2 if train.precision == "bf16" else word
     rows, numbers = sae.n_latents // mesh.shard, budget.params(sae, d_model) // mesh.shard
     matrices = 2 * rows * d_model
@@ -54,14 +54,14 @@ def _step(config: Config, entries: _Entries, k: int, rows: int, width: int) -> f
     return held + max(own, aux, update, mutual)
 
 
-def _aux(entries: _Entries, k: int, dead: int, width: int, weighted: bool) -> float:
+def _aux(entries: _Entries, k: int, dead: int, width: int, scaled: bool) -> float:
     """Copies of the dead rows of both matrices and their gradients, and a second selection and reconstruction.
-    `weighted`: by the router."""
+    `scaled`: as in `_Entries.gradients`, by the router."""
     copies = dead * (2 * entries.d_model * entries.low + 8)
     grads = dead * (2 * entries.d_model + 1) * entries.word
     # activations replace pre-activations
     chosen = entries.codes(k) - entries.tokens * k * entries.word
-    backward = grads + entries.gradients(k, dead, width, weighted)
+    backward = grads + entries.gradients(k, dead, width, scaled)
     return copies + max(entries.select(k, width), entries.residual + chosen + backward)
 
 

@@ -334,7 +334,7 @@ def _aux(
     """AuxK (Gao et al. 2024, appendix A.2): reconstruct the residual e from the k_aux largest dead latents.
 
     Σ‖ê − e‖² / Σ‖e − mean e‖² over the global batch, e and the denominator without gradient, 0/0 → 0. The same
-    operations as the main path, on the gathered dead rows; for Switch within the routed expert, ê scaled by p
+    operations as the main path, on the dead rows; for Switch within the routed expert, ê scaled by p
     without gradient. Adds α times its gradient to W_enc, W_dec and b_enc.
     """
     shards, ops = runtime.shards, runtime.ops

@@ -24,7 +24,8 @@ def loss_against_flops(
             part = part.sort_values("flops")
             ax.plot(part["flops"], part["loss"], color="0.82", lw=0.9, zorder=1)
     levels = sorted(set(table.values("k")))
-    hollow = (table.frame["sae"] != "topk").to_numpy() if "sae" in table.frame else np.zeros(len(table), bool)
+    names = table.frame["sae"] if "sae" in table.frame else pd.Series("topk", table.frame.index)
+    hollow = (names != "topk").to_numpy()
     if hollow.all():
         hollow = ~hollow
     for value in levels:
@@ -48,9 +49,9 @@ def loss_against_flops(
         x = np.geomspace(front["flops"].min(), front["flops"].max(), 60)
         ax.plot(x, fit.value({"x": x}), color="#d55e00", lw=1.3, ls="--", label="fit of the frontier", zorder=2)
     if hollow.any():
-        ax.plot([], [], "o", mfc="white", mec="0.3", label=hollow_label(table.frame["sae"]))
+        ax.plot([], [], "o", mfc="white", mec="0.3", label=hollow_label(names))
     log_axes(ax, axis_words(table.roles), "held-out fvu")
-    add_legend(ax, ncols=3, below=table.frame["sae"].nunique() > 2 if "sae" in table.frame else False)
+    add_legend(ax, ncols=3, below=names.nunique() > 2)
     return ax
 
 

@@ -62,7 +62,8 @@ def dead_latents(ax: Axes, table: RunTable) -> Axes:
     levels = sorted(set(table.values("k")))
     names = [name for name, _ in _populations(part)]
     many = len(names) > 2
-    for value in [levels[len(levels) // 2]] if many else levels:
+    shown = [levels[len(levels) // 2]] if many else levels
+    for value in shown:
         for name, group in _populations(part[part[table.roles["k"]] == value]):
             means = group.groupby(table.roles["n"])[table.roles["dead"]].mean() * 100
             if many:
@@ -77,9 +78,9 @@ def dead_latents(ax: Axes, table: RunTable) -> Axes:
     log_axes(ax, "number of latents n", "dead latents [%]", sizes, powers_of_two=True, y_scale="linear")
     ax.set_ylim(bottom=0)
     if many:
-        ax.set_title(f"k = {levels[len(levels) // 2]:g}", fontsize=10, loc="left")
+        ax.set_title(f"k = {shown[0]:g}", fontsize=10, loc="left")
     if len(names) == 2:
-        ax.plot([], [], "o--", mfc="white", color="0.3", ms=5, label=hollow_label(part["sae"]))
+        ax.plot([], [], "o--", mfc="white", color="0.3", ms=5, label=hollow_label(part.get("sae", ())))
     add_legend(ax, ncols=2 if many else 1, below=many)
     return ax
 
