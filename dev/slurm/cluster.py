@@ -194,13 +194,17 @@ class Cluster:
     def reset(self) -> None:
         """Cancel every job, bring every node back; for tests that share a cluster."""
         self.scancel("--user", str(os.getuid()))
+        self.wait_for_empty_queue()
+        for name in NODES:
+            self.node_up(name)
+
+    def wait_for_empty_queue(self) -> None:
+        """Wait until every job has ended; a cancelled one that ran is COMPLETING for a while."""
         wait_for(
             lambda: not self.squeue(),
             self.settings.kill_wait_s + 30.0,
             lambda: f"jobs outlive their cancellation:\n{self.squeue()}",
         )
-        for name in NODES:
-            self.node_up(name)
 
     def start(self) -> None:
         """Write the configuration and start the daemons; returns when both nodes accept jobs."""
