@@ -137,7 +137,10 @@ class Member:
         state.collect_sent(runtime.shards)
         if errors is None:
             return None
-        self.evaluations[state.done] = errors.evaluation(few).fvu
+        first = errors.evaluation(few)
+        self.evaluations[state.done] = first.fvu
+        if state.sparsity is not None:
+            state.sparsity.aim(first.l0, state.done)
         self.error_sums[state.done] = errors.error_sums(few)
         self.error_sums = {step: sums for step, sums in self.error_sums.items() if step >= state.done / 2 - 1}
         if whole:

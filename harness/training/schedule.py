@@ -21,6 +21,9 @@ MFR_RAMP_STEPS = 100
 FIRST_EVALUATION_STEP = 16
 """Runs to convergence have no evaluation before this step."""
 
+STEERED_REST = (1.0, 0.5, 0.25)
+"""With a target of L0: shares of the decay of the learning rate that are left at its further evaluations."""
+
 
 def lr_at(config: Config, step: int, last: int) -> float:
     """Learning rate of step `step` (from 0) of `last`: linear warm-up, then as `train.schedule` says."""
@@ -54,12 +57,15 @@ def evaluation_steps(config: Config, last: int) -> frozenset[int]:
     """The numbers of completed steps after which the SAE is evaluated, `last` excluded.
 
     They are evenly spaced in log tokens, two per doubling (four with `until=convergence`): all but the first few
-    evaluations have another one at half their tokens.
+    evaluations have another one at half their tokens. A steered L0 needs some more while the learning rate decays.
     """
     if config.train.until == "convergence":
         steps = (round(last * 2 ** (-j / HALVINGS_PER_DOUBLING)) for j in range(1, 200))
         return frozenset(s for s in steps if FIRST_EVALUATION_STEP <= s < last)
-    steps = (round(last * 2 ** (-j / 2)) for j in range(1, config.train.eval_points + 1))
+    steps = [round(last * 2 ** (-j / 2)) for j in range(1, config.train.eval_points + 1)]
+    if config.sae.target_l0 and config.train.decays and config.train.eval_points:
+        decay = (config.train.decay_fraction or 1.0) * last
+        steps += [last - round(rest * decay) for rest in STEERED_REST]
     return frozenset(s for s in steps if 0 < s < last)
 
 

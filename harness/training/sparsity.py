@@ -23,6 +23,10 @@ SMOOTHING = {"log": 0.05, "linear": 0.25}
 """Share of a step's log L0 in the mean that is steered by."""
 
 
+LEAST_L0, WIDEST_GAP = 1e-3, 0.5
+"""Where log L0 is cut off, and the held-out gap: L0 of a few steps says little while it moves fast."""
+
+
 class Sparsity:
     """λ of the next step, on the device, and the state of the controller.
 
@@ -32,6 +36,9 @@ class Sparsity:
     unless it outweighs the error, so λ = first·(s + P·e), s += I·e, as with a quadratic penalty on the distance from
     the target (dictionary_learning's JumpReLU). It may be negative: then it lowers thresholds. They move at full speed
     whatever λ is, so a mean over more steps oscillates.
+
+    On documents that were not trained on more latents are active than on those that were. So every evaluation measures
+    this gap, and L0 is steered to where it is at its target on held-out rows.
     """
 
     def __init__(self, config: Config, unit: float, device: torch.device) -> None:
@@ -41,8 +48,9 @@ class Sparsity:
         first = sae.sparsity or FIRST[sae.traits.penalty] * (unit if sae.traits.penalty == "l1" else 1 / sae.target_l0)
         self.first, self.rule = first, "linear" if sae.target_l0 and sae.traits.penalty == "l0" else "log"
         begin = 1.0 if self.rule == "linear" else math.log(first)
-        self.state = torch.tensor([begin, 0.0, 0.0], dtype=torch.float64, device=device)
-        """s or log λ; mean log(L0/target) of the last steps; steps in that mean, at most 1/`SMOOTHING`."""
+        self.state = torch.tensor([begin, 0.0, 0.0, 0.0], dtype=torch.float64, device=device)
+        """s or log λ; mean log(L0/target) of the last steps, the gap included; steps in that mean, at most
+        1/`SMOOTHING`; the gap, log(held-out L0 / L0 of training batches) at the last evaluation."""
 
     def warmup(self, done: int) -> float:
         """Factor of λ in step `done` (from 0)."""
@@ -59,8 +67,8 @@ class Sparsity:
         target = self.config.sae.target_l0
         if not target:
             return
-        steered, before, count = self.state
-        distance = (l0.double().clamp(min=1e-3) / target).log()
+        steered, before, count, gap = self.state
+        distance = (l0.double().clamp(min=LEAST_L0) / target).log() + gap
         count = (count + 1).clamp(max=1 / SMOOTHING[self.rule])
         now = before + (distance - before) / count
         far = FAR[self.rule]
@@ -70,4 +78,14 @@ class Sparsity:
         # while λ still grows by itself, L0 says little about where it will end
         if self.warmup(done) == 1.0:
             steered = steered + move
-        self.state.copy_(torch.stack([steered, now, count]))
+        self.state.copy_(torch.stack([steered, now, count, gap]))
+
+    def aim(self, heldout_l0: float, done: int) -> None:
+        """Take note of the held-out L0 after `done` steps."""
+        target = self.config.sae.target_l0
+        if not target or self.warmup(done) < 1.0:
+            return
+        _, mean, _, gap = self.state.tolist()
+        distance = math.log(max(heldout_l0, LEAST_L0) / target)
+        measured = max(-WIDEST_GAP, min(WIDEST_GAP, distance - (mean - gap)))
+        self.state[1:4:2] += measured - gap
