@@ -16,7 +16,7 @@ from pathlib import Path
 from analysis.runs.study import require_law
 from harness.architectures import ARCHITECTURES
 from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
-from harness.grid.study import load_study
+from harness.grid.study import Study, load_study
 from harness.mirror.offline import sync_command, unsent
 from harness.process.signals import stop_on_signals
 from harness.progress import own_progress
@@ -71,7 +71,13 @@ def report(sweep_dir: Path) -> None:
         say(f"W&B recorded offline; to send it: {sync_command(sweep_dir)}")
 
 
-def evaluate(sweep_dir: Path, metrics: Sequence[str]) -> bool:
+def evaluation_command(sweep_dir: Path, study: Study, *options: str) -> str:
+    """What to type to judge the runs of a sweep as the study says."""
+    tokens = ("--tokens", str(study.evaluate_tokens)) if study.evaluate_tokens else ()
+    return python_command("harness.evaluate", sweep_dir, "--metrics", ",".join(study.evaluate), *tokens, *options)
+
+
+def evaluate(sweep_dir: Path, study: Study) -> bool:
     """Judge the finished runs of a sweep by the metrics of its study. A problem is reported and does not change the
     exit code, like one of the report; False if somebody asked to stop."""
     from harness.quality.judge import TOKENS, chosen_metrics, judge  # these take seconds: torch
@@ -80,14 +86,16 @@ def evaluate(sweep_dir: Path, metrics: Sequence[str]) -> bool:
     try:
         subjects, _ = subjects_of(sweep_dir)
         with stop_on_signals() as stop:
-            judged = judge(subjects, chosen_metrics(metrics), TOKENS, force=False, stop=stop, progress=own_progress())
+            tokens = study.evaluate_tokens or TOKENS
+            chosen = chosen_metrics(study.evaluate)
+            judged = judge(subjects, chosen, tokens, force=False, stop=stop, progress=own_progress(), possible=True)
     except UserError as error:
         say(f"not evaluated: {error}")
         return True
-    for problem in judged.problems:
+    for problem in (*judged.left_out, *judged.problems):
         say(f"not evaluated: {problem}")
     if judged.stopped or judged.problems:
-        say(f"to go on: {python_command('harness.evaluate', sweep_dir, '--metrics', ','.join(metrics))}")
+        say(f"to go on: {evaluation_command(sweep_dir, study)}")
     return not judged.stopped
 
 
@@ -154,19 +162,19 @@ def run_study(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Train one study, judge it if it says so, and write its report. Raises `UserError`."""
     again = command(arguments)
     asked = request(arguments)
-    metrics = asked.study.evaluate if asked.study is not None else ()
+    study = asked.study if asked.study is not None and asked.study.evaluate else None
     if arguments.until.strip() or arguments.budget.strip():
         outcome = _chase(asked, arguments, again, argv)
     else:
         outcome = launch(asked, dry_run=arguments.dry_run, wait=arguments.wait, command=again)
-    if metrics and outcome.submitted and not arguments.dry_run:
+    if study is not None and outcome.submitted and not arguments.dry_run:
         for sweep_dir in outcome.sweep_dirs:
-            later = python_command("harness.evaluate", sweep_dir, "--metrics", ",".join(metrics), "cluster=slurm")
+            later = evaluation_command(sweep_dir, study, "cluster=slurm")
             say(f"when its runs have ended, judge them in jobs: {later}")
     if arguments.dry_run or outcome.submitted or outcome.exit_code == INTERRUPTED:
         return outcome.exit_code
     for sweep_dir in outcome.sweep_dirs:
-        if metrics and not evaluate(sweep_dir, metrics):
+        if study is not None and not evaluate(sweep_dir, study):
             return INTERRUPTED
         report(sweep_dir)
     if outcome.exit_code and not arguments.until.strip():

@@ -19,6 +19,7 @@ from analysis.questions.paired import PairedErrors, with_repeats
 from analysis.runs.axes import AXES
 from analysis.runs.heldout import influences
 from analysis.runs.load import read_sweep
+from analysis.runs.quality import PREFIX
 from analysis.runs.table import SWEEP_ROLES, RunTable
 from harness.errors import UserError
 from harness.record.quality import read_quality
@@ -136,7 +137,7 @@ def write_studies(studies: Studies, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, study in studies.items():
         frame = study.runs.frame
-        columns = [column for column in frame if column in KEPT or str(column).startswith("quality.")]
+        columns = [column for column in frame if column in KEPT or str(column).startswith(PREFIX)]
         kept = frame[[column for column in columns if frame[column].notna().any() or column in SWEEP_ROLES.values()]]
         kept.to_csv(folder / f"{name}{RUNS}", index=False, float_format="%.9g")
         curves = [_held_out(study.runs.history(str(run))).assign(run=run) for run in study.runs.column("run")]

@@ -17,6 +17,7 @@ from analysis.questions.seeds import SHARED, seed_stability
 from analysis.report import plot
 from analysis.report.pictures import encode
 from analysis.report.plot.style import GREY, k_style
+from analysis.runs.quality import PREFIX
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 from harness.record.quality import read_quality
@@ -86,7 +87,7 @@ PANELS = (
 def quality_section(table: RunTable) -> dict[str, Any] | None:
     """`pictures` and `lines` of the section; None if no run was evaluated."""
     frame = table.frame
-    if not any(str(column).startswith("quality.") for column in frame):
+    if not any(str(column).startswith(PREFIX) for column in frame):
         return None
     pictures = [_kl_against_fvu(table), *(_panel(frame, panel) for panel in PANELS)]
     return {

@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis.laws.law import Law
 from analysis.notes import note
+from analysis.runs.quality import PREFIX
 from analysis.runs.table import RunTable
 
 SETTING = ("model", "hook", "layer", "normalize", "d_model", "store_id")
@@ -45,7 +46,8 @@ _CELL = ("sae", "n_latents", "k", "n_experts", "seed", "lr", "train.tokens", "tr
 def varied(table: RunTable) -> list[str]:
     """Configuration keys other than `CELL_KEYS` in which usable runs of one architecture differ."""
     frame = table.frame
-    keys = [column for column in frame.columns if "." in column and column not in CELL_KEYS]
+    names = [column for column in frame.columns if "." in column and not column.startswith(PREFIX)]
+    keys = [name for name in names if name not in CELL_KEYS]
     kind = frame["sae"] if "sae" in frame else pd.Series("", index=frame.index)
     return [key for key in keys if frame[key].astype(str).groupby(kind.astype(str)).nunique().gt(1).any()]
 

@@ -11,6 +11,9 @@ import pandas as pd
 from harness.errors import UserError
 from harness.record.quality import read_qualities
 
+PREFIX = "quality."
+"""Of the names of all these columns."""
+
 INSTEAD = {
     "quality.downstream.delta_ce": "quality.downstream.kl",
     "quality.downstream.delta_ce_all": "quality.downstream.kl_all",
@@ -30,7 +33,7 @@ def quality_columns(runs: Sequence[Path]) -> pd.DataFrame:
         for metric, found in read_qualities(run).items():
             for name, entry in found["values"].items():
                 for suffix, key in (("", "value"), ("_se", "se")):
-                    row[f"quality.{metric}.{name}{suffix}"] = entry[key]
+                    row[f"{PREFIX}{metric}.{name}{suffix}"] = entry[key]
         rows.append(row)
     frame = pd.DataFrame(rows, index=range(len(runs)), dtype=float)
     return frame.replace({None: np.nan})

@@ -1,8 +1,8 @@
 """Study files (`sweeps/*.yaml`): a question, the grids that answer it, and the law to fit.
 
 Keys of a study: `question`, `title`, `law`, `sweep` (directory under `out`; default the study's name), `evaluate`
-(metrics by which finished runs are judged, see `harness.quality.registry`), `overrides` (common to all grids) and
-`grids`, a list of {`name`, `overrides`, `only`, `min_latents_per_expert_over_k`}.
+(metrics by which finished runs are judged, see `harness.quality.registry`), `evaluate_tokens` (of text, for them),
+`overrides` (common to all grids) and `grids`, a list of {`name`, `overrides`, `only`, `min_latents_per_expert_over_k`}.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Study:
     """The name or the path by which it was loaded."""
     evaluate: tuple[str, ...] = ()
     """Metrics by which its finished runs are judged."""
+    evaluate_tokens: int = 0
+    """Tokens of text for these metrics; 0: as many as `harness.evaluate` takes unless told otherwise."""
 
 
 def study_names() -> list[str]:
@@ -53,11 +55,15 @@ def load_study(name_or_path: str) -> Study:
     text = read_text(path, "study file")
     check_texts(text, path, _is_text)
     content = yaml.safe_load(text)
-    _check(content, path, {"question", "title", "law", "sweep", "evaluate", "overrides", "grids"}, "study")
+    known = {"question", "title", "law", "sweep", "evaluate", "evaluate_tokens", "overrides", "grids"}
+    _check(content, path, known, "study")
     common = _strings(content.get("overrides"), path, "overrides")
     grids = content.get("grids")
     if not isinstance(grids, list) or not grids:
         raise UserError(f"{path}: a study needs `grids`, a list of at least one grid")
+    tokens = content.get("evaluate_tokens", 0)
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
+        raise UserError(f"{path}: evaluate_tokens must be a whole number of tokens, such as 8192, not {tokens!r}")
     return Study(
         name=path.stem,
         question=str(content.get("question", "")),
@@ -67,6 +73,7 @@ def load_study(name_or_path: str) -> Study:
         grids=tuple(_grid(entry, common, path, number) for number, entry in enumerate(grids, start=1)),
         source=name_or_path,
         evaluate=_strings(content.get("evaluate"), path, "evaluate"),
+        evaluate_tokens=tokens,
     )
 
 

@@ -15,6 +15,7 @@ from analysis.cli import main
 from analysis.questions.quality_pairs import quality_pairs
 from analysis.questions.seeds import seed_stability
 from analysis.report.quality import quality_section
+from analysis.runs.populations import differing
 from analysis.runs.load import load
 from harness.errors import UserError
 from harness.record.quality import Value, quality_path, write_quality
@@ -46,6 +47,7 @@ def test_columns(sweep: Path) -> None:
     assert len(table.excluded) == 1  # the run without a value
     row = table.frame[table.frame["run_id"] == "n256k8"].iloc[0]
     assert row["quality.downstream.kl"] == pytest.approx(2 * 256**-0.5 * 8**-0.3, rel=0.05)
+    assert differing(table) == [], "what is measured is no setting"
     assert len(load(sweep)) > 0  # fvu is still the loss where none is named
 
 

@@ -21,15 +21,13 @@ def sae_shapes(study: Study, *overrides: str) -> Counter[tuple[str, int, int, in
 
 def test_shipped_studies() -> None:
     assert set(study_names()) == {
-        *("quick", "standard", "lr_width", "quality", "architectures", "optimisers"),
+        *("quick", "standard", "lr_width", "architectures", "optimisers"),
         *("routing", "description", "layers", "llama_scope", "manifolds", "mfr", "end_to_end"),
         *("gao2024_nk", "gao2024_16m", "gao2024_baselines", "switch2024_flop_matched", "switch2024_width_matched"),
     }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "quality")) for name in study_names()]
-)
+@pytest.mark.parametrize("name", study_names())
 def test_every_study_passes_a_dry_run(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,8 +37,13 @@ def test_every_study_passes_a_dry_run(
 
 
 def test_a_study_names_the_metrics_that_judge_its_runs(tmp_path: Path) -> None:
-    assert load_study("quality").evaluate == ("downstream", "geometry") and load_study("quick").evaluate == ()
+    quick = load_study("quick")
+    assert (quick.evaluate, quick.evaluate_tokens) == (("downstream", "geometry"), 8192)
+    assert (load_study("standard").evaluate, load_study("standard").evaluate_tokens) == ((), 0)
     path = tmp_path / "s.yaml"
+    path.write_text("evaluate_tokens: 1e4\ngrids: [{overrides: [sae=topk]}]")
+    with pytest.raises(UserError, match="evaluate_tokens must be a whole number of tokens, such as 8192, not '1e4'"):
+        load_study(str(path))
     path.write_text("evaluate: downstream\ngrids: [{overrides: [sae=topk]}]")
     with pytest.raises(UserError, match="evaluate must be a list of metrics"):
         load_study(str(path))
