@@ -15,8 +15,8 @@ from analysis.cli import main
 from analysis.questions.quality_pairs import quality_pairs
 from analysis.questions.seeds import seed_stability
 from analysis.report.quality import quality_section
-from analysis.runs.populations import differing
 from analysis.runs.load import load
+from analysis.runs.populations import differing
 from harness.errors import UserError
 from harness.record.quality import Value, quality_path, write_quality
 from harness.schema import with_seal
