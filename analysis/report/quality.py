@@ -16,14 +16,14 @@ from analysis.questions.quality_pairs import KL, quality_pairs
 from analysis.questions.seeds import SHARED, seed_stability
 from analysis.report import plot
 from analysis.report.pictures import encode
-from analysis.report.plot.style import GREY, k_style
+from analysis.report.plot.style import GREY, add_legend, k_style, log_axes, plain_log_ticks
 from analysis.runs.quality import PREFIX
 from analysis.runs.table import RunTable
 from harness.errors import UserError
 from harness.record.quality import read_quality
 
-LAW = "sae_nk_no_floor"
-"""Of KL: it has the fewest parameters, and small sweeps have few runs."""
+LAWS = ("sae_nk_no_floor", "sae_nk_no_interaction", "sae_nk")
+"""Of KL, the fewest parameters first: small sweeps have few runs. The first that fits without a caution is told."""
 
 
 class Panel(NamedTuple):
@@ -31,6 +31,8 @@ class Panel(NamedTuple):
 
     column: str
     title: str
+    label: str
+    """Of the y axis."""
     caption: str
     controls: tuple[str, ...] = ()
     """Columns that are drawn as grey lines: what no SAE is needed for."""
@@ -38,15 +40,23 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel(KL, "KL against width", "Nats per token between the model and the model with x replaced. Good: 0.", log=True),
+    Panel(
+        KL,
+        "KL against width",
+        "KL, nats per token",
+        "Between the model and the model with x replaced. Good: 0.",
+        log=True,
+    ),
     Panel(
         "quality.downstream.delta_ce",
         "ΔCE against width",
+        "ΔCE, nats per token",
         "What replacing x costs the next-token loss, nats per token. Good: 0; it may be negative.",
     ),
     Panel(
         "quality.probes.loss",
         "Probe loss against width",
+        "probe loss, nats",
         "Cross-entropy of the best single latent, mean over labels, on held-out documents. Good: the probe on all "
         "channels. Chance: the constant, and the best of n random directions.",
         ("quality.probes.loss_constant", "quality.probes.loss_random", "quality.probes.loss_full"),
@@ -54,24 +64,28 @@ PANELS = (
     Panel(
         "quality.explanations.precision",
         "Precision of token patterns",
+        "precision",
         "Share of places with the pattern at which the latent is active. Good: 1. Chance: the density of the latents.",
         ("quality.explanations.density",),
     ),
     Panel(
         "quality.detection.detection_auc",
         "Detection of latents by their explanation",
+        "AUC",
         "AUC of the judge. Good: 1. Floor: explanations of other latents.",
         ("quality.detection.detection_auc_shuffled",),
     ),
     Panel(
         "quality.ablation.sparsity",
         "Sparsity of ablations",
+        "share of the logits",
         "Share of the logits that an active latent changes. A random direction of the same size is the control.",
         ("quality.ablation.sparsity_random", "quality.ablation.sparsity_channels"),
     ),
     Panel(
         "quality.knowledge.score",
         "Country and continent held apart",
+        "score",
         "Mean of cause and iso when latents of one fact are exchanged between cities. Good: 1. Chance: one half, as of "
         "random latents. Channels and principal directions are the baselines.",
         tuple(f"quality.knowledge.score_{control}" for control in ("random", "neurons", "pca")),
@@ -79,6 +93,7 @@ PANELS = (
     Panel(
         "quality.geometry.duplicates",
         "Duplicates against width",
+        "share of latents",
         "Share of latents with another decoder row at a cosine above 0.9. Good: 0.",
     ),
 )
@@ -109,36 +124,38 @@ def _groups(frame: pd.DataFrame) -> list[tuple[str, float, pd.DataFrame]]:
 _LINES = ("-", "--", ":", "-.")
 
 
-def _styles(frame: pd.DataFrame, sae: str, k: float) -> dict[str, Any]:
-    names = sorted(set(frame["sae"].astype(str)))
-    return k_style(sorted(set(frame["k"].astype(float))), k) | {"ls": _LINES[names.index(sae) % len(_LINES)]}
+def _points(ax: Axes, frame: pd.DataFrame, x: str, y: str, line: bool) -> None:
+    """The runs of every architecture and k with their standard errors: colour and marker tell k, filled and solid is
+    TopK (else the first architecture)."""
+    levels = sorted(set(frame["k"].astype(float)))
+    names = sorted(set(frame["sae"].astype(str)), key=lambda name: (name != "topk", name))
+    for sae, k, part in _groups(frame):
+        error = part.get(f"{y}_se")
+        style, place = k_style(levels, k), names.index(sae)
+        style |= {"ls": _LINES[place % len(_LINES)] if line else "none", "lw": 1.2, "ms": 5, "capsize": 0}
+        error = None if error is None else error.astype(float).fillna(0.0)
+        ax.errorbar(part[x], part[y], yerr=error, mfc="white" if place else style["color"], **style)
+    for k in levels:
+        ax.plot([], [], ls="none", ms=5, label=f"k = {k:g}", **k_style(levels, k))
+    for place, sae in enumerate(names if len(names) > 1 else ()):
+        style = {"ls": _LINES[place % len(_LINES)] if line else "none", "marker": "o", "ms": 5, "color": "0.3"}
+        ax.plot([], [], mfc="white" if place else "0.3", label=sae, **style)
 
 
 def _panel(frame: pd.DataFrame, panel: Panel) -> dict[str, str] | None:
     if not _known(frame, panel.column):
         return None
-    figure = plot.figure(3.6)
+    figure = plot.figure(3.9)
     ax = figure.subplots()
-    for sae, k, part in _groups(frame):
-        error = part.get(f"{panel.column}_se")
-        error = None if error is None else error.astype(float).fillna(0.0)
-        ax.errorbar(
-            part["n_latents"], part[panel.column], yerr=error, ms=4, label=f"{sae}, k = {k:g}", **_styles(frame, sae, k)
-        )
+    _points(ax, frame, "n_latents", panel.column, line=True)
     for number_, control in enumerate(column for column in panel.controls if _known(frame, column)):
         by_n = frame.groupby("n_latents")[control].mean()
         name = control.rpartition(".")[2].replace("_", " ")
         ax.plot(by_n.index, by_n, color=GREY, ls=_LINES[number_ % len(_LINES)], lw=1, label=name)
-    _finish(ax, panel.log)
+    sizes = frame["n_latents"].to_numpy(dtype=float)
+    log_axes(ax, "number of latents n", panel.label, sizes, True, y_scale="log" if panel.log else "linear")
+    add_legend(ax, ncols=4, below=True)
     return {"src": encode(figure), "title": panel.title, "caption": panel.caption, "alt": f"{panel.title} for each k"}
-
-
-def _finish(ax: Axes, log: bool) -> None:
-    ax.set_xscale("log", base=2)
-    ax.set_xlabel("number of latents n")
-    if log:
-        ax.set_yscale("log")
-    ax.legend(fontsize=7, frameon=False)
 
 
 def _kl_against_fvu(table: RunTable) -> dict[str, str] | None:
@@ -151,16 +168,10 @@ def _kl_against_fvu(table: RunTable) -> dict[str, str] | None:
         label = {"pca": "PCA of rank r", "noise": "isotropic noise"}.get(name, name)
         line = "-" if name == "pca" else "--"
         ax.plot([p["fvu"] for p in points], [p["kl"] for p in points], color=GREY, ls=line, lw=1, label=label)
-    for sae, k, part in _groups(frame):
-        style: dict[str, Any] = _styles(frame, sae, k) | {"ls": "none"}
-        if sae != "topk":
-            style["markerfacecolor"] = "none"
-        ax.errorbar(part[fvu], part[KL], yerr=part.get(f"{KL}_se"), ms=4, label=f"{sae}, k = {k:g}", **style)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("fvu of the replaced rows")
-    ax.set_ylabel("KL, nats per token")
-    ax.legend(fontsize=7, frameon=False)
+    _points(ax, frame, fvu, KL, line=False)
+    log_axes(ax, "fvu of the replaced rows", "KL, nats per token")
+    plain_log_ticks(ax.xaxis)
+    add_legend(ax, ncols=4, below=True)
     caption = "Below the grey curves: errors that hurt the model less than those of PCA or of noise with the same fvu."
     return {"src": encode(figure), "title": "KL against fvu", "caption": caption, "alt": "KL against fvu of all SAEs"}
 
@@ -183,12 +194,23 @@ def _law_of_kl(table: RunTable) -> list[str]:
         part = table.where(sae=sae)
         part = RunTable(part.frame, {**part.roles, "loss": KL, "loss_se": f"{KL}_se"}, name=part.name)
         try:
-            result = fit(part, LAW, starts=16, regime="all")
+            lines.append(f"{sae}: {_law_words(_simplest(part))}")
         except UserError as problem:
             lines.append(f"{sae}: no law of KL ({problem}).")
-            continue
-        lines.append(f"{sae}: {_law_words(result)}")
     return lines
+
+
+def _simplest(part: RunTable) -> FitResult:
+    """The first of `LAWS` that fits well; the very first if none does. Raises `UserError` if that has too few runs."""
+    first = fit(part, LAWS[0], starts=16, regime="all")
+    for law in LAWS[1:] if first.status is not Status.OK else ():
+        try:
+            result = fit(part, law, starts=16, regime="all")
+        except UserError:
+            continue
+        if result.status is Status.OK:
+            return result
+    return first
 
 
 _MOST_PAIRS = 12

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
@@ -101,7 +102,7 @@ def log_axes(
     else:
         _few_decade_ticks(ax)
     if y_scale == "log":
-        plain_log_ticks(ax)
+        plain_log_ticks(ax.yaxis)
     return ax
 
 
@@ -147,15 +148,15 @@ def hollow_label(architectures: Iterable[str]) -> str:
     return "hollow: Switch" if others == {"switch"} else "hollow: other architectures"
 
 
-def plain_log_ticks(ax: Axes) -> None:
-    """Numbers like 0.2 instead of 2×10⁻¹ on the y axis, dense enough for a range below one decade."""
-    low, high = ax.get_ylim()
+def plain_log_ticks(axis: Axis) -> None:
+    """Numbers like 0.2 instead of 2×10⁻¹, dense enough for a range below one decade."""
+    low, high = axis.get_view_interval()
     decades = np.log10(high / low) if low > 0 else 2
     subs = next(subs for least, subs in TICKS if decades > least)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_minor_locator(NullLocator())
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def show(picture: Figure) -> None:
