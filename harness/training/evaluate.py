@@ -139,6 +139,14 @@ def heldout_errors(
     return HeldOutErrors(table, torch.cat(documents), normalizer.rule == "layernorm")
 
 
+def training_l0(sae: Sae, params: Params, source: ActivationSource, normalizer: Normalizer, runtime: Runtime) -> float:
+    """Active latents per row of the sample of training rows; the same on every rank."""
+    shards = runtime.shards
+    x = normalizer(source.sample().to(runtime.device), params["W_dec"].dtype)
+    active = (forward(sae, params, params, x, runtime).codes.values > 0).sum()
+    return float(shards.sum_(active, "all", "evaluation")) / (shards.dp * x.shape[0])
+
+
 _COLUMNS = ("error", "baseline", "error_raw", "baseline_raw", "active")
 """Per held-out row: ‖x − x̂‖² and ‖x − μ‖² normalised, both in the model's own units, active latents."""
 

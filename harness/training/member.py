@@ -22,7 +22,7 @@ from harness.record.metrics import MetricsFile, NullMetrics
 from harness.record.run import Run
 from harness.saes import Params
 from harness.schema import TEXT, fields, list_of, number, optional, whole
-from harness.training.evaluate import Evaluation, heldout_errors
+from harness.training.evaluate import Evaluation, heldout_errors, training_l0
 from harness.training.schedule import evaluation_steps, gain, half_of, has_converged
 from harness.training.state import TrainState
 
@@ -139,8 +139,8 @@ class Member:
             return None
         first = errors.evaluation(few)
         self.evaluations[state.done] = first.fvu
-        if state.sparsity is not None:
-            state.sparsity.aim(first.l0, state.done)
+        if state.sparsity is not None and self.config.sae.target_l0:
+            state.sparsity.aim(first.l0, training_l0(state.sae, state.params, self.source, state.normalizer, runtime))
         self.error_sums[state.done] = errors.error_sums(few)
         self.error_sums = {step: sums for step, sums in self.error_sums.items() if step >= state.done / 2 - 1}
         if whole:

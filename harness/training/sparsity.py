@@ -24,7 +24,7 @@ SMOOTHING = {"log": 0.05, "linear": 0.25}
 
 
 LEAST_L0, WIDEST_GAP = 1e-3, 0.5
-"""Where log L0 is cut off, and the held-out gap: L0 of a few steps says little while it moves fast."""
+"""Where log L0 is cut off, and the held-out gap: the first evaluations say little."""
 
 
 class Sparsity:
@@ -50,7 +50,7 @@ class Sparsity:
         begin = 1.0 if self.rule == "linear" else math.log(first)
         self.state = torch.tensor([begin, 0.0, 0.0, 0.0], dtype=torch.float64, device=device)
         """s or log λ; mean log(L0/target) of the last steps, the gap included; steps in that mean, at most
-        1/`SMOOTHING`; the gap, log(held-out L0 / L0 of training batches) at the last evaluation."""
+        1/`SMOOTHING`; the gap, log(held-out L0 / training L0) at the last evaluation."""
 
     def warmup(self, done: int) -> float:
         """Factor of λ in step `done` (from 0)."""
@@ -80,12 +80,7 @@ class Sparsity:
             steered = steered + move
         self.state.copy_(torch.stack([steered, now, count, gap]))
 
-    def aim(self, heldout_l0: float, done: int) -> None:
-        """Take note of the held-out L0 after `done` steps."""
-        target = self.config.sae.target_l0
-        if not target or self.warmup(done) < 1.0:
-            return
-        _, mean, _, gap = self.state.tolist()
-        distance = math.log(max(heldout_l0, LEAST_L0) / target)
-        measured = max(-WIDEST_GAP, min(WIDEST_GAP, distance - (mean - gap)))
-        self.state[1:4:2] += measured - gap
+    def aim(self, heldout_l0: float, training_l0: float) -> None:
+        """Take note of L0 on held-out rows and on training rows, both at the present weights."""
+        gap = math.log(max(heldout_l0, LEAST_L0) / max(training_l0, LEAST_L0))
+        self.state[1:4:2] += max(-WIDEST_GAP, min(WIDEST_GAP, gap)) - self.state[3]

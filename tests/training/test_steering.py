@@ -29,10 +29,11 @@ def test_held_out_l0_is_brought_to_the_target() -> None:
     """L0 falls with λ, and is 1.3 times as high on rows that were not trained on."""
     config = small_config(sae__architecture="relu", sae__k=0, sae__aux_alpha=0.0, sae__target_l0=8.0)
     steering = Sparsity(config, 1.0, torch.device("cpu"))
+    l0 = torch.tensor(0.0)
     for done in range(3000):
         l0 = 10.0 / steering.value(done).double().sqrt()
         if done % 500 == 499:
-            steering.aim(1.3 * float(l0), done)
+            steering.aim(1.3 * float(l0), float(l0))
         steering.observe(l0, done, 1e-3)
     assert 1.3 * float(l0) == pytest.approx(8.0, rel=1e-3)
     assert float(steering.state[3]) == pytest.approx(math.log(1.3), rel=1e-3)
