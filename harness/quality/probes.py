@@ -9,6 +9,7 @@ SAE has pre-activations in the token's own expert; elsewhere they count as 0. Sp
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -169,19 +170,56 @@ def settings(_judge: str) -> dict[str, str | None]:
     return {"sae_probes": installed()}
 
 
+def _content(parts: Sequence[Tasks]) -> str:
+    """Hash of all rows, halves and labels."""
+    digest = hashlib.sha256(f"{VERSION} {SCREENED}".encode())
+    for x, train, labels in parts:
+        for name, tensor in {"rows": x, "train": train, **labels}.items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _as_tensors(values: Mapping[str, Value]) -> dict[str, Tensor]:
+    """Number and standard error, if there is one."""
+    known = {name: [part for part in value if part is not None] for name, value in values.items()}
+    return {name: torch.tensor(parts, dtype=torch.float64) for name, parts in known.items()}
+
+
+class Beside:
+    """What no SAE is needed for, computed once for these tasks and kept on the disk."""
+
+    def __init__(self, shared: Shared, parts: Sequence[Tasks], sets: Mapping[str, SetRows]) -> None:
+        self._shared, self._parts, self._content = shared, parts, _content(parts)
+        self._labels = [name for tasks in parts for name in tasks.labels]
+        self.losses = self._kept("controls", lambda: controls(parts))
+        kept = shared.cached(f"probe-accuracies-{self._content}", lambda: _as_tensors(channel_accuracies(sets)))
+        self.of_channels = {name: Value(*value.tolist()) for name, value in kept.items()}
+
+    def random(self, n: int) -> Losses:
+        """The best of n random directions."""
+        return self._kept(f"random-{n}", lambda: {"random": random_losses(self._parts, n)})["random"]
+
+    def _kept(self, what: str, make: Callable[[], dict[str, Losses]]) -> dict[str, Losses]:
+        def tensors() -> dict[str, Tensor]:
+            return {
+                name: torch.tensor([losses[label] for label in self._labels], dtype=torch.float64)
+                for name, losses in make().items()
+            }
+
+        kept = self._shared.cached(f"probe-{what}-{self._content}", tensors)
+        return {name: dict(zip(self._labels, values.tolist(), strict=True)) for name, values in kept.items()}
+
+
 def run(subjects: Sequence[Subject], shared: Shared) -> Iterator[tuple[Subject, Outcome]]:
     sets = set_rows(shared)
     parts = tasks_of(shared, sets)
-    random: dict[int, Losses] = {}
     shared.progress.start("probes", len(subjects) + 1)
-    beside = controls(parts)
-    of_channels = channel_accuracies(sets)
+    beside = Beside(shared, parts, sets)
     for number, subject in enumerate(subjects, 1):
         sae = subject.load()
-        n = sae.sae.n_latents
-        if n not in random:
-            random[n] = random_losses(parts, n)
+        random = beside.random(sae.sae.n_latents)
         shared.tick(number)
-        outcome = judge(sae, parts, {**beside, "random": random[n]}, sets)
-        outcome.values.update(of_channels)
+        outcome = judge(sae, parts, {**beside.losses, "random": random}, sets)
+        outcome.values.update(beside.of_channels)
         yield subject, outcome

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
 
+from harness.config import ActivationsConfig
+from harness.process.signals import StopFlag
+from harness.progress import Progress
+from harness.quality import probes
 from harness.quality.labels import token_labels
 from harness.quality.logistic import cross_entropy, fit, fit_all, logistic, loss_of
 from harness.quality.probes import Tasks, best_of, controls, judge, random_losses
+from harness.quality.shared import Shared
 from tests.quality.planted import planted
 
 
@@ -104,6 +112,25 @@ def test_controls_and_values() -> None:
     assert outcome.curves["labels"][0]["latent"] == 7
     assert outcome.values["loss"].value == pytest.approx(beside["channel"]["planted"], abs=1e-3)
     assert outcome.values["loss_shuffled"].value > outcome.values["loss"].value + 0.1
+
+
+def test_what_needs_no_sae_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = halves(*data())
+    other = part._replace(train=~part.train)
+    expected, random = controls([part]), random_losses([part], 64)
+    calls: list[str] = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append("controls")
+        return controls(*arguments)
+
+    monkeypatch.setattr(probes, "controls", counted)
+    shared = Shared(ActivationsConfig(kind="synthetic"), tmp_path, 64, StopFlag(), Progress(io.StringIO()))
+    for _ in range(2):
+        beside = probes.Beside(shared, [part], {})
+        assert (beside.losses, beside.random(64), beside.of_channels) == (expected, random, {})
+    assert len(calls) == 1
+    assert probes.Beside(shared, [other], {}).losses != expected and len(calls) == 2
 
 
 class Words:
