@@ -20,11 +20,13 @@ from harness.quality.shared import Shared
 from harness.record.quality import Value
 from harness.saes.trained import TrainedSae
 
-VERSION = 1
+VERSION = 2
 DUPLICATE = 0.9
 NEIGHBOURS = 10
 """Of a row, for the purity of experts."""
 _BLOCK = 2048
+_RANDOM_ROWS = 2048
+"""Random rows whose nearest neighbours among n are asked for."""
 
 
 class Neighbours(NamedTuple):
@@ -38,20 +40,25 @@ class Neighbours(NamedTuple):
     """Share of the `NEIGHBOURS` nearest rows that belong to the row's own group."""
 
 
-def neighbours(rows: Float[Tensor, "n d"], groups: Int[Tensor, " n"], block: int = _BLOCK) -> Neighbours:
-    """Nearest other rows by cosine, over all rows and by group (numbered from 0). O(n²·d) time, O(n·block) memory."""
+def neighbours(
+    rows: Float[Tensor, "n d"], groups: Int[Tensor, " n"], block: int = _BLOCK, first: int | None = None
+) -> Neighbours:
+    """Nearest other rows by cosine, over all rows and by group (numbered from 0), of all rows or of the `first`.
+    O(n²·d) time, O(n·block) memory."""
     n, count = rows.shape[0], int(groups.max()) + 1
+    asked = n if first is None else min(first, n)
+    wanted = min(NEIGHBOURS if count > 1 else 1, n - 1)
     unit = torch.nn.functional.normalize(rows.float(), dim=1)
     order = groups.argsort(stable=True)
     place = order.argsort()
     sorted_unit, sizes = unit[order], torch.bincount(groups, minlength=count).tolist()
     parts: list[tuple[Tensor, ...]] = []
-    for start in range(0, n, block):
-        own = torch.arange(start, min(start + block, n), device=rows.device)
+    for start in range(0, asked, block):
+        own = torch.arange(start, min(start + block, asked), device=rows.device)
         cosines = unit[own] @ sorted_unit.T
         cosines[own - start, place[own]] = -torch.inf
         by_group = torch.stack([part.max(dim=1).values for part in cosines.split(sizes, dim=1)], dim=1)
-        top = cosines.topk(min(NEIGHBOURS, n - 1), dim=1)
+        top = cosines.topk(wanted, dim=1)
         same = groups[order[top.indices]] == groups[own, None]
         parts.append((top.values[:, 0], order[top.indices[:, 0]], by_group, same.float().mean(dim=1)))
     return Neighbours(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -75,7 +82,7 @@ def judge(sae: TrainedSae) -> Outcome:
     frequency = sae.frequency.cpu()
     dead = float((sae.fire_counts == 0).double().mean())
     generator = torch.Generator().manual_seed(0)
-    chance = neighbours(torch.randn(decoder.shape, generator=generator), groups)
+    chance = neighbours(torch.randn(decoder.shape, generator=generator), groups, first=_RANDOM_ROWS)
     values = {
         "duplicates": mean(duplicate),
         "duplicates_by_frequency": Value(float((duplicate * frequency).sum() / frequency.sum().clamp_min(1e-30))),
