@@ -27,7 +27,14 @@ from harness.training.schedule import evaluation_steps, gain, half_of, has_conve
 from harness.training.state import TrainState
 
 _SCALARS = fields(
-    {"done": whole(), "summed_steps": whole(), "wall_s": number(0), "eval_s": number(0), "flops_executed": number(0)}
+    {
+        "done": whole(),
+        "summed_steps": whole(),
+        "wall_s": number(0),
+        "eval_s": number(0),
+        "flops_executed": number(0),
+        "heldout_gap?": number(),
+    }
 )
 COUNTERS = fields(
     {

@@ -48,9 +48,11 @@ class Sparsity:
         first = sae.sparsity or FIRST[sae.traits.penalty] * (unit if sae.traits.penalty == "l1" else 1 / sae.target_l0)
         self.first, self.rule = first, "linear" if sae.target_l0 and sae.traits.penalty == "l0" else "log"
         begin = 1.0 if self.rule == "linear" else math.log(first)
-        self.state = torch.tensor([begin, 0.0, 0.0, 0.0], dtype=torch.float64, device=device)
+        self.state = torch.tensor([begin, 0.0, 0.0], dtype=torch.float64, device=device)
         """s or log λ; mean log(L0/target) of the last steps, the gap included; steps in that mean, at most
-        1/`SMOOTHING`; the gap, log(held-out L0 / training L0) at the last evaluation."""
+        1/`SMOOTHING`."""
+        self.gap = torch.zeros((), dtype=torch.float64, device=device)
+        """log(held-out L0 / training L0) at the last evaluation."""
 
     def warmup(self, done: int) -> float:
         """Factor of λ in step `done` (from 0)."""
@@ -67,8 +69,8 @@ class Sparsity:
         target = self.config.sae.target_l0
         if not target:
             return
-        steered, before, count, gap = self.state
-        distance = (l0.double().clamp(min=LEAST_L0) / target).log() + gap
+        steered, before, count = self.state
+        distance = (l0.double().clamp(min=LEAST_L0) / target).log() + self.gap
         count = (count + 1).clamp(max=1 / SMOOTHING[self.rule])
         now = before + (distance - before) / count
         far = FAR[self.rule]
@@ -78,9 +80,11 @@ class Sparsity:
         # while λ still grows by itself, L0 says little about where it will end
         if self.warmup(done) == 1.0:
             steered = steered + move
-        self.state.copy_(torch.stack([steered, now, count, gap]))
+        self.state.copy_(torch.stack([steered, now, count]))
 
     def aim(self, heldout_l0: float, training_l0: float) -> None:
         """Take note of L0 on held-out rows and on training rows, both at the present weights."""
         gap = math.log(max(heldout_l0, LEAST_L0) / max(training_l0, LEAST_L0))
-        self.state[1:4:2] += max(-WIDEST_GAP, min(WIDEST_GAP, gap)) - self.state[3]
+        self.state[1] -= self.gap
+        self.gap.fill_(max(-WIDEST_GAP, min(WIDEST_GAP, gap)))
+        self.state[1] += self.gap

@@ -305,6 +305,7 @@ class TrainState:
             "wall_s": self.elapsed(),
             "eval_s": self.eval_s,
             "flops_executed": self.flops_executed,
+            "heldout_gap": 0.0 if self.sparsity is None else float(self.sparsity.gap),
         }
 
     def views(self, shards: Shards) -> dict[str, Tensor]:
@@ -320,6 +321,8 @@ class TrainState:
         self.done, self.summed_steps = scalars["done"], scalars["summed_steps"]
         self.wall_s, self.eval_s = scalars["wall_s"], scalars["eval_s"]
         self.flops_executed = scalars["flops_executed"]
+        if self.sparsity is not None:
+            self.sparsity.gap.fill_(scalars.get("heldout_gap", 0.0))  # earlier versions did not have it
         self._mark = (self.done, self.wall_s - self.eval_s, self.flops_executed)
         self.optimizer.refresh_copies()
         self._dead_latents = find_dead(self.sae, self.dead, shards)

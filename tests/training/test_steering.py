@@ -36,7 +36,7 @@ def test_held_out_l0_is_brought_to_the_target() -> None:
             steering.aim(1.3 * float(l0), float(l0))
         steering.observe(l0, done, 1e-3)
     assert 1.3 * float(l0) == pytest.approx(8.0, rel=1e-3)
-    assert float(steering.state[3]) == pytest.approx(math.log(1.3), rel=1e-3)
+    assert float(steering.gap) == pytest.approx(math.log(1.3), rel=1e-3)
 
 
 def test_held_out_l0_is_measured_until_the_learning_rate_has_decayed() -> None:
