@@ -13,7 +13,7 @@ from analysis.format import interval, number
 from analysis.questions.description import description_lengths
 from analysis.questions.frontier import frontier, frontier_law
 from analysis.questions.isoflop import isoflop
-from analysis.questions.layers import DIMENSIONS, layer_laws, rank_correlation, suite
+from analysis.questions.layers import DIMENSIONS, hooks, layer_laws, rank_correlation, suite
 from analysis.questions.learning_rate import best_rates
 from analysis.questions.manifolds import regimes
 from analysis.questions.mutual import mutual
@@ -161,6 +161,10 @@ def run_layers(args: argparse.Namespace, runs: RunTable) -> int:
 def run_suite(args: argparse.Namespace, runs: RunTable) -> int:
     """Print fvu, L0 and losses of the language model by hook and layer."""
     print(as_text(suite(runs).rename(columns=lambda name: str(name).removeprefix("quality.downstream.")), digits=4))
+    apart = hooks(runs)
+    for _, run in runs.excluded.iterrows():
+        place = ", ".join(f"{column}={run[column]}" for column in apart)
+        print(f"left out: {place} ({run[runs.roles['run']]}): {run['reason']}")
     return 0
 
 

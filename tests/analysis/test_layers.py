@@ -67,7 +67,9 @@ def test_a_suite_has_a_row_per_hook_and_means_over_seeds(tmp_path, capsys) -> No
     found = suite(RunTable(frame, table.roles))
     assert found["layer"].tolist() == [0, 1] and found["quality.downstream.kl"].tolist() == [2.0, pytest.approx(0.6)]
     path = tmp_path / "runs.csv"
+    frame["fvu"] = [*frame["fvu"][:3], np.inf]
     frame.to_csv(path, index=False)
     assert main(["suite", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "resid_post" in printed and " kl" in printed
+    assert "left out: hook=resid_post, layer=1" in printed and "fvu is inf, not a finite number" in printed
