@@ -1,5 +1,8 @@
 """Exponents per hook and their relation to dimensions, both planted."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +11,7 @@ from analysis.cli import main
 from analysis.questions.layers import layer_laws, rank_correlation, suite
 from analysis.runs.table import RunTable
 from harness.errors import UserError
+from tests.analysis.generate import write_run
 
 EXPONENTS = {0: 0.45, 1: 0.30, 2: 0.20, 3: 0.15, 4: 0.12, 5: 0.10}
 
@@ -67,9 +71,18 @@ def test_a_suite_has_a_row_per_hook_and_means_over_seeds(tmp_path, capsys) -> No
     found = suite(RunTable(frame, table.roles))
     assert found["layer"].tolist() == [0, 1] and found["quality.downstream.kl"].tolist() == [2.0, pytest.approx(0.6)]
     path = tmp_path / "runs.csv"
-    frame["fvu"] = [*frame["fvu"][:3], np.inf]
     frame.to_csv(path, index=False)
     assert main(["suite", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "resid_post" in printed and " kl" in printed
-    assert "left out: hook=resid_post, layer=1" in printed and "fvu is inf, not a finite number" in printed
+
+
+def test_a_suite_tells_what_it_leaves_out(tmp_path: Path, capsys) -> None:
+    for layer, fvu in enumerate((0.2, 0.3, 1.4)):
+        path = write_run(tmp_path / "s", sae="topk", n=64, k=8, seed=layer, fvu=fvu) / "result.json"
+        result = json.loads(path.read_text())
+        result["config"]["activations"]["layer"] = layer
+        path.write_text(json.dumps(result))
+    assert main(["suite", str(tmp_path / "s")]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: layer=2 (topk-n64-k8-s2-generated): fvu is 1.4, not below 1" in printed
