@@ -16,7 +16,7 @@ from analysis.questions.quality_pairs import KL, quality_pairs
 from analysis.questions.seeds import SHARED, seed_stability
 from analysis.report import plot
 from analysis.report.pictures import encode
-from analysis.report.plot.style import GREY, add_legend, k_style, log_axes, plain_log_ticks
+from analysis.report.plot.style import GREY, LINES, add_legend, k_style, log_axes, plain_log_ticks
 from analysis.runs.quality import PREFIX
 from analysis.runs.table import RunTable
 from harness.errors import UserError
@@ -121,9 +121,6 @@ def _groups(frame: pd.DataFrame) -> list[tuple[str, float, pd.DataFrame]]:
     return [(str(sae), float(k), part.sort_values("n_latents")) for (sae, k), part in grouped]  # pyright: ignore
 
 
-_LINES = ("-", "--", ":", "-.")
-
-
 def _points(ax: Axes, frame: pd.DataFrame, x: str, y: str, line: bool) -> None:
     """The runs of every architecture and k with their standard errors: colour and marker tell k, filled and solid is
     TopK (else the first architecture)."""
@@ -132,13 +129,13 @@ def _points(ax: Axes, frame: pd.DataFrame, x: str, y: str, line: bool) -> None:
     for sae, k, part in _groups(frame):
         error = part.get(f"{y}_se")
         style, place = k_style(levels, k), names.index(sae)
-        style |= {"ls": _LINES[place % len(_LINES)] if line else "none", "lw": 1.2, "ms": 5, "capsize": 0}
+        style |= {"ls": LINES[place % len(LINES)] if line else "none", "lw": 1.2, "ms": 5, "capsize": 0}
         error = None if error is None else error.astype(float).fillna(0.0)
         ax.errorbar(part[x], part[y], yerr=error, mfc="white" if place else style["color"], **style)
     for k in levels:
         ax.plot([], [], ls="none", ms=5, label=f"k = {k:g}", **k_style(levels, k))
     for place, sae in enumerate(names if len(names) > 1 else ()):
-        style = {"ls": _LINES[place % len(_LINES)] if line else "none", "marker": "o", "ms": 5, "color": "0.3"}
+        style = {"ls": LINES[place % len(LINES)] if line else "none", "marker": "o", "ms": 5, "color": "0.3"}
         ax.plot([], [], mfc="white" if place else "0.3", label=sae, **style)
 
 
@@ -151,7 +148,7 @@ def _panel(frame: pd.DataFrame, panel: Panel) -> dict[str, str] | None:
     for number_, control in enumerate(column for column in panel.controls if _known(frame, column)):
         by_n = frame.groupby("n_latents")[control].mean()
         name = control.rpartition(".")[2].replace("_", " ")
-        ax.plot(by_n.index, by_n, color=GREY, ls=_LINES[number_ % len(_LINES)], lw=1, label=name)
+        ax.plot(by_n.index, by_n, color=GREY, ls=LINES[number_ % len(LINES)], lw=1, label=name)
     sizes = frame["n_latents"].to_numpy(dtype=float)
     log_axes(ax, "number of latents n", panel.label, sizes, True, y_scale="log" if panel.log else "linear")
     add_legend(ax, ncols=4, below=True)

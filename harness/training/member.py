@@ -140,14 +140,14 @@ class Member:
         few = self.config.train.eval_rows
         rows = max(few, self.source.heldout_rows) if whole else few
         errors = heldout_errors(state.sae, self.weights(), self.source, state.normalizer, rows, runtime)
+        if errors is not None and not whole and state.sparsity is not None and self.config.sae.target_l0:
+            on_training = training_l0(state.sae, state.params, self.source, state.normalizer, runtime)
+            state.sparsity.aim(errors.evaluation(few).l0, on_training)
         state.eval_s += time.monotonic() - begun
         state.collect_sent(runtime.shards)
         if errors is None:
             return None
-        first = errors.evaluation(few)
-        self.evaluations[state.done] = first.fvu
-        if state.sparsity is not None and self.config.sae.target_l0:
-            state.sparsity.aim(first.l0, training_l0(state.sae, state.params, self.source, state.normalizer, runtime))
+        self.evaluations[state.done] = errors.evaluation(few).fvu
         self.error_sums[state.done] = errors.error_sums(few)
         self.error_sums = {step: sums for step, sums in self.error_sums.items() if step >= state.done / 2 - 1}
         if whole:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from analysis.questions.convergence import Convergence
 from analysis.questions.learning_rate import BestRates
-from analysis.report.plot.style import add_legend, architecture_style, hollow_label, k_style, log_axes
+from analysis.report.plot.style import LINES, add_legend, architecture_style, hollow_label, k_style, log_axes
 from analysis.runs.axes import axis_words
 from analysis.runs.table import RunTable
 
@@ -17,14 +17,13 @@ from analysis.runs.table import RunTable
 def architectures(ax: Axes, table: RunTable, k: float, x: str, legend: bool = True) -> Axes:
     """Loss of each architecture at one k against n or FLOPs (`x` is the role)."""
     part = table.frame[table.values("k") == k]
-    lines = ("-", "--", ":", "-.")
     for i, (name, group) in enumerate(_populations(part)):
         means = group.groupby(table.roles["n"])[[table.roles[x], table.roles["loss"]]].mean()
         color = colormaps["viridis"]((0.0, 0.55, 0.8, 0.3)[i % 4])
         ax.plot(
             means[table.roles[x]],
             means[table.roles["loss"]],
-            ls=lines[i % 4],
+            ls=LINES[i % 4],
             marker="os^D"[i % 4],
             mfc=color if i == 0 else "white",
             color=color,

@@ -29,6 +29,8 @@ from matplotlib.ticker import (
 )
 
 MARKERS = "osD^vP*X<>"
+LINES = ("-", "--", ":", "-.")
+"""Of architectures or controls, in turn."""
 GREY = "0.6"
 WIDTH = 5.0
 """Inches: wide enough for a column, narrow enough to be read on a phone."""
@@ -139,7 +141,7 @@ def add_legend(ax: Axes, ncols: int = 1, below: bool = False) -> None:
 def architecture_style(place: int, count: int) -> dict[str, Any]:
     """Line, marker and colour of one of `count` architectures."""
     color = colormaps["turbo"](place / max(1, count - 1))
-    return {"ls": ("-", "--", ":", "-.")[place % 4], "marker": "os^Dvx"[place % 6], "ms": 4, "lw": 1.2, "color": color}
+    return {"ls": LINES[place % 4], "marker": "os^Dvx"[place % 6], "ms": 4, "lw": 1.2, "color": color}
 
 
 def hollow_label(architectures: Iterable[str]) -> str:
