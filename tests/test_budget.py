@@ -29,7 +29,7 @@ def step_flops(config: SaeConfig, tokens: int, n_dead: int, ops: Ops = reference
     params = initial_params(sae, torch.zeros(1, D, dtype=torch.float64), 0, Solo(), torch.device("cpu"), torch.float32)
     grads = {name: torch.zeros_like(value) for name, value in params.items()}
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(0))
-    dead = find_dead(sae, torch.arange(config.n_latents) < n_dead, Solo())
+    dead = find_dead(sae, torch.arange(config.n_latents) < n_dead, Solo(), ops)
     with FlopCounterMode(display=False) as counter:
         step(sae, params, params, x, runtime(Solo(), ops), dead, grads)
     return counter.get_total_flops()

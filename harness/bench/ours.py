@@ -79,8 +79,8 @@ class Contender:
         n, experts = task["n"], task["experts"]
         self.sae, self.params = settled(task, tensors, self.x)
         silent = torch.rand(n, generator=torch.Generator().manual_seed(1)) < task["dead"]
-        self.dead = find_dead(self.sae, silent.to(self.device), Solo())
         self.ops = choose_ops(task["ops"], self.device)
+        self.dead = find_dead(self.sae, silent.to(self.device), Solo(), self.ops)
         train, compute = TrainConfig(tokens=1e6), COMPUTE[task["precision"]]
         self.optimizer = Optimizer(self.sae, self.params, train, compute)
         self.taken, self.dense = 0, task["variant"] == "dense"
@@ -132,22 +132,24 @@ class Contender:
         self.optimizer.apply(LR, self.taken, loss.isfinite(), alone(self.device, ops))
         return begin, self.mark()
 
-    def graphed(self) -> Callable[[], None] | None:
-        """The step as a CUDA graph, as training replays it while no latent is dead; None without a GPU."""
+    def graphed(self) -> Callable[[DeadLatents | None], None] | None:
+        """The step as a CUDA graph, as training replays it; None without a GPU."""
         if self.device.type != "cuda" or self.ops.NAME != "triton":
             return None
-        runtime = alone(self.device, self.ops)
+        runtime, listed = alone(self.device, self.ops), None
         self.optimizer.rates = torch.empty(2, device=self.device)
 
         def compute(_: Tensor) -> None:
-            self.optimizer.apply(LR, 1, self.gradients(self.ops).isfinite(), runtime)
+            self.optimizer.apply(LR, 1, self.gradients(self.ops, listed).isfinite(), runtime)
 
         graph = StepGraph(compute, self.x)
 
-        def replay() -> None:
+        def replay(dead: DeadLatents | None) -> None:
+            nonlocal listed
+            listed = dead
             self.taken += 1
             self.optimizer.set_rates(LR, self.taken)
-            graph(self.x)
+            graph(self.x, dead is None)
 
         return replay
 
@@ -176,9 +178,19 @@ class Contender:
             "other_ms": self.between(end, parts_end) - sum(parts.values()),
             "auxk_extra_ms": with_dead_ms - step_ms,
             "bytes_per_s": 1e3 * self._copied_bytes / copy_ms,
-            **({} if self._graphed is None else {"graph_ms": self._steady("graph", self._graphed)}),
+            **self._graph_ms(),
             **self._selection(),
         }
+
+    def _graph_ms(self) -> dict[str, float]:
+        """Milliseconds of the step as a CUDA graph, also with dead latents where their lists can be recorded."""
+        replay = self._graphed
+        if replay is None:
+            return {}
+        times = {"graph_ms": self._steady("graph", lambda: replay(None))}
+        if self.dead is not None and self.dead.barred is not None:
+            times["graph_with_dead_ms"] = self._steady("graph with dead", lambda: replay(self.dead))
+        return times
 
     def _selection(self) -> dict[str, float]:
         """On a GPU: the selection alone, from the bare product's output, and `torch.topk` on the same numbers."""

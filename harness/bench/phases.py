@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from harness import budget
 from harness.activations.source import SAMPLE_ROWS
 from harness.activations.statistics import Statistics
 from harness.config import Config
+from harness.ops import Ops
 from harness.parallel import Shards
 from harness.process.runtime import Runtime
 from harness.record.checkpoint import save_checkpoint
@@ -100,12 +100,14 @@ def _step(state: TrainState, raw: Tensor, runtime: Runtime) -> None:
     state.end_step(runtime)
 
 
-def planned_dead(sae: Sae, dead: Tensor, shards: Shards) -> DeadLatents | None:
+def planned_dead(sae: Sae, dead: Tensor, shards: Shards, ops: Ops) -> DeadLatents | None:
     """As many dead latents as the plan expects."""
     count = math.ceil(budget.PLANNED_DEAD * dead.shape[0])
     if sae.aux_alpha == 0 or not count:
         return None
     groups = dead.shape[0] // sae.latents_per_expert if sae.routed else 1
-    rows = torch.zeros(count // groups * groups, dtype=torch.int64, device=dead.device)
-    offsets = tuple(itertools.accumulate([0, *[count // groups] * groups]))
-    return DeadLatents(rows, offsets, max(1, min(sae.aux_k, count // groups)), count * shards.shard)
+    length = min(dead.shape[0] // groups, ops.list_length(count // groups))
+    rows = torch.zeros(length * groups, dtype=torch.int64, device=dead.device)
+    offsets = tuple(range(0, (groups + 1) * length, length))
+    barred = torch.zeros(length * groups, device=dead.device) if ops.list_length(1) > 1 else None
+    return DeadLatents(rows, offsets, max(1, min(sae.aux_k, length)), count * shards.shard, barred)

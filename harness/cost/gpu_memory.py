@@ -45,23 +45,30 @@ def _step(config: Config, entries: _Entries, k: int, rows: int, width: int) -> f
     own = max(entries.select(k, width), entries.residual + chosen + entries.gradients(k, rows, width))
     aux = 0.0
     if sae.aux_alpha:
-        dead = int(budget.PLANNED_DEAD * rows)
-        k_aux = max(1, min(budget.aux_k(sae, entries.d_model), dead // groups))
-        aux = entries.residual + chosen + _aux(entries, k_aux, dead, dead // groups, sae.traits.routed)
+        listed = min(width, sizes.list_length(int(budget.PLANNED_DEAD * rows) // groups))
+        k_aux = max(1, min(budget.aux_k(sae, entries.d_model), listed))
+        aux = entries.residual + chosen + _aux(entries, k_aux, groups, listed, sae.traits.routed)
     # the norm of the gradient squares one matrix at a time
     update = entries.residual + chosen + entries.word * rows * entries.d_model if config.train.clip_norm else 0.0
     mutual = entries.residual + chosen + budget.mutual_bytes(config, entries.d_model)
     return held + max(own, aux, update, mutual)
 
 
-def _aux(entries: _Entries, k: int, dead: int, width: int, scaled: bool) -> float:
-    """Copies of the dead rows of both matrices and their gradients, and a second selection and reconstruction.
-    `scaled`: as in `_Entries.gradients`, by the router."""
-    copies = dead * (2 * entries.d_model * entries.low + 8)
-    grads = dead * (2 * entries.d_model + 1) * entries.word
+def _aux(entries: _Entries, k: int, groups: int, width: int, scaled: bool) -> float:
+    """Copies of the listed rows of both matrices and their gradients, and a second selection and reconstruction.
+    `width`: rows listed in each group; `scaled`: as in `_Entries.gradients`, by the router."""
+    listed = groups * width
+    copies = listed * (2 * entries.d_model * entries.low + 8 + 4)
+    grads = listed * (2 * entries.d_model + 1) * entries.word
+    precision = "bf16" if entries.low == 2 else "fp32"
+    if not scaled and entries.shards == 1 and sizes.kept_whole(entries.tokens, width, k, precision):
+        # activations and their gradients as matrices, and the residual in the precision of products
+        matrices = 2 * entries.tokens * sizes.padded(width) * entries.low
+        low = entries.residual / entries.word * entries.low if entries.low != entries.word else 0
+        return copies + entries.residual + matrices + low + grads
     # activations replace pre-activations
     chosen = entries.codes(k) - entries.tokens * k * entries.word
-    backward = grads + entries.gradients(k, dead, width, scaled)
+    backward = grads + entries.gradients(k, listed, width, scaled)
     return copies + max(entries.select(k, width), entries.residual + chosen + backward)
 
 

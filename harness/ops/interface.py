@@ -136,6 +136,11 @@ class Ops(Protocol):
         wider one with gathers. `precision` is fp64, fp32 or bf16."""
         ...
 
+    def list_length(self, rows: int) -> int:
+        """How long a list of `rows` latents should be made, by filling it up with others, so that the sizes of its
+        products suit the kernels; at least `rows`."""
+        ...
+
     def select(
         self,
         x: Float[Tensor, "tokens d"],

@@ -122,6 +122,10 @@ def dense_rows_per_k(precision: str) -> int:
     return DENSE_ROWS_PER_K
 
 
+def list_length(rows: int) -> int:
+    return rows
+
+
 def _is_dense(width: int, k: int) -> bool:
     return width <= DENSE_ROWS_PER_K * k
 

@@ -16,3 +16,31 @@ DENSE_ROWS_PER_K = {"bf16": 120, "fp32": 20}
 """A group of at most this many latents per active one is cheaper as dense products, by precision. Worked out, not
 measured: three gathers of k rows at 4.3 TB/s against four products at 790 (bf16) or 60 (fp32, no tensor cores) TFLOP/s
 on an H200."""
+
+MOST_PICKED = 1 << 13
+"""Elements that one program picks from: order and index of 8192 take 32 registers of each of 512 threads."""
+
+ALIGNMENT = 64
+"""Row strides of matrices are multiples of this many numbers."""
+
+
+def padded(width: int) -> int:
+    """Width of aligned rows that hold `width` numbers."""
+    return -(-width // ALIGNMENT) * ALIGNMENT
+
+
+def kept_whole(tokens: int, width: int, k: int, precision: str) -> bool:
+    """Whether the k largest of `width` pre-activations stay where they are, as a matrix with zeros, when neither order
+    nor negative values are asked for: products over the whole width follow, a program holds a row, and the matrix is no
+    larger than a tile."""
+    number = 2 if precision == "bf16" else 4
+    fits = padded(width) <= MOST_PICKED and tokens * padded(width) * number <= TILE_BYTES
+    return fits and width <= DENSE_ROWS_PER_K[precision] * k
+
+
+def list_length(rows: int) -> int:
+    """How long the list of `rows` dead latents is made: few lengths, so that a CUDA graph for each is seldom recorded,
+    and at most an eighth longer than it must be, or 63 places."""
+    eighth = (1 << max(0, rows - 1).bit_length()) // 16
+    step = max(ALIGNMENT, eighth)
+    return -(-rows // step) * step

@@ -21,3 +21,8 @@ def entr(p: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def integers(tensor: Int[Tensor, " count"]) -> list[int]:
     """The numbers on the host. Waits for the device."""
     return tensor.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def relu_backward_(gradient: Float[Tensor, "*shape"], activation: Float[Tensor, "*shape"]) -> None:
+    """Sets `gradient` to 0 where `activation` is not above 0, in one pass over memory."""
+    torch.ops.aten.threshold_backward.grad_input(gradient, activation, 0, grad_input=gradient)  # pyright: ignore[reportUnknownMemberType]

@@ -342,7 +342,10 @@ def _aux(
     groups = Groups(routing.groups.token_offsets, dead.row_offsets)
     W_dec, codes = compute["W_dec"][dead.rows], run.entries.dead
     if codes is None:
-        W_enc, b_enc = compute["W_enc"][dead.rows], params["b_enc"][dead.rows] if sae.enc_bias else None
+        W_enc, b_enc = compute["W_enc"][dead.rows], dead.barred
+        if sae.enc_bias:
+            own = params["b_enc"][dead.rows]
+            b_enc = own if b_enc is None else own + b_enc
         # only the choice among shards needs the order
         codes = ops.select(inputs, W_enc, b_enc, dead.k, groups, ordered=shards.shard > 1)
     if shards.shard > 1:

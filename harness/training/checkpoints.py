@@ -61,7 +61,7 @@ class Checkpoints:
         shards = self._runtime.shards
         load_tensors(checkpoint.directory, _views(members, shards), shards)
         for member in members:
-            member.restore(checkpoint.extra[member.run.run_id], shards)
+            member.restore(checkpoint.extra[member.run.run_id], self._runtime)
 
 
 def _views(members: Sequence[Member], shards: Shards) -> Mapping[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
 
 import torch
 from jaxtyping import Float
@@ -13,8 +14,8 @@ from harness.ops import Ops
 
 
 def can_repeat(config: Config, ops: Ops) -> bool:
-    """Whether a graph is asked for and these kernels do the same in all steps of a run of one process, while no latent
-    is dead."""
+    """Whether a graph is asked for and these kernels do the same in all steps of a run of one process, as long as lists
+    of dead latents have the same length."""
     train, sae = config.train, config.sae
     # other kernels read the learning rate on the host, so a recorded graph would keep its first value
     able = train.cuda_graph and ops.NAME == "triton" and train.precision != "fp64"
@@ -25,38 +26,41 @@ def can_repeat(config: Config, ops: Ops) -> bool:
 
 
 WARM_UP = 3
-"""Steps on the recording's stream before recording: they compile kernels and make lasting allocations."""
+"""Steps of a kind on the recording's stream before recording: they compile kernels and make lasting allocations."""
 
 
 class StepGraph:
-    """Calls `compute(batch)`; from the fourth call on it replays the recorded device work.
+    """Calls `compute(batch)`; from the fourth call of a `kind` on it replays the device work recorded for that kind.
 
-    `compute` must always do the same device work on the same tensors. It must not wait for the device or change
-    anything on the host. Every call does one step: recording executes nothing.
+    `compute` must always do the same device work on the same tensors for a kind. It must not wait for the device or
+    change anything on the host. Every call does one step: recording executes nothing.
     """
 
     def __init__(self, compute: Callable[[Float[Tensor, "tokens d"]], None], like: Float[Tensor, "tokens d"]) -> None:
         self._compute, self._batch = compute, torch.empty_like(like)
         self._stream = torch.cuda.Stream(like.device)
-        self._taken = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._taken: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        # graphs leave nothing in their memory, and one is replayed at a time
+        self._pool = torch.cuda.graph_pool_handle()
 
     def fits(self, batch: Float[Tensor, "tokens d"]) -> bool:
         """Whether `batch` has the recorded shape and dtype."""
         return batch.shape == self._batch.shape and batch.dtype == self._batch.dtype
 
-    def __call__(self, batch: Float[Tensor, "tokens d"]) -> None:
+    def __call__(self, batch: Float[Tensor, "tokens d"], kind: Hashable = ()) -> None:
         self._batch.copy_(batch)
-        if self._taken < WARM_UP:
-            self._taken += 1
+        if self._taken[kind] < WARM_UP:
+            self._taken[kind] += 1
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._compute(self._batch)
             torch.cuda.current_stream().wait_stream(self._stream)
             return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
+        if kind not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
             # the default mode forbids other threads to allocate, and the stream's thread pins memory all the time
-            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 self._compute(self._batch)
-        self._graph.replay()
+            self._graphs[kind] = graph
+        self._graphs[kind].replay()

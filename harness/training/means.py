@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.config import Config
@@ -30,7 +30,11 @@ def further_sums(config: Config) -> tuple[str, ...]:
 
 
 def summed(
-    config: Config, stats: Stats, norm: Float[Tensor, ""] | None, sparsity: Float[Tensor, ""] | None, n_dead: int
+    config: Config,
+    stats: Stats,
+    norm: Float[Tensor, ""] | None,
+    sparsity: Float[Tensor, ""] | None,
+    n_dead: Int[Tensor, ""],
 ) -> Float[Tensor, " sums"]:
     """The values of one step: `SUMS`, the share of each expert, `further_sums`. `norm`: of the gradient, if it was
     needed; `sparsity`: the coefficient of the penalty, if there is one."""

@@ -199,9 +199,9 @@ class Member:
             "ops": ops_name,
         }
 
-    def restore(self, counters: dict[str, Any], shards: Shards) -> None:
+    def restore(self, counters: dict[str, Any], runtime: Runtime) -> None:
         """Go on from a checkpoint; its tensors have been read into the state already."""
-        self.state.restore(counters["scalars"], shards)
+        self.state.restore(counters["scalars"], runtime)
         self.evaluations = {step: math.nan if fvu is None else fvu for step, fvu in counters["evaluations"]}
         self.error_sums = {
             int(step): [math.nan if entry is None else entry for entry in sums]

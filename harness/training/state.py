@@ -71,6 +71,8 @@ class TrainState:
     """Completed steps when the loss first was not finite; −1 while it is finite. int64."""
     number: Tensor
     """`done`, on the device, int64."""
+    n_dead: Tensor
+    """Dead latents on all shards that AuxK works on, on the device, int64."""
     sparsity: Sparsity | None = None
     """The coefficient of the penalty; None for architectures without one."""
     lm_flops: float = 0.0
@@ -89,6 +91,8 @@ class TrainState:
     """(completed steps, seconds of pure training, executed FLOPs) at the last log line or start, for rates."""
     _dead_latents: DeadLatents | None = None
     _graph: StepGraph | None = None
+    _lists: dict[tuple[int, ...], DeadLatents] = field(default_factory=dict)
+    """By their offsets, the lists that recorded graphs read."""
     _sent: dict[str, float] = field(default_factory=dict)
     """Bytes that this rank sent for this SAE since the last log line, by kind."""
 
@@ -116,7 +120,8 @@ class TrainState:
         graph = self._step_graph(batch, runtime) if isinstance(batch, Tensor) else None
         self.optimizer.set_rates(lr_at(self.config, self.done, self.last), self.done + 1)
         if graph is not None and isinstance(batch, Tensor):
-            graph(batch)
+            dead = self._dead_latents
+            graph(batch, () if dead is None else dead.row_offsets)
         else:
             self._compute(batch, runtime)
         self.end_step(runtime)
@@ -125,8 +130,16 @@ class TrainState:
         """What comes before the gradients of a step. `train_step` is all parts of it in turn."""
         if self.done % self.config.sae.aux_refresh_steps == 0:
             self.dead.copy_(self.silent >= self.config.sae.dead_after_tokens)
-            self._dead_latents = find_dead(self.sae, self.dead, runtime.shards)
+            self._list_dead(runtime)
         self.number.fill_(self.done)
+
+    def _list_dead(self, runtime: Runtime) -> None:
+        """The lists for AuxK from `dead`; waits for the device."""
+        found = find_dead(self.sae, self.dead, runtime.shards, runtime.ops)
+        if found is not None and found.barred is not None and self._can_record(runtime):
+            found = self._lists.setdefault(found.row_offsets, found).renewed(found)
+        self._dead_latents = found
+        self.n_dead.fill_(0 if found is None else found.total)
 
     def end_step(self, runtime: Runtime) -> None:
         """What comes after the update."""
@@ -178,16 +191,17 @@ class TrainState:
         self.bad_step.copy_(torch.where(well | (self.bad_step >= 0), self.bad_step, self.number))
         self.silent.add_(self.config.train.batch_tokens).masked_fill_(stats.fired > 0, 0)
         self.fire_counts.add_(stats.fired)
-        n_dead = 0 if self._dead_latents is None else self._dead_latents.total
-        self.sums += summed(self.config, stats, norm, sparsity, n_dead).to(self.sums.dtype)
+        self.sums += summed(self.config, stats, norm, sparsity, self.n_dead).to(self.sums.dtype)
+
+    def _can_record(self, runtime: Runtime) -> bool:
+        """Whether steps may be CUDA graphs."""
+        return runtime.shards.size == 1 and self.dead.is_cuda and can_repeat(self.config, runtime.ops)
 
     def _step_graph(self, raw: Float[Tensor, "tokens d"], runtime: Runtime) -> StepGraph | None:
-        """The step as a CUDA graph if requested and possible, else None.
-
-        It is possible while all steps do the same: in one process, with no latent dead.
-        """
-        alike = runtime.shards.size == 1 and self._dead_latents is None
-        if not (alike and raw.device.type == "cuda" and can_repeat(self.config, runtime.ops)):
+        """The step as a CUDA graph if requested and possible, else None: in one process, and with dead latents only in
+        lists that stay where they are."""
+        dead = self._dead_latents
+        if not self._can_record(runtime) or (dead is not None and dead.barred is None):
             return None
         if self._graph is None:
             self._graph = StepGraph(lambda batch: self._compute(batch, runtime), raw)
@@ -316,7 +330,7 @@ class TrainState:
         """Whether a tensor (`W_enc`, `adam_mean.W_enc`, a counter) holds only the latents of this rank."""
         return name in ("silent", "fire_counts", "dead") or self.sae.layout().get(name.split(".")[-1]) == "latent_rows"
 
-    def restore(self, scalars: dict[str, Any], shards: Shards) -> None:
+    def restore(self, scalars: dict[str, Any], runtime: Runtime) -> None:
         """Go on from a checkpoint; its tensors have been read into `views` already."""
         self.done, self.summed_steps = scalars["done"], scalars["summed_steps"]
         self.wall_s, self.eval_s = scalars["wall_s"], scalars["eval_s"]
@@ -325,7 +339,7 @@ class TrainState:
             self.sparsity.gap.fill_(scalars.get("heldout_gap", 0.0))  # earlier versions did not have it
         self._mark = (self.done, self.wall_s - self.eval_s, self.flops_executed)
         self.optimizer.refresh_copies()
-        self._dead_latents = find_dead(self.sae, self.dead, shards)
+        self._list_dead(runtime)
 
 
 def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> TrainState:
@@ -364,6 +378,7 @@ def make_state(config: Config, source: ActivationSource, runtime: Runtime) -> Tr
         sums=torch.zeros(len(SUMS) + sae.n_experts + len(further_sums(config)), dtype=torch.float64, device=device),
         bad_step=torch.tensor(-1, device=device),
         number=torch.tensor(0, device=device),
+        n_dead=torch.tensor(0, device=device),
         clock=time.monotonic(),
         lm_flops=source.flops_per_row if isinstance(source, WholeContexts) else 0.0,
         sparsity=Sparsity(config, math.sqrt(statistics.mean_sq_norm / unit) / sae.variance, device)

@@ -83,7 +83,7 @@ def test_every_figure_is_on_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_goals_are_reached_missed_or_not_measured() -> None:
-    results = {"shapes": {"S1": {"pct_of_floor": 60.4, "auxk_step_ratio": 1.8}}}
+    results = {"shapes": {"S1": {"pct_of_floor": 60.4, "auxk_over_fastest": 1.8}}}
     rows = {figure: (measured, reached) for figure, _, measured, reached in judged(results)}
     assert len(rows) == len(GOALS)
     assert rows["share of floor S1, %"] == ("60.40", "reached")

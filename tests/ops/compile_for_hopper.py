@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from harness.bench.gpu.kernels import EXTREMES
 from harness.ops import AdamState, Codes, Hyper
+from harness.ops.sizes import MOST_PICKED, padded
 from tests.ops.test_kernels import even_groups
 
 
@@ -107,11 +108,13 @@ def main() -> None:
         return compiled
 
     JITFunction.__getitem__ = launch  # type: ignore[method-assign]
-    from harness.ops.triton.selection import select_preactivations
+    from harness.ops.triton.selection import keep_positive, select_preactivations
 
     for width, k, tokens in EXTREMES:
         for dtype in (torch.bfloat16, torch.float32):
             select_preactivations(torch.zeros(min(tokens, 2), width, dtype=dtype), k)
+            if padded(width) <= MOST_PICKED:
+                keep_positive(torch.zeros(2, padded(width), dtype=dtype)[:, :width], k)
     for dtype in (torch.bfloat16, torch.float32):
         compile_all(768, 8192, 32, 24, 1, dtype)
     compile_all(768, 2048, 32, 24, 4, torch.bfloat16)

@@ -58,13 +58,12 @@ def test_float64_is_as_exact_as_the_reference(kernels: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_step_gives_the_same_bits_twice(kernels: str, name: str) -> None:
     sae, params, x, silent = case(name, kernels)
-    runs = []
+    ops, runs = kernel_set(kernels), []
+    dead = find_dead(sae, silent >= 10, Solo(), ops)
     for _ in range(2):
         grads = {key: torch.full_like(value, torch.nan) for key, value in params.items()}
         grads.setdefault("b_enc", torch.full((sae.n_latents,), torch.nan))
-        stats = step(
-            sae, params, params, x, runtime(Solo(), kernel_set(kernels)), find_dead(sae, silent >= 10, Solo()), grads
-        )
+        stats = step(sae, params, params, x, runtime(Solo(), ops), dead, grads)
         runs.append([stats.loss, stats.fired, *grads.values()])
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
 
@@ -87,9 +86,10 @@ def test_bfloat16_copies_give_the_reference_s_step(kernels: str, name: str) -> N
         | {"b_enc": torch.full((sae.n_latents,), torch.nan)}
         for _ in range(2)
     )
-    dead = find_dead(sae, silent >= 10, Solo())
-    stats = step(sae, params, compute, x, runtime(Solo(), kernel_set(kernels)), dead, actual)
-    expected_stats = step(sae, params, compute, x, runtime(Solo(), choose_ops("reference")), dead, expected)
+    (stats, expected_stats) = (
+        step(sae, params, compute, x, runtime(Solo(), ops), find_dead(sae, silent >= 10, Solo(), ops), grads)
+        for ops, grads in ((kernel_set(kernels), actual), (choose_ops("reference"), expected))
+    )
     assert torch.equal(stats.fired, expected_stats.fired)
     torch.testing.assert_close(stats.loss, expected_stats.loss)
     # dense products of the Triton kernels take gradients in bfloat16 too

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.ops import Codes, Groups, choose_ops, reference
+from harness.ops import Codes, Groups, choose_ops, is_whole, reference
+from harness.ops.sizes import padded
 from tests.ops.sets import kernel_set
 from tests.ops.test_kernels import (
     assert_products_equal,
@@ -59,6 +60,48 @@ def test_selects_from_given_preactivations(width: int, k: int, dtype: torch.dtyp
     assert_same_codes(actual, reference.select_preactivations(rows.float(), k))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=12, deadline=None)
+@given(st.integers(2, 9), st.integers(1, 150), st.integers(1, 40), st.booleans(), st.integers(0, 2**31))
+def test_without_order_the_positive_ones_stay_a_matrix(
+    dtype: torch.dtype, tokens: int, width: int, k: int, tied: bool, seed: int
+) -> None:
+    """The products from it are those from lists; NaN shows."""
+    ops, generator = kernel_set("triton"), torch.Generator().manual_seed(seed)
+    k, d, groups = min(k, width), 6, even_groups(tokens, width, 1)
+    # small whole numbers: every product is exact
+    x, W_enc, W_dec = (
+        torch.randint(-3, 4, (count, d), generator=generator).to(dtype) for count in (tokens, width, width)
+    )
+    bias = None if tied else torch.randint(-9, 10, (width,), generator=generator) / 8
+    codes = ops.select(x, W_enc, bias, k, groups, ordered=False)
+    assert is_whole(codes.index) == (width <= ops.dense_rows_per_k("bf16" if dtype is torch.bfloat16 else "fp32") * k)
+    expected = reference.select(x, W_enc, bias, k, groups)
+    lists = Codes(expected.values.relu(), expected.index)
+    matrix = torch.zeros(tokens, width).scatter_(1, lists.index, lists.values)
+    if not is_whole(codes.index):
+        return
+    assert torch.equal(codes.values.float(), matrix)
+    residual, dz, squared = ops.reconstruct(codes, W_dec, x.float(), None, groups)
+    other, other_dz, other_squared = reference.reconstruct(lists, W_dec.float(), x.float(), None, groups)
+    torch.testing.assert_close((residual, squared), (other, other_squared))
+    other_dz = torch.zeros(tokens, width).scatter_(1, lists.index, other_dz)
+    # the residual was rounded, and each of d products with a weight of at most 3 may be off by that
+    off = 3 * d * torch.finfo(dtype).eps * float(residual.abs().max() + 1)
+    for actual in (dz, ops.latent_grads(codes, W_dec, residual, groups)):
+        assert ((actual > 0) <= (matrix > 0)).all()
+        torch.testing.assert_close(actual.float(), other_dz, rtol=0, atol=off)
+    out, others = ((nan(width, d), nan(width, d), nan(width)) for _ in range(2))
+    ops.weight_grads(codes, dz, x, residual, groups, out)
+    reference.weight_grads(
+        Codes(matrix, codes.index), dz.float(), x.float(), residual.to(dtype).float(), groups, others
+    )
+    for grad, other_grad in zip(out, others, strict=True):
+        torch.testing.assert_close(grad, other_grad, rtol=1e-5, atol=1e-3)
+    x[0, 0] = torch.nan
+    assert ops.select(x, W_enc, bias, k, groups, ordered=False).values[0].isnan().any()
+
+
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan])
 def test_nan_comes_first_so_that_the_loss_shows_it(bad: float) -> None:
     rows = torch.randn(3, 600, generator=torch.Generator().manual_seed(0))
@@ -91,12 +134,12 @@ def test_any_row_is_cut_into_pieces_that_a_program_holds(width: int, k: int) -> 
         return
     cut, slots = selection.layout(width, k), power_of_2(k)
     assert cut.segment_width * cut.segments >= width > cut.segment_width * (cut.segments - 1)
-    assert cut.lanes <= selection.MOST_KEYS and cut.lanes * cut.block <= selection.MOST_NUMBERS
+    assert cut.lanes <= selection.MOST_PICKED and cut.lanes * cut.block <= selection.MOST_NUMBERS
     if cut.block * cut.chunks > 1:
         assert cut.lanes >= min(k, -(-width // cut.block)), "each of the k largest may have a lane of its own"
-        assert slots * cut.block * power_of_2(cut.chunks) <= selection.MOST_KEYS
+        assert slots * cut.block * power_of_2(cut.chunks) <= selection.MOST_PICKED
     if cut.segments > 1:
-        assert selection.MOST_KEYS // slots >= 2, "a merge must leave fewer segments"
+        assert selection.MOST_PICKED // slots >= 2, "a merge must leave fewer segments"
 
 
 @pytest.mark.slow
@@ -159,8 +202,8 @@ def test_dense_products_of_groups(
     generator = torch.Generator().manual_seed(d)
     x, weight = (torch.randn(count, d, generator=generator).bfloat16() for count in (tokens, rows))
     bias = torch.randn(rows, generator=generator).bfloat16()
-    z = torch.zeros(tokens, grouped.padded(widest)).bfloat16()[:, :widest]
-    actual = torch.full((tokens, grouped.padded(widest)), torch.nan)[:, :widest]
+    z = torch.zeros(tokens, padded(widest)).bfloat16()[:, :widest]
+    actual = torch.full((tokens, padded(widest)), torch.nan)[:, :widest]
     grouped.latent_products(x, weight, bias, token_offsets, row_starts, actual)
     reconstruction, expected = torch.full((tokens, d), torch.nan), torch.zeros(tokens, d)
     grads, sums = torch.zeros(rows, d), torch.zeros(rows)
@@ -226,7 +269,15 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     assert set(kernels) == {
         *("lanes_kernel", "candidates_kernel", "order_kernel", "decode_kernel", "segments_kernel", "combine_kernel"),
         *("latent_products_kernel", "reconstruction_kernel", "gradient_kernel", "column_sums_kernel"),
-        *("whole_kernel", "merge_kernel", "spread_kernel", "residual_kernel", "adam_kernel", "project_kernel"),
+        *(
+            "whole_kernel",
+            "keep_kernel",
+            "merge_kernel",
+            "spread_kernel",
+            "residual_kernel",
+            "adam_kernel",
+            "project_kernel",
+        ),
     }
     dense = [name for name in kernels if name.endswith(("products_kernel", "gradient_kernel"))]
     assert all(kernels[name]["matrix_units"] for name in dense)

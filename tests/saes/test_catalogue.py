@@ -53,7 +53,8 @@ def random_params(sae: Sae, generator: torch.Generator) -> Params:
 
 
 def assert_step_equals_dense(sae, params, x, silent, ops_name="reference", tolerance=1e-9, sparsity=0.07, done=3):  # type: ignore[no-untyped-def]
-    ops, dead = kernel_set(ops_name), find_dead(sae, silent >= 10, Solo())
+    ops = kernel_set(ops_name)
+    dead = find_dead(sae, silent >= 10, Solo(), ops)
     grads = {name: torch.full_like(value, torch.nan) for name, value in params.items()}
     grads |= {"threshold": torch.zeros(1, dtype=x.dtype)} if "threshold" in params else {}
     before = {name: value.clone() for name, value in params.items()}
@@ -75,7 +76,8 @@ def assert_step_equals_dense(sae, params, x, silent, ops_name="reference", toler
         preactivation_penalty=sae.preactivation_penalty,
         prolu=sae.prolu,
     )
-    assert_equal_to_autograd(stats, grads, leaves, expected, tolerance)
+    # where residuals hardly differ, AuxK's denominator is a small difference of large sums, and AuxK itself is large
+    assert_equal_to_autograd(stats, grads, leaves, expected, max(tolerance, 1e-14 * float(expected["aux_loss"])))
 
 
 @st.composite

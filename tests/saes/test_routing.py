@@ -83,7 +83,16 @@ def test_step_equals_dense_autograd(routing: str, consistency: float, dead_share
     params = make_params(sae)
     silent = torch.where(torch.rand(24, generator=torch.Generator().manual_seed(4)) < dead_share, 20, 0)
     grads = {name: torch.full_like(value, torch.nan) for name, value in params.items()}
-    stats = step(sae, params, params, x, runtime(Solo()), find_dead(sae, silent >= 10, Solo()), grads, done=done)
+    stats = step(
+        sae,
+        params,
+        params,
+        x,
+        runtime(Solo()),
+        find_dead(sae, silent >= 10, Solo(), runtime(Solo()).ops),
+        grads,
+        done=done,
+    )
 
     leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
     seen = torch.cat([x, x]) if consistency else x

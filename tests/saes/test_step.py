@@ -43,7 +43,7 @@ def assert_equal_to_autograd(stats, grads, leaves, expected, tolerance: float) -
 
 def assert_step_equals_dense(sae: Sae, params, x, silent, ops_name="reference", tolerance=1e-9) -> None:
     ops = kernel_set(ops_name)
-    dead = find_dead(sae, silent >= 10, Solo())
+    dead = find_dead(sae, silent >= 10, Solo(), ops)
     grads = {name: torch.full_like(value, torch.nan) for name, value in params.items()}
     grads.setdefault("b_enc", torch.full((sae.n_latents,), torch.nan, dtype=x.dtype))
     stats = step(sae, params, params, x, runtime(Solo(), ops), dead, grads)

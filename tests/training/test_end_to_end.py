@@ -167,7 +167,15 @@ def test_the_whole_gradient_equals_dense_autograd(
     grads = {key: torch.full_like(value, torch.nan) for key, value in params.items()}
     told = EndToEnd(WEIGHTS[objective], batch, normalizer, x)
     stats = step(
-        sae, params, params, x, runtime(), find_dead(sae, silent, Solo()), grads, sparsity=0.07, objective=told
+        sae,
+        params,
+        params,
+        x,
+        runtime(),
+        find_dead(sae, silent, Solo(), runtime().ops),
+        grads,
+        sparsity=0.07,
+        objective=told,
     )
 
     leaves = {key: value.clone().requires_grad_() for key, value in params.items()}

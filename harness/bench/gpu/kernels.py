@@ -16,6 +16,7 @@ from torch import Tensor
 
 from harness.bench.gpu.setting import Setting
 from harness.ops import Codes, Groups, reference
+from harness.ops.sizes import MOST_PICKED, padded
 
 EXTREMES = [(2_097_152, 512, 8), (2_097_152, 32, 8), (1_048_576, 128, 16), (131_072, 64, 64), (129_024, 32, 64)]
 EXTREMES += [(32_768, 32, 512), (1_638, 384, 64), (6_553, 2048, 16), (8_192, 4096, 4), (512, 1, 64)]
@@ -35,6 +36,8 @@ def kernels(setting: Setting) -> None:
                 same = torch.equal(found.values.nan_to_num(), expected.values.nan_to_num())
                 if not same or not torch.equal(found.index, expected.index):
                     failed.append(f"{name}: other latents than a stable sort")
+                if padded(width) <= MOST_PICKED and not torch.equal(kept(rows, k), positive(expected, width).to(dtype)):
+                    failed.append(f"{name}: another matrix than a stable sort")
     products = [(16, 96, 4, 1)] if setting.dry else PRODUCTS
     for d, rows, k, experts in products:
         for dtype in (torch.bfloat16, torch.float32):
@@ -82,6 +85,23 @@ def stable_top_k(rows: Tensor, k: int) -> Codes:
     """The k largest by a stable sort: slow, and plainly right. All NaN are equal, and largest."""
     values, index = rows.float().nan_to_num(torch.nan, torch.inf, -torch.inf).sort(dim=1, descending=True, stable=True)
     return Codes(values[:, :k], index[:, :k])
+
+
+def kept(rows: Tensor, k: int) -> Tensor:
+    """What AuxK keeps of these rows; NaN as −1."""
+    from harness.ops.triton.dense import aligned_rows
+    from harness.ops.triton.selection import keep_positive
+
+    matrix = aligned_rows(rows.shape[0], rows.shape[1], rows.dtype, rows.device)
+    matrix.copy_(rows)
+    keep_positive(matrix, k)
+    return matrix.nan_to_num(-1.0, torch.inf)
+
+
+def positive(codes: Codes, width: int) -> Tensor:
+    """The positive values of codes as a matrix; NaN as −1."""
+    values = codes.values.clamp(min=0).nan_to_num(-1.0, torch.inf)  # a NaN stays one under clamp
+    return values.new_zeros(values.shape[0], width).scatter_(1, codes.index, values)
 
 
 def product_distance(setting: Setting, d: int, n: int, k: int, experts: int, dtype: torch.dtype) -> float:

@@ -27,11 +27,11 @@ from harness.process.signals import StopFlag
 from harness.training.state import TrainState, make_state
 
 
-def small_config(setting: Setting, **changes: Any) -> Config:
+def small_config(setting: Setting, auxk: bool = False, **changes: Any) -> Config:
     """A TopK cell on synthetic activations at S1, or a toy."""
     shape = setting.shape("S1")
     container: dict[str, Any] = {
-        "sae": {"architecture": "topk", "n_latents": shape.n, "k": shape.k, "aux_alpha": 0.0},
+        "sae": {"architecture": "topk", "n_latents": shape.n, "k": shape.k} | ({} if auxk else {"aux_alpha": 0.0}),
         "activations": {
             "kind": "synthetic",
             "heldout_tokens": 1000,
@@ -69,6 +69,7 @@ def loop(setting: Setting) -> None:
             free(setting)
             held = 0 if setting.dry else torch.cuda.memory_allocated()
             state, runtime = prepared(setting, config, source, shards)
+            state.silent[::20] = round(config.sae.dead_after_tokens)  # for AuxK, if there is one
             for number in range(steps):
                 state.train_step(batches[number % len(batches)], runtime)
             peak = 0 if setting.dry else torch.cuda.max_memory_allocated() - held
@@ -89,6 +90,13 @@ def loop(setting: Setting) -> None:
         setting.record("loop.graph_ms", graph_ms)
         setting.record("loop.graph_equals_eager", same_bits(eager, graph))
         del graph
+        ends = []
+        for cuda_graph in (False, True):
+            state, ms, _ = train(small_config(setting, auxk=True, cuda_graph=cuda_graph))
+            setting.record(f"loop.auxk_{'graph' if cuda_graph else 'eager'}_ms", ms)
+            ends.append(state)
+        setting.record("loop.auxk_graph_equals_eager", same_bits(*ends))
+        del ends, state
         if not setting.dry:
             ranks = Ranks(0, 1, 0, ("127.0.0.1", free_port()))
             with mesh(1, 1, setting.device, ranks, even_alone=True) as shards:

@@ -6,6 +6,7 @@ float64 and when a selection is too wide for a program's registers (`selection.f
 """
 
 from harness.ops.reference import fired, latent_sums, select_above
+from harness.ops.sizes import list_length
 from harness.ops.triton.adam import project, update
 from harness.ops.triton.products import dense_rows_per_k, latent_grads, reconstruct, select, weight_grads
 from harness.ops.triton.selection import select_preactivations
@@ -16,6 +17,7 @@ __all__ = [
     "fired",
     "latent_grads",
     "latent_sums",
+    "list_length",
     "project",
     "reconstruct",
     "select",

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from harness.ops.sizes import padded
 from harness.ops.triton.dense_kernels import residual_kernel, spread_kernel
-from harness.ops.triton.grouped import padded
 from harness.ops.triton.sizes import INTERPRETED, power_of_2, tiles
 
 SPREAD_ROWS = 64 if INTERPRETED else 2

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from harness.ops.sizes import padded
 from harness.ops.triton.grouped_kernels import (
     column_sums_kernel,
     gradient_kernel,
@@ -57,16 +58,8 @@ are faster without it."""
 PRECISION = "ieee" if INTERPRETED else "tf32x3"
 """Of float32 products. Three products of the matrix units are as exact as float32 and faster than its own units."""
 
-ALIGNMENT = 64
-"""Row strides are multiples of this many numbers."""
-
 SUM_STEP, SUM_COLUMNS = 128, 32
 """Rows and columns that a program of the column sums reads at a time."""
-
-
-def padded(width: int) -> int:
-    """Width of aligned rows that hold `width` numbers."""
-    return tiles(width, ALIGNMENT) * ALIGNMENT
 
 
 def _aligned(*matrices: Tensor) -> bool:
@@ -128,7 +121,7 @@ def _with_rows(weight: Float[Tensor, "rows ..."], rows: int) -> Float[Tensor, "m
     return more
 
 
-def _wide(matrix: Float[Tensor, "rows width"]) -> Float[Tensor, "rows stride"]:
+def wide(matrix: Float[Tensor, "rows width"]) -> Float[Tensor, "rows stride"]:
     """The matrix with what lies between its rows: cuBLAS is several times slower at unaligned widths."""
     return matrix.as_strided((len(matrix), matrix.stride(0)), (matrix.stride(0), 1))
 
@@ -150,7 +143,7 @@ def latent_products(
     row of `out`, up to its stride, is undefined."""
     groups, (tokens, d) = len(row_starts) - 1, x.shape
     if groups == 1 and len(weight) < out.stride(0) == padded(len(weight)):
-        out = _wide(out)
+        out = wide(out)
         weight, bias = _with_rows(weight, out.shape[1]), None if bias is None else _with_rows(bias, out.shape[1])
     if groups == 1 and bias is not None and out.dtype is x.dtype:
         torch.addmm(bias, x, weight.T, out=out)
@@ -181,7 +174,7 @@ def reconstructions(
     a row of `z`, up to its stride, is 0."""
     groups, (tokens, d) = len(row_starts) - 1, out.shape
     if groups == 1:
-        _product(_wide(z), _with_rows(weight, z.stride(0)) if len(weight) < z.stride(0) else weight, out)
+        _product(wide(z), _with_rows(weight, z.stride(0)) if len(weight) < z.stride(0) else weight, out)
         return
     tile, stride = _tile(RECONSTRUCTIONS, z, weight), z.stride(0)
     across = tiles(d, tile.columns)
@@ -209,7 +202,7 @@ def weight_gradients(
     order; 0 for latents of groups without tokens. With `add` they are added to `out` and `sums`."""
     groups, d = len(row_starts) - 1, y.shape[1]
     if groups == 1:
-        z = _wide(z)
+        z = wide(z)
         product = torch.empty((z.shape[1], d), device=out.device) if add or len(out) < z.shape[1] else out
         _product(z.T, y, product)
         if add:

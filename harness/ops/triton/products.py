@@ -14,13 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harness.ops import reference
-from harness.ops.interface import Codes, Groups, Reduce
-from harness.ops.sizes import DENSE_ROWS_PER_K, TILE_BYTES
+from harness.ops.interface import Codes, Groups, Reduce, is_whole, whole_index
+from harness.ops.sizes import DENSE_ROWS_PER_K, TILE_BYTES, kept_whole, padded
 from harness.ops.triton import gradients
 from harness.ops.triton.decode import decode
 from harness.ops.triton.dense import aligned_rows, spread, subtract
-from harness.ops.triton.grouped import latent_products, padded, reconstructions, weight_gradients
-from harness.ops.triton.selection import fits, select_rows
+from harness.ops.triton.grouped import latent_products, reconstructions, weight_gradients, wide
+from harness.ops.triton.selection import fits, keep_positive, select_rows
+from harness.ops.untyped import relu_backward_
 
 
 def _widest(groups: Groups) -> int:
@@ -62,6 +63,11 @@ def select(
     if x.dtype is torch.float64 or rows == 0 or not fits(widest, k):
         return reference.select(x, W_enc, b_enc, k, groups)
     x, bias = x.contiguous(), None if b_enc is None else b_enc.to(x.dtype)
+    if not ordered and len(groups.row_offsets) == 2 and kept_whole(tokens, rows, k, _precision(x.dtype)):
+        z = aligned_rows(tokens, rows, x.dtype, x.device)
+        latent_products(x, W_enc, bias, groups.token_offsets, groups.row_starts, z)
+        keep_positive(z, k)
+        return Codes(z, whole_index(slice(0, rows), tokens, x.device))
     values = torch.empty((tokens, k), device=x.device)
     index = torch.empty((tokens, k), dtype=torch.int64, device=x.device)
     firsts, widths = _of_tokens(groups, tokens, x.device)
@@ -77,8 +83,21 @@ def dense_rows_per_k(precision: str) -> int:
     return reference.dense_rows_per_k(precision) if precision == "fp64" else DENSE_ROWS_PER_K[precision]
 
 
+def _precision(dtype: torch.dtype) -> str:
+    return "fp32" if dtype is torch.float32 else "bf16"
+
+
 def _is_dense(groups: Groups, k: int, dtype: torch.dtype) -> bool:
-    return _widest(groups) <= dense_rows_per_k("fp32" if dtype is torch.float32 else "bf16") * k
+    return _widest(groups) <= DENSE_ROWS_PER_K[_precision(dtype)] * k
+
+
+def _matrix(values: Float[Tensor, "tokens rows"], dtype: torch.dtype) -> Float[Tensor, "tokens rows"]:
+    """Values of the whole form with aligned rows and zeros between them, as `select` returns them, or as a copy."""
+    if values.dtype is dtype and values.stride() == (padded(values.shape[1]), 1):
+        return values
+    matrix = torch.zeros((values.shape[0], padded(values.shape[1])), dtype=dtype, device=values.device)
+    matrix[:, : values.shape[1]] = values
+    return matrix[:, : values.shape[1]]
 
 
 def reconstruct(
@@ -93,9 +112,15 @@ def reconstruct(
     if W_dec.dtype is torch.float64 or x.dtype is torch.float64 or rows == 0:
         return reference.reconstruct(codes, W_dec, x, scale, groups, reduce)
     (tokens, k), device = codes.values.shape, x.device
-    values, index = codes.values.float().contiguous(), codes.index.contiguous()
     x = x.contiguous()
     residual, squared = torch.empty(x.shape, device=device), torch.empty(tokens, device=device)
+    if is_whole(codes.index):
+        active = _matrix(codes.values, W_dec.dtype)
+        reconstructions(active, W_dec, groups.token_offsets, groups.row_starts, residual)
+        residual, scale = _reduced(residual, scale, reduce)
+        low = subtract(x, scale, residual, squared, W_dec.dtype)
+        return residual, _whole_latent_grads(low, W_dec, active, groups), squared
+    values, index = codes.values.float().contiguous(), codes.index.contiguous()
     dz = torch.empty((tokens, k), device=device)
     if not _is_dense(groups, k, W_dec.dtype):
         out = (residual, dz, squared)
@@ -110,16 +135,35 @@ def reconstruct(
     for block, offsets in blocks:
         active = spread(values[block], index[block], firsts[block], widest, W_dec.dtype)
         reconstructions(active, W_dec, offsets, groups.row_starts, residual[block])
-    if reduce is not None:
-        if scale is not None:
-            residual *= scale[:, None]
-        residual, scale = reduce(residual), None
+    residual, scale = _reduced(residual, scale, reduce)
     columns = index - firsts[:, None]
     for block, offsets in blocks:
         own = None if scale is None else scale[block]
         low = subtract(x[block], own, residual[block], squared[block], W_dec.dtype)
         dz[block] = _dense_latent_grads(low, W_dec, values[block], columns[block], offsets, groups)
     return residual, dz, squared
+
+
+def _reduced(
+    partial: Float[Tensor, "tokens d"], scale: Float[Tensor, " tokens"] | None, reduce: Reduce | None
+) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, " tokens"] | None]:
+    """The reconstruction, and the factor that it still lacks."""
+    if reduce is None:
+        return partial, scale
+    return reduce(partial if scale is None else partial.mul_(scale[:, None])), None
+
+
+def _whole_latent_grads(
+    residual: Float[Tensor, "tokens d"],
+    W_dec: Float[Tensor, "rows d"],
+    active: Float[Tensor, "tokens rows"],
+    groups: Groups,
+) -> Float[Tensor, "tokens rows"]:
+    """In the form and the precision of `active`, a `_matrix`."""
+    products = aligned_rows(active.shape[0], active.shape[1], active.dtype, active.device)
+    latent_products(residual, W_dec, None, groups.token_offsets, groups.row_starts, products)
+    relu_backward_(wide(products), wide(active))
+    return products
 
 
 def _dense_latent_grads(
@@ -142,6 +186,9 @@ def latent_grads(
     values, (tokens, k) = codes.values, codes.values.shape
     if W_dec.dtype is torch.float64 or W_dec.shape[0] == 0:
         return reference.latent_grads(codes, W_dec, residual, groups)
+    if is_whole(codes.index):
+        low = residual.to(W_dec.dtype).contiguous()
+        return _whole_latent_grads(low, W_dec, _matrix(values, W_dec.dtype), groups)
     if _is_dense(groups, k, W_dec.dtype):
         widest, firsts = _widest(groups), _of_tokens(groups, tokens, residual.device)[0]
         low, columns = residual.to(W_dec.dtype).contiguous(), codes.index - firsts[:, None]
@@ -169,8 +216,13 @@ def weight_grads(
     (tokens, k), rows = codes.values.shape, out[0].shape[0]
     if rows == 0:
         return
-    values, index, dz = codes.values.float().contiguous(), codes.index.contiguous(), dz.contiguous()
     x, residual = x.contiguous(), residual.contiguous()
+    if is_whole(codes.index):
+        own = groups.token_offsets, groups.row_starts
+        weight_gradients(_matrix(codes.values, x.dtype), residual.to(x.dtype), *own, out[1])
+        weight_gradients(_matrix(dz, x.dtype), x, *own, out[0], out[2])
+        return
+    values, index, dz = codes.values.float().contiguous(), codes.index.contiguous(), dz.contiguous()
     if not _is_dense(groups, k, x.dtype):
         # in the precision of the products, as in the dense case: half the bytes to gather
         gradients.weight_grads(index, values, dz, x, residual.to(x.dtype), out)

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from harness.ops import reference
 from harness.ops.interface import Codes
+from harness.ops.sizes import MOST_PICKED
 from harness.ops.triton.selection_kernels import (
     candidates_kernel,
+    keep_kernel,
     lanes_kernel,
     merge_kernel,
     order_kernel,
@@ -29,11 +31,12 @@ from harness.ops.triton.selection_kernels import (
 )
 from harness.ops.triton.sizes import INTERPRETED, power_of_2, tiles
 
-MOST_KEYS = 1 << 13
-"""Elements that one program picks from: order and index of 8192 take 32 registers of each of 512 threads."""
 PROGRAM_KEYS = (1 << 14) if INTERPRETED else 512
 """Elements that a program picks from, if rows are short."""
 KEYS_PER_WARP, MOST_WARPS = 256, 16
+KEPT_PER_WARP = 512
+"""Of rows that `keep_positive` picks from: it has one number an element to hold, and few warps wait less for each
+other."""
 MOST_LANES = 1 << 11
 """Of rows with fewer than 256 active latents."""
 MOST_NUMBERS, BLOCK = 1 << 14, 8
@@ -61,13 +64,13 @@ def layout(width: int, k: int) -> Layout:
     """How to cut a row of `width` numbers. With more lanes, picking k of them costs more; with fewer, there are more
     candidates. At 4·k lanes two of the k largest rarely share one, and √(width·k) balances the two."""
     slots, whole = power_of_2(k), power_of_2(max(16, width))
-    if whole <= min(MOST_KEYS, max(SHORT, WHOLE_PER_K * slots)):
+    if whole <= min(MOST_PICKED, max(SHORT, WHOLE_PER_K * slots)):
         return Layout(whole, 1, 1, 1)
-    lanes = min(power_of_2(max(16, 4 * k, math.sqrt(width * k))), max(MOST_LANES, 16 * slots), MOST_KEYS)
+    lanes = min(power_of_2(max(16, 4 * k, math.sqrt(width * k))), max(MOST_LANES, 16 * slots), MOST_PICKED)
     block = min(BLOCK, MOST_NUMBERS // lanes)
     lanes = min(lanes, whole // block)
     chunks = tiles(width, lanes * block)
-    segments = tiles(chunks, MOST_KEYS // (slots * block))
+    segments = tiles(chunks, MOST_PICKED // (slots * block))
     return Layout(lanes, block, tiles(chunks, segments), segments)
 
 
@@ -108,7 +111,7 @@ def select_rows(
         least = torch.empty((tokens, cut.segments), dtype=torch.int32, device=z.device)
         shared = bits, widths, chosen, winners, *sizes, cut.segment_width
         shape = {"LANES": cut.lanes, "BLOCK": cut.block, **number}
-        at_a_time = min(MOST_KEYS // 4 if cut.block == BLOCK else MOST_KEYS, cut.lanes * cut.block // 4)
+        at_a_time = min(MOST_PICKED // 4 if cut.block == BLOCK else MOST_PICKED, cut.lanes * cut.block // 4)
         launch(lanes_kernel, at_a_time, cut.segments, *shared, least, **shape, INTERPRETED=INTERPRETED)
         chunks = power_of_2(cut.chunks)
         tile = slots * chunks * cut.block
@@ -117,13 +120,26 @@ def select_rows(
     launch(order_kernel, slots, 1, bits, widths, firsts, winners, *out, *sizes, **number, SLOTS=slots, ORDERED=ordered)
 
 
+def keep_positive(z: Float[Tensor, "tokens width"], k: int) -> None:
+    """In place: the positive ones of each row's k largest numbers, equal ones by lowest index, and 0 elsewhere up to
+    the row's stride, which is at most `MOST_PICKED`. float32 or bfloat16."""
+    (tokens, width), stride = z.shape, z.stride(0)
+    lanes, value_bits = power_of_2(max(16, stride)), 8 * z.element_size()
+    rows, bits = max(1, PROGRAM_KEYS // lanes), z.view(torch.int32 if value_bits == 32 else torch.int16)
+    keep_kernel[(tiles(tokens, rows),)](
+        bits, tokens, width, stride, k,
+        ROWS=rows, LANES=lanes, VALUE_BITS=value_bits,
+        num_warps=max(1, min(MOST_WARPS, rows * lanes // KEPT_PER_WARP)),
+    )  # fmt: skip
+
+
 def _merged(
     winners: Tensor, cut: Layout, launch: Callable[..., None], widths: Tensor, index_bits: dict[str, int]
 ) -> Tensor:
     """The winners of each row, from those of its segments."""
     tokens, segments, k = winners.shape
     slots, size = power_of_2(k), cut.segment_width
-    at_once = MOST_KEYS // slots
+    at_once = MOST_PICKED // slots
     while segments > 1:
         left, most = tiles(segments, at_once), power_of_2(min(segments, at_once))
         merged = torch.empty((tokens, left, k), dtype=torch.int64, device=winners.device)
@@ -135,7 +151,7 @@ def _merged(
 
 def fits(width: int, k: int) -> bool:
     """Whether the kernels can hold such a selection."""
-    return 2 * power_of_2(k) <= MOST_KEYS or (power_of_2(k) <= MOST_KEYS and width <= MOST_KEYS)
+    return 2 * power_of_2(k) <= MOST_PICKED or (power_of_2(k) <= MOST_PICKED and width <= MOST_PICKED)
 
 
 def select_preactivations(preactivations: Float[Tensor, "tokens rows"], k: int) -> Codes:

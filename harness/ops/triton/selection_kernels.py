@@ -38,6 +38,24 @@ def _key(order: tl.tensor, index: tl.tensor, INDEX_BITS: tl.constexpr) -> tl.ten
 
 
 @triton.jit
+def _smallest_picked(order: tl.tensor, wanted: tl.tensor, least: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The largest order that at least `wanted` elements of a row reach, and how many do; by bisection from `least`,
+    which so many reach, or all if there are fewer."""
+    low, high = least, tl.max(order, axis=1) + 1
+    count = tl.sum((order >= low[:, None]).to(tl.int32), axis=1)
+    searching = (count > wanted) & (low + 1 < high)
+    while tl.max(searching.to(tl.int32), axis=0) > 0:
+        middle = (low & high) + ((low ^ high) >> 1)
+        reached = tl.sum((order >= middle[:, None]).to(tl.int32), axis=1)
+        enough = reached >= wanted
+        low = tl.where(searching & enough, middle, low)
+        count = tl.where(searching & enough, reached, count)
+        high = tl.where(searching & (reached < wanted), middle, high)
+        searching = (count > wanted) & (low + 1 < high)
+    return low, count
+
+
+@triton.jit
 def _pick(
     order: tl.tensor, index: tl.tensor, wanted: tl.tensor, least: tl.tensor, SHIFT: tl.constexpr,
     INDEX_BITS: tl.constexpr,
@@ -50,17 +68,7 @@ def _pick(
     among those of that order.
     """
     order = order >> SHIFT
-    low, high = least >> SHIFT, tl.max(order, axis=1) + 1
-    count = tl.sum((order >= low[:, None]).to(tl.int32), axis=1)
-    searching = (count > wanted) & (low + 1 < high)
-    while tl.max(searching.to(tl.int32), axis=0) > 0:
-        middle = (low & high) + ((low ^ high) >> 1)
-        reached = tl.sum((order >= middle[:, None]).to(tl.int32), axis=1)
-        enough = reached >= wanted
-        low = tl.where(searching & enough, middle, low)
-        count = tl.where(searching & enough, reached, count)
-        high = tl.where(searching & (reached < wanted), middle, high)
-        searching = (count > wanted) & (low + 1 < high)
+    low, count = _smallest_picked(order, wanted, least >> SHIFT)
     equal = order == low[:, None]
     above = tl.sum((order > low[:, None]).to(tl.int32), axis=1)
     first, end = low * 0, low * 0 + ((1 << INDEX_BITS) - 1)
@@ -161,6 +169,28 @@ def whole_kernel(
     lowest = width * 0 + LOWEST
     picked, _ = _pick(order, index, tl.minimum(width, k), lowest, 32 - VALUE_BITS, INDEX_BITS)
     _store_winners(winners, row, k, picked, order, index, INDEX_BITS)
+
+
+@triton.jit
+def keep_kernel(
+    z: tl.tensor, tokens: tl.tensor, width: tl.tensor, stride: tl.tensor, k: tl.tensor,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VALUE_BITS: tl.constexpr,
+) -> None:  # fmt: skip
+    """In place: the positive ones of each row's k largest numbers, and 0 elsewhere up to the row's stride."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, LANES)[None, :]
+    alive = (row < tokens)[:, None]
+    at = z + row.to(tl.int64)[:, None] * stride + column
+    order = _order(_bits(tl.load(at, mask=alive & (column < width), other=0), VALUE_BITS)) >> (32 - VALUE_BITS)
+    order = tl.maximum(order, 0)
+    wanted = tl.minimum(tl.sum((order > 0).to(tl.int32), axis=1), k)
+    low, _ = _smallest_picked(order, wanted, wanted * 0 + 1)
+    above = order > low[:, None]
+    equal = order == low[:, None]
+    left = wanted - tl.sum(above.to(tl.int32), axis=1)
+    picked = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= left[:, None]))
+    # of a positive number, order and bit pattern are the same
+    tl.store(at, tl.where(picked, order, 0).to(z.dtype.element_ty), mask=alive & (column < stride))
 
 
 @triton.jit
