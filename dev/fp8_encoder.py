@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,7 +29,7 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 def rounded(rows: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
     """Every row rounded to e4m3 numbers times a power of two of its own."""
-    largest = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny)
+    largest = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=2.0**-100)
     scale = torch.exp2(torch.floor(torch.log2(LARGEST / largest)))
     return ((rows.float() * scale).to(torch.float8_e4m3fn).float() / scale).to(rows.dtype)
 
@@ -49,7 +48,7 @@ class Fp8Encoder:
 
 
 def step_in_fp8(sae: Any, params: Any, compute: Any, x: Tensor, runtime: Runtime, *others: Any, **named: Any) -> Any:
-    inside = replace(runtime, ops=Fp8Encoder(runtime.ops))  # pyright: ignore[reportArgumentType]
+    inside = Runtime(runtime.device, runtime.shards, Fp8Encoder(runtime.ops), runtime.stop)  # pyright: ignore[reportArgumentType]
     return step(sae, params, compute, x, inside, *others, **named)
 
 
@@ -64,9 +63,11 @@ def results(sweep: Path) -> dict[str, float]:
 def main() -> None:
     overrides = [*sys.argv[1:], "cluster=local", "train.device=cpu", "train.precision=bf16", "tracker=none"]
     out = Path(next((word.removeprefix("out=") for word in overrides if word.startswith("out=")), "runs"))
-    launch([*overrides, "sweep=bf16"])
+    code = launch([*overrides, "sweep=bf16"])
     with patch("harness.training.state.step", step_in_fp8):
-        launch([*overrides, "sweep=fp8"])
+        code = code or launch([*overrides, "sweep=fp8"])
+    if code:
+        sys.exit(code)
     plain, low = results(out / "bf16"), results(out / "fp8")
     rows = [[name, f"{fvu:.5f}", f"{low[name]:.5f}", f"{low[name] / fvu:.4f}"] for name, fvu in plain.items()]
     print(table(("run", "fvu, bf16", "fvu, FP8 encoder", "ratio"), rows, left=("run",)))

@@ -525,8 +525,8 @@ class TrainConfig:
     signum_beta: float = 0.95
     """Signum: share of the average in the weights at which gradients are taken."""
     cuda_graph: bool = _service(False)
-    """Replay the step as a CUDA graph while no latent is dead. For small batches, whose kernels take less time to run
-    than to launch: docs/performance.md has figures. Needs one process and ops=triton."""
+    """Replay the step as a CUDA graph, one for each length of the list of dead latents. For small batches, whose
+    kernels take less time to run than to launch: docs/performance.md has figures. Needs one process and ops=triton."""
     ema: float = 0.0
     """Decay of the exponential moving average of the weights (bias-corrected); 0: no average. If there is an average,
     it is evaluated and saved instead of the weights."""

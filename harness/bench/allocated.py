@@ -42,7 +42,7 @@ def allocated(run: Run) -> Phases:
     config, d_model = run.config, run.store.d_model or 0
     live, source = Live(), FakeRows(d_model, 2 * budget.EVALUATION_BATCH, torch.empty)
     runtime = Runtime(GPU, _mesh_of(config), triton, StopFlag())
-    with _no_kernels(), live:
+    with no_kernels(), live:
         found = {phase: live.since() for phase in phases(config, source, runtime)}
     return Phases(sum(rank_memory(config, d_model).values()), found)
 
@@ -111,7 +111,7 @@ def _mesh_of(config: Config) -> Shards:
 
 
 @contextmanager
-def _no_kernels() -> Iterator[None]:
+def no_kernels() -> Iterator[None]:
     """Nothing is launched or sent."""
     replaced = {
         "triton.runtime.jit.JITFunction.run": lambda *_, **__: None,

@@ -77,7 +77,9 @@ def assert_step_equals_dense(sae, params, x, silent, ops_name="reference", toler
         prolu=sae.prolu,
     )
     # where residuals hardly differ, AuxK's denominator is a small difference of large sums, and AuxK itself is large
-    assert_equal_to_autograd(stats, grads, leaves, expected, max(tolerance, 1e-14 * float(expected["aux_loss"].detach())))
+    assert_equal_to_autograd(
+        stats, grads, leaves, expected, max(tolerance, 1e-14 * float(expected["aux_loss"].detach()))
+    )
 
 
 @st.composite
