@@ -10,7 +10,7 @@ Shapes: k = active latents of a token, d = d_model, rows = the local latents. Pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -53,6 +53,27 @@ class Groups:
 
     token_offsets: Int[Tensor, " groups_plus_1"]
     row_offsets: tuple[int, ...]
+    _by_token: dict[int, tuple[Tensor, Tensor]] = field(
+        default_factory=dict[int, tuple[Tensor, Tensor]], init=False, repr=False, compare=False
+    )
+
+    def latents_of(self, tokens: int) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:
+        """First latent and number of latents of the group of each of all `tokens`, on the device, int32; computed once.
+        Never waits for a GPU."""
+        if tokens not in self._by_token:
+            self._by_token[tokens] = self._latents_of(tokens)
+        return self._by_token[tokens]
+
+    def _latents_of(self, tokens: int) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:
+        rows, device = self.row_offsets, self.token_offsets.device
+        if len(rows) == 2:
+            firsts = torch.zeros(tokens, dtype=torch.int32, device=device)
+            return firsts, torch.full_like(firsts, rows[1])
+        ends = self.token_offsets[1:].contiguous()
+        group = torch.searchsorted(ends, torch.arange(tokens, device=device), right=True).clamp_(max=len(rows) - 2)
+        firsts = self.row_starts[group]
+        widths = self.row_starts[group + 1] - firsts
+        return firsts.clamp_(max=max(0, rows[-1] - 1)), widths
 
     @cached_property
     def row_starts(self) -> Int[Tensor, " groups_plus_1"]:
@@ -134,6 +155,17 @@ class Ops(Protocol):
     def dense_rows_per_k(self, precision: str) -> int:
         """A group of at most this many latents per active one is computed as dense products over its whole width, a
         wider one with gathers. `precision` is fp64, fp32 or bf16."""
+        ...
+
+    def centred(
+        self,
+        x: Float[Tensor, "tokens d"],
+        order: Int[Tensor, " own"] | None,
+        offset: Float[Tensor, " d"],
+        dtype: torch.dtype,
+    ) -> tuple[Float[Tensor, "own d"], Float[Tensor, "own d"]]:
+        """The rows `order` of x (None: all) minus `offset`, as a new tensor; and the same in `dtype`, which is the same
+        tensor where it has that dtype."""
         ...
 
     def list_length(self, rows: int) -> int:

@@ -126,6 +126,13 @@ def list_length(rows: int) -> int:
     return rows
 
 
+def centred(
+    x: Float[Tensor, "tokens d"], order: Int[Tensor, " own"] | None, offset: Float[Tensor, " d"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "own d"], Float[Tensor, "own d"]]:
+    rows = x - offset if order is None else x[order].sub_(offset)
+    return rows, rows.to(dtype)
+
+
 def _is_dense(width: int, k: int) -> bool:
     return width <= DENSE_ROWS_PER_K * k
 

@@ -31,10 +31,6 @@ class Routing:
     counts: Int[Tensor, " experts"] | None = None
     """Tokens of this replica's batch that each expert receives."""
 
-    def centred(self, rows: Float[Tensor, "tokens d"], offset: Float[Tensor, " d"]) -> Float[Tensor, "own d"]:
-        """The own rows minus `offset`, as a new tensor."""
-        return rows - offset if self.order is None else rows[self.order].sub_(offset)
-
 
 def router_probabilities(params: Params, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens experts"]:
     """softmax(W_r(x − b_r)), in the parameters' own precision."""
@@ -81,20 +77,20 @@ def route(
         # a draw of its own, whatever `number` the other one has
         further = 1 + drawn(x[: x.shape[0] // 2], -1 - number) % (sae.n_experts - 1)
         expert = torch.cat([first, (first + further) % sae.n_experts])
+    expert, order = expert.sort(stable=True)
     # bincount would wait for the device
-    counts = expert.new_zeros(sae.n_experts).scatter_add_(0, expert, torch.ones_like(expert))
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    order = expert.argsort(stable=True)
+    offsets = torch.searchsorted(expert, torch.arange(sae.n_experts + 1, device=expert.device))
+    counts = offsets.diff()
     own = shards.rows(sae.n_experts)
     offsets = offsets[own.start : own.stop + 1]
     if shards.shard > 1:
         first, last = int(offsets[0]), int(offsets[-1])
-        order, offsets = order[first:last], offsets - first
+        order, expert, offsets = order[first:last], expert[first:last], offsets - first
     width = sae.latents_per_expert
     groups = Groups(offsets, tuple(width * e for e in range(own.stop - own.start + 1)))
     if probabilities is None:
         return Routing(groups, order, counts=counts)
-    probabilities, expert = probabilities[order], expert[order]
+    probabilities = probabilities[order]
     scale = probabilities.gather(1, expert[:, None]).squeeze(1)
     return Routing(groups, order, scale, probabilities, counts)
 

@@ -127,8 +127,9 @@ def encode(
     shards, pairs = runtime.shards, training and sae.consistency > 0
     x = torch.cat([x, x]) if pairs else x
     routing = route(sae, params, x, shards, done + 1 if training else 0, pairs)
-    centred = routing.centred(x, params["b_dec"])
-    inputs = (centred if sae.traits.pre_bias else x).to(compute["W_enc"].dtype)
+    centred, inputs = runtime.ops.centred(x, routing.order, params["b_dec"], compute["W_enc"].dtype)
+    if not sae.traits.pre_bias:
+        inputs = x.to(inputs.dtype)
     reduce = _reduce(sae, shards, "reconstruction")
     tokens = x.shape[0] * shards.dp
     ops, dead = runtime.ops, dead if encoded_with_all(sae, inputs.dtype, shards, runtime.ops) else None

@@ -44,6 +44,8 @@ def compile_all(d: int, rows: int, k: int, tokens: int, experts: int, dtype: tor
 
     groups = even_groups(tokens, rows, experts)
     x, weight, bias = torch.zeros(tokens, d), torch.zeros(rows, d, dtype=dtype), torch.zeros(rows)
+    ops.centred(x, torch.arange(tokens), torch.zeros(d), dtype)
+    ops.centred(x, None, torch.zeros(d), dtype)
     ops.select(x.to(dtype), weight, bias, k, groups)
     index = torch.zeros((tokens, k), dtype=torch.int64)
     for span, own in groups.spans:

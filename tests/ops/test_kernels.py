@@ -341,6 +341,21 @@ def test_the_low_precision_copy_is_rounded_to_nearest_even(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("tokens", "d"), [(1, 1), (9, 70), (0, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_centred_in_their_order(name: str, tokens: int, d: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    # whole numbers: the interpreter truncates to bfloat16
+    x, offset = (torch.randint(-40, 40, size, generator=generator).float() for size in ((tokens, d), (d,)))
+    before = x.clone()
+    for order in (None, torch.randperm(tokens, generator=generator)[: tokens // 2]):
+        centred, low = kernel_set(name).centred(x, order, offset, dtype)
+        expected = (x if order is None else x[order]) - offset
+        assert torch.equal(centred, expected) and torch.equal(low, expected.to(dtype)) and low.dtype is dtype
+        assert (low is centred) == (dtype is torch.float32) and torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_project_equals_reference(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     param, grad = torch.randn(40, 70, generator=generator), torch.randn(40, 70, generator=generator)

@@ -9,10 +9,11 @@ from harness.ops.cpu.adam import project, update
 from harness.ops.cpu.gradients import fired, latent_sums, nested_weight_grads, weight_grads
 from harness.ops.cpu.products import dense_rows_per_k, latent_grads, reconstruct, reconstruct_nested
 from harness.ops.cpu.selection import select, select_above, select_preactivations, select_with_subset
-from harness.ops.reference import list_length
+from harness.ops.reference import centred, list_length
 
 __all__ = [
     "NAME",
+    "centred",
     "dense_rows_per_k",
     "fired",
     "latent_grads",

@@ -8,11 +8,13 @@ float64 and when a selection is too wide for a program's registers (`selection.f
 from harness.ops.reference import fired, latent_sums, select_above
 from harness.ops.sizes import list_length
 from harness.ops.triton.adam import project, update
+from harness.ops.triton.dense import centred
 from harness.ops.triton.products import dense_rows_per_k, latent_grads, reconstruct, select, weight_grads
 from harness.ops.triton.selection import select_preactivations
 
 __all__ = [
     "NAME",
+    "centred",
     "dense_rows_per_k",
     "fired",
     "latent_grads",

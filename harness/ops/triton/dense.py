@@ -1,4 +1,4 @@
-"""Codes as a matrix, and residuals, on a GPU: each in one pass over memory."""
+"""Centred rows, codes as a matrix, and residuals, on a GPU: each in one pass over memory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from harness.ops import reference
 from harness.ops.sizes import padded
-from harness.ops.triton.dense_kernels import residual_kernel, spread_kernel
+from harness.ops.triton.dense_kernels import centred_kernel, residual_kernel, spread_kernel
 from harness.ops.triton.sizes import INTERPRETED, power_of_2, tiles
 
 SPREAD_ROWS = 64 if INTERPRETED else 2
 """Rows of the matrix that a program writes."""
 SPREAD_COLUMNS = 1024
 """Zeros of a row that it writes at a time."""
+
+
+def centred(
+    x: Float[Tensor, "tokens d"], order: Int[Tensor, " own"] | None, offset: Float[Tensor, " d"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "own d"], Float[Tensor, "own d"]]:
+    """See `interface.Ops.centred`."""
+    if x.dtype is not torch.float32 or x.shape[0] == 0:
+        return reference.centred(x, order, offset, dtype)
+    x, d = x.contiguous(), x.shape[1]
+    out = torch.empty_like(x) if order is None else x.new_empty(order.shape[0], d)
+    low, block_d = out if dtype is out.dtype else torch.empty_like(out, dtype=dtype), power_of_2(d)
+    centred_kernel[(out.shape[0],)](
+        x, x if order is None else order, offset, out, low, d,
+        ORDERED=order is not None, LOW=low is not out, BLOCK_D=block_d, num_warps=8 if block_d > 1 << 12 else 4,
+    )  # fmt: skip
+    return out, low
 
 
 def aligned_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "rows width"]:

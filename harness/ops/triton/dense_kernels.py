@@ -47,3 +47,19 @@ def residual_kernel(
     if LOW:
         tl.store(low + token * d + column, total.to(low.dtype.element_ty), mask=inside)
     tl.store(squared + token, tl.sum(total * total, axis=0))
+
+
+@triton.jit
+def centred_kernel(
+    x: tl.tensor, order: tl.tensor, offset: tl.tensor, out: tl.tensor, low: tl.tensor, d: tl.tensor,
+    ORDERED: tl.constexpr, LOW: tl.constexpr, BLOCK_D: tl.constexpr,
+) -> None:  # fmt: skip
+    """out_t = x_order[t] − offset (without ORDERED: x_t), with LOW also in the precision of `low`."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < d
+    row = tl.load(order + token) if ORDERED else token
+    number = tl.load(x + row * d + column, mask=inside, other=0.0) - tl.load(offset + column, mask=inside, other=0.0)
+    tl.store(out + token * d + column, number, mask=inside)
+    if LOW:
+        tl.store(low + token * d + column, number.to(low.dtype.element_ty), mask=inside)

@@ -29,23 +29,12 @@ def _widest(groups: Groups) -> int:
     return max(after - before for before, after in itertools.pairwise(rows))
 
 
-def _of_tokens(groups: Groups, tokens: int, device: torch.device) -> tuple[Int[Tensor, " t"], Int[Tensor, " t"]]:
-    """First latent and number of latents of each token's group, int32."""
-    rows = groups.row_offsets
-    if len(rows) == 2:
-        firsts = torch.zeros(tokens, dtype=torch.int32, device=device)
-        return firsts, torch.full_like(firsts, rows[1])
-    starts = groups.row_starts
-    ends = groups.token_offsets[1:].contiguous()
-    group = torch.searchsorted(ends, torch.arange(tokens, device=device), right=True).clamp_(max=len(rows) - 2)
-    firsts = starts[group]
-    widths = starts[group + 1] - firsts
-    return firsts.clamp(max=max(0, rows[-1] - 1)), widths
-
-
 def _blocks(groups: Groups, tokens: int, row_bytes: int) -> Iterator[tuple[slice, Int[Tensor, " groups_plus_1"]]]:
     """Ranges of tokens whose tiles have at most `TILE_BYTES`, with the groups' token offsets inside."""
     size = max(1, TILE_BYTES // row_bytes)
+    if 0 < tokens <= size:
+        yield slice(0, tokens), groups.token_offsets
+        return
     for begin in range(0, tokens, size):
         end = min(begin + size, tokens)
         yield slice(begin, end), groups.token_offsets.clamp(begin, end) - begin
@@ -70,7 +59,7 @@ def select(
         return Codes(z, whole_index(slice(0, rows), tokens, x.device))
     values = torch.empty((tokens, k), device=x.device)
     index = torch.empty((tokens, k), dtype=torch.int64, device=x.device)
-    firsts, widths = _of_tokens(groups, tokens, x.device)
+    firsts, widths = groups.latents_of(tokens)
     for block, offsets in _blocks(groups, tokens, padded(widest) * x.element_size()):
         z = aligned_rows(block.stop - block.start, widest, x.dtype, x.device)
         latent_products(x[block], W_enc, bias, offsets, groups.row_starts, z)
@@ -130,7 +119,7 @@ def reconstruct(
         out = (reduce(residual), dz, squared)
         decode(values, index, W_dec, x, None, out, forward=False, backward=True)
         return out
-    widest, firsts = _widest(groups), _of_tokens(groups, tokens, device)[0]
+    widest, firsts = _widest(groups), groups.latents_of(tokens)[0]
     blocks = list(_blocks(groups, tokens, padded(widest) * 4))
     for block, offsets in blocks:
         active = spread(values[block], index[block], firsts[block], widest, W_dec.dtype)
@@ -140,7 +129,7 @@ def reconstruct(
     for block, offsets in blocks:
         own = None if scale is None else scale[block]
         low = subtract(x[block], own, residual[block], squared[block], W_dec.dtype)
-        dz[block] = _dense_latent_grads(low, W_dec, values[block], columns[block], offsets, groups)
+        _dense_latent_grads(low, W_dec, values[block], columns[block], offsets, groups, dz[block])
     return residual, dz, squared
 
 
@@ -173,11 +162,13 @@ def _dense_latent_grads(
     columns: Int[Tensor, "tokens k"],
     offsets: Int[Tensor, " groups_plus_1"],
     groups: Groups,
-) -> Float[Tensor, "tokens k"]:
-    """`columns` is the place of each entry in its token's group, `offsets` the tokens of each group."""
+    out: Float[Tensor, "tokens k"],
+) -> None:
+    """Into `out`. `columns` is the place of each entry in its token's group, `offsets` the tokens of each group."""
     products = aligned_rows(residual.shape[0], _widest(groups), torch.float32, residual.device)
     latent_products(residual, W_dec, None, offsets, groups.row_starts, products)
-    return torch.where(values > 0, products.gather(1, columns), 0.0)
+    torch.gather(products, 1, columns, out=out)
+    relu_backward_(out, values)
 
 
 def latent_grads(
@@ -190,11 +181,11 @@ def latent_grads(
         low = residual.to(W_dec.dtype).contiguous()
         return _whole_latent_grads(low, W_dec, _matrix(values, W_dec.dtype), groups)
     if _is_dense(groups, k, W_dec.dtype):
-        widest, firsts = _widest(groups), _of_tokens(groups, tokens, residual.device)[0]
+        widest, firsts = _widest(groups), groups.latents_of(tokens)[0]
         low, columns = residual.to(W_dec.dtype).contiguous(), codes.index - firsts[:, None]
         dz = torch.empty((tokens, k), device=residual.device)
         for block, offsets in _blocks(groups, tokens, padded(widest) * 4):
-            dz[block] = _dense_latent_grads(low[block], W_dec, values[block], columns[block], offsets, groups)
+            _dense_latent_grads(low[block], W_dec, values[block], columns[block], offsets, groups, dz[block])
         return dz
     nothing = torch.zeros(residual.shape, device=residual.device)
     out = (nothing, torch.empty(values.shape, device=values.device), nothing.new_empty(values.shape[0]))
@@ -231,7 +222,7 @@ def weight_grads(
         for grad in out:
             grad.zero_()
         return
-    widest, firsts = _widest(groups), _of_tokens(groups, tokens, x.device)[0]
+    widest, firsts = _widest(groups), groups.latents_of(tokens)[0]
     W_enc_grad, W_dec_grad, b_enc_grad = out
     for block, offsets in _blocks(groups, tokens, padded(widest) * 4):
         own, add = (offsets, groups.row_starts), block.start > 0
