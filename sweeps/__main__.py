@@ -171,6 +171,8 @@ def run_study(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         for sweep_dir in outcome.sweep_dirs:
             later = evaluation_command(sweep_dir, study, "cluster=slurm")
             say(f"when its runs have ended, judge them in jobs: {later}")
+    if study is not None and arguments.dry_run:
+        print(f"afterwards judged by {', '.join(study.evaluate)}; the time of that is not included")
     if arguments.dry_run or outcome.submitted or outcome.exit_code == INTERRUPTED:
         return outcome.exit_code
     for sweep_dir in outcome.sweep_dirs:

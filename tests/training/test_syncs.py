@@ -133,6 +133,52 @@ def test_a_graph_is_captured_beside_a_thread_that_pins_memory() -> None:
             assert torch.equal(one, captured[name]), name
 
 
+class Replayed:
+    """Stands for `StepGraph` where there is no GPU: what a kind's first step read on the host is what its later ones
+    read, as in a recording; tensors are read as they are."""
+
+    def __init__(self, member: TrainState, here: Any) -> None:
+        self.member, self.here, self.kinds = member, here, {}
+
+    def fits(self, batch: torch.Tensor) -> bool:
+        return True
+
+    def __call__(self, batch: torch.Tensor, kind: Any) -> None:
+        member = self.member
+        now = member.done, member._dead_latents
+        member.done, member._dead_latents = self.kinds.setdefault(kind, now)
+        member._compute(batch, self.here)
+        member.done, member._dead_latents = now
+
+
+@pytest.mark.parametrize("changes", [{}, SWITCH], ids=["topk", "switch"])
+def test_a_replayed_step_takes_nothing_from_the_host(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the number of the step, nor its learning rate, nor which and how many latents are dead."""
+    monkeypatch.setattr(TrainState, "_can_record", lambda *_: True)
+    ends, kinds = [], []
+    for graph in (False, True):
+        member, batch = make(changes | {"train__log_every_steps": 1}, "triton")
+        here = runtime(Solo(), kernel_set("triton"))
+        member.optimizer.rates = torch.empty(2)
+        stand_in = Replayed(member, here)
+        monkeypatch.setattr(TrainState, "_step_graph", lambda *_, at=stand_in if graph else None: at)
+        lines = []
+        for number in range(15):
+            if number == 8:
+                member.silent[::3] = 0
+            if number == 11:
+                member.silent.zero_()
+            member.train_step(batch.roll(number, 0) * (1 + number / 10), here)
+            line = member.log_line(Solo())
+            lines.append([line[name] for name in ("loss", "n_dead", "aux_loss")])
+        ends.append(member.tensors() | {"logged": torch.tensor(lines)})
+        kinds = list(stand_in.kinds)
+    for name, one in ends[0].items():
+        assert torch.equal(one, ends[1][name]), name
+    counts = ends[0]["logged"][:, 1].unique()
+    assert () in kinds and len(kinds) > 1 and len(counts) > len(kinds), "lists of one length with other latents"
+
+
 def test_without_a_gpu_the_step_is_no_graph() -> None:
     plain, batch = make({}, "cpu")
     asked, _ = make({"train__cuda_graph": True}, "cpu")
