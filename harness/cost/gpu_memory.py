@@ -61,7 +61,7 @@ def _aux(entries: _Entries, k: int, groups: int, width: int, scaled: bool) -> fl
     copies = listed * (2 * entries.d_model * entries.low + 8 + 4)
     grads = listed * (2 * entries.d_model + 1) * entries.word
     precision = "bf16" if entries.low == 2 else "fp32"
-    if not scaled and entries.shards == 1 and sizes.kept_whole(entries.tokens, width, k, precision):
+    if entries.shards == 1 and sizes.kept_whole(entries.tokens, width, k, precision):
         # activations and their gradients as matrices, and the residual in the precision of products
         matrices = 2 * entries.tokens * sizes.padded(width) * entries.low
         low = entries.residual / entries.word * entries.low if entries.low != entries.word else 0

@@ -341,15 +341,15 @@ def _aux(
     shards, ops = runtime.shards, runtime.ops
     routing, target, inputs = run.routing, run.residual, run.batch.inputs
     groups = Groups(routing.groups.token_offsets, dead.row_offsets)
+    among_shards = shards.shard > 1 and not sae.routed  # a choice that needs candidates in order
     W_dec, codes = compute["W_dec"][dead.rows], run.entries.dead
     if codes is None:
         W_enc, b_enc = compute["W_enc"][dead.rows], dead.barred
         if sae.enc_bias:
             own = params["b_enc"][dead.rows]
             b_enc = own if b_enc is None else own + b_enc
-        # only the choice among shards needs the order
-        codes = ops.select(inputs, W_enc, b_enc, dead.k, groups, ordered=shards.shard > 1)
-    if shards.shard > 1:
+        codes = ops.select(inputs, W_enc, b_enc, dead.k, groups, ordered=among_shards)
+    if among_shards:
         codes = Codes(active(sae, codes, dead.k, shards, "auxk"), codes.index)
     elif not is_whole(codes.index):  # the whole form has no negative values
         codes = Codes(codes.values.relu(), codes.index)
@@ -361,8 +361,9 @@ def _aux(
     inverse = torch.where(spread > 0, 1 / spread, 0.0)
 
     if routing.scale is not None:
-        codes = Codes(codes.values * routing.scale[:, None], codes.index)
-        dz = dz * routing.scale[:, None]
+        # in place: the whole form keeps its precision and its aligned rows
+        for numbers in (codes.values, dz):
+            numbers.mul_(routing.scale[:, None])
     count = dead.rows.shape[0]
     out = (
         grads["W_enc"].new_empty(count, sae.d_model),

@@ -52,11 +52,12 @@ def select(
     if x.dtype is torch.float64 or rows == 0 or not fits(widest, k):
         return reference.select(x, W_enc, b_enc, k, groups)
     x, bias = x.contiguous(), None if b_enc is None else b_enc.to(x.dtype)
-    if not ordered and len(groups.row_offsets) == 2 and kept_whole(tokens, rows, k, _precision(x.dtype)):
-        z = aligned_rows(tokens, rows, x.dtype, x.device)
+    equal = widest * (len(groups.row_offsets) - 1) == rows and tokens > 1  # the form needs both
+    if equal and not ordered and kept_whole(tokens, widest, k, _precision(x.dtype)):
+        z = aligned_rows(tokens, widest, x.dtype, x.device)
         latent_products(x, W_enc, bias, groups.token_offsets, groups.row_starts, z)
         keep_positive(z, k)
-        return Codes(z, whole_index(slice(0, rows), tokens, x.device))
+        return Codes(z, whole_index(slice(0, widest), tokens, x.device))
     values = torch.empty((tokens, k), device=x.device)
     index = torch.empty((tokens, k), dtype=torch.int64, device=x.device)
     firsts, widths = groups.latents_of(tokens)
@@ -80,7 +81,7 @@ def _is_dense(groups: Groups, k: int, dtype: torch.dtype) -> bool:
     return _widest(groups) <= DENSE_ROWS_PER_K[_precision(dtype)] * k
 
 
-def _matrix(values: Float[Tensor, "tokens rows"], dtype: torch.dtype) -> Float[Tensor, "tokens rows"]:
+def _matrix(values: Float[Tensor, "tokens width"], dtype: torch.dtype) -> Float[Tensor, "tokens width"]:
     """Values of the whole form with aligned rows and zeros between them, as `select` returns them, or as a copy."""
     if values.dtype is dtype and values.stride() == (padded(values.shape[1]), 1):
         return values
@@ -145,9 +146,9 @@ def _reduced(
 def _whole_latent_grads(
     residual: Float[Tensor, "tokens d"],
     W_dec: Float[Tensor, "rows d"],
-    active: Float[Tensor, "tokens rows"],
+    active: Float[Tensor, "tokens width"],
     groups: Groups,
-) -> Float[Tensor, "tokens rows"]:
+) -> Float[Tensor, "tokens width"]:
     """In the form and the precision of `active`, a `_matrix`."""
     products = aligned_rows(active.shape[0], active.shape[1], active.dtype, active.device)
     latent_products(residual, W_dec, None, groups.token_offsets, groups.row_starts, products)
