@@ -120,21 +120,24 @@ class _Entries:
         exchanged = self.tokens * k * (5 * self.word + 2 * 8) if self.shards > 1 else 0
         return max(own, self.tokens * k * (self.word + 8) + exchanged)
 
+    def _dense_block(self, width: int) -> int:
+        """Tokens of a dense product at a time."""
+        return min(self.tokens, max(1, sizes.TILE_BYTES // (width * 4)))
+
     def decode(self, k: int, width: int) -> float:
-        """Beyond codes and residual. As dense products: of a block of tokens the codes and products as matrices, the
-        residual in the precision of products, and what is read from the products; and the columns of all."""
+        """Beyond codes and residual. As dense products: of a block of tokens the codes and products as matrices, and
+        the residual in the precision of products; and the columns of all."""
         if not self.is_dense(k, width):
             return 0.0
-        block = min(self.tokens, max(1, sizes.TILE_BYTES // (width * 4)))
-        low = block * self.d_model * self.low if self.low != self.word else 0
-        return self._tile(width, self.low) + self._tile(width, 4) + low + block * k * 2 * 4 + self.tokens * k * 8
+        low = self.d_model * self.low if self.low != self.word else 0
+        return self._dense_block(width) * (width * (self.low + 4) + low) + self.tokens * k * 8
 
     def gradients(self, k: int, rows: int, width: int, scaled: bool = True) -> float:
         """Beyond codes and residual: weighted values and gradients (if `scaled`), and either codes as matrices, or the
         entries in order of their latents and sums of pieces of both matrices."""
         weighted = self.tokens * k * 2 * self.word if scaled else 0
         if self.is_dense(k, width):
-            return max(weighted + self._tile(width, self.low), self.decode(k, width))
+            return max(weighted + self._dense_block(width) * width * self.low, self.decode(k, width))
         residual = self.tokens * self.d_model * self.low if self.low != self.word else 0
         index = 2 if rows <= 1 << 16 else 4
         order = self.tokens * k * (2 * index + 8) + rows * 3 * 8

@@ -24,9 +24,9 @@ from harness.ops.untyped import integers
 class Codes(NamedTuple):
     """The active latents of each token, value descending, equal values by ascending index.
 
-    In the *whole* form, which needs groups of equally many latents, there is a column for every row of the token's group,
-    in order, and `index` counts these: the same numbers for every token, without memory of its own (`whole_index`). It
-    is cheaper where many latents are active.
+    In the *whole* form, which needs groups of equally many latents, there is a column for every row of the token's
+    group, in order, and `index` counts these: the same numbers for every token, without memory of its own
+    (`whole_index`). It is cheaper where many latents are active.
     """
 
     values: Float[Tensor, "tokens k"]
