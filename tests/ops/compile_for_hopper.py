@@ -20,7 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from harness.bench.gpu.kernels import EXTREMES
-from harness.ops import AdamState, Codes, Hyper
+from harness.ops import AdamState, Codes, Hyper, is_whole
 from harness.ops.sizes import MOST_PICKED, padded
 from tests.ops.test_kernels import even_groups
 
@@ -79,6 +79,21 @@ def compile_dense() -> None:
     compile_all(768, 2048, 32, 24, 4, torch.float32)
 
 
+def compile_auxk(experts: int, dtype: torch.dtype) -> None:
+    """The choice that stays a matrix, and the products from it, as of 5 % dead latents at S1 and S3."""
+    from harness.ops import triton as ops
+
+    tokens, d, rows = 24, 768, 256 * experts
+    groups, x, weight = even_groups(tokens, rows, experts), torch.zeros(tokens, d), torch.zeros(rows, d, dtype=dtype)
+    codes = ops.select(x.to(dtype), weight, torch.zeros(rows), 64, groups, ordered=False)
+    assert is_whole(codes.index)
+    for scale in (None, torch.ones(tokens)):
+        residual, dz, _ = ops.reconstruct(codes, weight, x, scale, groups)
+    ops.weight_grads(
+        codes, dz, x.to(dtype), residual, groups, (torch.zeros(rows, d), x.new_zeros(rows, d), x.new_zeros(rows))
+    )
+
+
 def resources(binary: Any) -> tuple[int, int]:
     """(registers of a thread, bytes of stack of a thread): a kernel that spills has a stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -121,6 +136,8 @@ def main() -> None:
         compile_all(768, 8192, 32, 24, 1, dtype)
     compile_all(768, 2048, 32, 24, 4, torch.bfloat16)
     compile_dense()
+    for experts, dtype in ((1, torch.bfloat16), (8, torch.bfloat16), (8, torch.float32)):
+        compile_auxk(experts, dtype)
     compile_all(4096, 8192, 64, 16, 1, torch.bfloat16)
     compile_all(2688, 8192, 32, 16, 1, torch.bfloat16)
     # numbers equal to 1 become constants of the compiled kernel
