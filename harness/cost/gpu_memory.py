@@ -42,7 +42,8 @@ def _step(config: Config, entries: _Entries, k: int, rows: int, width: int) -> f
     nested = len(sae.prefixes) if sae.architecture == "matryoshka" else 2 * (sae.traits.passes > 1)
     held = entries.batch(budget.NUMBER_BYTES[config.activations.dtype]) + nested * entries.residual
     chosen = entries.codes(k)
-    own = max(entries.select(k, width), entries.residual + chosen + entries.gradients(k, rows, width))
+    backward = entries.gradients(k, rows, width) + (entries.nested(k, width, nested) if nested else 0)
+    own = max(entries.select(k, width), entries.residual + chosen + backward)
     aux = 0.0
     if sae.aux_alpha:
         listed = min(width, sizes.list_length(int(budget.PLANNED_DEAD * rows) // groups))
@@ -131,6 +132,14 @@ class _Entries:
             return 0.0
         low = self.d_model * self.low if self.low != self.word else 0
         return self._dense_block(width) * (width * (self.low + 4) + low) + self.tokens * k * 8
+
+    def nested(self, k: int, width: int, blocks: int) -> float:
+        """As dense products: the values of each block of entries, two more gradients of them, and the residual in the
+        precision of products."""
+        if not self.is_dense(k, width):
+            return 0.0
+        low = self.tokens * self.d_model * self.low if self.low != self.word else 0
+        return self.tokens * k * self.word * (blocks + 2) + low
 
     def gradients(self, k: int, rows: int, width: int, scaled: bool = True) -> float:
         """Beyond codes and residual: weighted values and gradients (if `scaled`), and either codes as matrices, or the
