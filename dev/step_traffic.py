@@ -21,11 +21,12 @@ from harness.bench.allocated import GPU, Live, no_kernels
 from harness.bench.phases import planned_dead
 from harness.bench.shapes import SHAPES, Shape
 from harness.config import SaeConfig, TrainConfig
+from harness.errors import WRONG_REQUEST
 from harness.ops import triton
 from harness.parallel import Solo
 from harness.process.runtime import alone
 from harness.saes import Params, resolve_sae, step
-from harness.terminal import table
+from harness.terminal import run_command, say, table
 from harness.training.optimizer import Optimizer
 
 NO_WORK = ("empty", "empty_strided", "empty_like", "new_empty", "lift_fresh")
@@ -77,12 +78,15 @@ def launched(shape: Shape, dead_share: float) -> list[tuple[str, int]]:
     return traffic.launched
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dev.step_traffic")
     parser.add_argument("shapes", nargs="+", choices=SHAPES, metavar="SHAPE")
     parser.add_argument("--dead", type=float, default=0.0, metavar="SHARE")
     parser.add_argument("--least", type=float, metavar="MB")
     arguments = parser.parse_args()
+    if not 0 <= arguments.dead < 1:
+        say(f"--dead {arguments.dead:g} is not a share: give a number from 0 to below 1")
+        return WRONG_REQUEST
     rows = []
     for name in arguments.shapes:
         operations = launched(SHAPES[name], arguments.dead)
@@ -92,8 +96,9 @@ def main() -> None:
             for place, (operation, moved) in enumerate(operations):
                 if moved >= 1e6 * arguments.least:
                     print(f"{name} {place:4} {operation} {moved / 1e6:.0f} MB")
-    print(table(("shape", "launches", "GB"), rows))
+    print(table(("shape", "launches", "GB moved"), rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -163,6 +163,9 @@ def run_study(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     again = command(arguments)
     asked = request(arguments)
     study = asked.study if asked.study is not None and asked.study.evaluate else None
+    judging = f"judging by {', '.join(study.evaluate)} comes afterwards, and its time is not included" if study else ""
+    if judging and not arguments.dry_run:
+        say(judging)
     if arguments.until.strip() or arguments.budget.strip():
         outcome = _chase(asked, arguments, again, argv)
     else:
@@ -171,8 +174,8 @@ def run_study(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         for sweep_dir in outcome.sweep_dirs:
             later = evaluation_command(sweep_dir, study, "cluster=slurm")
             say(f"when its runs have ended, judge them in jobs: {later}")
-    if study is not None and arguments.dry_run:
-        print(f"afterwards judged by {', '.join(study.evaluate)}; the time of that is not included")
+    if judging and arguments.dry_run:
+        print(judging)
     if arguments.dry_run or outcome.submitted or outcome.exit_code == INTERRUPTED:
         return outcome.exit_code
     for sweep_dir in outcome.sweep_dirs:

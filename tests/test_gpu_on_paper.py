@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dev import step_traffic
 from dev.fp8_encoder import rounded
 
 
@@ -23,6 +24,15 @@ def test_rows_are_rounded_to_fp8(seed: int, size: float) -> None:
     assert torch.equal(rounded(low), low)
     assert ((low - rows).abs() <= rows.abs() / 16 + rows.abs().amax(dim=1, keepdim=True) / 2**16).all()
     assert torch.equal(low.bfloat16().float(), low), "products of bfloat16 numbers are of the same numbers"
+
+
+@pytest.mark.parametrize("share", ["2", "-1", "nan"])
+def test_a_share_is_refused_in_one_line(
+    share: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["step_traffic", "S1", "--dead", share])
+    assert step_traffic.main() == 2
+    assert capsys.readouterr().err == f"--dead {share} is not a share: give a number from 0 to below 1\n"
 
 
 def test_what_a_step_launches_and_moves_is_counted() -> None:

@@ -56,7 +56,7 @@ def test_the_report_is_written_even_when_a_cell_diverges(tmp_path: Path, capsys:
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments(tmp_path), "--dry-run"]) == 0
     plan = capsys.readouterr().out
-    assert "pending" in plan and "afterwards judged by downstream, geometry" in plan
+    assert "pending" in plan and "judging by downstream, geometry comes afterwards" in plan
     assert list(tmp_path.iterdir()) == []
 
 

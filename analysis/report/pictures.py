@@ -17,6 +17,7 @@ from analysis.report.architectures import frontier_picture
 from analysis.report.plot.style import encode
 from analysis.report.words import floor_word
 from analysis.runs.populations import at_best_rate
+from harness.terminal import counted
 
 if TYPE_CHECKING:
     from analysis.report.findings import Findings
@@ -129,8 +130,8 @@ def _loss_flops(findings: Findings) -> dict[str, str] | None:
     caption += "Frontier: the lowest loss of any run up to that compute."
     if findings.front_fit is not None:
         values, (low, high) = findings.front_fit.values, findings.front_fit.intervals["a"]
-        law = f"{number(values['E'])} + {number(values['A'])}·C^−{number(values['a'])}"
-        caption += f" Fitted: {law}, exponent {interval(low, high)} by resampling whole runs."
+        law = f"{number(values['E'])} + {number(values['A'])}·C^−a"
+        caption += f" Fitted: {law} with a = {number(values['a'])} {interval(low, high)}, by resampling whole runs."
     return _picture(figure, "Loss against compute", caption, "Held-out fvu against training FLOPs with the frontier")
 
 
@@ -155,7 +156,8 @@ def _versus(findings: Findings, x: str, ratio: str, title: str) -> dict[str, str
         if i < len(levels) - 1:
             ax.set_xlabel("")
     count = sum(row[ratio] is not None for row in findings.versus)
-    caption = f"Seeds averaged. {count} Switch cell(s) have a TopK counterpart at equal {'n' if x == 'n' else 'FLOPs'}."
+    equal = "n" if x == "n" else "FLOPs"
+    caption = f"Seeds averaged. {counted(count, 'Switch cell')} with a TopK counterpart at equal {equal}."
     if x == "flops":
         caption += " TopK is interpolated between its own sizes, never extrapolated."
     return _picture(figure, title, caption, f"{title}, one panel for each k")

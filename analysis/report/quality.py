@@ -99,6 +99,10 @@ PANELS = (
 )
 
 
+BESIDE = 1.5
+"""How far an axis reaches beyond the SAEs, as a factor."""
+
+
 def quality_section(table: RunTable) -> dict[str, Any] | None:
     """`pictures` and `lines` of the section; None if no run was evaluated."""
     frame = table.frame
@@ -152,7 +156,13 @@ def _panel(frame: pd.DataFrame, panel: Panel) -> dict[str, str] | None:
     sizes = frame["n_latents"].to_numpy(dtype=float)
     log_axes(ax, "number of latents n", panel.label, sizes, True, y_scale="log" if panel.log else "linear")
     add_legend(ax, ncols=4, below=True)
-    return {"src": encode(figure), "title": panel.title, "caption": panel.caption, "alt": f"{panel.title} for each k"}
+    bars = " Bars: one standard error." if _known(frame, f"{panel.column}_se") else ""
+    return {
+        "src": encode(figure),
+        "title": panel.title,
+        "caption": panel.caption + bars,
+        "alt": f"{panel.title} for each k",
+    }
 
 
 def _kl_against_fvu(table: RunTable) -> dict[str, str] | None:
@@ -167,9 +177,15 @@ def _kl_against_fvu(table: RunTable) -> dict[str, str] | None:
         ax.plot([p["fvu"] for p in points], [p["kl"] for p in points], color=GREY, ls=line, lw=1, label=label)
     _points(ax, frame, fvu, KL, line=False)
     log_axes(ax, "fvu of the replaced rows", "KL, nats per token")
+    # the curves reach from hardly any error to all of it
+    for limits, column in ((ax.set_xlim, fvu), (ax.set_ylim, KL)):
+        known = frame[column].astype(float).dropna()
+        known = known[known > 0]
+        limits(known.min() / BESIDE, known.max() * BESIDE)
     plain_log_ticks(ax.xaxis)
     add_legend(ax, ncols=4, below=True)
     caption = "Below the grey curves: errors that hurt the model less than those of PCA or of noise with the same fvu."
+    caption += " Bars: one standard error."
     return {"src": encode(figure), "title": "KL against fvu", "caption": caption, "alt": "KL against fvu of all SAEs"}
 
 

@@ -175,7 +175,7 @@ def _keep_only(combinations: Sequence[_Combination], only: Mapping[str, Sequence
 def _is_wide(combination: _Combination, ratio: float) -> bool:
     """Whether n/E ≥ ratio·k: below about 4 an expert has hardly a choice of latents."""
     sae = combination[1]["sae"]
-    if MISSING in (sae["n_latents"], sae["k"]):
+    if MISSING in (sae["n_latents"], sae["k"]) or min(sae["n_latents"], sae["n_experts"]) < 1:
         return True  # refused later, by name
     return sae["n_latents"] >= ratio * sae["k"] * sae["n_experts"]
 
@@ -199,8 +199,16 @@ def _check(combinations: Sequence[_Combination]) -> list[Cell]:
 def _refusal(refused: Sequence[tuple[str, str]], total: int) -> str:
     if len({reason for _, reason in refused}) == 1 and (total == 1 or len(refused) == total):
         return refused[0][1]
-    lines = [f"  {label or 'the only cell'}: {reason}" for label, reason in refused]
-    return "\n".join([f"{len(refused)} of {total} cells are impossible, nothing was started:", *lines])
+    return "\n".join([f"{len(refused)} of {total} cells are impossible, nothing was started:", *told_once(refused)])
+
+
+def told_once(problems: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each reason of (label of a cell, reason): the first cell, and how many more have it."""
+    cells: dict[str, list[str]] = {}
+    for label, reason in problems:
+        cells.setdefault(reason, []).append(label)
+    more = {reason: f" (and {len(labels) - 1} more)" if len(labels) > 1 else "" for reason, labels in cells.items()}
+    return [f"  {labels[0] or 'the only cell'}{more[reason]}: {reason}" for reason, labels in cells.items()]
 
 
 def _build(cls: type, settings: Mapping[str, Any], prefix: str, shared: dict[int, Any]) -> Any:

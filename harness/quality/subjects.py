@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.config import ActivationsConfig
 from harness.errors import UserError
-from harness.files import sha256_of
+from harness.files import sha256_of, user_path
 from harness.quality.metric import Subject
 from harness.quality.shared import Rows
 from harness.record import names
@@ -22,7 +22,11 @@ _FIT_ROWS = 4096
 
 
 def is_foreign(target: str) -> bool:
-    return target.partition(":")[0] in KINDS
+    """Whether this is `KIND:PATH`. Raises `UserError` for an unknown kind, unless there is such a directory."""
+    kind, colon, _ = target.partition(":")
+    if colon and kind not in KINDS and not Path(user_path(target)).exists():
+        raise UserError(f"{target}: '{kind}' is not a kind of SAE; choose from {', '.join(KINDS)}, or give a directory")
+    return kind in KINDS
 
 
 def foreign_subject(target: str, activations: ActivationsConfig, out: Path) -> Subject:

@@ -44,7 +44,9 @@ _ROUNDS = fields({"goal": TEXT, "budget": number(0), "rounds": list_of(_ROUND), 
 def require_sweep(sweep_dir: Path) -> None:
     """Raises `UserError` unless the directory exists."""
     if not sweep_dir.is_dir():
-        raise UserError(f"there is no sweep at {sweep_dir}; the sweeps are the directories in runs/ (or out=DIR)")
+        raise UserError(
+            f"there is no sweep at {sweep_dir}; the sweeps are the directories of an output directory, by default runs/"
+        )
 
 
 def read_study(sweep_dir: Path) -> dict[str, Any] | None:

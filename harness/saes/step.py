@@ -127,9 +127,10 @@ def encode(
     shards, pairs = runtime.shards, training and sae.consistency > 0
     x = torch.cat([x, x]) if pairs else x
     routing = route(sae, params, x, shards, done + 1 if training else 0, pairs)
-    centred, inputs = runtime.ops.centred(x, routing.order, params["b_dec"], compute["W_enc"].dtype)
+    dtype = compute["W_enc"].dtype if sae.traits.pre_bias else x.dtype
+    centred, inputs = runtime.ops.centred(x, routing.order, params["b_dec"], dtype)
     if not sae.traits.pre_bias:
-        inputs = x.to(inputs.dtype)
+        inputs = x.to(compute["W_enc"].dtype)
     reduce = _reduce(sae, shards, "reconstruction")
     tokens = x.shape[0] * shards.dp
     ops, dead = runtime.ops, dead if encoded_with_all(sae, inputs.dtype, shards, runtime.ops) else None

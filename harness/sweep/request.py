@@ -11,7 +11,7 @@ from harness.budget import schedule_problem
 from harness.config import Config
 from harness.cost.limits import time_limit
 from harness.errors import UserError
-from harness.grid.cells import Cell, Grid, make_cells, narrow_cells
+from harness.grid.cells import Cell, Grid, make_cells, narrow_cells, told_once
 from harness.grid.study import Study, overridden, study_grids
 from harness.mirror.copies import check as check_tracker
 from harness.mirror.wandb_settings import leave_agent, with_environment
@@ -41,7 +41,14 @@ def requested_cells(request: Request) -> list[Cell]:
     """Expand and check a request; `train.precision` is resolved. Raises `UserError`."""
     study, overrides = request.study, request.overrides
     grids = [Grid(tuple(overrides))] if study is None else study_grids(study, overrides)
-    cells = [cell._replace(config=_with_tracker(cell.config)) for cell in make_cells(grids, request.only)]
+    try:
+        cells = make_cells(grids, request.only)
+    except UserError as error:
+        if study is None or "sae" not in overridden(overrides):
+            raise
+        advice = "sae=… takes the place of the SAE in every grid of the study; to choose among its cells: --only"
+        raise UserError(f"{error}\n{advice} sae.architecture=…") from None
+    cells = [cell._replace(config=_with_tracker(cell.config)) for cell in cells]
     _check_machine(cells)
     _check_sizes(cells)
     _check_schedules(cells, overridden(overrides), {name for grid in grids for name in overridden(grid.overrides)})
@@ -71,7 +78,7 @@ def _check_schedules(cells: Sequence[Cell], typed: Collection[str], named: Colle
     elif len({reason for _, reason in problems}) == 1:
         raise UserError(f"{len(problems)} of {len(cells)} cells: {first}" if len(cells) > 1 else first)
     else:
-        lines = [f"  {label or 'the only cell'}: {reason}" for label, reason in problems]
+        lines = told_once(problems)
         raise UserError("\n".join([f"{len(problems)} of {len(cells)} schedules do not fit their budget:", *lines]))
 
 

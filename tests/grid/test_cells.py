@@ -100,7 +100,7 @@ def test_all_impossible_cells_are_named() -> None:
     assert "6 of 9 cells are impossible" in message
     for part in ("not divisible by sae.n_experts=4", "larger than one expert's", "larger than sae.n_latents=16"):
         assert part in message
-    assert message.count("\n") == 6
+    assert message.count("\n") == 5 and "(and 1 more)" in message, "cells of one reason share a line"
 
 
 def test_filters() -> None:
@@ -113,6 +113,8 @@ def test_filters() -> None:
         make_cells([Grid(overrides)], {"sae.kk": [1]})
     with pytest.raises(UserError, match="no cell is left"):
         make_cells([Grid(overrides)], {"sae.k": [3]})
+    with pytest.raises(UserError, match=r"sae\.n_latents=-5 must be"):
+        make_cells([Grid((*SYNTHETIC, "sae=topk", "sae.n_latents=-5", "sae.k=8"), min_latents_per_expert_over_k=4)])
 
 
 def test_narrow_cells_are_told() -> None:

@@ -72,6 +72,7 @@ def test_ctrl_c_keeps_what_is_complete(
     ("arguments", "words"),
     [
         (["nowhere"], "there is no sweep at nowhere"),
+        (["saelense:DIR"], "'saelense' is not a kind of SAE; choose from saelens"),
         (["SWEEP", "--metrics", "beauty"], "--metrics beauty is not known; choose from: "),
         (["SWEEP", "--metrics", ","], "--metrics names none"),
         (["SWEEP", "--tokens", "0"], "--tokens 0 must be at least 1"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 from harness.errors import FAILED, INTERRUPTED, WRONG_REQUEST
 from harness.files import write_json_atomic
 from harness.process.signals import interrupt_on_signals
-from harness.terminal import path_argument, say, table
+from harness.terminal import path_argument, run_command, say, table
 
 LIMITS_S = {
     "device": 40,
@@ -198,15 +199,24 @@ def main() -> int:
     if unknown := set(names) - set(LIMITS_S):
         say(f"--checks: unknown {', '.join(sorted(unknown))}; choose from {', '.join(LIMITS_S)}")
         return WRONG_REQUEST
+    if not 0 < arguments.minutes < math.inf:
+        say(f"--minutes {arguments.minutes:g} is not a time: give a number above 0")
+        return WRONG_REQUEST
     if arguments.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     import torch
 
     if not arguments.dry and not torch.cuda.is_available():
-        say("torch sees no GPU here; --dry runs the same checks at toy sizes on the CPU")
+        say("torch sees no GPU here; --dry (make gpu-check ARGS=--dry) runs the same checks at toy sizes on the CPU")
         return WRONG_REQUEST
     interrupt_on_signals()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.dry:
+        say("toy sizes in Triton's interpreter: whether everything runs, not how fast")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        say(f"--out {arguments.out}: {error.strerror}; choose a directory that can be made")
+        return WRONG_REQUEST
     figures = Figures(arguments.out / "gpu.json")
     # a call into the driver that never returns cannot be interrupted; the figures are on disk already
     faulthandler.dump_traceback_later(60 * arguments.minutes + 10, exit=True)
@@ -226,4 +236,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
