@@ -158,12 +158,19 @@ def _chase(asked: Request, arguments: argparse.Namespace, again: str, argv: Sequ
     )
 
 
+def _is_here(arguments: argparse.Namespace) -> bool:
+    """Whether this machine trains, not a cluster."""
+    return arguments.cluster.strip() in ("", "local")
+
+
 def run_study(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Train one study, judge it if it says so, and write its report. Raises `UserError`."""
     again = command(arguments)
     asked = request(arguments)
     study = asked.study if asked.study is not None and asked.study.evaluate else None
-    judging = f"judging by {', '.join(study.evaluate)} comes afterwards, and its time is not included" if study else ""
+    judging = ""
+    if study is not None and _is_here(arguments):
+        judging = f"judging by {', '.join(study.evaluate)} comes afterwards, and its time is not included"
     if judging and not arguments.dry_run:
         say(judging)
     if arguments.until.strip() or arguments.budget.strip():
@@ -203,7 +210,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         arguments.scale.strip() or SCALES[0],
         Path(arguments.out.strip() or "runs"),
         run,
-        trains_here=not arguments.dry_run and arguments.cluster.strip() in ("", "local"),
+        trains_here=not arguments.dry_run and _is_here(arguments),
     )
 
 
