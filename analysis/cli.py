@@ -26,14 +26,7 @@ from analysis.runs.regime import REGIMES
 from analysis.runs.table import ROLES, RunTable
 from analysis.runs.where import choose
 from harness.errors import UserError
-from harness.terminal import path_argument, say
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong request in one line and exits with code 2."""
-
-    def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+from harness.terminal import Parser, path_argument, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m analysis", description="Scaling laws from records of runs.")
+    parser = Parser(prog="python -m analysis", description="Scaling laws from records of runs.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     fitting = commands.add_parser(
         "fit", help="fit a law to runs", description="Fit a law to runs and print or store it."

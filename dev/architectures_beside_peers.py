@@ -34,7 +34,7 @@ from harness.config import SaeConfig
 from harness.parallel import Solo
 from harness.saes import Params, initial_params, make_normalizer, resolve_sae
 from harness.saes.start import Start
-from harness.terminal import table
+from harness.terminal import Parser, table
 
 WORKER = Path(peer_trainers.__file__)
 PYTHONS = {"saelens": "INTEROP_PYTHON", "dictionary_learning": "DICTIONARY_PYTHON"}
@@ -252,7 +252,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--store", type=Path, required=True, help="a complete store of activations")
     add("--out", type=Path, default=Path("runs/beside_peers"))

@@ -5,7 +5,6 @@ One process, with the default number of BLAS threads. `--repeat N`: the best of 
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import subprocess
@@ -18,6 +17,7 @@ import pandas as pd
 
 from analysis import RunTable, fit
 from analysis.laws.catalogue import get
+from harness.terminal import Parser
 from tests.analysis.designs import DESIGNS, clean, covered
 from tests.analysis.generate import GPT4, grid_frame
 
@@ -73,7 +73,7 @@ MEMORY_GB = 1.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=1)
     repeat = parser.parse_args().repeat
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")

@@ -8,7 +8,6 @@ twice. Products that cuBLAS writes in float32 from bfloat16 are not seen. SHAPE 
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +25,7 @@ from harness.ops import triton
 from harness.parallel import Solo
 from harness.process.runtime import alone
 from harness.saes import Params, resolve_sae, step
-from harness.terminal import run_command, say, table
+from harness.terminal import Parser, run_command, say, table
 from harness.training.optimizer import Optimizer
 
 NO_WORK = ("empty", "empty_strided", "empty_like", "new_empty", "lift_fresh")
@@ -79,7 +78,7 @@ def launched(shape: Shape, dead_share: float) -> list[tuple[str, int]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m dev.step_traffic")
+    parser = Parser(prog="python -m dev.step_traffic")
     parser.add_argument("shapes", nargs="+", choices=SHAPES, metavar="SHAPE")
     parser.add_argument("--dead", type=float, default=0.0, metavar="SHARE")
     parser.add_argument("--least", type=float, metavar="MB")

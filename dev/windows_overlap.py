@@ -7,7 +7,6 @@ the slower of the two processes, which is what two free cores would give. One th
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -27,6 +26,7 @@ from harness.parallel import Solo
 from harness.process.runtime import Runtime
 from harness.process.signals import StopFlag
 from harness.sweep.request import Request, plan_runs, requested_cells
+from harness.terminal import Parser
 from harness.training.state import make_state
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def _children_s() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)

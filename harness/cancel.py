@@ -6,7 +6,6 @@ from it.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 from collections.abc import Collection, Iterator, Sequence
@@ -20,7 +19,7 @@ from harness.record import names
 from harness.record.rundir import claim_path
 from harness.record.sweepdir import require_sweep
 from harness.sweep.rows import begun_runs
-from harness.terminal import path_argument, run_command, say
+from harness.terminal import Parser, path_argument, run_command, say
 
 
 def cancel(sweep_dir: Path, run_ids: Collection[str]) -> Iterator[str]:
@@ -66,7 +65,7 @@ def _cancel_elements(elements: Sequence[tuple[client.Element, list[str]]], run_i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.cancel", description="Cancel the jobs of a sweep.")
+    parser = Parser(prog="python -m harness.cancel", description="Cancel the jobs of a sweep.")
     parser.add_argument("sweep_dir", type=path_argument, metavar="runs/SWEEP")
     parser.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="only these; default: all of the sweep")
     arguments = parser.parse_args(argv)

@@ -25,11 +25,11 @@ from harness.quality.subjects import foreign_subject, is_foreign, subjects_of
 from harness.record.quality import quality_path
 from harness.saes.foreign import KINDS
 from harness.sweep.request import Request, requested_cells
-from harness.terminal import counted, path_argument, run_command, say
+from harness.terminal import Parser, counted, path_argument, run_command, say
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m harness.evaluate",
         description="Judge finished SAEs; results are written to quality/ in each run directory.",
         epilog="Metrics: " + "; ".join(f"{name} ({metric.about})" for name, metric in METRICS.items()),

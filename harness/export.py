@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from harness.errors import UserError
 from harness.saes.export import FORMATS, export
 from harness.saes.publish import LICENSE, push
-from harness.terminal import path_argument, run_command, say
+from harness.terminal import Parser, path_argument, run_command, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m harness.export",
         description="Hand a finished SAE on: in the format of another tool, or on the hub.",
     )

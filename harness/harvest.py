@@ -6,7 +6,6 @@ work. Exit codes: 0 the store is complete, 1 failed, 2 a wrong request, 75 stopp
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,10 +18,11 @@ from harness.process.rank import ranks_from_environment, run_as_rank, wait_for_r
 from harness.process.signals import Interrupted, stop_on_signals
 from harness.record.attempt import attempt_log, write_ended
 from harness.record.rundir import other_hooks, read_config
+from harness.terminal import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.harvest", description="Make an activation store.")
+    parser = Parser(prog="python -m harness.harvest", description="Make an activation store.")
     parser.add_argument("directory", type=Path, help="holds config.yaml")
     parser.add_argument("--saved-is-success", action="store_true", help="exit 0, not 75, when stopped")
     arguments = parser.parse_args(argv)

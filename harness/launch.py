@@ -17,7 +17,7 @@ from harness.grid.study import load_study, study_names
 from harness.sweep.execute import launch
 from harness.sweep.rehearse import rehearse
 from harness.sweep.request import Request, requested_cells
-from harness.terminal import python_command, run_command, say
+from harness.terminal import Parser, python_command, run_command, say
 
 
 def parse_only(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -32,7 +32,7 @@ def parse_only(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m harness.launch",
         description="Train a grid of sparse autoencoders; finished runs are not trained again.",
         epilog="Exit codes: 0 every cell done, 1 one failed or diverged, 2 wrong request, 75 interrupted (resumable).",

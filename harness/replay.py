@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from harness.mirror.wandb_settings import with_environment
 from harness.record import names
 from harness.record.result import read_result
 from harness.record.rundir import read_config
-from harness.terminal import run_command, say
+from harness.terminal import Parser, run_command, say
 
 
 def replay(run_dir: Path, tracker: str = "", overrides: Sequence[str] = ()) -> str:
@@ -48,7 +47,7 @@ def replay(run_dir: Path, tracker: str = "", overrides: Sequence[str] = ()) -> s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.replay", description=__doc__)
+    parser = Parser(prog="python -m harness.replay", description=__doc__)
     parser.add_argument("what", nargs="+", metavar="RUN_DIR | KEY=VALUE", help="runs, and settings of the tracker")
     parser.add_argument("--tracker", choices=list(copies.TITLES), default="", help="default: the run's own, or wandb")
     arguments = parser.parse_args(argv)

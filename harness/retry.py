@@ -6,7 +6,6 @@ setting, e.g. `train.lr_factor=2`; that makes another run in its own directory.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from harness.record.state import state_of
 from harness.record.sweepdir import require_sweep
 from harness.sweep.execute import carry_out
 from harness.sweep.runs import find_stores, make_runs, with_own_rows
-from harness.terminal import path_argument, run_command, say
+from harness.terminal import Parser, path_argument, run_command, say
 
 
 def cells_to_retry(sweep_dir: Path, run_ids: Sequence[str], overrides: Sequence[str]) -> list[Cell]:
@@ -59,7 +58,7 @@ def _changed(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m harness.retry", description="Train failed runs again, or diverged ones with another setting."
     )
     parser.add_argument("sweep_dir", type=path_argument, metavar="runs/SWEEP")

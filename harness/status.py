@@ -24,7 +24,18 @@ from harness.record.causes import cause_of
 from harness.record.state import STATES
 from harness.schema import read_text
 from harness.sweep.rows import Row, sweep_rows
-from harness.terminal import can_redraw, duration, listed, own_screen, path_argument, run_command, say, si, table
+from harness.terminal import (
+    Parser,
+    can_redraw,
+    duration,
+    listed,
+    own_screen,
+    path_argument,
+    run_command,
+    say,
+    si,
+    table,
+)
 
 ENDED = ("done", "diverged", "failed")
 
@@ -215,7 +226,7 @@ def _cut(shown: str, height: int) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="python -m harness.status", description="The state of every run of a sweep.")
+    result = Parser(prog="python -m harness.status", description="The state of every run of a sweep.")
     result.add_argument("sweep_dir", type=path_argument, metavar="runs/SWEEP")
     result.add_argument("--all", action="store_true", help="every run and every problem, however many")
     how = result.add_mutually_exclusive_group()

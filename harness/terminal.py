@@ -11,7 +11,7 @@ import select
 import shlex
 import signal
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +38,13 @@ STATUS_STYLES = {
     "interrupted": "yellow",
 }
 """Status word -> its colour on a terminal."""
+
+
+class Parser(ArgumentParser):
+    """Reports a wrong request in one line and exits with code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_REQUEST, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def path_argument(text: str) -> Path:

@@ -7,18 +7,18 @@ how), 1 failed, 2 a wrong request, 75 stopped and resumable.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from harness.places.ranks import end_with_starter
 from harness.process.rank import run_as_rank
+from harness.terminal import Parser
 from harness.training.jobs import train_jobs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.train", description="Train frozen jobs, as one rank.")
+    parser = Parser(prog="python -m harness.train", description="Train frozen jobs, as one rank.")
     parser.add_argument("jobs", type=Path, nargs="+", metavar="JOB_DIR", help="a run's directory, or a pack's")
     parser.add_argument("--claimed", action="store_true", help="the starting process has the claims; end with it")
     parser.add_argument("--saved-is-success", action="store_true", help="exit 0, not 75, when stopped and saved")

@@ -22,7 +22,7 @@ from harness.process.signals import stop_on_signals
 from harness.progress import own_progress
 from harness.sweep.execute import Outcome, launch
 from harness.sweep.request import Request
-from harness.terminal import python_command, run_command, say, shown_path, this_command
+from harness.terminal import Parser, python_command, run_command, say, shown_path, this_command
 
 DEFAULT_STUDY = "quick"
 
@@ -113,9 +113,7 @@ def command(arguments: argparse.Namespace) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        prog="python -m sweeps", description="Run a study and write its report.", allow_abbrev=False
-    )
+    result = Parser(prog="python -m sweeps", description="Run a study and write its report.", allow_abbrev=False)
     result.add_argument("--study", default="", help=f"study name or file; default: {DEFAULT_STUDY}")
     result.add_argument("--arch", default="", metavar="A,B", help=f"only these of: {', '.join(ARCHITECTURES)}")
     for name, (key, text) in OVERRIDES.items():

@@ -244,3 +244,16 @@ def test_every_command_reads_its_paths_alike(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(arguments) == 2
     assert f"{tmp_path}/no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "main", [launch, sweeps, analysis, status.main, cancel.main, retry.main, export.main, replay.main]
+)
+def test_an_argument_that_is_not_known_is_refused_in_one_line(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--no-such-option"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "--help)" in told

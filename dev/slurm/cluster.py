@@ -10,7 +10,6 @@ root are needed; only the packages slurm-wlm and munge. Knows nothing of the pro
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import secrets
@@ -26,6 +25,7 @@ from typing import TypeVar
 
 from dev.slurm import processes
 from dev.slurm.settings import NODES, Settings, slurm_conf
+from harness.terminal import Parser
 
 T = TypeVar("T")
 
@@ -317,7 +317,7 @@ def wait_for(check: Callable[[], T], timeout_s: float, problem: Callable[[], str
 
 def main(argv: Sequence[str]) -> int:
     """`up DIR` and `down DIR`; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dev.slurm.cluster", description=__doc__)
+    parser = Parser(prog="python -m dev.slurm.cluster", description=__doc__)
     parser.add_argument("verb", choices=("up", "down"))
     parser.add_argument("directory", type=Path)
     arguments = parser.parse_args(argv)

@@ -23,7 +23,7 @@ from harness.files import write_json_atomic
 from harness.ops import choose_ops
 from harness.process.device import pick_device
 from harness.record.provenance import cpu_name
-from harness.terminal import say, table
+from harness.terminal import Parser, say, table
 
 REFERENCES = ("bionemo_like", "flashsae_like")
 """Peers that were written from a description, in `tests/peers`: they run in our own environment."""
@@ -138,7 +138,7 @@ def _remarks(result: dict[str, Any]) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="python -m harness.bench", description=__doc__)
+    result = Parser(prog="python -m harness.bench", description=__doc__)
     add = result.add_argument
     add("--shapes", default="C1,C2,C3,C3-E8", help="names, or DxNxKxB[xE], separated by commas")
     add("--json", type=Path, metavar="FILE", help="write the results here")

@@ -10,7 +10,6 @@ Exit codes: 0 if plan and peak agree within a tenth for every cell, else 1.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from harness.errors import FAILED, WRONG_REQUEST, UserError
 from harness.grid.study import load_study
 from harness.record.run import Run
 from harness.sweep.request import Request, plan_runs, requested_cells
-from harness.terminal import run_command, say, si, table
+from harness.terminal import Parser, run_command, say, si, table
 
 TOLERANCE = 0.1
 
@@ -44,7 +43,7 @@ def shapes(runs: Sequence[Run], device: str) -> list[Run]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.bench.memory", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="python -m harness.bench.memory", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--study", default="", metavar="NAME|FILE")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")

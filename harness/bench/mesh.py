@@ -7,7 +7,6 @@ time predicted from latency and bandwidth.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -26,7 +25,7 @@ from harness.errors import INTERRUPTED, WRONG_REQUEST, UserError
 from harness.files import write_json_atomic
 from harness.places.ranks import end_ranks, rank_environment
 from harness.process.signals import interrupt_on_signals
-from harness.terminal import run_command, say, table
+from harness.terminal import Parser, run_command, say, table
 
 EXCHANGES_PER_CALL = {"selection": 2}
 """Candidates one way, counts back; every other kind is one all-reduce."""
@@ -124,7 +123,7 @@ def result_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.bench.mesh", description="The step on several ranks.")
+    parser = Parser(prog="python -m harness.bench.mesh", description="The step on several ranks.")
     add = parser.add_argument
     add("--shapes", default="384x1024x16x2048,384x4096x32x2048,384x4096x32x2048x8", help="names or DxNxKxB[xE]")
     add("--meshes", default="1x1,1x2,2x1", help="DPxSHARD, separated by commas")

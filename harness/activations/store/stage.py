@@ -6,7 +6,6 @@ reads the shared store.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ from harness.activations.store.verify import verify
 from harness.errors import UserError
 from harness.files import fsync_directory
 from harness.process.claim import claim
-from harness.terminal import say
+from harness.terminal import Parser, say
 
 
 def stage(store: Path, target: Path) -> Path:
@@ -59,9 +58,7 @@ def stage(store: Path, target: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.activations.store.stage", description="Copy a store to a node."
-    )
+    parser = Parser(prog="python -m harness.activations.store.stage", description="Copy a store to a node.")
     parser.add_argument("store", type=Path)
     parser.add_argument("target", type=Path, metavar="DIR")
     arguments = parser.parse_args(argv)

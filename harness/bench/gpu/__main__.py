@@ -7,7 +7,6 @@ wrong request, 75 interrupted. A goal that is missed is no error.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import faulthandler
 import math
@@ -23,7 +22,7 @@ from typing import Any
 from harness.errors import FAILED, INTERRUPTED, WRONG_REQUEST
 from harness.files import write_json_atomic
 from harness.process.signals import interrupt_on_signals
-from harness.terminal import path_argument, run_command, say, table
+from harness.terminal import Parser, path_argument, run_command, say, table
 
 LIMITS_S = {
     "device": 40,
@@ -187,7 +186,7 @@ def run_checks(names: list[str], figures: Figures, dry: bool, out: Path, minutes
 
 def main() -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m harness.bench.gpu", description=__doc__)
+    parser = Parser(prog="python -m harness.bench.gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="stop after this time; each check has a share")
     parser.add_argument(
         "--out", type=path_argument, default=Path("runs/gpu-check"), metavar="DIR", help="for gpu.json and logs"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from harness.places.slurm.task import begin, end, evaluated
+from harness.terminal import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.places.slurm", description="Called by job scripts.")
+    parser = Parser(prog="python -m harness.places.slurm", description="Called by job scripts.")
     parser.add_argument("when", choices=["begin", "end", "evaluated"])
     parser.add_argument("array", type=Path, metavar="ARRAY_DIR")
     parser.add_argument("index", type=int, metavar="SLURM_ARRAY_TASK_ID")
