@@ -80,7 +80,8 @@ def write_report(
 def _context(findings: Findings, directory: Path) -> dict[str, Any]:
     table, study = findings.table, findings.study
     words = converged_words(findings.main)
-    title = study.title
+    title, failures = study.title, _failure_rows(findings)
+    told = {row["why"] for row in failures}
     if words and "converged" not in title.lower():
         title = f"{title} — {words}"
     return {
@@ -91,7 +92,7 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
         "pictures": all_pictures(findings),
         "quality": quality_section(findings.shown),
         "laws": [_law_rows(each.setting, k, result) for each in _laws(findings) for k, result in each.fits],
-        "failures": _failure_rows(findings),
+        "failures": failures,
         "versus": findings.versus,
         "architectures": architecture_rows(findings),
         "forecasts": [_forecast_row(row) for row in findings.forecasts],
@@ -106,7 +107,11 @@ def _context(findings: Findings, directory: Path) -> dict[str, Any]:
         "planned": planned_rows(table, directory),
         "anchors": _anchors(table),
         "excluded": _excluded_rows(findings),
-        "notes": [entry.as_dict() for entry in sorted(findings.notes, key=lambda e: e.severity == "info")],
+        "notes": [
+            entry.as_dict()
+            for entry in sorted(findings.notes, key=lambda e: e.severity == "info")
+            if entry.message not in told
+        ],
         "provenance": _provenance(table, directory),
     }
 
