@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from harness import budget
 from harness.bench.allocated import GPU, Live, no_kernels
 from harness.bench.phases import planned_dead
 from harness.bench.shapes import SHAPES, Shape
@@ -68,8 +67,7 @@ def launched(shape: Shape, dead_share: float) -> list[tuple[str, int]]:
     params: Params = {key: torch.zeros(size, device=GPU) for key, size in sizes.items() if key in sae.layout()}
     optimizer = Optimizer(sae, params, TrainConfig(tokens=1e6), torch.bfloat16)
     batch, runtime = torch.zeros(shape.batch, d, device=GPU), alone(GPU, triton)
-    with patch.object(budget, "PLANNED_DEAD", dead_share):
-        dead = planned_dead(sae, torch.zeros(n, dtype=torch.bool, device=GPU), Solo(), triton)
+    dead = planned_dead(sae, torch.zeros(n, dtype=torch.bool, device=GPU), Solo(), triton, dead_share)
     traffic = Traffic()
     with no_kernels(), patch(KERNELS, lambda kernel, *args, **named: traffic.kernel(kernel, *args)), traffic:
         stats = step(sae, optimizer.params, optimizer.compute, batch, runtime, dead, optimizer.grads)

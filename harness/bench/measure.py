@@ -168,8 +168,10 @@ def entry(
         on_gpu["graph_ms"] = middle["graph_ms"]
         on_gpu["graph_pct_of_floor"] = 100 * floor / middle["graph_ms"]
         fastest = min(middle["step_ms"], middle["graph_ms"])
-        dead_ms = middle["step_ms"] + middle["auxk_extra_ms"]
-        on_gpu["auxk_over_fastest"] = min(dead_ms, middle.get("graph_with_dead_ms", dead_ms)) / fastest
+        with_dead_ms = middle["step_ms"] + middle["auxk_extra_ms"]
+        if "graph_with_dead_ms" in middle:
+            on_gpu["graph_with_dead_ms"] = middle["graph_with_dead_ms"]
+        on_gpu["auxk_over_fastest"] = min(with_dead_ms, on_gpu.get("graph_with_dead_ms", with_dead_ms)) / fastest
     if "selection_ms" in middle:
         selection, topk = middle["selection_ms"], middle["torch_topk_ms"]
         on_gpu |= {

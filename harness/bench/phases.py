@@ -100,9 +100,11 @@ def _step(state: TrainState, raw: Tensor, runtime: Runtime) -> None:
     state.end_step(runtime)
 
 
-def planned_dead(sae: Sae, dead: Tensor, shards: Shards, ops: Ops) -> DeadLatents | None:
-    """As many dead latents as the plan expects."""
-    count = math.ceil(budget.PLANNED_DEAD * dead.shape[0])
+def planned_dead(
+    sae: Sae, dead: Tensor, shards: Shards, ops: Ops, share: float = budget.PLANNED_DEAD
+) -> DeadLatents | None:
+    """As many dead latents as the plan expects, or another share."""
+    count = math.ceil(share * dead.shape[0])
     if sae.aux_alpha == 0 or not count:
         return None
     groups = dead.shape[0] // sae.latents_per_expert if sae.routed else 1

@@ -61,8 +61,7 @@ def _aux(entries: _Entries, k: int, groups: int, width: int, scaled: bool) -> fl
     listed = groups * width
     copies = listed * (2 * entries.d_model * entries.low + 8 + 4)
     grads = listed * (2 * entries.d_model + 1) * entries.word
-    precision = "bf16" if entries.low == 2 else "fp32"
-    if entries.shards == 1 and sizes.kept_whole(entries.tokens, width, k, precision):
+    if entries.shards == 1 and sizes.kept_whole(entries.tokens, width, k, entries.precision):
         # activations and their gradients as matrices, and the residual in the precision of products
         matrices = 2 * entries.tokens * sizes.padded(width) * entries.low
         low = entries.residual / entries.word * entries.low if entries.low != entries.word else 0
@@ -94,6 +93,11 @@ class _Entries:
     """Ranks among which the latents of a token are chosen."""
 
     @property
+    def precision(self) -> str:
+        """Of products, by its name in `sizes`."""
+        return "bf16" if self.low == 2 else "fp32"
+
+    @property
     def residual(self) -> float:
         return self.tokens * self.d_model * self.word
 
@@ -106,24 +110,21 @@ class _Entries:
         """Pre-activations, indices, activations and their gradients."""
         return self.tokens * k * (3 * self.word + 8)
 
-    def _tile(self, width: int, number: int) -> float:
-        return min(sizes.TILE_BYTES, self.tokens * width * number)
+    def _block(self, row_bytes: int) -> int:
+        """Tokens of a tile with such rows."""
+        return min(self.tokens, max(1, sizes.TILE_BYTES // row_bytes))
 
     def is_dense(self, k: int, width: int) -> bool:
-        return width <= (sizes.DENSE_ROWS_PER_K["bf16" if self.low == 2 else "fp32"]) * k
+        return width <= sizes.DENSE_ROWS_PER_K[self.precision] * k
 
     def select(self, k: int, width: int) -> float:
         """Pre-activations of a block of tokens with their winners; values and indices of all tokens; candidates of all
         shards."""
-        block = min(self.tokens, max(1, sizes.TILE_BYTES // (width * self.low)))
-        own = self._tile(width, self.low) + block * k * sizes.WINNER_BYTES + self.tokens * k * (self.word + 8)
+        row = width * self.low
+        own = self._block(row) * (row + k * sizes.WINNER_BYTES) + self.tokens * k * (self.word + 8)
         # sent and received, at the owner in order of shards and sorted, and where they come from
         exchanged = self.tokens * k * (5 * self.word + 2 * 8) if self.shards > 1 else 0
         return max(own, self.tokens * k * (self.word + 8) + exchanged)
-
-    def _dense_block(self, width: int) -> int:
-        """Tokens of a dense product at a time."""
-        return min(self.tokens, max(1, sizes.TILE_BYTES // (width * 4)))
 
     def decode(self, k: int, width: int) -> float:
         """Beyond codes and residual. As dense products: of a block of tokens the codes and products as matrices, and
@@ -131,7 +132,7 @@ class _Entries:
         if not self.is_dense(k, width):
             return 0.0
         low = self.d_model * self.low if self.low != self.word else 0
-        return self._dense_block(width) * (width * (self.low + 4) + low) + self.tokens * k * 8
+        return self._block(width * 4) * (width * (self.low + 4) + low) + self.tokens * k * 8
 
     def nested(self, k: int, width: int, blocks: int) -> float:
         """As dense products: the values of each block of entries, two more gradients of them, and the residual in the
@@ -146,7 +147,7 @@ class _Entries:
         entries in order of their latents and sums of pieces of both matrices."""
         weighted = self.tokens * k * 2 * self.word if scaled else 0
         if self.is_dense(k, width):
-            return max(weighted + self._dense_block(width) * width * self.low, self.decode(k, width))
+            return max(weighted + self._block(width * 4) * width * self.low, self.decode(k, width))
         residual = self.tokens * self.d_model * self.low if self.low != self.word else 0
         index = 2 if rows <= 1 << 16 else 4
         order = self.tokens * k * (2 * index + 8) + rows * 3 * 8

@@ -48,6 +48,10 @@ class Cell(NamedTuple):
     config: Config
 
 
+class Impossible(UserError):
+    """Some combinations of settings are no cells."""
+
+
 _Combination = tuple[str, Mapping[str, Any]]
 """A label, and settings nested like `Config`: their types are checked, their values not yet. A value that was never
 given is `omegaconf.MISSING`."""
@@ -192,7 +196,7 @@ def _check(combinations: Sequence[_Combination]) -> list[Cell]:
             refused.append((label, str(error)))
     refuse_secrets(cell.config for cell in cells)
     if refused:
-        raise UserError(_refusal(refused, len(combinations)))
+        raise Impossible(_refusal(refused, len(combinations)))
     return cells
 
 

@@ -66,7 +66,7 @@ def find_dead(sae: Sae, dead: Bool[Tensor, " rows"], shards: Shards, ops: Ops) -
         return None
     groups, width = by_group.shape
     length = min(width, ops.list_length(max(counts)))
-    least = ops.list_length(1)
+    least = ops.list_length(1)  # 1: these kernels want no list filled up
     if least > 1 and length * groups <= MOST_FILLED * sum(counts) + least * groups:
         # stable, so that dead latents come first, each kind in order
         place = by_group.logical_not().byte().argsort(dim=1, stable=True)[:, :length]

@@ -11,7 +11,7 @@ from harness.budget import schedule_problem
 from harness.config import Config
 from harness.cost.limits import time_limit
 from harness.errors import UserError
-from harness.grid.cells import Cell, Grid, make_cells, narrow_cells, told_once
+from harness.grid.cells import Cell, Grid, Impossible, make_cells, narrow_cells, told_once
 from harness.grid.study import Study, overridden, study_grids
 from harness.mirror.copies import check as check_tracker
 from harness.mirror.wandb_settings import leave_agent, with_environment
@@ -43,7 +43,7 @@ def requested_cells(request: Request) -> list[Cell]:
     grids = [Grid(tuple(overrides))] if study is None else study_grids(study, overrides)
     try:
         cells = make_cells(grids, request.only)
-    except UserError as error:
+    except Impossible as error:
         if study is None or "sae" not in overridden(overrides):
             raise
         advice = "sae=… takes the place of the SAE in every grid of the study; to choose among its cells: --only"

@@ -209,13 +209,13 @@ def main() -> int:
         say("torch sees no GPU here; --dry (make gpu-check ARGS=--dry) runs the same checks at toy sizes on the CPU")
         return WRONG_REQUEST
     interrupt_on_signals()
-    if arguments.dry:
-        say("toy sizes in Triton's interpreter: whether everything runs, not how fast")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         say(f"--out {arguments.out}: {error.strerror}; choose a directory that can be made")
         return WRONG_REQUEST
+    if arguments.dry:
+        say("toy sizes in Triton's interpreter: whether everything runs, not how fast")
     figures = Figures(arguments.out / "gpu.json")
     # a call into the driver that never returns cannot be interrupted; the figures are on disk already
     faulthandler.dump_traceback_later(60 * arguments.minutes + 10, exit=True)

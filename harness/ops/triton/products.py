@@ -32,12 +32,9 @@ def _widest(groups: Groups) -> int:
 def _blocks(groups: Groups, tokens: int, row_bytes: int) -> Iterator[tuple[slice, Int[Tensor, " groups_plus_1"]]]:
     """Ranges of tokens whose tiles have at most `TILE_BYTES`, with the groups' token offsets inside."""
     size = max(1, TILE_BYTES // row_bytes)
-    if 0 < tokens <= size:
-        yield slice(0, tokens), groups.token_offsets
-        return
     for begin in range(0, tokens, size):
-        end = min(begin + size, tokens)
-        yield slice(begin, end), groups.token_offsets.clamp(begin, end) - begin
+        end, offsets = min(begin + size, tokens), groups.token_offsets
+        yield slice(begin, end), offsets if size >= tokens else offsets.clamp(begin, end) - begin
 
 
 def select(
